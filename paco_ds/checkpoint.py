@@ -1,0 +1,223 @@
+"""Checkpoints: everything that makes a resumed run the same run, at any ZeRO stage and on any legal number of ranks.
+
+A checkpoint is a folder of safetensors (float32 weights and buffers; momentum; queue) and state.json (step, recipe,
+manifest, digests of the files). It is written under a temporary name, read back, and renamed when whole; then
+`latest` names it. A damaged one is found by its digests, and the one before it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from paco_ds.errors import CheckpointError
+from paco_ds.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "paco_ds checkpoint"
+VERSION = 1
+MODEL, MOMENTUM, QUEUE, STATE = "model.safetensors", "momentum.safetensors", "queue.safetensors", "state.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole, verified checkpoint on disk. `step` is the number of optimizer steps done."""
+
+    path: Path
+    step: int
+    state: Mapping[str, Any]
+
+    def model(self) -> dict[str, Tensor]:
+        """Weights and buffers by name, float32 (counters int64)."""
+        return load_file(self.path / MODEL)
+
+    def momentum(self) -> dict[str, Tensor]:
+        """Momentum buffers by the name of their parameter, float32."""
+        return load_file(self.path / MOMENTUM)
+
+    def queue(self) -> dict[str, Tensor]:
+        """The state of a `KeyQueue`; only of methods that have one."""
+        return load_file(self.path / QUEUE)
+
+
+class Checkpoints:
+    """The checkpoints of a run directory.
+
+    Args:
+        run: the run directory; checkpoints lie under checkpoints/.
+        recipe, manifest_sha256: what a resumed run must agree on.
+    """
+
+    def __init__(self, run: Path, recipe: Recipe, manifest_sha256: str) -> None:
+        self.folder = run / "checkpoints"
+        self.recipe, self.manifest_sha256 = recipe, manifest_sha256
+
+    def save(
+        self,
+        step: int,
+        model: Iterable[tuple[str, Tensor]],
+        momentum: Iterable[tuple[str, Tensor]],
+        queue: Mapping[str, Tensor] | None,
+        about: Mapping[str, Any],
+        write: bool = True,
+    ) -> None:
+        """Write the checkpoint after `step` steps.
+
+        Args:
+            model, momentum: (name, tensor) of all weights and buffers, and of all momentum buffers. Every rank
+                walks through them, since making them is a collective; only one with `write` keeps and writes them.
+            about: further facts for state.json (world size, versions).
+        """
+        files = {MODEL: _kept(model, write), MOMENTUM: _kept(momentum, write)}
+        if queue is not None:
+            files[QUEUE] = _kept(queue.items(), write)
+        if not write:
+            return
+        state = {
+            "format": FORMAT,
+            "version": VERSION,
+            "step": step,
+            "meaning": self.recipe.meaning(),
+            "manifest_sha256": self.manifest_sha256,
+            **about,
+        }
+        self._write(f"step-{step:08d}", files, state)
+        self._prune()
+
+    def latest(self) -> Checkpoint | None:
+        """The newest whole checkpoint of this run, or None if there is none.
+
+        Raises:
+            CheckpointError: it is of other meaning or other data, or none of those there is whole.
+        """
+        names = sorted((p.name for p in self.folder.glob("step-*") if p.is_dir()), reverse=True)
+        problems = []
+        for name in names:
+            try:
+                checkpoint = read_checkpoint(self.folder / name)
+            except CheckpointError as error:
+                problems.append(str(error))
+                logger.warning("%s; trying the one before", error)
+                continue
+            self._check_meaning(checkpoint)
+            return checkpoint
+        if problems:
+            raise CheckpointError(
+                "no checkpoint of this run is whole:\n  "
+                + "\n  ".join(problems)
+                + f"\nRestore one, or move {self.folder} away to start again"
+            )
+        return None
+
+    def _check_meaning(self, checkpoint: Checkpoint) -> None:
+        saved, now = checkpoint.state["meaning"], json.loads(json.dumps(self.recipe.meaning()))
+        differences = [
+            f"  {key}: {saved.get(key)!r} in the checkpoint, {now.get(key)!r} in this recipe"
+            for key in sorted(saved.keys() | now.keys())
+            if saved.get(key) != now.get(key)
+        ]
+        if differences:
+            raise CheckpointError(
+                f"{checkpoint.path} was trained by another recipe:\n"
+                + "\n".join(differences)
+                + "\nSet these back to go on, or give another --output to start a new run"
+            )
+        if checkpoint.state["manifest_sha256"] != self.manifest_sha256:
+            raise CheckpointError(
+                f"{checkpoint.path} was trained on other shards (manifest {checkpoint.state['manifest_sha256'][:12]}, "
+                f"now {self.manifest_sha256[:12]}): point data.shards at those, or give another --output"
+            )
+
+    def _write(self, name: str, files: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part = self.folder / f".{name}.part"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        for file, tensors in files.items():
+            save_file(dict(tensors), part / file)
+        state["sha256"] = {file: _sha256(part / file) for file in files}
+        (part / STATE).write_text(json.dumps(state, indent=1))
+        for path in (*part.iterdir(), part):
+            _fsync(path)
+        read_checkpoint(part)
+        final = self.folder / name
+        shutil.rmtree(final, ignore_errors=True)  # of an earlier, damaged or cut, attempt at this step
+        part.rename(final)
+        latest = self.folder / "latest"
+        latest.with_suffix(".part").write_text(name + "\n")
+        latest.with_suffix(".part").rename(latest)
+        _fsync(self.folder)
+
+    def _prune(self) -> None:
+        names = sorted(p for p in self.folder.glob("step-*") if p.is_dir())
+        for path in names[: -self.recipe.checkpoint.keep]:
+            shutil.rmtree(path)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Open a checkpoint and verify every file of it.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the format is another version's.
+    """
+    try:
+        state = json.loads((path / STATE).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {path} is half-written or damaged: {STATE}: {error}") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT or state.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path / STATE} is not a '{FORMAT}' of version {VERSION}, the one this paco_ds reads"
+        )
+    for file, sha256 in state["sha256"].items():
+        if not (path / file).exists():
+            raise CheckpointError(f"checkpoint {path} is half-written or damaged: {file} is missing")
+        if _sha256(path / file) != sha256:
+            raise CheckpointError(f"checkpoint {path} is damaged: SHA-256 of {file} differs from {STATE}")
+    return Checkpoint(path, state["step"], state)
+
+
+def newest_checkpoint(run: Path) -> Checkpoint:
+    """The newest whole checkpoint of a run directory, whatever its recipe; for evaluation and export.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    for path in sorted((run / "checkpoints").glob("step-*"), reverse=True):
+        try:
+            return read_checkpoint(path)
+        except CheckpointError as error:
+            logger.warning("%s; trying the one before", error)
+    raise CheckpointError(f"no whole checkpoint under {run / 'checkpoints'}: train with --output {run} first")
+
+
+def _kept(named: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
+    """Walk through a collective to its end, keeping its tensors only where they are wanted."""
+    kept = {}
+    for name, tensor in named:
+        if keep:
+            kept[name] = tensor.detach().cpu().contiguous()
+    return kept
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""From images to two augmented views: cards, shards, order, stream, views."""

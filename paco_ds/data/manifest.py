@@ -1,0 +1,227 @@
+"""Owns manifest.json: what a directory of shards says it holds, and whether its files can be that."""
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    PrivateAttr,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+
+from paco_ds.errors import DataError
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+
+# Names become file names and the start of keys. No dot: webdataset cuts a key at its first one.
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Triple = tuple[float, float, float]
+
+
+class StrictModel(BaseModel):
+    """Frozen settings that refuse an unknown key and name the nearest valid one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, data: Any) -> Any:
+        for key in data if isinstance(data, dict) else ():
+            if key not in cls.model_fields:
+                near = difflib.get_close_matches(str(key), cls.model_fields, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(cls.model_fields)}"
+                raise ValueError(f"unknown key {key!r}; {hint}")
+        return data
+
+
+def validation_message(error: ValidationError) -> str:
+    """The first problem of a validation as one line, ``place.in.the.file: what is wrong``."""
+    problem = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in problem["loc"])
+    reason = problem["msg"].removeprefix("Value error, ")
+    return f"{place}: {reason}" if place else reason
+
+
+class Shots(StrictModel):
+    """Many: more than ``many`` training images of the class; Few: fewer than ``few``; Medium: the rest."""
+
+    many: NonNegativeInt = 100
+    few: NonNegativeInt = 20
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Shots":
+        if self.few > self.many + 1:
+            raise ValueError(f"few ({self.few}) overlaps many ({self.many}): few may be at most many + 1")
+        return self
+
+    def of(self, training_images: int) -> Literal["many", "medium", "few"]:
+        """The shot of a class with that many training images."""
+        if training_images > self.many:
+            return "many"
+        return "few" if training_images < self.few else "medium"
+
+
+class Shard(StrictModel):
+    """One tar and its index: sizes in bytes, digests of the whole files."""
+
+    name: Name
+    samples: PositiveInt
+    bytes: PositiveInt
+    sha256: Sha256
+    index_bytes: PositiveInt
+    index_sha256: Sha256
+
+    @property
+    def file(self) -> str:
+        """Name of the tar in the directory."""
+        return f"{self.name}.tar"
+
+    @property
+    def index_file(self) -> str:
+        """Name of the index beside the tar."""
+        return f"{self.name}.index.npy"
+
+
+class Split(StrictModel):
+    """The samples of one split: ids 0 .. samples-1 run through its shards in this order."""
+
+    name: Name
+    samples: PositiveInt
+    class_counts: tuple[NonNegativeInt, ...]
+    bytes: PositiveInt
+    shards: tuple[Shard, ...]
+
+    @model_validator(mode="after")
+    def _sums_agree(self) -> "Split":
+        sums = {
+            "samples, summed over the shards,": (sum(s.samples for s in self.shards), self.samples),
+            "bytes, summed over the shards,": (sum(s.bytes for s in self.shards), self.bytes),
+            "class_counts, summed,": (sum(self.class_counts), self.samples),
+        }
+        for what, (found, stated) in sums.items():
+            if found != stated:
+                raise ValueError(f"{what} give {found}, the split says {stated}")
+        if len({s.name for s in self.shards}) != len(self.shards):
+            raise ValueError("a shard is listed twice")
+        return self
+
+
+class Manifest(StrictModel):
+    """The content of manifest.json; it is written last, so a directory that has one was built whole.
+
+    ``mean`` and ``std`` are per channel (RGB) of pixels scaled to 0..1; a label is a position in ``classes``.
+    """
+
+    format: Literal["paco_ds shards"] = "paco_ds shards"
+    version: Literal[1] = 1
+    name: str
+    license: str
+    source: str
+    seed: int
+    classes: tuple[str, ...] = Field(min_length=1)
+    mean: Triple
+    std: Triple
+    shots: Shots
+    splits: dict[Name, Split] = Field(min_length=1)
+
+    _directory: Path = PrivateAttr()
+    _sha256: str = PrivateAttr()
+
+    @model_validator(mode="after")
+    def _splits_fit_classes(self) -> "Manifest":
+        for name, split in self.splits.items():
+            if split.name != name:
+                raise ValueError(f"splits.{name} calls itself {split.name!r}")
+            if len(split.class_counts) != len(self.classes):
+                raise ValueError(
+                    f"splits.{name}.class_counts has {len(split.class_counts)} entries for "
+                    f"{len(self.classes)} classes"
+                )
+        return self
+
+    @property
+    def directory(self) -> Path:
+        """Where it was loaded from."""
+        return self._directory
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the bytes it was loaded from: names the data of a run."""
+        return self._sha256
+
+    def split(self, name: str) -> Split:
+        """The split of that name; DataError naming the ones there are."""
+        if name not in self.splits:
+            known = ", ".join(self.splits)
+            raise DataError(f"{self.directory} has no split {name!r}; its splits are: {known}")
+        return self.splits[name]
+
+    def shots_of_classes(self, train_split: str = "train") -> tuple[str, ...]:
+        """Per class "many", "medium" or "few", by its number of images in ``train_split``."""
+        return tuple(self.shots.of(count) for count in self.split(train_split).class_counts)
+
+    def check_files(self, split_name: str) -> None:
+        """Raise DataError unless every shard and index of the split is there in full size (stat only)."""
+        for shard in self.split(split_name).shards:
+            require_file(self.directory / shard.file, shard.bytes)
+            require_file(self.directory / shard.index_file, shard.index_bytes)
+
+
+def require_file(path: Path, size: int) -> None:
+    """Raise DataError, with the remedy, unless ``path`` is a file of exactly ``size`` bytes."""
+    remedy = (
+        f"copy it again or rebuild it; `tools/build_shards.py check {path.parent}` lists all damage of the "
+        "directory"
+    )
+    if not path.is_file():
+        raise DataError(f"{path} is missing, but {MANIFEST_FILE} lists it: {remedy}")
+    found = path.stat().st_size
+    if found != size:
+        raise DataError(f"{path} has {found} bytes, {MANIFEST_FILE} says {size}: {remedy}")
+
+
+def load_manifest(directory: str | Path) -> Manifest:
+    """Read and verify ``directory``/manifest.json; no shard is opened.
+
+    Raises:
+        DataError: no directory, no manifest, not JSON, another format or version, or sums that do not agree.
+    """
+    directory = Path(directory)
+    path = directory / MANIFEST_FILE
+    build = f"`tools/build_shards.py build CARD --output {directory}`"
+    if not directory.is_dir():
+        raise DataError(f"there is no shard directory {directory}; make it with {build}")
+    if not path.is_file():
+        raise DataError(f"{directory} has no {MANIFEST_FILE}: its build did not end; make it with {build}")
+    raw = path.read_bytes()
+    try:
+        data = json.loads(raw)
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}); rebuild it with {build} --overwrite") from error
+    if not isinstance(data, dict) or data.get("format") != "paco_ds shards":
+        raise DataError(f"{path} is not a manifest of paco_ds shards; make shards with {build}")
+    if data.get("version") != FORMAT_VERSION:
+        raise DataError(
+            f"{path} has format version {data.get('version')}, this paco_ds reads version {FORMAT_VERSION}; "
+            f"rebuild it with {build} --overwrite"
+        )
+    try:
+        manifest = Manifest.model_validate(data)
+    except ValidationError as error:
+        raise DataError(
+            f"{path} contradicts itself, was it edited by hand? {validation_message(error)}; "
+            f"restore it or rebuild it with {build} --overwrite"
+        ) from error
+    manifest._directory, manifest._sha256 = directory, hashlib.sha256(raw).hexdigest()
+    return manifest

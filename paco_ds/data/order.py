@@ -1,0 +1,81 @@
+"""The order of an epoch as arithmetic: which sample stands where, with no shuffle buffer and no state.
+
+For (seed, epoch): the shards are shuffled and their ids laid end to end; this line is rotated by a drawn offset and
+cut into G equal lanes (G the global batch; the fewer than G ids at its end are left out, other ones each epoch);
+inside a lane, windows of consecutive ids are permuted. Step b takes id b of every lane.
+
+A window is one contiguous stretch of a shard (two where a shard ends), so it is also the unit of reading. Without
+the rotation a data set of one shard would leave out the same ids in every epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from paco_ds.errors import RecipeError
+
+_ROTATION, _WINDOW = 1, 2  # streams of randomness, so that no two draws share a seed
+
+
+class EpochOrder:
+    """Sample ids of one epoch, by step and lane; O(shards) to make, O(1) at any position.
+
+    Args:
+        counts: samples of each shard; ids run through the shards in this order.
+        global_batch: G, the number of lanes.
+        seed, epoch: what the order is a function of.
+        window: ids of a lane that are permuted among themselves.
+
+    Raises:
+        RecipeError: there are fewer samples than lanes.
+    """
+
+    def __init__(
+        self, counts: Sequence[int], global_batch: int, *, seed: int, epoch: int, window: int = 64
+    ) -> None:
+        sizes = np.asarray(counts, dtype=np.int64)
+        self.samples = int(sizes.sum())
+        if self.samples < global_batch:
+            raise RecipeError(
+                f"a global batch of {global_batch} images is more than the {self.samples} samples there are; "
+                f"lower step.micro_batch or step.micro_batches"
+            )
+        self.seed, self.epoch, self.window = seed, epoch, window
+        self.steps = self.samples // global_batch
+        shuffled = np.random.default_rng((seed, epoch)).permutation(len(sizes))
+        self._end = np.cumsum(sizes[shuffled])  # of each shard on the line
+        self._first_id = (np.cumsum(sizes) - sizes)[shuffled]
+        self._first_place = self._end - sizes[shuffled]
+        self._rotation = int(np.random.default_rng((seed, epoch, _ROTATION)).integers(self.samples))
+
+    def batch(self, step: int, lanes: Sequence[int]) -> np.ndarray:
+        """Ids that `lanes` give at `step`: int64 [len(lanes)]."""
+        number, place = divmod(step, self.window)
+        return self.window_ids(number, lanes)[:, place]
+
+    def window_ids(self, number: int, lanes: Sequence[int]) -> np.ndarray:
+        """Ids of the number-th window of `lanes`, in the order they are taken: int64 [len(lanes), steps of it]."""
+        start = number * self.window
+        length = min(self.window, self.steps - start)
+        if length <= 0:
+            raise IndexError(f"window {number} starts at step {start}, the epoch has {self.steps}")
+        offsets = np.stack(
+            [
+                np.random.default_rng((self.seed, self.epoch, _WINDOW, lane, number)).permutation(length)
+                for lane in lanes
+            ]
+        )
+        lane_starts = np.asarray(lanes, dtype=np.int64)[:, None] * self.steps
+        return self._ids(lane_starts + start + offsets)
+
+    def _ids(self, places: np.ndarray) -> np.ndarray:
+        places = (places + self._rotation) % self.samples
+        shard = np.searchsorted(self._end, places, side="right")
+        return self._first_id[shard] + places - self._first_place[shard]
+
+
+def position_of(step: int, lane: int, global_batch: int) -> int:
+    """A sample's place in the epoch's plan: what its random view is a function of."""
+    return step * global_batch + lane

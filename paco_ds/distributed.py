@@ -1,0 +1,144 @@
+"""Ranks: who computes what, and the collectives between them, with every byte counted.
+
+Everything here works with one process and no process group, so that the same code runs in a notebook.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from paco_ds.errors import RecipeError
+
+
+@dataclass
+class Ranks:
+    """This process among the ranks of a job; `group` None means a job of one."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    group: dist.ProcessGroup | None = None
+    on_bytes: Callable[[str, int], None] = field(default=lambda op, count: None)
+    """Called with (operation, bytes this rank sent to others) for every collective."""
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, vector: Tensor) -> Tensor:
+        """Sum over ranks, in place. Ring all-reduce sends 2 (W-1)/W of the vector."""
+        if self.world_size > 1:
+            dist.all_reduce(vector, group=self.group)
+            self._count("all_reduce", 2 * vector.nbytes * (self.world_size - 1) // self.world_size)
+        return vector
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Equal-shaped tensors of all ranks, stacked: [...] -> [W, ...]."""
+        if self.world_size == 1:
+            return rows[None]
+        out = torch.empty((self.world_size * rows.numel(),), dtype=rows.dtype, device=rows.device)
+        dist.all_gather_into_tensor(out, rows.contiguous().view(-1), group=self.group)
+        self._count("all_gather", rows.nbytes * (self.world_size - 1))
+        return out.view(self.world_size, *rows.shape)
+
+    def exchange(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        """All-to-all of rows: the first send[0] rows go to rank 0, and so on; receive[r] come from rank r."""
+        if self.world_size == 1:
+            return rows
+        out = torch.empty((sum(receive), *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
+        dist.all_to_all_single(out, rows.contiguous(), list(receive), list(send), group=self.group)
+        row_bytes = rows[:1].nbytes if len(rows) else 0
+        self._count("all_to_all", row_bytes * (sum(send) - send[self.rank]))
+        return out
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Small host-side values of all ranks (addresses, lists of names); not for the training step."""
+        if self.world_size == 1:
+            return [value]
+        out: list[Any] = [None] * self.world_size
+        dist.all_gather_object(out, value, group=self.group)
+        return out
+
+    def wait_for_all(self) -> None:
+        if self.world_size > 1:
+            dist.barrier(group=self.group)
+
+    def _count(self, op: str, sent: int) -> None:
+        self.on_bytes(op, sent)
+
+
+@dataclass
+class ByteCounter:
+    """Bytes sent by this rank, by collective; for tests and planning."""
+
+    sent: Counter[str] = field(default_factory=Counter)
+
+    def __call__(self, op: str, count: int) -> None:
+        self.sent[op] += count
+
+
+@dataclass(frozen=True)
+class MicroBatchLayout:
+    """M micro-batches of m images on W ranks: rank j mod W runs micro-batch j.
+
+    Micro-batches carry the meaning (BatchNorm, in-batch contrasts, lanes of the order); ranks only compute them.
+    """
+
+    micro_batch: int
+    micro_batches: int
+    rank: int
+    world_size: int
+
+    def __post_init__(self) -> None:
+        M, W = self.micro_batches, self.world_size
+        if M % W:
+            legal = ", ".join(str(w) for w in range(1, M + 1) if M % w == 0)
+            raise RecipeError(
+                f"{W} ranks cannot share step.micro_batches = {M} evenly; legal numbers of ranks: {legal}. "
+                f"Or give each step more micro-batches (the learning rate is scaled with them): "
+                f"--set step.micro_batches={(M // W + 1) * W}"
+            )
+
+    @property
+    def global_batch(self) -> int:
+        return self.micro_batch * self.micro_batches
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches that each rank runs in one optimizer step."""
+        return self.micro_batches // self.world_size
+
+    @property
+    def own(self) -> range:
+        """Micro-batches of this rank, in the order it runs them."""
+        return self.owned_by(self.rank)
+
+    def owned_by(self, rank: int) -> range:
+        return range(rank, self.micro_batches, self.world_size)
+
+    def lanes(self, micro_batch: int) -> range:
+        """Lanes of the global batch that make up a micro-batch."""
+        return range(micro_batch * self.micro_batch, (micro_batch + 1) * self.micro_batch)
+
+    def global_order(self, gathered: Tensor) -> Tensor:
+        """Rows gathered from all ranks, [W, A m, ...], each rank's in its own order -> [G, ...] in lane order."""
+        W, A, m = self.world_size, self.accumulation, self.micro_batch
+        rows = gathered.reshape(W, A, m, *gathered.shape[2:])
+        return rows.transpose(0, 1).reshape(self.global_batch, *gathered.shape[2:])
+
+
+def environment_ranks() -> tuple[int, int, int]:
+    """(rank, world size, local rank) as a launcher set them; (0, 1, 0) without one."""
+    return tuple(int(os.environ.get(name, default)) for name, default in _ENVIRONMENT)  # type: ignore[return-value]
+
+
+_ENVIRONMENT = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))

@@ -1,0 +1,160 @@
+"""What DeepSpeed needs and hides: its start, its configuration, the device, the engine around the model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from paco_ds.distributed import MicroBatchLayout, Ranks, environment_ranks
+from paco_ds.errors import RecipeError, UserError
+from paco_ds.models.recogniser import Recogniser
+from paco_ds.optimizer import GuardedSGD
+from paco_ds.recipe import Recipe
+
+_OWNED = {  # DeepSpeed keys that the recipe decides: {key: recipe setting}
+    "train_batch_size": "step.micro_batch and step.micro_batches",
+    "train_micro_batch_size_per_gpu": "step.micro_batch",
+    "gradient_accumulation_steps": "step.micro_batches (accumulation is computed from it and the ranks)",
+    "gradient_clipping": "optimizer.clip_norm",
+    "optimizer": "the optimizer section",
+    "scheduler": "the schedule section",
+}
+_REFUSED = {
+    "fp16": "its loss scaling never recovers with this step; use torch_autocast with bfloat16",
+    "bf16": "it casts the weights, which breaks BatchNorm; use torch_autocast with bfloat16",
+    "amp": "use torch_autocast with bfloat16",
+}
+
+
+def read_deepspeed_config(path: str | Path) -> dict[str, Any]:
+    """The DeepSpeed JSON a recipe names.
+
+    Raises:
+        RecipeError: it is missing, is not JSON, or sets what the recipe decides or what cannot work.
+    """
+    path = Path(path)
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise RecipeError(
+            f"engine.deepspeed: no file {path}; ds_configs/ holds zero0.json to zero3.json"
+        ) from None
+    except ValueError as error:
+        raise RecipeError(f"engine.deepspeed: {path} is not JSON: {error}") from None
+    for key, setting in _OWNED.items():
+        if key in config:
+            raise RecipeError(
+                f"engine.deepspeed: {path} sets {key!r}; remove it, the recipe decides it by {setting}"
+            )
+    for key, why in _REFUSED.items():
+        if key in config:
+            raise RecipeError(f"engine.deepspeed: {path} has a {key!r} block: {why}")
+    autocast = config.get("torch_autocast", {})
+    if autocast.get("enabled") and autocast.get("dtype") != "bfloat16":
+        raise RecipeError(
+            f"engine.deepspeed: {path}: torch_autocast.dtype must be 'bfloat16'; {_REFUSED['fp16']}"
+        )
+    for block in ("offload_optimizer", "offload_param"):
+        if block in config.get("zero_optimization", {}):
+            raise RecipeError(
+                f"engine.deepspeed: {path} has {block!r}, which checkpoints do not support yet; remove it"
+            )
+    return config
+
+
+def check_prerequisites() -> None:
+    """On CPU ranks DeepSpeed compiles a shared-memory operation at its first start; say so before it fails.
+
+    Raises:
+        UserError: no C++ compiler, or no Python headers.
+    """
+    if get_accelerator().device_name() != "cpu":
+        return
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        raise UserError(
+            f"no C++ compiler {compiler!r} on PATH: DeepSpeed builds its CPU collectives at the first start. "
+            f"Install g++ (Debian, Ubuntu: apt install g++) or point CXX at one"
+        )
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not header.exists():
+        raise UserError(
+            f"no Python headers ({header} is missing): DeepSpeed builds its CPU collectives at the first start. "
+            f"Install them (Debian, Ubuntu: apt install python3-dev)"
+        )
+
+
+def start(recipe: Recipe, expect_ranks: int | None = None) -> Ranks:
+    """Join the job's process group: NCCL on CUDA, gloo on CPU, by the same code path.
+
+    Raises:
+        UserError: a prerequisite is missing, or the job has another number of ranks than expected.
+    """
+    check_prerequisites()
+    rank, world_size, local_rank = environment_ranks()
+    for name, value in (("RANK", rank), ("WORLD_SIZE", world_size), ("LOCAL_RANK", local_rank)):
+        os.environ.setdefault(name, str(value))
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    if expect_ranks is not None and world_size != expect_ranks:
+        raise UserError(
+            f"this job has {world_size} ranks, --expect-ranks says {expect_ranks}. DeepSpeed falls back to one host "
+            f"when it cannot read the hostfile: check the path given to --hostfile and its slots"
+        )
+    MicroBatchLayout(
+        recipe.step.micro_batch, recipe.step.micro_batches, rank, world_size
+    )  # refused before waiting
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    cuda = get_accelerator().device_name() == "cuda"
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    else:
+        cores = os.cpu_count() or 1
+        on_host = int(os.environ.get("LOCAL_SIZE", "0")) or world_size
+        torch.set_num_threads(recipe.engine.threads or max(1, cores // on_host))
+    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo")
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    return Ranks(rank, world_size, local_rank, device, dist.group.WORLD)
+
+
+def stop() -> None:
+    """Leave the process group; without this a rank in a dozen ends with an error."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def initialise(
+    model: Recogniser, recipe: Recipe, config: dict[str, Any], layout: MicroBatchLayout
+) -> tuple[Any, GuardedSGD]:
+    """(DeepSpeed engine around the model, the optimizer inside it). Weights must stand in the model before."""
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    settings = recipe.optimizer
+    optimizer = GuardedSGD(
+        [p for p in model.parameters() if p.requires_grad],
+        recipe.lr,
+        clip_norm=settings.clip_norm,
+        whole=stage == 0,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+    )
+    complete = {
+        **config,
+        "train_micro_batch_size_per_gpu": layout.micro_batch,
+        "gradient_accumulation_steps": layout.accumulation,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+    if stage > 0 and settings.clip_norm:
+        complete["gradient_clipping"] = settings.clip_norm
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=complete)
+    return engine, optimizer

@@ -1,0 +1,155 @@
+"""Top-1 and top-5 accuracy of Many, Medium, Few and All, from integer counts that ranks can add up.
+
+Shapes: B batch, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+SHOTS = ("many", "medium", "few")
+GROUPS = (*SHOTS, "all")
+TOP_K = 5
+
+
+@dataclass
+class ClassCounts:
+    """Images of each class seen, and recognised, so far.
+
+    Attributes:
+        correct1_C: int64 [C], images whose class has the largest logit.
+        correct5_C: int64 [C], images whose class is among the min(5, C) largest logits.
+        total_C: int64 [C], images.
+    """
+
+    correct1_C: Tensor  # noqa: N815
+    correct5_C: Tensor  # noqa: N815
+    total_C: Tensor  # noqa: N815
+
+    @classmethod
+    def zeros(cls, classes: int, device: torch.device | str = "cpu") -> ClassCounts:
+        """Counts before the first image."""
+        return cls.from_tensor(torch.zeros(3, classes, dtype=torch.int64, device=device))
+
+    @classmethod
+    def from_tensor(cls, counts_3C: Tensor) -> ClassCounts:
+        """Counts from the tensor that `as_tensor` gave, usually after an all_reduce(SUM)."""
+        if counts_3C.dtype != torch.int64 or counts_3C.dim() != 2 or counts_3C.shape[0] != 3:
+            raise ValueError(f"counts must be int64 [3, C], got {counts_3C.dtype} {list(counts_3C.shape)}")
+        return cls(*counts_3C.unbind())
+
+    def as_tensor(self) -> Tensor:
+        """int64 [3, C]: correct1, correct5, total. One tensor, so that one all_reduce adds up all ranks."""
+        return torch.stack((self.correct1_C, self.correct5_C, self.total_C))
+
+    def add(self, logits_BC: Tensor, labels_B: Tensor, valid_B: Tensor) -> None:
+        """Count a batch.
+
+        Equal logits are ranked by class index, so that a constant classifier gets no more than its due; an
+        image with a logit that is not a number counts as not recognised.
+
+        Args:
+            logits_BC: floating [B, C].
+            labels_B: int64 [B].
+            valid_B: bool [B], False for padding, whose logits and label are ignored.
+
+        Raises:
+            ValueError: C differs from the counts', or a label is outside [0, C).
+        """
+        classes = len(self.total_C)
+        if logits_BC.shape[1] != classes:
+            raise ValueError(f"logits have {logits_BC.shape[1]} classes, the counts {classes}")
+        logits_BC, labels_B = logits_BC[valid_B], labels_B[valid_B]
+        outside = (labels_B < 0) | (labels_B >= classes)
+        if outside.any():
+            label = int(labels_B[outside][0])
+            raise ValueError(f"label {label} is outside 0..{classes - 1}; the split belongs to other classes")
+        own_B1 = logits_BC.gather(1, labels_B[:, None])
+        earlier_BC = torch.arange(classes, device=labels_B.device) < labels_B[:, None]
+        ahead_BC = (logits_BC > own_B1) | ((logits_BC == own_B1) & earlier_BC)
+        rank_B = ahead_BC.sum(1).masked_fill(logits_BC.isnan().any(1), classes)
+        self.correct1_C.index_add_(0, labels_B, (rank_B < 1).long())
+        self.correct5_C.index_add_(0, labels_B, (rank_B < min(TOP_K, classes)).long())
+        self.total_C.index_add_(0, labels_B, torch.ones_like(labels_B))
+
+
+@dataclass(frozen=True)
+class ShotAccuracy:
+    """Accuracies as fractions; None where there is nothing to judge.
+
+    Attributes:
+        many, medium, few: mean top-1 accuracy of the shot's classes (a class without images takes no part).
+        all: top-1 accuracy over images.
+        top5: the same four figures for the five largest logits, by name.
+        per_class: top-1 accuracy of each class, None for a class without images.
+    """
+
+    many: float | None
+    medium: float | None
+    few: float | None
+    all: float | None
+    top5: Mapping[str, float | None]
+    per_class: Sequence[float | None]
+
+    def top1(self) -> dict[str, float | None]:
+        """The four top-1 figures by name."""
+        return {"many": self.many, "medium": self.medium, "few": self.few, "all": self.all}
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys many, medium, few, all, top5 and per_class of metrics.json."""
+        return {**self.top1(), "top5": dict(self.top5), "per_class": list(self.per_class)}
+
+    def table(self, title: str | None = None) -> Table:
+        """Many / Medium / Few / All, top-1 and top-5 in percent, for a rich console's `print`."""
+        table = Table(title=title, title_justify="left")
+        table.add_column("accuracy, %")
+        for group in GROUPS:
+            table.add_column(group.capitalize(), justify="right")
+        for name, figures in (("top-1", self.top1()), ("top-5", self.top5)):
+            table.add_row(name, *(percent(figures[group]) for group in GROUPS))
+        return table
+
+
+def percent(fraction: float | None) -> str:
+    """A fraction as percent with one decimal, a dash for None."""
+    return "-" if fraction is None else f"{100 * fraction:.1f}"
+
+
+def shot_accuracy(counts: ClassCounts, shots_of_classes: Sequence[str]) -> ShotAccuracy:
+    """Many, Medium, Few (means over classes) and All (over images) from counts of the whole split.
+
+    Args:
+        counts: after the all_reduce over ranks.
+        shots_of_classes: the shot of each class, by its training images.
+
+    Raises:
+        ValueError: the numbers of classes differ, or a shot has another name than many, medium, few.
+    """
+    total = counts.total_C.tolist()
+    if len(shots_of_classes) != len(total):
+        raise ValueError(
+            f"{len(shots_of_classes)} shots given for {len(total)} classes; use one manifest for both"
+        )
+    if unknown := set(shots_of_classes) - set(SHOTS):
+        raise ValueError(f"unknown shot {sorted(unknown)[0]!r}; the shots are {', '.join(SHOTS)}")
+
+    def figures(correct: list[int]) -> tuple[dict[str, float | None], list[float | None]]:
+        per_class = [hit / n if n else None for hit, n in zip(correct, total, strict=True)]
+        by_group: dict[str, float | None] = {}
+        for shot in SHOTS:
+            judged = [
+                a for a, of in zip(per_class, shots_of_classes, strict=True) if of == shot and a is not None
+            ]
+            by_group[shot] = sum(judged) / len(judged) if judged else None
+        by_group["all"] = sum(correct) / sum(total) if sum(total) else None
+        return by_group, per_class
+
+    top1, per_class = figures(counts.correct1_C.tolist())
+    top5, _ = figures(counts.correct5_C.tolist())
+    return ShotAccuracy(**top1, top5=top5, per_class=per_class)

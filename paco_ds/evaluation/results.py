@@ -1,0 +1,65 @@
+"""metrics.json: what a run reached on a split, with everything needed to say where the figure comes from."""
+
+from __future__ import annotations
+
+import json
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from paco_ds.data.manifest import Manifest
+from paco_ds.evaluation.accuracy import ShotAccuracy
+from paco_ds.recipe import Recipe
+
+
+def now() -> str:
+    """The time as ISO 8601, UTC, in seconds."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the result."""
+    found = {"python": platform.python_version()}
+    for package in ("paco_ds", "torch", "torchvision", "deepspeed", "webdataset"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # run from a checkout that was not installed
+            found[package] = "not installed"
+    return found
+
+
+def write_results(
+    path: Path,
+    accuracy: ShotAccuracy,
+    recipe: Recipe,
+    manifest: Manifest,
+    *,
+    split: str,
+    step: int,
+    world_size: int,
+    started: str,
+) -> dict[str, Any]:
+    """Write metrics.json as a whole or not at all; accuracies are fractions."""
+    train = recipe.data.train_split
+    results = {
+        **accuracy.to_json(),
+        "run": recipe.name,
+        "split": split,
+        "step": step,
+        "seed": recipe.seed,
+        "class_names": list(manifest.classes),
+        "class_counts": list(manifest.split(train).class_counts),
+        "shots_of_classes": list(manifest.shots_of_classes(train)),
+        "world_size": world_size,
+        "scale": recipe.step.scale,
+        "started": started,
+        "finished": now(),
+        "manifest_sha256": manifest.sha256,
+        "versions": versions(),
+    }
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
+    return results

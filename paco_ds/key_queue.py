@@ -1,0 +1,188 @@
+"""Owns the queue of past keys: a ring whose contents depend only on the sequence of keys pushed.
+
+Shapes: K queue length, N filled slots, G keys of one push (the global batch), C classes, D dimension.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from paco_ds.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class QueueSnapshot:
+    """The queue as one optimizer step sees it, with the sums that the loss needs of it.
+
+    The sums are derived from keys and labels once a step and never stored: nothing to drift, nothing to save.
+
+    Attributes:
+        keys_ND: filled slots only, in slot order.
+        labels_N: their classes, int64.
+        class_sum_CD: S_y, the sum of the keys of each class, dtype of the keys.
+        class_count_C: n_y, the number of keys of each class, int64.
+    """
+
+    keys_ND: Tensor
+    labels_N: Tensor
+    class_sum_CD: Tensor
+    class_count_C: Tensor
+
+    @classmethod
+    def of(cls, keys_ND: Tensor, labels_N: Tensor, num_classes: int) -> "QueueSnapshot":
+        """Derive the class sums. Each class is summed in slot order by one thread, so that equal queues have
+        bit-equal sums on any device and number of threads.
+
+        One path for all devices: index_add_ is not deterministic on CUDA; segment_reduce is, at 9 times the
+        cost (C = 8142, N = 8192, D = 128, two cores: .4 ms index_add_, .7 this, 6.4 segment_reduce).
+
+        Raises:
+            ValueError: a label outside [0, num_classes).
+        """
+        count_C = torch.bincount(labels_N, minlength=num_classes)
+        if len(count_C) > num_classes:
+            raise ValueError(
+                f"the queue holds a key of class {len(count_C) - 1}, but there are {num_classes} classes: "
+                "is it the checkpoint of another data set?"
+            )
+        if len(keys_ND) == 0:
+            return cls(keys_ND, labels_N, keys_ND.new_zeros(num_classes, keys_ND.shape[1]), count_C)
+        by_class_N = labels_N.argsort(stable=True)
+        sum_CD = F.embedding_bag(by_class_N, keys_ND, count_C.cumsum(0) - count_C, mode="sum")
+        return cls(keys_ND, labels_N, sum_CD, count_C)
+
+
+class KeyQueue:
+    """Ring of the last `length` keys and their labels.
+
+    The n-th key ever pushed (from 0) lies in slot n mod length, so that keys pushed in any portions leave the
+    same queue. Slots not yet filled take no part in anything. Length 0 is a queue that stays empty.
+
+    Args:
+        length: K >= 0.
+        dim: D >= 1, the dimension of keys.
+        device: where keys and labels are kept.
+
+    Raises:
+        ValueError: a negative length or a dimension below 1.
+    """
+
+    def __init__(self, length: int, dim: int, device: torch.device | str = "cpu") -> None:
+        if length < 0 or dim < 1:
+            raise ValueError(
+                f"queue.length must be at least 0 and the key dimension 1, got {length} and {dim}"
+            )
+        self.keys_KD = torch.zeros(length, dim, dtype=torch.float32, device=device)
+        self.labels_K = torch.zeros(length, dtype=torch.int64, device=device)
+        self.count = 0
+        self._warned = False
+
+    def __len__(self) -> int:
+        """Number of filled slots."""
+        return min(self.count, len(self.keys_KD))
+
+    @property
+    def fill_ratio(self) -> float:
+        """Filled share of the slots, 0 to 1; a queue of length 0 counts as full."""
+        length = len(self.keys_KD)
+        return len(self) / length if length else 1.0
+
+    @torch.no_grad()
+    def push(self, keys_GD: Tensor, labels_G: Tensor) -> None:
+        """Take a global batch in global order, over the oldest keys; of more keys than slots the last K.
+
+        Args:
+            keys_GD: float32, any G >= 0.
+            labels_G: int64.
+
+        Raises:
+            ValueError: shapes or dtypes that do not fit this queue.
+        """
+        length, dim = self.keys_KD.shape
+        if keys_GD.shape != (len(labels_G), dim) or labels_G.ndim != 1:
+            raise ValueError(
+                f"this queue takes keys [G, {dim}] and labels [G], got {tuple(keys_GD.shape)} and "
+                f"{tuple(labels_G.shape)}"
+            )
+        if keys_GD.dtype != torch.float32 or labels_G.dtype != torch.int64:
+            raise ValueError(f"keys are float32 and labels int64, got {keys_GD.dtype} and {labels_G.dtype}")
+        new = len(labels_G)
+        kept = min(new, length)
+        if 0 < length < new and not self._warned:
+            self._warned = True
+            log.warning(
+                "queue.length is %d but a step brings %d keys: only its last %d are kept", length, new, length
+            )
+        if kept:
+            slots = (
+                torch.arange(self.count + new - kept, self.count + new, device=self.labels_K.device) % length
+            )
+            self.keys_KD[slots] = keys_GD[new - kept :].to(self.keys_KD.device)
+            self.labels_K[slots] = labels_G[new - kept :].to(self.labels_K.device)
+        self.count += new
+
+    def snapshot(self, num_classes: int) -> QueueSnapshot:
+        """Copy the filled part and derive its class sums; a later push does not change it.
+
+        Raises:
+            ValueError: a label outside [0, num_classes).
+        """
+        filled = len(self)
+        return QueueSnapshot.of(self.keys_KD[:filled].clone(), self.labels_K[:filled].clone(), num_classes)
+
+    def digest(self) -> Tensor:
+        """Bit-exact checksum of keys, labels and count (see :func:`digest`), to compare queues of ranks."""
+        return digest((self.keys_KD, self.labels_K, torch.tensor(self.count, device=self.labels_K.device)))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of `keys` [K, D] float32 and `labels` [K] int64, and `count`, an int64 scalar."""
+        return {
+            "keys": self.keys_KD.clone(),
+            "labels": self.labels_K.clone(),
+            "count": torch.tensor(self.count, dtype=torch.int64),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take the contents of another queue of the same length and dimension.
+
+        Raises:
+            CheckpointError: tensors missing, unknown, or of another shape or dtype; a negative count.
+        """
+        own = self.state_dict()
+        if state.keys() != own.keys():
+            raise CheckpointError(f"a saved queue holds {sorted(own)}, this one {sorted(state)}")
+        for name, tensor in own.items():
+            saved = state[name]
+            if saved.shape != tensor.shape:
+                raise CheckpointError(
+                    f"saved queue: {name} has shape {tuple(saved.shape)}, this run's {tuple(tensor.shape)} "
+                    f"(queue.length, model.projection_dim): resume with the checkpoint's settings "
+                    f"(queue.length is {len(self.keys_KD)} now) or start a new run"
+                )
+            if saved.dtype != tensor.dtype:
+                raise CheckpointError(f"saved queue: {name} is {saved.dtype}, expected {tensor.dtype}")
+        count = int(state["count"])
+        if count < 0:
+            raise CheckpointError(f"saved queue: count is {count}, the checkpoint is damaged")
+        self.keys_KD.copy_(state["keys"])
+        self.labels_K.copy_(state["labels"])
+        self.count = count
+
+
+def digest(tensors: Iterable[Tensor]) -> Tensor:
+    """Bit-exact checksum, an int64 scalar on the tensors' device, that costs one pass and no host sync.
+
+    Every 32-bit word counts times an odd number of its own, modulo 2^64: a change of a single word always
+    shows, and so do words that change places, but for a rare coincidence.
+
+    Args:
+        tensors: at least one, all on one device, of 4 or 8 byte elements.
+    """
+    words = torch.cat([t.detach().flatten().view(torch.int32) for t in tensors]).to(torch.int64)
+    return (words * torch.arange(1, 2 * len(words), 2, device=words.device)).sum()

@@ -1,0 +1,1 @@
+"""Owns the training losses: parametric contrastive learning and what it is compared with."""

@@ -1,0 +1,259 @@
+"""The Prometheus side of a rank: its metrics, the /metrics server, and the file that tells where it is.
+
+Counters belong to this process and start at 0 (restoring them would break `rate()`); the job's position is
+gauges.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from threading import Thread
+from typing import Protocol
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, start_http_server
+
+from paco_ds.evaluation.accuracy import ShotAccuracy
+from paco_ds.metrics.log import StepRecord
+
+logger = logging.getLogger(__name__)
+
+PORT_TRIES = 64
+STEP_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+
+
+class MetricsSink(Protocol):
+    """Where the training loop reports; `Exporter` when metrics are on, `NullExporter` when off."""
+
+    def start(self, base_port: int, local_rank: int) -> int | None:
+        """Serve /metrics; returns the port, or None if nothing is served."""
+
+    def build_info(self, labels: Mapping[str, str]) -> None:
+        """Say once what runs here: versions, method, world size."""
+
+    def observe_step(self, record: StepRecord, samples: int) -> None:
+        """A step is over, in which this rank processed `samples` images."""
+
+    def observe_bad_sample(self, reason: str) -> None:
+        """An image could not be used and was replaced."""
+
+    def observe_accuracy(self, accuracy: ShotAccuracy) -> None:
+        """An evaluation is over."""
+
+    def add_collective_bytes(self, op: str, count: int) -> None:
+        """This rank handed `count` bytes to our collective `op`."""
+
+    def checkpoint_blocked(self, seconds: float) -> None:
+        """Training stood still for a checkpoint."""
+
+    def close(self) -> None:
+        """Stop serving."""
+
+
+class Exporter:
+    """Every metric of a rank in a registry of its own, and the thread that serves it."""
+
+    def __init__(self) -> None:
+        registry = CollectorRegistry()
+        self.registry = registry
+        self._server: tuple[WSGIServer, Thread] | None = None
+        self._samples = Counter("paco_samples", "Training images processed by this rank.", registry=registry)
+        self._steps = Counter("paco_steps", "Optimizer steps, refused updates included.", registry=registry)
+        self._skipped = Counter(
+            "paco_skipped_steps", "Optimizer steps whose update was refused as not finite.", registry=registry
+        )
+        self._duration = Histogram(
+            "paco_step_duration_seconds",
+            "Wall time of an optimizer step, waiting for data included.",
+            registry=registry,
+            buckets=STEP_BUCKETS,
+        )
+        self._data_wait = Counter(
+            "paco_data_wait_seconds", "Time spent waiting for images.", registry=registry
+        )
+        self._loss = Gauge("paco_loss", "Training loss of the last step.", registry=registry)
+        self._lr = Gauge("paco_learning_rate", "Learning rate of the last step.", registry=registry)
+        self._queue_fill = Gauge("paco_queue_fill_ratio", "Filled share of the key queue.", registry=registry)
+        self._grad_norm = Gauge(
+            "paco_grad_norm", "L2 norm of the last step's gradient before clipping.", registry=registry
+        )
+        self._bad_samples = Counter(
+            "paco_bad_samples",
+            "Images that could not be used and were replaced.",
+            ["reason"],
+            registry=registry,
+        )
+        self._accuracy = Gauge(
+            "paco_shot_accuracy_ratio",
+            "Top-1 accuracy of the last evaluation, by shot.",
+            ["shot"],
+            registry=registry,
+        )
+        self._center_probability = Gauge(
+            "paco_center_probability",
+            "Probability of the own center, by shot, when last seen.",
+            ["shot"],
+            registry=registry,
+        )
+        self._center_optimum = Gauge(
+            "paco_center_probability_optimum",
+            "Probability of the own center at the loss's optimum, by shot.",
+            ["shot"],
+            registry=registry,
+        )
+        self._collective = Counter(
+            "paco_collective_bytes", "Bytes this rank handed to collectives.", ["op"], registry=registry
+        )
+        self._checkpoint = Counter(
+            "paco_checkpoint_blocked_seconds", "Time training stood still for checkpoints.", registry=registry
+        )
+        self._last_step = Gauge(
+            "paco_last_step_timestamp_seconds", "Unix time at which the last step ended.", registry=registry
+        )
+        self._step = Gauge(
+            "paco_step", "Optimizer steps of the job so far, over all its runs.", registry=registry
+        )
+        self._epoch = Gauge("paco_epoch", "Epoch under way, counted from 0.", registry=registry)
+        self._build = Info("paco_build", "What runs here.", registry=registry)
+
+    def start(self, base_port: int, local_rank: int) -> int | None:
+        """Serve /metrics on `base_port` + `local_rank` or the next free port; base_port 0 takes any free one.
+
+        Returns the port, or None after a warning: a run is never stopped for want of a port.
+        """
+        first = base_port + local_rank if base_port else 0
+        for port in range(first, min(first + PORT_TRIES, 65536)):
+            try:
+                server, thread = start_http_server(port, registry=self.registry)
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    continue
+                logger.warning("no /metrics: port %d cannot be served (%s); training goes on", port, error)
+                return None
+            self._server = server, thread
+            if port != first and first:
+                logger.warning("port %d is taken; /metrics is served on port %d", first, server.server_port)
+            return int(server.server_port)
+        logger.warning(
+            "no /metrics: no free port in %d..%d; training goes on. Set another base port to have metrics",
+            first,
+            first + PORT_TRIES - 1,
+        )
+        return None
+
+    def build_info(self, labels: Mapping[str, str]) -> None:
+        """paco_build_info with these labels and value 1."""
+        self._build.info(dict(labels))
+
+    def observe_step(self, record: StepRecord, samples: int) -> None:
+        """Count a step of `samples` images on this rank and show its figures."""
+        self._samples.inc(samples)
+        self._steps.inc()
+        self._skipped.inc(record.skipped)
+        self._duration.observe(record.step_seconds)
+        self._data_wait.inc(record.data_wait_seconds)
+        self._loss.set(record.loss)
+        self._lr.set(record.lr)
+        self._grad_norm.set(record.grad_norm)
+        self._queue_fill.set(record.queue_fill)
+        self._step.set(record.step)
+        self._epoch.set(record.epoch)
+        self._last_step.set_to_current_time()
+        _set_by_shot(self._center_probability, record.center_probability)
+        _set_by_shot(self._center_optimum, record.center_probability_optimum)
+
+    def observe_bad_sample(self, reason: str) -> None:
+        """Count a replaced image."""
+        self._bad_samples.labels(reason).inc()
+
+    def observe_accuracy(self, accuracy: ShotAccuracy) -> None:
+        """Show many, medium, few and all of an evaluation."""
+        _set_by_shot(self._accuracy, accuracy.top1())
+
+    def add_collective_bytes(self, op: str, count: int) -> None:
+        """Count bytes of a collective."""
+        self._collective.labels(op).inc(count)
+
+    def checkpoint_blocked(self, seconds: float) -> None:
+        """Count time lost to a checkpoint."""
+        self._checkpoint.inc(seconds)
+
+    def close(self) -> None:
+        """Stop the server and its thread, and give the port back."""
+        if self._server is not None:
+            server, thread = self._server
+            server.shutdown()
+            server.server_close()
+            thread.join()
+            self._server = None
+
+
+class NullExporter:
+    """The sink of a run without metrics."""
+
+    def start(self, base_port: int, local_rank: int) -> int | None:
+        return None
+
+    def build_info(self, labels: Mapping[str, str]) -> None: ...
+
+    def observe_step(self, record: StepRecord, samples: int) -> None: ...
+
+    def observe_bad_sample(self, reason: str) -> None: ...
+
+    def observe_accuracy(self, accuracy: ShotAccuracy) -> None: ...
+
+    def add_collective_bytes(self, op: str, count: int) -> None: ...
+
+    def checkpoint_blocked(self, seconds: float) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def write_targets(path: Path, addresses: Sequence[str | None], run: str) -> None:
+    """Write metrics_targets.json in Prometheus' file_sd form, as a whole or not at all.
+
+    Args:
+        path: RUN/metrics_targets.json.
+        addresses: HOST:PORT of each rank in rank order; None, for a rank that serves nothing, is left out.
+        run: value of the `run` label; each target also carries its `rank`.
+    """
+    targets = [
+        {"targets": [address], "labels": {"run": run, "rank": str(rank)}}
+        for rank, address in enumerate(addresses)
+        if address is not None
+    ]
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(targets, indent=2) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def reachable_host(master_addr: str) -> str:
+    """The local address from which the master is reached (127.0.0.1 when it is this machine's loopback).
+
+    That is the one network all nodes share, where a host name may mean nothing to Prometheus. An IPv6 address
+    comes in brackets, so that f"{host}:{port}" is always an address. A master that cannot be resolved gives
+    this machine's host name, with a warning: training meets the same trouble and says more.
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(master_addr, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)  # a datagram socket sends nothing here; the kernel only picks the route
+            host = str(probe.getsockname()[0])
+    except OSError as error:
+        logger.warning(
+            "no route to master %r (%s); metrics targets name this host instead", master_addr, error
+        )
+        return socket.gethostname()
+    return f"[{host}]" if family == socket.AF_INET6 else host
+
+
+def _set_by_shot(gauge: Gauge, figures: Mapping[str, float | None]) -> None:
+    # A shot without a figure this time keeps its last one: few steps hold an anchor of every shot.
+    for shot, value in figures.items():
+        if value is not None:
+            gauge.labels(shot).set(value)

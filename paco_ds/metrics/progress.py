@@ -1,0 +1,130 @@
+"""Progress on the screen of rank 0: a bar on a terminal, plain lines elsewhere, nothing on other ranks."""
+
+from __future__ import annotations
+
+import sys
+import time
+from datetime import timedelta
+from typing import Protocol, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from paco_ds.metrics.log import StepRecord
+
+
+class ProgressView(Protocol):
+    """What the training loop tells a person who watches."""
+
+    def update(self, record: StepRecord) -> None:
+        """A step is over."""
+
+    def message(self, what: str | Table) -> None:
+        """Something worth lines of its own, such as the table of an evaluation."""
+
+    def close(self) -> None:
+        """Training is over; leave the screen tidy."""
+
+
+def progress_view(
+    rank: int,
+    *,
+    total_steps: int,
+    first_step: int,
+    epochs: int,
+    every: int = 50,
+    stream: TextIO | None = None,
+) -> ProgressView:
+    """The view that fits: none off rank 0, a bar on a terminal, a line every `every` steps otherwise.
+
+    Args:
+        total_steps: optimizer steps of the whole run.
+        first_step: steps already done, when resuming; time left is judged from this process's steps only.
+        epochs: epochs of the whole run.
+        every: steps between plain lines.
+        stream: where to write, standard output by default.
+    """
+    if rank != 0:
+        return NullProgress()
+    console = Console(file=sys.stdout if stream is None else stream)
+    if console.is_terminal:
+        return BarProgress(total_steps, first_step, epochs, console)
+    return LineProgress(total_steps, first_step, epochs, every, console)
+
+
+class NullProgress:
+    """The view of ranks that nobody watches."""
+
+    def update(self, record: StepRecord) -> None: ...
+
+    def message(self, what: str | Table) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class BarProgress:
+    """A rich bar that redraws itself in place."""
+
+    def __init__(self, total_steps: int, first_step: int, epochs: int, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("[bold]epoch {task.fields[epoch]}/{task.fields[epochs]}"),
+            BarColumn(bar_width=None),
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=console,
+            expand=True,
+        )
+        self._task = self._progress.add_task(
+            "train", total=total_steps, completed=first_step, epoch="-", epochs=epochs, figures=""
+        )
+        self._progress.start()
+
+    def update(self, record: StepRecord) -> None:
+        self._progress.update(
+            self._task, completed=record.step, epoch=record.epoch + 1, figures=_figures(record), refresh=False
+        )
+
+    def message(self, what: str | Table) -> None:
+        self._progress.console.print(what, markup=False, highlight=False)
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+class LineProgress:
+    """Plain lines, for log files and pipes: the first step, every N-th, and the last."""
+
+    def __init__(self, total_steps: int, first_step: int, epochs: int, every: int, console: Console) -> None:
+        self._total_steps, self._first_step, self._epochs = total_steps, first_step, epochs
+        self._every, self._console = every, console
+        self._started = time.monotonic()
+
+    def update(self, record: StepRecord) -> None:
+        done = record.step - self._first_step
+        # A refused update is said at once: between two lines it would pass unseen.
+        if (
+            done != 1
+            and record.step % self._every
+            and record.step != self._total_steps
+            and not record.skipped
+        ):
+            return
+        seconds = (time.monotonic() - self._started) / max(done, 1) * (self._total_steps - record.step)
+        self.message(
+            f"epoch {record.epoch + 1}/{self._epochs}  step {record.step}/{self._total_steps}  "
+            f"{_figures(record)}  {timedelta(seconds=round(seconds))} left"
+        )
+
+    def message(self, what: str | Table) -> None:
+        self._console.print(what, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None: ...
+
+
+def _figures(record: StepRecord) -> str:
+    refused = "  update refused: not finite" if record.skipped else ""
+    return f"{record.images_per_second:.0f} images/s  loss {record.loss:.4f}  lr {record.lr:.3g}{refused}"

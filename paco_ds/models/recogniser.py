@@ -1,0 +1,84 @@
+"""The model: query encoder, centers, and the key encoder beside it in one module.
+
+Both encoders live in one module so that DeepSpeed sees, partitions and gathers them alike; which of them a forward
+runs is an argument.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from paco_ds.models.backbones import make_backbone
+from paco_ds.models.heads import Normalize, Projection
+from paco_ds.recipe import Recipe
+
+
+class Encoder(nn.Module):
+    """Backbone and, where contrasts are made, projection: [B, 3, H, W] -> feature [B, F] and unit rows [B, D]."""
+
+    def __init__(self, backbone: nn.Module, projection: Projection | None) -> None:
+        super().__init__()
+        self.backbone, self.projection = backbone, projection
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        feature = self.backbone(images)
+        if self.projection is None:
+            return feature, None
+        return feature, F.normalize(self.projection(feature).float(), dim=1)
+
+
+class Recogniser(nn.Module):
+    """Query encoder with centers (a linear classifier on F(x)) and, for PaCo, the key encoder.
+
+    `forward(images)` gives (center logits [B, C], query unit rows [B, D] or None), float32;
+    `forward(images, keys=True)` gives keys [B, D], float32 unit rows without gradient. Plain tuples, since ZeRO-3
+    finds the tensors whose backward it must prepare only in those.
+    """
+
+    def __init__(
+        self, encoder: Encoder, feature_dim: int, classes: int, normalize: Normalize, with_key_encoder: bool
+    ) -> None:
+        super().__init__()
+        self.normalize = normalize
+        self.query_encoder = encoder
+        self.centers = nn.Linear(feature_dim, classes)
+        self.key_encoder = _as_key_encoder(encoder) if with_key_encoder else None
+
+    def forward(self, images: Tensor, keys: bool = False) -> tuple[Tensor, Tensor | None] | Tensor:
+        images = self.normalize(images)
+        if keys:
+            assert self.key_encoder is not None
+            with torch.no_grad():
+                return self.key_encoder(images)[1]
+        feature, query = self.query_encoder(images)
+        return self.centers(feature).float(), query
+
+
+def _as_key_encoder(encoder: Encoder) -> Encoder:
+    key_encoder = copy.deepcopy(encoder).requires_grad_(False)
+    for module in key_encoder.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            # keys are always made with the statistics of their own group; running ones would only cost exchange
+            module.track_running_stats = False
+            module.running_mean = module.running_var = module.num_batches_tracked = None
+    return key_encoder
+
+
+def make_recogniser(recipe: Recipe, classes: int, mean: Sequence[float], std: Sequence[float]) -> Recogniser:
+    """The model of a recipe for shards with this many classes; initialised from the recipe's seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        backbone = make_backbone(recipe.model)
+        contrast = recipe.loss.contrast
+        projection = None
+        if contrast:
+            hidden = recipe.model.projection_hidden or backbone.feature_dim
+            projection = Projection(backbone.feature_dim, hidden, recipe.model.projection_dim)
+        return Recogniser(
+            Encoder(backbone, projection), backbone.feature_dim, classes, Normalize(mean, std), contrast
+        )

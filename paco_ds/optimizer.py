@@ -1,0 +1,58 @@
+"""SGD that can be told to leave everything as it is, and the learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+from torch.nn.utils import get_total_norm
+
+from paco_ds.recipe import Recipe
+
+
+class GuardedSGD(torch.optim.SGD):
+    """SGD with momentum whose `step` does nothing while `refuse` is set.
+
+    Without ZeRO it also measures the gradient's global norm, clips to it and refuses a norm that is not finite;
+    ZeRO's stages do the three by themselves.
+    """
+
+    def __init__(
+        self, params: Iterable[Parameter], lr: float, *, clip_norm: float | None, whole: bool, **sgd: Any
+    ) -> None:
+        super().__init__(params, lr, **sgd)
+        self.clip_norm, self.whole = clip_norm, whole
+        self.refuse = False
+        self.grad_norm: float | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        if self.whole and not self.refuse:
+            self.grad_norm = self._clip()
+            self.refuse = not math.isfinite(self.grad_norm)
+        if not self.refuse:
+            super().step(closure)
+
+    def _clip(self) -> float:
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = float(get_total_norm(gradients))
+        if self.clip_norm and norm > self.clip_norm:
+            torch._foreach_mul_(gradients, self.clip_norm / norm)
+        return norm
+
+
+def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
+    """Learning rate of a step: linear warm-up, then lr / 2 (1 + cos(pi (e - w + 1) / (E - w + 1))).
+
+    e counts epochs (as published) or steps, by `schedule.per`; w and E are warm-up and length in the same unit.
+    """
+    schedule = recipe.schedule
+    unit = steps_per_epoch if schedule.per == "epoch" else 1
+    per_epoch = steps_per_epoch // unit
+    now, warmup, length = step // unit, schedule.warmup_epochs * per_epoch, schedule.epochs * per_epoch
+    if now < warmup:
+        return recipe.lr * (now + 1) / warmup
+    return recipe.lr / 2 * (1 + math.cos(math.pi * (now - warmup + 1) / (length - warmup + 1)))

@@ -1,0 +1,396 @@
+"""The recipe: every setting of a run, typed, frozen, read from YAML and overridden on the command line.
+
+A setting is either *meaning* (it decides what is learnt: a resumed run must agree on it) or *running* (where and
+how it is computed: free to change on resume). Sections and fields marked `RUNNING` are the latter.
+"""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from paco_ds.errors import RecipeError
+
+RUNNING = "running"
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+
+def running(default: Any, **kwargs: Any) -> Any:
+    """A field that may change between a run and its continuation."""
+    return Field(default, json_schema_extra={RUNNING: True}, **kwargs)
+
+
+class DataSettings(Section):
+    """Which shards, and how their samples are laid out and read."""
+
+    shards: str = running(..., description="directory or URL that holds manifest.json")
+    classes: Count | None = Field(None, description="number of classes the shards must have")
+    train_split: str = "train"
+    window: Count = Field(64, description="samples of a lane that are permuted, and read, together")
+    workers: int = running(0, ge=0, description="loader processes of each rank; 0 loads in the rank itself")
+    max_bad_share: Fraction = running(0.001, description="share of an epoch's samples that may be unreadable")
+
+
+class SmallView(Section):
+    """Small images: random zoom and shift, horizontal flip, one erased square (Cutout, DeVries 2017)."""
+
+    name: Literal["small"] = "small"
+    size: Count = Field(description="pixels of a side")
+    zoom: tuple[Positive, Positive] = (0.8, 1.2)
+    shift: int = Field(3, ge=0, description="pixels")
+    flip: Fraction = 0.5
+    cutout: int = Field(8, ge=0, description="pixels of a side of the erased square; 0 erases none")
+
+
+class RegularView(Section):
+    """The published `regular` view: RandomResizedCrop, horizontal flip, color jitter (DESIGN: views)."""
+
+    name: Literal["regular"] = "regular"
+    size: Count = 224
+    area: tuple[Positive, Positive] = (0.08, 1.0)
+    flip: Fraction = 0.5
+    jitter: Fraction = Field(0.4, description="strength of brightness, contrast and saturation")
+
+
+class EvalView(Section):
+    """Shorter side to `resize`, then the center `size` x `size` pixels."""
+
+    name: Literal["eval"] = "eval"
+    size: Count = 224
+    resize: Count = 256
+
+    @model_validator(mode="after")
+    def _crop_fits(self) -> Self:
+        if self.resize < self.size:
+            raise ValueError(f"resize {self.resize} is smaller than the crop size {self.size}; raise resize")
+        return self
+
+
+TrainView = Annotated[SmallView | RegularView, Field(discriminator="name")]
+
+
+class ViewSettings(Section):
+    """Random views of a training image for the query and the key encoder, and the fixed one of evaluation."""
+
+    query: TrainView
+    key: TrainView
+    evaluation: EvalView = EvalView()
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> Self:
+        if self.query.size != self.key.size:
+            raise ValueError(
+                f"query.size {self.query.size} and key.size {self.key.size} differ; set them equal"
+            )
+        return self
+
+
+class ModelSettings(Section):
+    """Backbone and projection head; the centers have the backbone's feature dimension (F(x), Eq. 4)."""
+
+    backbone: Literal["resnet18", "resnet50", "cifar_resnet20", "cifar_resnet32"]
+    width: Count = Field(16, description="channels of a CIFAR ResNet's first stage; others have their own")
+    projection_hidden: Count | None = Field(
+        None, description="hidden width; the feature dimension by default"
+    )
+    projection_dim: Count = 128
+
+
+class LossSettings(Section):
+    """The general form of the loss (DESIGN: the loss, exactly). `method` says which of its terms are present."""
+
+    method: Literal["paco", "balanced_softmax", "cross_entropy"] = "paco"
+    alpha: Positive = Field(0.05, description="weight of the contrast positives, Eq. (13)")
+    beta: Positive = Field(1.0, description="weight of the own center")
+    gamma: float = Field(1.0, ge=0, description="scale of the contrast terms in the denominator")
+    temperature: Positive = 0.2
+    supt: Positive = Field(1.0, description="divides center logits and class prior")
+    smoothing: float = Field(0.0, ge=0, lt=1, description="label smoothing over the centers")
+    class_prior: bool = Field(True, description="PaCo adds log q(y) to center logits in training")
+    normalization: Literal["published", "summed"] = "published"
+
+    @property
+    def contrast(self) -> bool:
+        """True when queries are held against keys and queue, which needs a key encoder."""
+        return self.method == "paco"
+
+    @property
+    def uses_class_prior(self) -> bool:
+        return self.method == "balanced_softmax" or (self.method == "paco" and self.class_prior)
+
+
+class KeyEncoderSettings(Section):
+    """The momentum encoder that makes keys (He et al. 2020)."""
+
+    momentum: Fraction = 0.999
+    batch_norm: Literal["shuffle", "local"] = Field(
+        "shuffle", description="groups over which keys are normalised"
+    )
+
+
+class QueueSettings(Section):
+    """The ring of the newest keys of all ranks."""
+
+    length: int = Field(8192, ge=0)
+
+
+class StepSettings(Section):
+    """One optimizer step is `micro_batches` x `micro_batch` images, whoever computes them."""
+
+    micro_batch: Count = Field(description="images of one micro-batch: the scope of BatchNorm and contrasts")
+    micro_batches: Count = Field(description="micro-batches of one optimizer step; ranks must divide it")
+    reference_micro_batches: Count | None = Field(
+        None, description="what the learning rate was chosen for: the recipe file's own step.micro_batches"
+    )
+
+    @property
+    def global_batch(self) -> int:
+        return self.micro_batch * self.micro_batches
+
+    @property
+    def scale(self) -> float:
+        """Factor of the learning rate: M / M_ref (1.0 when the recipe is run as written)."""
+        return self.micro_batches / (self.reference_micro_batches or self.micro_batches)
+
+
+class OptimizerSettings(Section):
+    """SGD with momentum; weight decay on every parameter, as published."""
+
+    lr: Positive = Field(description="for the recipe's own step.micro_batches")
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(5e-4, ge=0)
+    clip_norm: Positive | None = Field(None, description="largest global norm of the gradient")
+
+
+class ScheduleSettings(Section):
+    """Linear warm-up, then half a cosine; changed every epoch (published) or every step."""
+
+    epochs: Count
+    warmup_epochs: int = Field(0, ge=0)
+    per: Literal["epoch", "step"] = "epoch"
+
+    @model_validator(mode="after")
+    def _warmup_is_shorter(self) -> Self:
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"warmup_epochs {self.warmup_epochs} leaves nothing of {self.epochs} epochs; lower it"
+            )
+        return self
+
+
+class EngineSettings(Section):
+    """How the step is computed."""
+
+    deepspeed: str = Field(description="DeepSpeed JSON: ZeRO stage, autocast; no batch sizes")
+    threads: Count | None = Field(
+        None, description="CPU threads of a rank; cores / ranks on the host by default"
+    )
+    digest_every: int = Field(
+        100, ge=0, description="steps between proofs that ranks hold equal queues; 0: never"
+    )
+
+
+class CheckpointSettings(Section):
+    """When a checkpoint is written, and how many are kept."""
+
+    every_epochs: Count = 1
+    every_steps: Count | None = Field(None, description="also inside an epoch")
+    keep: Count = 2
+
+
+class EvaluationSettings(Section):
+    """Held-out accuracy during training and at its end."""
+
+    every_epochs: int = Field(1, ge=0, description="0: only at the end")
+    split: str = Field("val", description="watched during training; settings are chosen on it")
+    test_split: str = Field("test", description="measured once, at the end")
+    batch: Count = 256
+
+
+class MetricsSettings(Section):
+    """What is shown and served while a run goes on."""
+
+    serve: bool = Field(True, description="serve /metrics on every rank")
+    port: int = Field(9400, ge=1, le=65535, description="of local rank 0; the others follow")
+    log_every: Count = Field(10, description="steps between lines when the output is no terminal")
+
+
+class Recipe(Section):
+    """Every setting of a run. See `load_recipe`."""
+
+    name: str
+    seed: int = Field(1, ge=0)
+    data: DataSettings
+    views: ViewSettings
+    model: ModelSettings
+    loss: LossSettings = LossSettings()
+    key_encoder: KeyEncoderSettings = KeyEncoderSettings()
+    queue: QueueSettings = QueueSettings()
+    step: StepSettings
+    optimizer: OptimizerSettings
+    schedule: ScheduleSettings
+    engine: EngineSettings = running(...)
+    checkpoint: CheckpointSettings = running(CheckpointSettings())
+    evaluation: EvaluationSettings = running(EvaluationSettings())
+    metrics: MetricsSettings = running(MetricsSettings())
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate of this run: the recipe's, scaled with M / M_ref."""
+        return self.optimizer.lr * self.step.scale
+
+    def meaning(self) -> dict[str, Any]:
+        """The settings that decide what is learnt, as {dotted key: value}."""
+        return dict(_leaves(self, ""))
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def _leaves(section: BaseModel, prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, field in type(section).model_fields.items():
+        extra = field.json_schema_extra
+        if (isinstance(extra, dict) and RUNNING in extra) or prefix + name == "name":
+            continue
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, list(value) if isinstance(value, tuple) else value
+
+
+# --- reading ------------------------------------------------------------------------------------------------
+
+PATH_KEYS = ("data.shards", "engine.deepspeed")
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe and apply `key.path=value` overrides (values are YAML).
+
+    Paths in the file are relative to the file; paths in overrides are relative to the working directory.
+
+    Raises:
+        RecipeError: names the key, where it was set, and what is valid there.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.load(path.read_text(), _UniqueKeys)  # noqa: S506 - a SafeLoader
+    except FileNotFoundError:
+        raise RecipeError(
+            f"no recipe at {path}; recipes of this project lie in ds_configs/recipes/"
+        ) from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path} must be a mapping of settings, not {type(tree).__name__}")
+    for key in PATH_KEYS:
+        _anchor_path(tree, key, path.parent)
+    reference = _get(tree, "step.micro_batches")
+    origin: dict[str, str] = {}
+    for override in overrides:
+        key = _apply_override(tree, override)
+        origin[key] = f"--set {override}"
+        if key in PATH_KEYS:
+            _anchor_path(tree, key, Path.cwd())
+    if isinstance(tree.get("step"), dict):
+        tree["step"].setdefault("reference_micro_batches", reference)
+    return validate_recipe(tree, str(path), origin)
+
+
+def validate_recipe(tree: dict[str, Any], place: str, origin: dict[str, str] | None = None) -> Recipe:
+    """Build a Recipe from a tree of plain values; `place` and `origin` say in errors where a key was set."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(detail, place, origin or {}) for detail in error.errors()]
+        raise RecipeError("\n".join(lines)) from None
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, of which YAML would silently drop the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice; keep one", node.value[i][0].start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def _get(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
+
+
+def _anchor_path(tree: dict[str, Any], key: str, base: Path) -> None:
+    section, name = key.split(".")
+    value = _get(tree, key)
+    if isinstance(value, str) and "://" not in value:
+        tree[section][name] = str((base / value).resolve())
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> str:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"--set {override}: write key.path=value, for example --set optimizer.lr=0.05")
+    *sections, last = key.split(".")
+    for part in sections:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise RecipeError(f"--set {override}: {part!r} is a setting, not a section")
+    tree[last] = yaml.safe_load(text)
+    return key
+
+
+def _explain(detail: Any, place: str, origin: dict[str, str]) -> str:
+    names: list[str] = []
+    model: type[BaseModel] = Recipe
+    for part in detail["loc"]:
+        if part in _VIEWS and names[:1] == ["views"]:  # pydantic names the chosen kind of view in the place
+            model = _VIEWS[part]
+            continue
+        names.append(str(part))
+        model = _section_of(model, str(part)) or model
+    key = ".".join(names)
+    where = origin.get(key) or next((o for k, o in origin.items() if k.startswith(key + ".")), place)
+    if detail["type"] == "extra_forbidden":
+        valid = list(model.model_fields)
+        near = difflib.get_close_matches(names[-1], valid, n=1, cutoff=0.0)[0]
+        prefix = ".".join([*names[:-1], ""]).lstrip(".")
+        return (
+            f"{where}: unknown key {key!r}; nearest valid name: {prefix + near!r} (valid: {', '.join(valid)})"
+        )
+    if detail["type"] == "missing":
+        return f"{where}: {key!r} is missing; add it to the recipe or give --set {key}=..."
+    given = "" if isinstance(detail["input"], dict) else f" (given: {detail['input']!r})"
+    return f"{where}: {key!r}: {detail['msg'].removeprefix('Value error, ')}{given}"
+
+
+_VIEWS: dict[Any, type[BaseModel]] = {"small": SmallView, "regular": RegularView}
+
+
+def _section_of(model: type[BaseModel], name: str) -> type[BaseModel] | None:
+    field = model.model_fields.get(name)
+    if field is None:
+        return None
+    for candidate in (field.annotation, *typing.get_args(field.annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None

@@ -1,0 +1,198 @@
+"""Methods side by side: medians over seeds with their spread, and what may be said of the difference."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+from rich.console import Console
+from rich.table import Table
+
+from paco_ds.evaluation.accuracy import GROUPS
+from paco_ds.report import charts
+from paco_ds.report.run_report import inline, render
+
+SUBJECT = "paco"
+RIVALS = ("cross_entropy", "balanced_softmax")
+NAMES = {"paco": "PaCo", "cross_entropy": "cross-entropy", "balanced_softmax": "Balanced Softmax"}
+
+
+@dataclass(frozen=True)
+class SeedResult:
+    """Top-1 accuracies of one run as fractions; None for a shot without classes."""
+
+    seed: int
+    many: float | None
+    medium: float | None
+    few: float | None
+    all: float
+
+    def group(self, name: str) -> float | None:
+        """The figure of many, medium, few or all."""
+        return {"many": self.many, "medium": self.medium, "few": self.few, "all": self.all}[name]
+
+
+@dataclass(frozen=True)
+class MethodResults:
+    """One method's runs.
+
+    Attributes:
+        method: its name in recipes (paco, balanced_softmax, ...) or any other name.
+        seeds: at least one run.
+        paper: the paper's figures as fractions by many, medium, few, all, where it has them.
+    """
+
+    method: str
+    seeds: Sequence[SeedResult]
+    paper: Mapping[str, float] | None = None
+
+    @property
+    def name(self) -> str:
+        """Its name in text."""
+        return NAMES.get(_key(self.method), self.method)
+
+    def percents(self, group: str) -> list[float]:
+        """The seeds' figures of a group in percent."""
+        figures = (seed.group(group) for seed in self.seeds)
+        return [100 * figure for figure in figures if figure is not None]
+
+
+def write_comparison(
+    rows: Sequence[MethodResults],
+    path_html: Path,
+    path_png: Path,
+    *,
+    title: str = "Comparison",
+    console: Console | None = None,
+) -> list[str]:
+    """Print the table, write the page, its picture and (beside the page, .json) the figures.
+
+    Returns:
+        The sentences of `verdicts`, which table and page also carry.
+
+    Raises:
+        ValueError: there is no method, one has no runs, or two have the same name.
+    """
+    if not rows:
+        raise ValueError("nothing to compare: no method was given")
+    for row in rows:
+        if not row.seeds:
+            raise ValueError(f"method {row.method!r} has no runs to compare; train it or leave it out")
+    if len({_key(row.method) for row in rows}) < len(rows):
+        raise ValueError(
+            f"two methods share a name among {', '.join(row.method for row in rows)}; rename one"
+        )
+    sentences = verdicts(rows)
+    console = Console() if console is None else console
+    console.print(_table(rows, title))
+    for sentence in sentences:
+        console.print(sentence, highlight=False, markup=False)
+
+    def figure() -> charts.Figure:
+        seeds = {group: [row.percents(group) for row in rows] for group in GROUPS}
+        return charts.comparison_chart([_label(row) for row in rows], seeds, _paper(rows))
+
+    charts.png(figure(), path_png)
+    page = render(
+        "comparison.html.j2",
+        {
+            "title": title,
+            "groups": GROUPS,
+            "rows": rows,
+            "sentences": sentences,
+            "cells": {row.method: [_cell(row, group) for group in GROUPS] for row in rows},
+            "with_paper": any(row.paper for row in rows),
+            "label": _label,
+            "chart": inline(figure(), "comparison", f"{title}: every seed and the median of each method"),
+        },
+    )
+    figures = {"title": title, "rows": [asdict(row) for row in rows], "sentences": sentences}
+    for path, text in (
+        (path_html, page),
+        (path_html.with_suffix(".json"), json.dumps(figures, indent=2) + "\n"),
+    ):
+        part = path.with_name(path.name + ".part")
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    return sentences
+
+
+def verdicts(rows: Sequence[MethodResults]) -> list[str]:
+    """One sentence for each rival of PaCo: the gap of the medians of All, and whether it exceeds the spread.
+
+    The spread is the wider of the two methods' ranges over seeds (greatest less least); a gap within it is
+    noise as far as these seeds can tell.
+    """
+    by_key = {_key(row.method): row for row in rows}
+    if SUBJECT not in by_key:
+        return [f"{NAMES[SUBJECT]} is not among the methods, so nothing is said of it."]
+    return [
+        _verdict(by_key[SUBJECT], by_key[rival])
+        if rival in by_key
+        else f"{NAMES[rival]} is not among the methods, so PaCo is not held against it."
+        for rival in RIVALS
+    ]
+
+
+def _verdict(ours: MethodResults, rival: MethodResults) -> str:
+    mine, theirs = ours.percents("all"), rival.percents("all")
+    # Rounded first, so that the sentence agrees with the figures printed in it.
+    here, there = round(median(mine), 1), round(median(theirs), 1)
+    gap = round(here - there, 1)
+    side = f"{abs(gap):.1f} points {'above' if gap > 0 else 'below'}" if gap else "equal to"
+    start = f"{ours.name}'s median All is {here:.1f} %, {side} {rival.name}'s {there:.1f} %"
+    if min(len(mine), len(theirs)) < 2:
+        return f"{start}; with a single seed the spread is unknown, so this settles nothing."
+    spread = round(max(max(values) - min(values) for values in (mine, theirs)), 1)
+    if abs(gap) > spread:
+        return f"{start}; the gap exceeds the seeds' spread of {spread:.1f} points."
+    return (
+        f"{start}; the gap is within the seeds' spread of {spread:.1f} points: neither is shown to be better."
+    )
+
+
+def _table(rows: Sequence[MethodResults], title: str) -> Table:
+    heading = f"{title}: top-1 accuracy, %, median and range over seeds"
+    table = Table(title=heading, title_justify="left")
+    table.add_column("method", no_wrap=True)
+    table.add_column("seeds", justify="right")
+    for group in GROUPS:
+        table.add_column(group.capitalize(), justify="right")
+    for row in rows:
+        cells = ("\n".join(part for part in _cell(row, group)[:2] if part) for group in GROUPS)
+        table.add_row(_label(row), str(len(row.seeds)), *cells)
+        if row.paper:
+            published = (_cell(row, group)[2] for group in GROUPS)
+            table.add_row("  in the paper", "", *published, style="dim")
+    return table
+
+
+def _cell(row: MethodResults, group: str) -> tuple[str, str, str]:
+    """Median, range over seeds, and the paper's figure."""
+    values = row.percents(group)
+    published = (row.paper or {}).get(group)
+    return (
+        f"{median(values):.1f}" if values else "-",
+        f"{min(values):.1f}-{max(values):.1f}" if len(values) > 1 else "",
+        "" if published is None else f"{100 * published:.1f}",
+    )
+
+
+def _paper(rows: Sequence[MethodResults]) -> dict[str, list[float | None]]:
+    return {
+        group: [100 * row.paper[group] if row.paper and group in row.paper else None for row in rows]
+        for group in GROUPS
+    }
+
+
+def _label(row: MethodResults) -> str:
+    return row.name[0].upper() + row.name[1:]
+
+
+def _key(method: str) -> str:
+    """Cross-Entropy, cross entropy and cross_entropy are one method."""
+    return re.sub(r"[^a-z0-9]+", "_", method.lower()).strip("_")

@@ -1,0 +1,280 @@
+"""report.html: one self-contained page about a run, made from the files of its directory."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import yaml
+from markupsafe import Markup
+
+from paco_ds.evaluation.accuracy import GROUPS, SHOTS, percent
+from paco_ds.metrics import log
+from paco_ds.report import charts
+from paco_ds.report.charts import Values
+
+STEP_COLUMNS = (
+    "step",
+    "epoch",
+    "loss",
+    "lr",
+    "grad_norm",
+    "images_per_second",
+    "data_wait_seconds",
+    "step_seconds",
+    "queue_fill",
+    "bad_samples",
+    "skipped",
+)
+
+DESCRIPTIONS = {
+    "loss": "Training loss over time",
+    "accuracy": "Accuracy of Many, Medium, Few and All over time",
+    "classes": "Accuracy of each class against its number of training images",
+    "center": "Probability of the own center by shot, beside its optimum",
+    "throughput": "Images per second and share of time spent waiting for data",
+    "optimizer": "Learning rate and gradient norm over time",
+}
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What a run directory holds.
+
+    Attributes:
+        steps: float64 [steps] for each of STEP_COLUMNS and for own_SHOT and optimum_SHOT (center
+            probabilities); NaN where a line has null or lacks the key.
+        evaluations: the evaluation lines, in order.
+        recipe: recipe.yaml as text and as a tree, None when missing.
+        final: metrics.json, None when missing.
+    """
+
+    steps: Mapping[str, Values]
+    evaluations: Sequence[Mapping[str, Any]]
+    recipe_text: str | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    final: Mapping[str, Any] | None = None
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write RUN/report.html, as a whole or not at all, and return its path.
+
+    Needs metrics.jsonl; recipe.yaml and metrics.json are used when there, and the page says what is missing.
+
+    Raises:
+        FileNotFoundError: there is no metrics.jsonl.
+        ValueError: a file is damaged; the message names it.
+    """
+    page = render("run.html.j2", _context(run_dir.resolve().name, read_run(run_dir)))
+    path = run_dir / "report.html"
+    part = run_dir / "report.html.part"
+    part.write_text(page, encoding="utf-8")
+    part.replace(path)
+    return path
+
+
+def read_run(run_dir: Path) -> RunFiles:
+    """Read metrics.jsonl, recipe.yaml and metrics.json; raises as `write_report` does."""
+    log_path = run_dir / "metrics.jsonl"
+    if not log_path.exists():
+        raise FileNotFoundError(f"{log_path} is missing: {run_dir} is not the output directory of a run")
+    names = [*STEP_COLUMNS, *(f"{kind}_{shot}" for kind in ("own", "optimum") for shot in SHOTS)]
+    columns = {name: array("d") for name in names}
+    evaluations = []
+    for line in log.read(log_path):
+        if line["kind"] == "evaluation":
+            evaluations.append(line)
+            continue
+        for name in STEP_COLUMNS:
+            columns[name].append(_float(line.get(name)))
+        for kind, key in (("own", "center_probability"), ("optimum", "center_probability_optimum")):
+            for shot in SHOTS:
+                columns[f"{kind}_{shot}"].append(_float((line.get(key) or {}).get(shot)))
+    recipe_path, final_path = run_dir / "recipe.yaml", run_dir / "metrics.json"
+    recipe_text = recipe_path.read_text(encoding="utf-8") if recipe_path.exists() else None
+    final = None
+    if final_path.exists():
+        try:
+            final = json.loads(final_path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{final_path} is not JSON ({error}); evaluate the run again") from error
+    try:
+        recipe = yaml.safe_load(recipe_text) if recipe_text else {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{recipe_path} is not YAML: {error}") from error
+    steps = {name: np.array(column) for name, column in columns.items()}
+    return RunFiles(steps, evaluations, recipe_text, recipe or {}, final)
+
+
+def render(template: str, context: Mapping[str, Any]) -> str:
+    """A page from a template of this package, with everything that is not ours escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["percent"] = percent
+    return environment.get_template(template).render(context)
+
+
+def inline(figure: charts.Figure, name: str, description: str) -> Markup:
+    """A chart for a template; the only markup that is not escaped, since matplotlib escapes its texts."""
+    return Markup(charts.svg(figure, name, description))
+
+
+def _context(name: str, run: RunFiles) -> dict[str, Any]:
+    steps = run.steps
+    final = run.final or {}
+    headline, source = _headline(run)
+    done = len(steps["step"])
+    return {
+        "name": name,
+        "groups": GROUPS,
+        "headline": headline,
+        "source": source,
+        "shot_sizes": _shot_sizes(final),
+        "facts": _facts(run),
+        "charts": _charts(run),
+        "classes": _classes(final),
+        "has_final": run.final is not None,
+        "evaluated": bool(run.evaluations),
+        "steps": done,
+        "skipped": int(np.nansum(steps["skipped"])),
+        "bad_samples": int(np.nansum(steps["bad_samples"])),
+        "waited": percent(_wait_share(steps)) if done else None,
+        "recipe": _sections(run.recipe),
+        "recipe_text": run.recipe_text,
+        "versions": final.get("versions", {}),
+        "manifest": final.get("manifest_sha256"),
+    }
+
+
+def _headline(run: RunFiles) -> tuple[Mapping[str, Any] | None, str]:
+    if run.final is not None:
+        return run.final, f"{run.final.get('split', 'test')} split, final weights"
+    if run.evaluations:
+        last = run.evaluations[-1]
+        return (
+            last,
+            f"{last['split']} split after epoch {last['epoch']}; the final evaluation is still missing",
+        )
+    return None, ""
+
+
+def _facts(run: RunFiles) -> list[tuple[str, str]]:
+    final, recipe = run.final or {}, run.recipe
+    facts = []
+    for label, section, key in (
+        ("Method", "loss", "method"),
+        ("Backbone", "model", "backbone"),
+        ("Shards", "data", "shards"),
+    ):
+        if value := (recipe.get(section) or {}).get(key):
+            facts.append((label, str(value)))
+    if len(run.steps["step"]):
+        facts.append(
+            ("Training", f"{run.steps['epoch'][-1] + 1:,.0f} epochs, {run.steps['step'][-1]:,.0f} steps")
+        )
+    if "world_size" in final:
+        facts.append(("Ranks", str(final["world_size"])))
+    times = [datetime.fromisoformat(final[key]) for key in ("started", "finished") if key in final]
+    if len(times) == 2:
+        facts.append(("Finished", f"{times[1]:%Y-%m-%d %H:%M}"))
+        facts.append(("Took", str(times[1] - times[0]).split(".")[0]))
+    return facts
+
+
+def _charts(run: RunFiles) -> dict[str, Markup]:
+    steps, final = run.steps, run.final or {}
+    made: dict[str, charts.Figure] = {}
+    scale, unit = _x_scale(steps)
+    x = steps["step"] / scale
+    if len(x):
+        made["loss"] = charts.loss_chart(x, steps["loss"], steps["skipped"] == 1, unit)
+        share = 100 * steps["data_wait_seconds"] / steps["step_seconds"]
+        panels = [("images/s", steps["images_per_second"]), ("data wait, %", share)]
+        made["throughput"] = charts.two_panel_chart(x, panels, unit)
+        panels = [("learning rate", steps["lr"]), ("gradient norm", steps["grad_norm"])]
+        made["optimizer"] = charts.two_panel_chart(x, panels, unit)
+        own, optimum = ({shot: steps[f"{kind}_{shot}"] for shot in SHOTS} for kind in ("own", "optimum"))
+        if any(np.isfinite(values).any() for values in own.values()):
+            made["center"] = charts.center_chart(x, own, optimum, unit)
+    if run.evaluations:
+        split = run.evaluations[-1]["split"]
+        lines = [line for line in run.evaluations if line["split"] == split]
+        figures = {group: [line.get(group) for line in lines] for group in GROUPS}
+        made["accuracy"] = charts.accuracy_chart([line["step"] / scale for line in lines], figures, unit)
+    if _classes(final):
+        made["classes"] = charts.class_chart(
+            final["class_names"], final["class_counts"], final["shots_of_classes"], final["per_class"]
+        )
+    return {key: inline(figure, key, DESCRIPTIONS[key]) for key, figure in made.items()}
+
+
+def _x_scale(steps: Mapping[str, Values]) -> tuple[float, str]:
+    """Steps of an epoch, where the log tells (two epochs begun), so that all charts share one axis."""
+    epoch = steps["epoch"]
+    if len(epoch) and epoch[-1] > epoch[0]:
+        first, last = steps["step"][0], steps["step"][np.argmax(epoch == epoch[-1])]
+        return float((last - first) / (epoch[-1] - epoch[0])), "epoch"
+    return 1.0, "step"
+
+
+def _wait_share(steps: Mapping[str, Values]) -> float | None:
+    total = float(np.nansum(steps["step_seconds"]))
+    return float(np.nansum(steps["data_wait_seconds"])) / total if total else None
+
+
+def _classes(final: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the table of classes, largest first; empty when metrics.json does not tell."""
+    keys = ("class_names", "class_counts", "shots_of_classes", "per_class")
+    if not all(key in final for key in keys):
+        return []
+    rows = zip(*(final[key] for key in keys), strict=True)
+    named = [dict(zip(("name", "count", "shot", "accuracy"), row, strict=True)) for row in rows]
+    return sorted(named, key=lambda row: -row["count"])
+
+
+def _shot_sizes(final: Mapping[str, Any]) -> dict[str, str]:
+    sizes = {}
+    rows = _classes(final)
+    for shot in SHOTS:
+        counts = [row["count"] for row in rows if row["shot"] == shot]
+        if counts:
+            span = f"{min(counts):,}" if min(counts) == max(counts) else f"{min(counts):,}-{max(counts):,}"
+            sizes[shot] = f"{len(counts):,} class{'es' * (len(counts) > 1)} of {span} images"
+    if rows:
+        sizes["all"] = f"{len(rows):,} classes, {sum(row['count'] for row in rows):,} images"
+    return sizes
+
+
+def _sections(recipe: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Cards of the page: one for the settings at the top of the recipe, one for each of its sections."""
+    top = {key: value for key, value in recipe.items() if not isinstance(value, Mapping)}
+    nested = {key: value for key, value in recipe.items() if key not in top}
+    sections = ({"run": top} if top else {}) | nested
+    return [(key, _flat(value)) for key, value in sections.items()]
+
+
+def _flat(tree: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """A section of the recipe as (key.path, value) rows."""
+    if isinstance(tree, Mapping) and tree:
+        return [
+            row
+            for key, value in tree.items()
+            for row in _flat(value, f"{prefix}.{key}" if prefix else str(key))
+        ]
+    return [(prefix, "-" if tree is None else str(tree))]
+
+
+def _float(value: Any) -> float:
+    return float("nan") if value is None else float(value)

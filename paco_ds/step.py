@@ -1,0 +1,202 @@
+"""One optimizer step over M micro-batches, whoever computes them: the heart.
+
+1. The key encoder follows the query encoder (moving average).
+2. Keys of the whole global batch, on every rank.
+3. M query micro-batches, each against its own queries and keys and the queue as it stood before this step.
+4. Running statistics: the mean over the M micro-batches.
+5. If the update was applied, the queue takes the G keys.
+
+Guard: keys, a loss or a gradient norm that are not finite change no rank's weights, momentum, statistics or queue.
+Only the moving average may stand, which is finite whenever the weights are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paco_ds.data.stream import MicroBatch
+from paco_ds.distributed import MicroBatchLayout, Ranks
+from paco_ds.key_encoder import KeyEncoder, Keys
+from paco_ds.key_queue import KeyQueue, QueueSnapshot, digest
+from paco_ds.losses.paco import LossOutput, ParametricContrastiveLoss
+from paco_ds.models.statistics import RunningStatistics
+from paco_ds.optimizer import GuardedSGD
+
+SHOTS = ("many", "medium", "few")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did, the same on every rank.
+
+    Attributes:
+        loss: mean over the global batch; nan if keys were refused before it was known.
+        grad_norm: L2 norm before clipping; nan if refused before it was known.
+        refused: why nothing was changed ("keys", "loss" or "gradient" not finite), or None.
+        center_probability, center_probability_optimum: mean over the anchors of each shot; None without any.
+        replaced: samples of this step, on all ranks, that could not be read.
+        stop: some rank was asked to stop.
+    """
+
+    loss: float
+    grad_norm: float
+    refused: str | None
+    center_probability: Mapping[str, float | None]
+    center_probability_optimum: Mapping[str, float | None]
+    replaced: int
+    stop: bool
+
+
+class _Totals:
+    """What ranks add up in the one reduction of a step: [flags and sums] then [p_c, its optimum, anchors] by shot."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.vector = torch.zeros(4 + 3 * len(SHOTS), dtype=torch.float64, device=device)
+
+    def add(self, output: LossOutput, shots_B: Tensor) -> None:
+        loss = output.loss.detach()
+        self.vector[0] += ~torch.isfinite(loss)
+        self.vector[1] += loss
+        if output.center_probability_B is not None and output.center_optimum_B is not None:
+            rows = torch.stack([output.center_probability_B, output.center_optimum_B])
+            rows = torch.cat([rows, torch.ones_like(rows[:1])]).double()
+            self.vector[4:].view(3, -1).index_add_(1, shots_B, rows)
+
+    def by_shot(self, row: int) -> dict[str, float | None]:
+        values = self.vector[4:].view(3, -1)
+        return {
+            shot: float(values[row, i] / values[2, i]) if values[2, i] else None
+            for i, shot in enumerate(SHOTS)
+        }
+
+
+class Step:
+    """One optimizer step of a model, callable with this rank's micro-batches.
+
+    Args:
+        engine: the DeepSpeed engine; its module is a `Recogniser`.
+        shots_of_classes: "many", "medium" or "few" for each class.
+        key_encoder, queue: None for methods without contrast.
+        stop_requested: asked once a step; if any rank says True, all learn of it in `StepResult.stop`.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        optimizer: GuardedSGD,
+        loss: ParametricContrastiveLoss,
+        layout: MicroBatchLayout,
+        ranks: Ranks,
+        shots_of_classes: Sequence[str],
+        key_encoder: KeyEncoder | None = None,
+        queue: KeyQueue | None = None,
+        stop_requested: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.engine, self.optimizer, self.loss = engine, optimizer, loss
+        self.layout, self.ranks = layout, ranks
+        self.key_encoder, self.queue = key_encoder, queue
+        self.statistics = RunningStatistics(engine.module)
+        self.stop_requested = stop_requested
+        self._shots_C = torch.tensor([SHOTS.index(s) for s in shots_of_classes], device=ranks.device)
+
+    def __call__(self, step: int, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
+        """Run global step `step` (from 0) with this rank's A micro-batches, in the order of `layout.own`."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.refuse = False
+        totals = _Totals(self.ranks.device)
+        totals.vector[2] = sum(len(b.replaced) for b in micro_batches)
+        totals.vector[3] = self.stop_requested()
+
+        keys = self._make_keys(step, micro_batches)
+        if keys is not None and not keys.finite:
+            self.ranks.sum(totals.vector)
+            return self._result(totals, "keys", known=False)
+        self._run_queries(micro_batches, keys, totals)
+        refused = self._refusal(totals)
+        if refused:
+            self.statistics.restore()
+        else:
+            self.statistics.finish_step(self.ranks, self.layout.micro_batches, step)
+            if self.queue is not None and keys is not None:
+                self.queue.push(keys.keys_GD, keys.labels_G)
+        return self._result(totals, refused, known=True)
+
+    def _make_keys(self, step: int, micro_batches: Sequence[MicroBatch]) -> Keys | None:
+        if self.key_encoder is None:
+            return None
+        self.key_encoder.update()
+        views = [b.key for b in micro_batches if b.key is not None]
+        return self.key_encoder.keys(step, views, [b.labels for b in micro_batches])
+
+    def _run_queries(self, micro_batches: Sequence[MicroBatch], keys: Keys | None, totals: _Totals) -> None:
+        snapshot = self.queue.snapshot(len(self._shots_C)) if self.queue is not None else None
+        self.statistics.begin_step()
+        for j, micro_batch in zip(self.layout.own, micro_batches, strict=True):
+            self.statistics.begin_micro_batch()
+            loss = self._query_loss(j, micro_batch, keys, snapshot, totals)
+            self.statistics.end_micro_batch()
+            if micro_batch is micro_batches[-1]:
+                # before the last backward, which lets DeepSpeed reduce gradients and step
+                self.ranks.sum(totals.vector)
+                self.optimizer.refuse = bool(totals.vector[0])
+            self.engine.backward(loss)
+            self.engine.step()
+
+    def _query_loss(
+        self, j: int, micro_batch: MicroBatch, keys: Keys | None, queue: QueueSnapshot | None, totals: _Totals
+    ) -> Tensor:
+        device = self.ranks.device
+        labels = micro_batch.labels.to(device, non_blocking=True)
+        logits, query = self.engine(micro_batch.query.to(device, non_blocking=True))
+        lanes = self.layout.lanes(j)
+        own_keys = None if keys is None else keys.keys_GD[lanes.start : lanes.stop]
+        output: LossOutput = self.loss(labels, logits, query, own_keys, queue)
+        totals.add(output, self._shots_C[labels])
+        return output.loss
+
+    def _refusal(self, totals: _Totals) -> str | None:
+        if totals.vector[0]:
+            return "loss"
+        if self.optimizer.refuse or not self.engine.was_step_applied():
+            return "gradient"
+        return None
+
+    def _grad_norm(self) -> float:
+        norm = self.optimizer.grad_norm if self.optimizer.whole else self.engine.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    def _result(self, totals: _Totals, refused: str | None, known: bool) -> StepResult:
+        return StepResult(
+            loss=float(totals.vector[1]) / self.layout.micro_batches if known else float("nan"),
+            grad_norm=self._grad_norm() if refused in (None, "gradient") else float("nan"),
+            refused=refused,
+            center_probability=totals.by_shot(0),
+            center_probability_optimum=totals.by_shot(1),
+            replaced=int(totals.vector[2]),
+            stop=bool(totals.vector[3]),
+        )
+
+
+def prove_ranks_agree(step: Step) -> None:
+    """Compare digests of queue and buffers between ranks.
+
+    Raises:
+        RuntimeError: names the ranks that differ from rank 0; going on would train W different models.
+    """
+    digests = [digest(step.engine.module.buffers())]
+    if step.queue is not None:
+        digests.append(step.queue.digest())
+    mine = torch.stack([d.to(step.ranks.device) for d in digests])
+    gathered = step.ranks.gather(mine)
+    different = [rank for rank, row in enumerate(gathered) if not torch.equal(row, gathered[0])]
+    if different:
+        raise RuntimeError(
+            f"queue or running statistics of ranks {different} differ from those of rank 0. Their results cannot be "
+            f"trusted: run again from the last checkpoint, and check the memory and network of these hosts"
+        )

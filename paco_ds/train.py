@@ -1,0 +1,59 @@
+"""Train a recipe: `deepspeed [--hostfile hosts] paco_ds/train.py --config RECIPE.yaml --output RUN`.
+
+Run again, the same command goes on where the run in RUN stopped, also in mid-epoch and on another legal number of
+ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+# The launcher puts this folder first on the path, where `paco_ds` itself cannot be imported from.
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from paco_ds.command import report_user_errors
+from paco_ds.recipe import load_recipe
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    # not at the top: loader processes read this file again, and need no DeepSpeed
+    from paco_ds import engine
+    from paco_ds.trainer import Trainer
+
+    arguments = _parser().parse_args(argv)
+    with report_user_errors():
+        recipe = load_recipe(arguments.config, arguments.set)
+        ranks = engine.start(recipe, arguments.expect_ranks)
+        trainer = Trainer(recipe, arguments.output, ranks, arguments.stop_at_step)
+        try:
+            trainer.run()
+        finally:
+            trainer.close()
+        ranks.wait_for_all()
+        engine.stop()
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="recipe, YAML; see ds_configs/recipes/")
+    parser.add_argument(
+        "--output", required=True, type=Path, help="run directory, on storage all hosts share"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a setting"
+    )
+    parser.add_argument("--expect-ranks", type=int, help="end at once if the job has another number of ranks")
+    parser.add_argument("--stop-at-step", type=int, help="write a checkpoint after this many steps and end")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the launcher
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""Whole weights and momentum in and out of any ZeRO stage, and the moving average of partitioned weights.
+
+Stage 0 keeps everything whole; stages 1 and 2 partition the optimizer's state; stage 3 partitions weights too.
+Two of the calls used here are private to DeepSpeed; tests/distributed pins them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_optimizer_state,
+)
+from torch import Tensor
+from torch.nn import Parameter
+
+MOMENTUM = "momentum_buffer"  # torch.optim.SGD's name for it
+
+
+def stage_of(engine: Any) -> int:
+    return int(engine.zero_optimization_stage())
+
+
+def whole_model(engine: Any) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every weight, float32, and buffer; a collective that all ranks must walk through."""
+    yield from engine.module.named_buffers()
+    for name, parameter in engine.module.named_parameters():
+        weight = safe_get_full_fp32_param(parameter) if _partitioned(engine, parameter) else None
+        if weight is None:
+            with deepspeed.zero.GatheredParameters([parameter], enabled=stage_of(engine) == 3):
+                weight = parameter.detach().clone()
+        yield name, weight.detach().float()
+
+
+def whole_momentum(engine: Any) -> Iterator[tuple[str, Tensor]]:
+    """(name, momentum) of every trained parameter; zeros before the first step. A collective."""
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if stage_of(engine) == 0:
+            momentum = engine.optimizer.state[parameter].get(MOMENTUM)
+        else:
+            _make_momentum(engine)
+            momentum = safe_get_full_optimizer_state(parameter, MOMENTUM)
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        yield name, torch.zeros(shape) if momentum is None else momentum.detach().view(shape)
+
+
+def set_momentum(engine: Any, momentum: Mapping[str, Tensor]) -> None:
+    """Put whole momentum buffers back, as `whole_momentum` gave them at any stage and world size."""
+    _make_momentum(engine)
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if stage_of(engine) == 0:
+            engine.optimizer.state[parameter][MOMENTUM] = momentum[name].to(parameter.device).clone()
+        else:
+            safe_set_full_optimizer_state(parameter, momentum[name].to(engine.device), MOMENTUM)
+
+
+@torch.no_grad()
+def move_average(engine: Any, key: Sequence[Parameter], query: Sequence[Parameter], weight: float) -> None:
+    """key <- key + weight (query - key), in float32, on whatever part of the parameters this rank holds.
+
+    At stage 3 small parameters (all BatchNorm) also keep a full copy on every rank, which must follow; on one
+    rank the copy may be the same memory.
+    """
+    if stage_of(engine) < 3:
+        torch._foreach_lerp_([k.data for k in key], [q.data for q in query], weight)
+        return
+    torch._foreach_lerp_([k.ds_tensor for k in key], [q.ds_tensor for q in query], weight)  # type: ignore[attr-defined]
+    copies = [
+        (k.data, q.data)
+        for k, q in zip(key, query, strict=True)
+        if k.data.numel() and k.data.data_ptr() != k.ds_tensor.data_ptr()  # type: ignore[attr-defined]
+    ]
+    if copies:
+        torch._foreach_lerp_([k for k, _ in copies], [q for _, q in copies], weight)
+
+
+def _partitioned(engine: Any, parameter: Parameter) -> bool:
+    return stage_of(engine) > 0 and parameter.requires_grad
+
+
+def _make_momentum(engine: Any) -> None:
+    """SGD has no momentum before its first step; ZeRO reads and writes only what exists."""
+    stage = stage_of(engine)
+    if stage == 0:
+        return
+    base = engine.optimizer.optimizer
+    if stage == 3:
+        flat = engine.optimizer.fp32_partitioned_groups_flat
+    else:
+        flat = [p for group in base.param_groups for p in group["params"]]
+    for partition in flat:
+        if MOMENTUM not in base.state[partition]:
+            base.state[partition][MOMENTUM] = torch.zeros_like(partition)
+    if stage < 3:
+        engine.optimizer._lazy_init_hp_params_optimizer_state()

@@ -1,0 +1,194 @@
+"""Images to shards: the same bytes each time, nothing half-written, damage found."""
+
+from pathlib import Path
+
+import pytest
+
+from paco_ds.data import write as write_module
+from paco_ds.data.build import build_shards, check_shards, main
+from paco_ds.data.card import load_card
+from paco_ds.data.manifest import Manifest
+from paco_ds.data.shard import sample_key
+from paco_ds.data.sources import FileSample
+from paco_ds.data.write import plan_shards
+from paco_ds.errors import DataError
+from tests.data.tiny import flip_byte
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """All files of a directory."""
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def build(card: Path, output: Path, *options: str) -> int:
+    """The command on the tiny card, with several small shards."""
+    return main(
+        ["build", str(card), "--output", str(output), "--shard-bytes", "20000", "--workers", "1", *options]
+    )
+
+
+def test_same_seed_same_bytes_for_any_number_of_workers(
+    tiny_card: Path, tiny_shards: Manifest, tmp_path: Path
+) -> None:
+    """Manifest, tars and indexes of a pool of two equal those of one process."""
+    assert build(tiny_card, tmp_path / "again", "--workers", "2") == 0
+    assert contents(tmp_path / "again") == contents(tiny_shards.directory)
+
+
+def test_another_seed_is_another_order(tiny_card: Path, tiny_shards: Manifest, tmp_path: Path) -> None:
+    """The seed decides the order inside the shards."""
+    assert build(tiny_card, tmp_path / "other", "--seed", "1") == 0
+    tar = "train-00000.tar"
+    assert (tmp_path / "other" / tar).read_bytes() != (tiny_shards.directory / tar).read_bytes()
+
+
+def test_plan_holds_every_sample_once_below_the_limit() -> None:
+    """About equal shards of at most the asked size, up to one sample."""
+    samples = [FileSample(0, 1000 + 37 * i, str(i), "") for i in range(200)]
+    shards = plan_shards(samples, "train", seed=0, shard_bytes=60_000)
+    assert sorted(int(s.where) for shard in shards for s in shard) == list(range(200))
+    assert [s.where for shard in shards for s in shard] != [str(i) for i in range(200)]
+    sizes = [sum(s.size for s in shard) for shard in shards]
+    assert max(sizes) <= 60_000
+    assert min(sizes) > 30_000
+
+
+def test_build_prints_what_the_set_is(
+    tiny_card: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Classes, samples, imbalance factor and shots."""
+    assert build(tiny_card, tmp_path / "out") == 0
+    printed = capsys.readouterr().out
+    assert "47" in printed
+    assert "6.0" in printed
+    assert "1 many, 1 medium, 1 few" in printed
+
+
+def test_existing_shards_are_refused(
+    tiny_card: Path, damaged: Manifest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is replaced unless asked to; the message is one line and says how."""
+    before = contents(damaged.directory)
+    assert build(tiny_card, damaged.directory) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "holds shards already; give another --output, or --overwrite" in message
+    assert contents(damaged.directory) == before
+
+
+def test_tars_of_others_are_refused(tiny_card: Path, tmp_path: Path) -> None:
+    """A folder of foreign shards is not built into."""
+    (tmp_path / "train-00000.tar").write_bytes(b"precious")
+    with pytest.raises(DataError, match=r"holds train-00000.tar, which is not ours"):
+        build_shards(load_card(tiny_card), tiny_card.parent / "images", tmp_path)
+
+
+def test_overwrite_leaves_no_file_of_the_older_build(tiny_card: Path, damaged: Manifest) -> None:
+    """Fewer shards than before: the others are removed, and so are partial files."""
+    (damaged.directory / ".train-00009.tar.partial").write_bytes(b"half")
+    root = tiny_card.parent / "images"
+    build_shards(load_card(tiny_card), root, damaged.directory, overwrite=True)
+    assert sorted(contents(damaged.directory)) == [
+        "manifest.json",
+        "test-00000.index.npy",
+        "test-00000.tar",
+        "train-00000.index.npy",
+        "train-00000.tar",
+    ]
+
+
+def test_interrupted_build_leaves_no_half_written_shard(
+    tiny_card: Path,
+    tiny_shards: Manifest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Stopped inside the second shard: the first is whole, the second has no name, there is no manifest."""
+    last = tiny_shards.split("train").shards[0].samples + 1
+
+    def interrupt(split: str, sample_id: int) -> str:
+        if sample_id == last:
+            raise KeyboardInterrupt
+        return sample_key(split, sample_id)
+
+    monkeypatch.setattr(write_module, "sample_key", interrupt)
+    assert build(tiny_card, tmp_path / "out") == 130
+    assert "give the same command again" in capsys.readouterr().err
+    assert sorted(contents(tmp_path / "out")) == ["train-00000.index.npy", "train-00000.tar"]
+    monkeypatch.undo()
+    assert build(tiny_card, tmp_path / "out") == 0
+
+
+def test_failed_source_does_not_touch_existing_shards(
+    tiny_card: Path, damaged: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--overwrite with a wrong root loses nothing."""
+    before = contents(damaged.directory)
+    assert build(tiny_card, damaged.directory, "--overwrite", "--root", str(tmp_path / "gone")) == 2
+    assert "give it as --root" in capsys.readouterr().err
+    assert contents(damaged.directory) == before
+
+
+def test_folders_need_no_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--source folder; what is no image is reported."""
+    for file in ("a/1.jpg", "a/2.png", "b/3.jpeg", "b/notes.txt"):
+        (tmp_path / "mine" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mine" / file).write_bytes(b"bytes of " + file.encode())
+    output = str(tmp_path / "out")
+    assert main(["build", "--source", "folder", "--root", str(tmp_path / "mine"), "--output", output]) == 0
+    assert "left out, not images by their ending: 1 .txt" in capsys.readouterr().out
+    assert main(["check", output]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give either a dataset CARD or --source folder with --root"),
+        (["--source", "folder"], "--source folder needs --root"),
+        (["none.yaml"], "there is no dataset card none.yaml"),
+    ],
+)
+def test_incomplete_commands_say_what_is_missing(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither card nor folder, folder without root, card that is not there."""
+    assert main(["build", *arguments, "--output", "out"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_check_of_whole_shards_is_one_line(tiny_shards: Manifest, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 0."""
+    assert main(["check", str(tiny_shards.directory), "--workers", "1"]) == 0
+    assert "all well, 59 samples in" in capsys.readouterr().out
+
+
+def test_check_lists_all_damage(damaged: Manifest, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 1 with each shard and sample: flipped byte, cut shard, missing index."""
+    flip_byte(damaged.directory / "train-00000.tar", 5)
+    cut = damaged.directory / "train-00001.tar"
+    cut.write_bytes(cut.read_bytes()[:3000])
+    (damaged.directory / "test-00000.index.npy").unlink()
+    assert main(["check", str(damaged.directory), "--workers", "1"]) == 1
+    printed = capsys.readouterr().out
+    for expected in (
+        "shard train-00000.tar: SHA-256 differs",
+        "sample train-00000000 of shard train-00000.tar: crc_mismatch",
+        "train-00001.tar has 3000 bytes",
+        "test-00000.index.npy is missing",
+        "4 problems",
+    ):
+        assert expected in printed
+
+
+def test_check_of_no_shards_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 2: there is nothing to check."""
+    assert main(["check", str(tmp_path / "none")]) == 2
+    assert "there is no shard directory" in capsys.readouterr().err
+
+
+def test_check_compares_class_counts(tiny_shards: Manifest) -> None:
+    """A manifest whose counts add up but are not those of the indexes."""
+    train = tiny_shards.split("train").model_copy(update={"class_counts": (29, 13, 5)})
+    edited = tiny_shards.model_copy(update={"splits": {"train": train}})
+    assert check_shards(edited) == ["split train: class_counts of the manifest are not those of the indexes"]

@@ -1,0 +1,72 @@
+"""What a dataset card may say."""
+
+from pathlib import Path
+
+import pytest
+
+from paco_ds.data.card import folder_card, load_card
+from paco_ds.errors import DataError
+from tests.data.tiny import TINY_CARD
+
+SHIPPED = Path(__file__).parents[2] / "shards"
+
+
+def card(tmp_path: Path, text: str) -> Path:
+    """Write a card."""
+    (tmp_path / "card.yaml").write_text(text)
+    return tmp_path / "card.yaml"
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_cards_are_valid(path: Path) -> None:
+    """Every card in shards/ loads and has a training and a test split."""
+    assert {"train", "test"} <= set(load_card(path).splits)
+
+
+def test_inaturalist_has_the_published_normalisation() -> None:
+    """DESIGN section 3."""
+    card = load_card(SHIPPED / "inaturalist2018.yaml")
+    assert card.mean == (0.466, 0.471, 0.380)
+    assert card.std == (0.195, 0.194, 0.192)
+
+
+def test_missing_card_points_to_the_readme(tmp_path: Path) -> None:
+    """The remedy is the page on cards."""
+    with pytest.raises(DataError, match=r"no dataset card .*none.yaml; shards/README.md"):
+        load_card(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("license: MIT", "licence: MIT", "unknown key 'licence'; did you mean 'license'"),
+        ("images: train-images", "imges: train-images", r"splits.train: unknown key 'imges'; .*'images'"),
+        ("source: idx", "source: idy", "source is 'idy', must be one of idx, folder, inaturalist"),
+        ("name: tiny", "name: [tiny", "is not YAML"),
+        ("license: MIT\n", "", "license: Field required"),
+        ("std: [0.25, 0.25, 0.25]", "std: [0.25, 0, 0.25]", r"std.1: Input should be greater than 0"),
+        ("cat, dog, eel", "cat, dog, cat", "classes names cat more than once"),
+        (
+            "test-images, labels: test-labels",
+            "train-images, labels: train-labels",
+            "train and test are the same",
+        ),
+        ("  test:", "  te.st:", r"splits.te.st.*pattern"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, old: str, new: str, message: str) -> None:
+    """Each with the key and, where there is one, the nearest valid name."""
+    assert old in TINY_CARD
+    with pytest.raises(DataError, match=message):
+        load_card(card(tmp_path, TINY_CARD.replace(old, new)))
+
+
+def test_folders_without_a_card(tmp_path: Path) -> None:
+    """root/train, root/val, root/test where they are; else the root is the training split."""
+    assert {n: s.folder for n, s in folder_card(tmp_path).splits.items()} == {"train": "."}
+    for name in ("train", "test"):
+        (tmp_path / name).mkdir()
+    assert {n: s.folder for n, s in folder_card(tmp_path).splits.items()} == {
+        "train": "train",
+        "test": "test",
+    }

@@ -1,0 +1,234 @@
+"""Reading source images, and what is refused there."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from paco_ds.data.card import FolderCard, FolderSplit, INaturalistCard, INaturalistSplit, load_card
+from paco_ds.data.sources import read_idx, read_source
+from paco_ds.errors import DataError
+from tests.data.tiny import TINY_CARD, write_idx
+
+SHIPPED = Path(__file__).parents[2] / "shards"
+PIXELS = np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 4)
+
+
+def test_idx_plain_and_gzipped_are_the_same(tmp_path: Path) -> None:
+    """Compression is seen by the content."""
+    write_idx(tmp_path / "plain", PIXELS)
+    (tmp_path / "packed").write_bytes(gzip.compress((tmp_path / "plain").read_bytes()))
+    assert (read_idx(tmp_path / "plain") == PIXELS).all()
+    assert (read_idx(tmp_path / "packed") == PIXELS).all()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda raw: raw[:-1], r"has 39 bytes, which do not hold the shape \(2, 3, 4\)"),
+        (lambda raw: raw + b"x", r"has 41 bytes, which do not hold"),
+        (lambda raw: raw[:9], "do not hold the shape"),
+        (lambda raw: b"\x89PNG" + raw, "no IDX file of unsigned bytes: it starts with '89 50 4e 47'"),
+        (lambda raw: raw[:2] + b"\x0d" + raw[3:], "no IDX file of unsigned bytes"),
+        (lambda raw: gzip.compress(raw)[:-10], "damaged gzip"),
+        (lambda raw: b"", "no IDX file"),
+    ],
+)
+def test_malformed_idx_is_refused(tmp_path: Path, damage: Any, message: str) -> None:
+    """Cut, too long, another format, another type, cut gzip, empty."""
+    write_idx(tmp_path / "file", PIXELS)
+    (tmp_path / "file").write_bytes(damage((tmp_path / "file").read_bytes()))
+    with pytest.raises(DataError, match=message):
+        read_idx(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 1], r"has shape \(3, 8, 8\) and train-labels \(2,\)"),
+        ([0, 1, 3], "has label 3, but the card names 3 classes"),
+        ([0, 1, 1], "no training image of eel"),
+    ],
+)
+def test_idx_labels_that_do_not_fit_are_refused(tmp_path: Path, labels: list[int], message: str) -> None:
+    """Another number than images, a class without name, a class without image."""
+    (tmp_path / "card.yaml").write_text(TINY_CARD)
+    for split in ("train", "test"):
+        write_idx(tmp_path / f"{split}-images", np.zeros((3, 8, 8), np.uint8))
+        write_idx(tmp_path / f"{split}-labels", np.arange(3, dtype=np.uint8))
+    write_idx(tmp_path / "train-labels", np.array(labels, np.uint8))
+    with pytest.raises(DataError, match=message):
+        read_source(load_card(tmp_path / "card.yaml"), tmp_path)
+
+
+def test_missing_root_is_named(tmp_path: Path) -> None:
+    """The remedy is --root."""
+    with pytest.raises(DataError, match=r"no folder .*gone with the images of .*give it as --root"):
+        read_source(load_card(SHIPPED / "inaturalist2018.yaml"), tmp_path / "gone")
+
+
+def test_shipped_images_are_the_long_tail_and_disjoint() -> None:
+    """The profile of the card's comment; no image of one split is in another."""
+    source = read_source(load_card(SHIPPED / "fashion-mnist-lt.yaml"), SHIPPED / "fashion-mnist-lt")
+    counts = {n: np.bincount([s.label for s in samples]).tolist() for n, samples in source.splits.items()}
+    assert counts["train"] == [1000, 599, 359, 215, 129, 77, 46, 27, 16, 10]
+    assert counts["val"] == [400] * 10
+    assert counts["test"] == [200] * 10
+    images = [sample.pixels.tobytes() for samples in source.splits.values() for sample in samples]
+    assert len(set(images)) == len(images)
+    assert sum(file.stat().st_size for file in (SHIPPED / "fashion-mnist-lt").glob("*.gz")) <= 4_000_000
+
+
+def test_shipped_normalisation_is_that_of_the_training_images() -> None:
+    """mean and std of the card."""
+    card = load_card(SHIPPED / "fashion-mnist-lt.yaml")
+    pixels = read_idx(SHIPPED / "fashion-mnist-lt" / "train-images-idx3-ubyte.gz") / 255
+    assert card.mean == pytest.approx([pixels.mean()] * 3, abs=1e-4)
+    assert card.std == pytest.approx([pixels.std()] * 3, abs=1e-4)
+
+
+def folders(root: Path, *files: str) -> FolderCard:
+    """Put files under root, each holding its own name; a card with a split per top folder."""
+    for file in files:
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).write_bytes(file.encode())
+    splits = {name: FolderSplit(folder=name) for name in sorted({f.split("/")[0] for f in files})}
+    return FolderCard(name="mine", license="mine", source="folder", splits=splits)
+
+
+def test_folders_keep_bytes_and_report_what_they_leave_out(tmp_path: Path) -> None:
+    """Sorted class names are labels; .jpeg becomes .jpg; other endings are counted; sub-folders are read."""
+    card = folders(
+        tmp_path, "train/b/1.JPEG", "train/a/x/2.png", "train/a/3.txt", "train/a/4.webp", "train/b/n"
+    )
+    source = read_source(card, tmp_path)
+    assert source.classes == ("a", "b")
+    found = [(s.label, s.where, s.ending) for s in source.splits["train"]]
+    assert found == [
+        (0, "train/a/4.webp", "webp"),
+        (0, "train/a/x/2.png", "png"),
+        (1, "train/b/1.JPEG", "jpg"),
+    ]
+    assert source.splits["train"][0].read() == b"train/a/4.webp"
+    assert source.ignored == {".txt": 1, "(no ending)": 1}
+
+
+def test_order_of_classes_may_be_the_cards(tmp_path: Path) -> None:
+    """A card that names classes fixes their labels."""
+    card = folders(tmp_path, "train/a/1.jpg", "train/b/2.jpg").model_copy(update={"classes": ("b", "a")})
+    assert {s.where: s.label for s in read_source(card, tmp_path).splits["train"]}["train/b/2.jpg"] == 0
+
+
+def test_class_folders_that_differ_are_named(tmp_path: Path) -> None:
+    """A split with other classes would give wrong labels without an error."""
+    card = folders(tmp_path, "train/a/1.jpg", "train/b/2.jpg", "val/a/3.jpg", "val/c/4.jpg")
+    message = r"split val .*does not have the classes of split train: missing b; not known c"
+    with pytest.raises(DataError, match=message):
+        read_source(card, tmp_path)
+
+
+def test_folder_without_classes_is_refused(tmp_path: Path) -> None:
+    """Images beside each other have no class."""
+    with pytest.raises(DataError, match="one folder per class"):
+        read_source(folders(tmp_path, "train/1.jpg"), tmp_path)
+
+
+def test_empty_image_is_named(tmp_path: Path) -> None:
+    """An empty file is found before anything is built."""
+    card = folders(tmp_path, "train/a/1.jpg")
+    (tmp_path / "train/a/1.jpg").write_bytes(b"")
+    with pytest.raises(DataError, match=r"train/a/1.jpg is empty"):
+        read_source(card, tmp_path)
+
+
+def test_image_that_vanished_is_named(tmp_path: Path) -> None:
+    """So is a file that is gone, or has changed, when its turn comes."""
+    sample = read_source(folders(tmp_path, "train/a/1.jpg"), tmp_path).splits["train"][0]
+    (tmp_path / "train/a/1.jpg").write_bytes(b"longer than it was")
+    with pytest.raises(DataError, match=r"1.jpg changed while"):
+        sample.read()
+    (tmp_path / "train/a/1.jpg").unlink()
+    with pytest.raises(DataError, match=r"1.jpg cannot be read: No such file"):
+        sample.read()
+
+
+CATEGORIES = [{"id": 7, "name": "newt"}, {"id": 3, "name": "moth"}]
+PAGE = {
+    "images": [{"id": 1, "file_name": "t/1.jpg"}, {"id": 2, "file_name": "t/2.jpg"}],
+    "annotations": [{"image_id": 2, "category_id": 3}, {"image_id": 1, "category_id": 7}],
+    "categories": CATEGORIES,
+}
+
+
+def naturalist(root: Path, page: object, **settings: str) -> INaturalistCard:
+    """Two image files, one JSON page, its card."""
+    (root / "t").mkdir()
+    for name in ("1", "2"):
+        (root / f"t/{name}.jpg").write_bytes(name.encode())
+    (root / "train.json").write_text(json.dumps(page))
+    splits = {"train": INaturalistSplit(annotations="train.json")}
+    return INaturalistCard(name="n", license="n", source="inaturalist", splits=splits, **settings)
+
+
+def test_inaturalist_categories_become_labels_in_id_order(tmp_path: Path) -> None:
+    """Category 3 is label 0, category 7 label 1."""
+    source = read_source(naturalist(tmp_path, PAGE), tmp_path)
+    assert source.classes == ("moth", "newt")
+    assert [(s.label, s.read()) for s in source.splits["train"]] == [(1, b"1"), (0, b"2")]
+
+
+def test_inaturalist_names_may_come_from_another_file(tmp_path: Path) -> None:
+    """The official categories.json is a bare list."""
+    (tmp_path / "categories.json").write_text('[{"id": 3, "name": "Moth"}, {"id": 7, "name": "Newt"}]')
+    card = naturalist(tmp_path, PAGE, categories="categories.json")
+    assert read_source(card, tmp_path).classes == ("Moth", "Newt")
+    (tmp_path / "categories.json").write_text('[{"id": 3, "name": "Moth"}]')
+    with pytest.raises(DataError, match=r"categories.json has no name for category 7"):
+        read_source(card, tmp_path)
+
+
+IMAGES, ANNOTATIONS = PAGE["images"], PAGE["annotations"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"annotations": ANNOTATIONS[:1]}, r"image 1 \(t/1.jpg\) has no annotation"),
+        ({"annotations": [{"image_id": 1, "category_id": 9}]}, "image 1 has unknown category 9"),
+        ({"annotations": [*ANNOTATIONS, {"image_id": 1, "category_id": 3}]}, "image 1 .* two categories"),
+        ({"annotations": None}, "has no annotations: it must be a list"),
+        ({"annotations": [{"image_id": 1}]}, "annotations has an entry without image_id and category_id"),
+        ({"images": [*IMAGES, {"id": 1, "file_name": "t/1.jpg"}]}, "t/1.jpg is listed twice"),
+        ({"images": [{"id": 1, "file_name": "../1.jpg"}]}, "does not lie under the root"),
+        ({"images": [{"id": 1, "file_name": "t/1.gif"}]}, "t/1.gif must end in one of jpg"),
+        ({"images": [{"id": 1, "file_name": "t/9.jpg"}]}, r"lists 1 images that are not under .*: t/9.jpg"),
+    ],
+)
+def test_inaturalist_mistakes_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    """Each with the file, the image or the category."""
+    with pytest.raises(DataError, match=message):
+        read_source(naturalist(tmp_path, PAGE | change), tmp_path)
+
+
+def test_inaturalist_splits_must_share_categories(tmp_path: Path) -> None:
+    """Labels would mean other classes; the differing ids are named."""
+    card = naturalist(tmp_path, PAGE)
+    more = PAGE | {"categories": [*CATEGORIES, {"id": 5, "name": "owl"}]}
+    (tmp_path / "val.json").write_text(json.dumps(more))
+    both = card.splits | {"val": INaturalistSplit(annotations="val.json")}
+    with pytest.raises(DataError, match=r"val.json does not have the categories of .*train.json: 5"):
+        read_source(card.model_copy(update={"splits": both}), tmp_path)
+
+
+def test_inaturalist_missing_or_broken_page_is_named(tmp_path: Path) -> None:
+    """The JSON file itself."""
+    card = naturalist(tmp_path, PAGE)
+    (tmp_path / "train.json").write_text("{")
+    with pytest.raises(DataError, match=r"train.json is not JSON"):
+        read_source(card, tmp_path)
+    (tmp_path / "train.json").unlink()
+    with pytest.raises(DataError, match=r"train.json is missing"):
+        read_source(card, tmp_path)

@@ -1,0 +1,32 @@
+"""A tiny long-tailed data set as IDX files, and helpers to write and to damage files."""
+
+from pathlib import Path
+
+import numpy as np
+
+TINY_COUNTS = {"train": (30, 12, 5), "test": (4, 4, 4)}
+TINY_CARD = """
+name: tiny
+license: MIT
+source: idx
+root: images
+classes: [cat, dog, eel]
+mean: [0.5, 0.5, 0.5]
+std: [0.25, 0.25, 0.25]
+shots: {many: 20, few: 10}
+splits:
+  train: {images: train-images, labels: train-labels}
+  test: {images: test-images, labels: test-labels}
+"""
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    """Write uint8 ``array`` as an IDX file."""
+    path.write_bytes(bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">u4").tobytes() + array.tobytes())
+
+
+def flip_byte(path: Path, position: int) -> None:
+    """Invert one byte of a file."""
+    data = bytearray(path.read_bytes())
+    data[position] ^= 0xFF
+    path.write_bytes(data)

@@ -1,0 +1,140 @@
+"""metrics.jsonl: what is written is read back, and a resumed run goes on cleanly."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from paco_ds.evaluation.accuracy import ShotAccuracy
+from paco_ds.metrics.log import MetricsLog, StepRecord, read
+
+RECORD = StepRecord(
+    step=1,
+    epoch=0,
+    loss=float(np.float32(0.1)),
+    lr=0.1 + 0.2,
+    grad_norm=1.0,
+    images_per_second=100.0,
+    data_wait_seconds=0.0,
+    step_seconds=0.5,
+    center_probability={"many": 0.5, "few": None},
+)
+ACCURACY = ShotAccuracy(0.9, None, 0.7, 0.85, {"many": 1.0, "all": 0.99}, [0.9, 0.7])
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A log of steps 1 to 4 with an evaluation after step 2."""
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    for step in range(1, 5):
+        log.step(replace(RECORD, step=step))
+        if step == 2:
+            log.evaluation(2, 1, "val", ACCURACY)
+    log.close()
+    return path
+
+
+def test_lines_come_back_with_the_same_bits(path: Path) -> None:
+    """Floats survive exactly; kinds, split and figures are there."""
+    lines = list(read(path))
+    assert [(line["kind"], line["step"]) for line in lines] == [
+        ("step", 1),
+        ("step", 2),
+        ("evaluation", 2),
+        ("step", 3),
+        ("step", 4),
+    ]
+    assert (lines[0]["loss"], lines[0]["lr"]) == (RECORD.loss, RECORD.lr)
+    assert lines[0]["center_probability"] == {"many": 0.5, "few": None}
+    evaluation = {key: lines[2][key] for key in ("epoch", "split", "many", "medium", "all", "top5")}
+    assert evaluation == {
+        "epoch": 1,
+        "split": "val",
+        "many": 0.9,
+        "medium": None,
+        "all": 0.85,
+        "top5": {"many": 1.0, "all": 0.99},
+    }
+
+
+def test_lines_are_on_disk_at_once(tmp_path: Path) -> None:
+    """A line can be read before the log is closed."""
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.step(RECORD)
+    assert len(list(read(tmp_path / "metrics.jsonl"))) == 1
+    log.close()
+
+
+def test_not_finite_becomes_null_and_the_reason_shows(tmp_path: Path) -> None:
+    """NaN and infinity, nested ones too, are valid JSON nulls beside "skipped": true."""
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    log.step(
+        replace(
+            RECORD,
+            loss=float("nan"),
+            grad_norm=float("inf"),
+            center_probability={"few": float("nan")},
+            skipped=True,
+        )
+    )
+    log.close()
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    line = json.loads(path.read_text(), parse_constant=refuse)
+    assert (line["loss"], line["grad_norm"], line["center_probability"]["few"]) == (None, None, None)
+    assert line["skipped"] is True
+
+
+def test_cut_drops_later_lines_and_the_log_goes_on(path: Path) -> None:
+    """After cut_after(2) steps 1 and 2 and the evaluation stay to the byte, and step 3 is written anew."""
+    before = path.read_bytes().splitlines(keepends=True)
+    log = MetricsLog(path)
+    log.cut_after(2)
+    assert path.read_bytes() == b"".join(before[:3])
+    log.step(replace(RECORD, step=3, loss=9.0))
+    log.close()
+    assert list(read(path))[-1]["loss"] == 9.0
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("torn", [b'{"kind": "step", "ste', b'{"kind": "step", "step": 5}'])
+def test_torn_last_line_is_dropped(path: Path, torn: bytes) -> None:
+    """A crash in mid-line: reading leaves it out, cutting removes it, even if what is there would parse."""
+    whole = path.read_bytes()
+    path.write_bytes(whole + torn)
+    assert [line["step"] for line in read(path)][-1] == 4
+    log = MetricsLog(path)
+    log.cut_after(10)
+    log.close()
+    assert path.read_bytes() == whole
+
+
+def test_damage_before_the_last_line_is_named(path: Path) -> None:
+    """A broken line in the middle is an error with file and line number, and the file stays as it was."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[1] = b"\x00\x00\n"
+    path.write_bytes(b"".join(lines))
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not JSON"):
+        list(read(path))
+    log = MetricsLog(path)
+    with pytest.raises(ValueError, match="line 2"):
+        log.cut_after(3)
+    assert path.read_bytes() == b"".join(lines)
+
+
+def test_log_without_a_path_writes_nothing(tmp_path: Path) -> None:
+    """Ranks other than 0 make the same calls."""
+    log = MetricsLog(None)
+    log.step(RECORD)
+    log.evaluation(1, 1, "val", ACCURACY)
+    log.cut_after(0)
+    log.close()
+    assert list(tmp_path.iterdir()) == []

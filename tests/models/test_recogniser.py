@@ -1,0 +1,75 @@
+"""The model: shapes, parameter counts, and the key encoder's place in it."""
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from paco_ds.models.backbones import make_backbone
+from paco_ds.models.recogniser import make_recogniser
+from paco_ds.recipe import ModelSettings
+from tests.recipes import tiny_recipe
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("cifar_resnet20", 269_722), ("cifar_resnet32", 464_154)])
+def test_cifar_resnets_have_the_papers_size(name, parameters):
+    """He et al. 2016, Table 6: 0.27 M and 0.46 M parameters, 650 of them the classifier of ten classes."""
+    backbone = make_backbone(ModelSettings(backbone=name))
+    assert sum(p.numel() for p in backbone.parameters()) + 650 == parameters
+    assert backbone(torch.randn(2, 3, 28, 28)).shape == (2, backbone.feature_dim)
+
+
+@pytest.mark.parametrize(("name", "feature_dim"), [("resnet18", 512), ("resnet50", 2048)])
+def test_torchvision_backbones_end_in_their_pooled_feature(name, feature_dim):
+    """They are torchvision's own networks but for the classifier."""
+    with torch.device("meta"):
+        backbone = make_backbone(ModelSettings(backbone=name))
+        theirs = torchvision.models.get_model(name)
+    classifier = sum(p.numel() for p in theirs.fc.parameters())
+    assert (
+        sum(p.numel() for p in backbone.parameters())
+        == sum(p.numel() for p in theirs.parameters()) - classifier
+    )
+    assert backbone.feature_dim == feature_dim
+
+
+def test_keys_are_unit_rows_without_gradient_and_queries_have_one():
+    """Both encoders start equal; only the query encoder learns."""
+    model = make_recogniser(tiny_recipe(), 5, (0.5,) * 3, (0.2,) * 3)
+    images = torch.randint(0, 256, (6, 3, 12, 12), dtype=torch.uint8)
+    keys, (logits, query) = model(images, keys=True), model(images)
+    torch.testing.assert_close(keys, query.detach())
+    torch.testing.assert_close(keys.norm(dim=1), torch.ones(6))
+    assert logits.shape == (6, 5)
+    assert not keys.requires_grad
+    assert query.requires_grad
+    assert not any(p.requires_grad for p in model.key_encoder.parameters())
+
+
+def test_the_key_encoder_keeps_no_running_statistics():
+    """Its BatchNorm always uses the group's own statistics, in evaluation mode too."""
+    model = make_recogniser(tiny_recipe(), 5, (0.5,) * 3, (0.2,) * 3).eval()
+    assert not [name for name, _ in model.key_encoder.named_buffers()]
+    images = torch.randint(0, 256, (6, 3, 12, 12), dtype=torch.uint8)
+    torch.testing.assert_close(model(images, keys=True), model.train()(images, keys=True))
+
+
+def test_methods_without_contrast_have_no_key_encoder_or_projection():
+    """No unused parameter is trained, moved or saved."""
+    model = make_recogniser(tiny_recipe("loss.method=cross_entropy"), 5, (0.5,) * 3, (0.2,) * 3)
+    assert model.key_encoder is None
+    assert model.query_encoder.projection is None
+    assert model(torch.zeros(2, 3, 12, 12, dtype=torch.uint8))[1] is None
+
+
+def test_the_recipes_seed_decides_the_first_weights_and_leaves_the_global_generator_alone():
+    """Every rank makes the same model, whatever it drew before."""
+    torch.manual_seed(1)
+    first = make_recogniser(tiny_recipe(), 5, (0.5,) * 3, (0.2,) * 3)
+    drawn = torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.rand(1) == drawn
+    second = make_recogniser(tiny_recipe(), 5, (0.5,) * 3, (0.2,) * 3)
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert isinstance(first.centers, nn.Linear)

@@ -1,0 +1,190 @@
+"""report.html: whole, self-contained, and honest about what is missing."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paco_ds.evaluation.accuracy import ShotAccuracy
+from paco_ds.metrics.log import MetricsLog, StepRecord
+from paco_ds.report import write_report
+from paco_ds.report.run_report import read_run
+
+NAMES = ["T-shirt/top", "<b>Bag</b>", "Ankle $boot", "Coat & hat"]
+RECORD = StepRecord(
+    1, 0, 2.0, 0.1, 1.0, 640.0, 0.01, 0.1, 1.0, {"many": 0.5, "medium": 0.6}, {"many": 0.4, "medium": 0.7}
+)
+FINAL: dict[str, Any] = {
+    "many": 0.9,
+    "medium": 0.755,
+    "few": None,
+    "all": 0.8,
+    "top5": {"many": 1.0, "medium": 1.0, "few": None, "all": 1.0},
+    "per_class": [0.9, 0.9, None, 0.61],
+    "class_names": NAMES,
+    "class_counts": [500, 200, 40, 1234],
+    "shots_of_classes": ["many", "many", "medium", "many"],
+    "world_size": 2,
+    "started": "2025-03-01T10:00:00+00:00",
+    "finished": "2025-03-01T10:07:21+00:00",
+    "manifest_sha256": "ab" * 32,
+    "versions": {"torch": "2.14.1"},
+    "split": "test",
+}
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """Two epochs of three steps, one refused, each epoch evaluated; recipe and final metrics."""
+    run = tmp_path / "a-run"
+    run.mkdir()
+    log = MetricsLog(run / "metrics.jsonl")
+    for step in range(1, 7):
+        refused = step == 4
+        loss = float("nan") if refused else 2.0 / step
+        log.step(
+            replace(
+                RECORD, step=step, epoch=(step - 1) // 3, loss=loss, skipped=refused, bad_samples=int(refused)
+            )
+        )
+        if step % 3 == 0:
+            log.evaluation(step, step // 3, "val", ShotAccuracy(0.5, 0.25, None, 0.4321, {}, []))
+    log.close()
+    (run / "recipe.yaml").write_text(
+        "seed: 7\ndata: {shards: 's3://bucket/<x>'}\nloss: {method: paco, alpha: 0.02}\n"
+    )
+    (run / "metrics.json").write_text(json.dumps(FINAL))
+    return run
+
+
+def _page(run: Path) -> str:
+    return write_report(run).read_text(encoding="utf-8")
+
+
+def test_page_is_self_contained(run_dir: Path) -> None:
+    """Nothing is fetched: no addresses, no scripts, no outside styles, images or fonts."""
+    page = _page(run_dir)
+    assert not re.search(r"https?://|<script|<iframe|@import|@font-face", page)
+    for reference in re.findall(r'(?:src|href)="([^"]*)"', page) + re.findall(r"url\(([^)]*)\)", page):
+        assert reference.startswith(("#", "data:"))
+    assert [path.name for path in run_dir.iterdir() if path.suffix == ".part"] == []
+
+
+def test_page_shows_the_run(run_dir: Path) -> None:
+    """Headline figures, refused updates, recipe, versions, digest and six charts are there."""
+    page = _page(run_dir)
+    for text in (
+        ">a-run<",
+        "90.0",
+        "75.5",
+        "80.0",
+        "test split",
+        "1 of 6 steps",
+        "Unreadable images: 1",
+        "0:07:21",
+    ):
+        assert text in page
+    for text in ("alpha", "0.02", "2.14.1", "ab" * 32, "s3://bucket/&lt;x&gt;", "1,234", "2 epochs, 6 steps"):
+        assert text in page
+    assert page.count("<svg") == 6
+
+
+def test_every_class_is_named_and_escaped(run_dir: Path) -> None:
+    """Class names stand in chart and table; markup in one is shown, not obeyed."""
+    page = _page(run_dir)
+    assert "<b>Bag</b>" not in page
+    for name in ("T-shirt/top", "&lt;b&gt;Bag&lt;/b&gt;", "Ankle $boot", "Coat &amp; hat"):
+        assert page.count(name) >= 2
+
+
+def test_ids_of_charts_do_not_clash(run_dir: Path) -> None:
+    """Every id is used once on the page, and every reference has its id."""
+    page = _page(run_dir)
+    ids = re.findall(r' id="([^"]*)"', page)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:url\(#|href="#)([^)"]+)', page)) <= set(ids)
+
+
+def test_same_files_give_the_same_page(run_dir: Path) -> None:
+    """Nothing of the time of writing gets in."""
+    assert _page(run_dir) == _page(run_dir)
+
+
+def test_missing_files_are_said_on_the_page(run_dir: Path) -> None:
+    """Without recipe and final metrics the last validation is the headline, and the gaps are named."""
+    (run_dir / "recipe.yaml").unlink()
+    (run_dir / "metrics.json").unlink()
+    page = _page(run_dir)
+    for text in ("recipe.yaml is missing", "metrics.json is missing", "val split after epoch 2", "43.2"):
+        assert text in page
+
+
+def test_run_without_a_line_yet_has_a_page(tmp_path: Path) -> None:
+    """An empty log gives a page that says so."""
+    (tmp_path / "metrics.jsonl").touch()
+    page = _page(tmp_path)
+    assert "No evaluation yet" in page
+    assert "No optimizer step has been logged yet" in page
+
+
+def test_final_metrics_without_classes_still_give_the_headline(run_dir: Path) -> None:
+    """metrics.json with the four figures only is enough for the tiles."""
+    (run_dir / "metrics.json").write_text(
+        json.dumps({key: FINAL[key] for key in ("many", "medium", "few", "all")})
+    )
+    page = _page(run_dir)
+    assert "75.5" in page
+    assert "metrics.json does not hold the classes" in page
+
+
+@pytest.mark.filterwarnings("error")
+def test_many_classes_become_dots(run_dir: Path) -> None:
+    """With more classes than bars have room for, each is still named in the table, seen or not."""
+    final = FINAL | {
+        "class_names": [f"species {c}" for c in range(60)],
+        "class_counts": list(range(60, 0, -1)),
+        "shots_of_classes": ["medium"] * 41 + ["few"] * 19,
+        "per_class": [None] * 30 + [0.5] * 30,
+    }
+    (run_dir / "metrics.json").write_text(json.dumps(final))
+    page = _page(run_dir)
+    assert all(f">species {c}<" in page for c in range(60))
+
+
+def test_without_contrast_the_center_section_says_why(run_dir: Path) -> None:
+    """A log without center probabilities has no empty chart."""
+    log = MetricsLog(run_dir / "metrics.jsonl")
+    log.cut_after(-1)
+    log.step(replace(RECORD, center_probability={}, center_probability_optimum={}))
+    log.close()
+    assert "Center probabilities were not logged" in _page(run_dir)
+
+
+def test_log_columns_are_read_in_order(run_dir: Path) -> None:
+    """Null becomes NaN, true becomes 1, and a missing shot NaN."""
+    steps = read_run(run_dir).steps
+    assert steps["step"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert [int(i) for i in range(6) if steps["loss"][i] != steps["loss"][i]] == [3]
+    assert steps["skipped"].tolist() == [0, 0, 0, 1, 0, 0]
+    assert steps["own_many"][0] == 0.5
+    assert steps["own_few"][0] != steps["own_few"][0]
+
+
+def test_wrong_directory_and_damaged_files_are_named(run_dir: Path, tmp_path: Path) -> None:
+    """Each message holds the file and what to do."""
+    with pytest.raises(
+        FileNotFoundError, match=r"metrics\.jsonl is missing: .* is not the output directory of a run"
+    ):
+        write_report(tmp_path)
+    (run_dir / "metrics.json").write_text("{")
+    with pytest.raises(ValueError, match=r"metrics\.json is not JSON .*; evaluate the run again"):
+        write_report(run_dir)
+    (run_dir / "metrics.json").unlink()
+    (run_dir / "recipe.yaml").write_text("a: [")
+    with pytest.raises(ValueError, match=r"recipe\.yaml is not YAML"):
+        write_report(run_dir)

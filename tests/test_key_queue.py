@@ -1,0 +1,220 @@
+"""The queue slot by slot, its derived sums, its digest and its state."""
+
+import logging
+
+import pytest
+import torch
+
+from paco_ds.errors import CheckpointError
+from paco_ds.key_queue import KeyQueue, QueueSnapshot, digest
+
+DIM = 3
+AWKWARD = pytest.mark.parametrize("length", [15, 16, 17])
+PUSHES = pytest.mark.parametrize("batch", [4, 5, 16, 40])
+
+
+def numbered(start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys that carry their number in the sequence of all keys pushed; labels 0 to 6."""
+    numbers = torch.arange(start, start + count)
+    return numbers[:, None].expand(-1, DIM).float() + torch.tensor([0.0, 0.25, 0.5]), numbers % 7
+
+
+def filled(length: int, pushed: int) -> KeyQueue:
+    queue = KeyQueue(length, DIM)
+    queue.push(*numbered(0, pushed))
+    return queue
+
+
+@AWKWARD
+@PUSHES
+def test_each_key_lies_in_its_slot(length, batch):
+    """After every push, slot n % K holds the newest key of that residue, through several wrap-arounds."""
+    queue, slots = KeyQueue(length, DIM), [None] * length
+    for start in range(0, 5 * 40, batch):
+        queue.push(*numbered(start, batch))
+        for n in range(start, start + batch):
+            slots[n % length] = n
+        assert queue.count == start + batch
+        assert len(queue) == sum(n is not None for n in slots)
+        assert queue.fill_ratio == len(queue) / length
+        for slot, n in enumerate(slots):
+            if n is not None:
+                assert queue.keys_KD[slot].tolist() == [n, n + 0.25, n + 0.5]
+                assert queue.labels_K[slot] == n % 7
+
+
+@AWKWARD
+def test_portions_do_not_matter(length):
+    """The same sequence in pushes of any size leaves the same queue, bit for bit."""
+    digests = set()
+    for batch in (1, 4, 5, 20, 60):
+        queue = KeyQueue(length, DIM)
+        for start in range(0, 60, batch):
+            queue.push(*numbered(start, batch))
+        digests.add(int(queue.digest()))
+    assert len(digests) == 1
+
+
+def test_more_keys_than_slots_warn_once(caplog):
+    """The last K are kept, with one warning that names the setting."""
+    queue = KeyQueue(4, DIM)
+    with caplog.at_level(logging.WARNING):
+        queue.push(*numbered(0, 10))
+        queue.push(*numbered(10, 10))
+    assert len(caplog.records) == 1
+    assert "queue.length is 4 but a step brings 10 keys" in caplog.text
+    assert sorted(queue.keys_KD[:, 0].tolist()) == [16, 17, 18, 19]
+
+
+def test_length_zero_stays_empty(caplog):
+    """No queue: pushes are counted and nothing else."""
+    queue = KeyQueue(0, DIM)
+    queue.push(*numbered(0, 10))
+    assert (len(queue), queue.count) == (0, 10)
+    assert queue.snapshot(7).keys_ND.shape == (0, DIM)
+    assert not caplog.records
+
+
+def test_queue_keeps_no_graph():
+    """Keys with a gradient are stored without it."""
+    keys, labels = numbered(0, 4)
+    queue = KeyQueue(8, DIM)
+    queue.push(keys.requires_grad_(), labels)
+    assert not queue.snapshot(7).class_sum_CD.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("keys", "labels", "message"),
+    [
+        (torch.zeros(4, DIM + 1), torch.zeros(4, dtype=torch.int64), r"takes keys \[G, 3\]"),
+        (torch.zeros(4, DIM), torch.zeros(5, dtype=torch.int64), r"\(4, 3\) and \(5,\)"),
+        (torch.zeros(4, DIM).half(), torch.zeros(4, dtype=torch.int64), "float32"),
+        (torch.zeros(4, DIM), torch.zeros(4), "int64"),
+    ],
+)
+def test_push_refuses_what_does_not_fit(keys, labels, message):
+    """Shapes and dtypes are part of the meaning."""
+    with pytest.raises(ValueError, match=message):
+        KeyQueue(8, DIM).push(keys, labels)
+
+
+class TestSnapshot:
+    @pytest.mark.parametrize("pushed", [0, 1, 9, 16, 50], ids=lambda n: f"pushed_{n}")
+    def test_sums_equal_a_plain_loop(self, pushed):
+        """S_y and n_y over filled slots only, zero for classes that are not there."""
+        queue = KeyQueue(16, DIM)
+        generator = torch.Generator().manual_seed(pushed)
+        queue.push(
+            torch.randn(pushed, DIM, generator=generator), torch.randint(5, (pushed,), generator=generator)
+        )
+        snapshot = queue.snapshot(num_classes=9)
+        sums, counts = torch.zeros(9, DIM), [0] * 9
+        for slot in range(min(pushed, 16)):
+            sums[queue.labels_K[slot]] += queue.keys_KD[slot]
+            counts[queue.labels_K[slot]] += 1
+        torch.testing.assert_close(snapshot.class_sum_CD, sums)
+        assert snapshot.class_count_C.tolist() == counts
+        assert torch.equal(snapshot.keys_ND, queue.keys_KD[:pushed])
+        assert torch.equal(snapshot.labels_N, queue.labels_K[:pushed])
+
+    def test_a_later_push_does_not_change_it(self):
+        """It is the queue as the step saw it."""
+        queue = filled(8, 8)
+        snapshot = queue.snapshot(7)
+        before = digest((snapshot.keys_ND, snapshot.labels_N))
+        queue.push(*numbered(100, 8))
+        assert torch.equal(digest((snapshot.keys_ND, snapshot.labels_N)), before)
+
+    def test_sums_do_not_depend_on_threads(self):
+        """Bit-equal with one thread and two."""
+        generator = torch.Generator().manual_seed(0)
+        keys = torch.randn(4096, 64, generator=generator)
+        labels = torch.randint(10, (4096,), generator=generator)
+        threads = torch.get_num_threads()
+        sums = []
+        try:
+            for count in (1, 2):
+                torch.set_num_threads(count)
+                sums.append(QueueSnapshot.of(keys, labels, 10).class_sum_CD)
+        finally:
+            torch.set_num_threads(threads)
+        assert torch.equal(*sums)
+
+    def test_refuses_labels_beyond_the_classes(self):
+        """A queue of another data set is named as such."""
+        with pytest.raises(ValueError, match="class 6, but there are 5 classes"):
+            filled(8, 8).snapshot(num_classes=5)
+
+
+class TestDigest:
+    def test_equal_queues_have_equal_digests(self):
+        """And it is one int64."""
+        a, b = filled(16, 20).digest(), filled(16, 20).digest()
+        assert a.dtype == torch.int64
+        assert torch.equal(a, b)
+
+    @pytest.mark.parametrize("bit", [0, 13, 31])
+    @pytest.mark.parametrize("word", [0, 20, 47])
+    def test_one_flipped_bit_shows(self, word, bit):
+        """Any bit of any key, the sign too."""
+        queue = filled(16, 16)
+        before = queue.digest()
+        mask = torch.tensor(1 << bit, dtype=torch.int64).to(torch.int32)
+        queue.keys_KD.view(torch.int32).view(-1)[word] ^= mask
+        assert not torch.equal(queue.digest(), before)
+
+    def test_order_labels_and_count_show(self):
+        """Keys that change places, a label, a count."""
+        digests = {int(filled(16, 16).digest()), int(filled(16, 15).digest())}
+        swapped, relabelled, counted = filled(16, 16), filled(16, 16), filled(16, 16)
+        swapped.keys_KD[[2, 5]] = swapped.keys_KD[[5, 2]]
+        relabelled.labels_K[3] += 1
+        counted.count += 16
+        digests |= {int(queue.digest()) for queue in (swapped, relabelled, counted)}
+        assert len(digests) == 5
+
+
+class TestState:
+    def test_round_trip_goes_on_as_before(self):
+        """A restored queue is bit-equal and takes the next push to the same slots."""
+        queue, restored = filled(16, 21), KeyQueue(16, DIM)
+        restored.load_state_dict(queue.state_dict())
+        assert torch.equal(restored.digest(), queue.digest())
+        for each in (queue, restored):
+            each.push(*numbered(21, 5))
+        assert torch.equal(restored.digest(), queue.digest())
+
+    def test_a_saved_state_does_not_change(self):
+        """Later pushes leave it alone."""
+        queue = filled(16, 16)
+        state = queue.state_dict()
+        before = digest(state.values())
+        queue.push(*numbered(50, 4))
+        assert torch.equal(digest(state.values()), before)
+
+    @pytest.mark.parametrize("own", [KeyQueue(8, DIM), KeyQueue(16, DIM + 1)], ids=["length", "dim"])
+    def test_another_shape_is_refused_naming_the_setting(self, own):
+        """The message names queue.length and leaves the queue as it was."""
+        with pytest.raises(CheckpointError, match=r"queue\.length"):
+            own.load_state_dict(filled(16, 4).state_dict())
+        assert own.count == 0
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"keys": torch.zeros(16, DIM, dtype=torch.float64)}, "keys is torch.float64"),
+            ({"count": torch.tensor(-1)}, "count is -1"),
+            ({"extra": torch.tensor(1)}, "extra"),
+        ],
+    )
+    def test_a_damaged_state_is_refused(self, change, message):
+        """Other dtypes, impossible counts and unknown tensors."""
+        with pytest.raises(CheckpointError, match=message):
+            KeyQueue(16, DIM).load_state_dict(filled(16, 4).state_dict() | change)
+
+
+@pytest.mark.parametrize(("length", "dim"), [(-1, 3), (4, 0)])
+def test_impossible_sizes_are_refused(length, dim):
+    """The message names the setting."""
+    with pytest.raises(ValueError, match=r"queue\.length"):
+        KeyQueue(length, dim)

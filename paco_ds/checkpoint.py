@@ -176,9 +176,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path} is half-written or damaged: {STATE}: {error}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT or state.get("version") != VERSION:
-        raise CheckpointError(
-            f"{path / STATE} is not a '{FORMAT}' of version {VERSION}, the one this paco_ds reads"
-        )
+        raise CheckpointError(f"{path / STATE} is not a '{FORMAT}' of version {VERSION}, the one this paco_ds reads")
     for file, sha256 in state["sha256"].items():
         if not (path / file).exists():
             raise CheckpointError(f"checkpoint {path} is half-written or damaged: {file} is missing")

@@ -46,24 +46,18 @@ def read_deepspeed_config(path: str | Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
     except FileNotFoundError:
-        raise RecipeError(
-            f"engine.deepspeed: no file {path}; ds_configs/ holds zero0.json to zero3.json"
-        ) from None
+        raise RecipeError(f"engine.deepspeed: no file {path}; ds_configs/ holds zero0.json to zero3.json") from None
     except ValueError as error:
         raise RecipeError(f"engine.deepspeed: {path} is not JSON: {error}") from None
     for key, setting in _OWNED.items():
         if key in config:
-            raise RecipeError(
-                f"engine.deepspeed: {path} sets {key!r}; remove it, the recipe decides it by {setting}"
-            )
+            raise RecipeError(f"engine.deepspeed: {path} sets {key!r}; remove it, the recipe decides it by {setting}")
     for key, why in _REFUSED.items():
         if key in config:
             raise RecipeError(f"engine.deepspeed: {path} has a {key!r} block: {why}")
     autocast = config.get("torch_autocast", {})
     if autocast.get("enabled") and autocast.get("dtype") != "bfloat16":
-        raise RecipeError(
-            f"engine.deepspeed: {path}: torch_autocast.dtype must be 'bfloat16'; {_REFUSED['fp16']}"
-        )
+        raise RecipeError(f"engine.deepspeed: {path}: torch_autocast.dtype must be 'bfloat16'; {_REFUSED['fp16']}")
     for block in ("offload_optimizer", "offload_param"):
         if block in config.get("zero_optimization", {}):
             raise RecipeError(
@@ -111,9 +105,7 @@ def start(recipe: Recipe, expect_ranks: int | None = None) -> Ranks:
             f"this job has {world_size} ranks, --expect-ranks says {expect_ranks}. DeepSpeed falls back to one host "
             f"when it cannot read the hostfile: check the path given to --hostfile and its slots"
         )
-    MicroBatchLayout(
-        recipe.step.micro_batch, recipe.step.micro_batches, rank, world_size
-    )  # refused before waiting
+    MicroBatchLayout(recipe.step.micro_batch, recipe.step.micro_batches, rank, world_size)  # refused before waiting
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     cuda = get_accelerator().device_name() == "cuda"
     if cuda:
@@ -153,8 +145,8 @@ def initialise(
         "gradient_accumulation_steps": layout.accumulation,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
+        # 0 is no clipping; left out, DeepSpeed clips at 1. Without ZeRO the optimizer clips, which knows the norm
+        "gradient_clipping": (settings.clip_norm or 0.0) if stage > 0 else 0.0,
     }
-    if stage > 0 and settings.clip_norm:
-        complete["gradient_clipping"] = settings.clip_norm
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=complete)
     return engine, optimizer

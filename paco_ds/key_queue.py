@@ -75,9 +75,7 @@ class KeyQueue:
 
     def __init__(self, length: int, dim: int, device: torch.device | str = "cpu") -> None:
         if length < 0 or dim < 1:
-            raise ValueError(
-                f"queue.length must be at least 0 and the key dimension 1, got {length} and {dim}"
-            )
+            raise ValueError(f"queue.length must be at least 0 and the key dimension 1, got {length} and {dim}")
         self.keys_KD = torch.zeros(length, dim, dtype=torch.float32, device=device)
         self.labels_K = torch.zeros(length, dtype=torch.int64, device=device)
         self.count = 0
@@ -116,13 +114,9 @@ class KeyQueue:
         kept = min(new, length)
         if 0 < length < new and not self._warned:
             self._warned = True
-            log.warning(
-                "queue.length is %d but a step brings %d keys: only its last %d are kept", length, new, length
-            )
+            log.warning("queue.length is %d but a step brings %d keys: only its last %d are kept", length, new, length)
         if kept:
-            slots = (
-                torch.arange(self.count + new - kept, self.count + new, device=self.labels_K.device) % length
-            )
+            slots = torch.arange(self.count + new - kept, self.count + new, device=self.labels_K.device) % length
             self.keys_KD[slots] = keys_GD[new - kept :].to(self.keys_KD.device)
             self.labels_K[slots] = labels_G[new - kept :].to(self.labels_K.device)
         self.count += new

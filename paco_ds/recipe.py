@@ -93,9 +93,7 @@ class ViewSettings(Section):
     @model_validator(mode="after")
     def _sizes_agree(self) -> Self:
         if self.query.size != self.key.size:
-            raise ValueError(
-                f"query.size {self.query.size} and key.size {self.key.size} differ; set them equal"
-            )
+            raise ValueError(f"query.size {self.query.size} and key.size {self.key.size} differ; set them equal")
         return self
 
 
@@ -104,9 +102,7 @@ class ModelSettings(Section):
 
     backbone: Literal["resnet18", "resnet50", "cifar_resnet20", "cifar_resnet32"]
     width: Count = Field(16, description="channels of a CIFAR ResNet's first stage; others have their own")
-    projection_hidden: Count | None = Field(
-        None, description="hidden width; the feature dimension by default"
-    )
+    projection_hidden: Count | None = Field(None, description="hidden width; the feature dimension by default")
     projection_dim: Count = 128
 
 
@@ -137,9 +133,7 @@ class KeyEncoderSettings(Section):
     """The momentum encoder that makes keys (He et al. 2020)."""
 
     momentum: Fraction = 0.999
-    batch_norm: Literal["shuffle", "local"] = Field(
-        "shuffle", description="groups over which keys are normalised"
-    )
+    batch_norm: Literal["shuffle", "local"] = Field("shuffle", description="groups over which keys are normalised")
 
 
 class QueueSettings(Section):
@@ -186,9 +180,7 @@ class ScheduleSettings(Section):
     @model_validator(mode="after")
     def _warmup_is_shorter(self) -> Self:
         if self.warmup_epochs >= self.epochs:
-            raise ValueError(
-                f"warmup_epochs {self.warmup_epochs} leaves nothing of {self.epochs} epochs; lower it"
-            )
+            raise ValueError(f"warmup_epochs {self.warmup_epochs} leaves nothing of {self.epochs} epochs; lower it")
         return self
 
 
@@ -196,12 +188,8 @@ class EngineSettings(Section):
     """How the step is computed."""
 
     deepspeed: str = Field(description="DeepSpeed JSON: ZeRO stage, autocast; no batch sizes")
-    threads: Count | None = Field(
-        None, description="CPU threads of a rank; cores / ranks on the host by default"
-    )
-    digest_every: int = Field(
-        100, ge=0, description="steps between proofs that ranks hold equal queues; 0: never"
-    )
+    threads: Count | None = Field(None, description="CPU threads of a rank; cores / ranks on the host by default")
+    digest_every: int = Field(100, ge=0, description="steps between proofs that ranks hold equal queues; 0: never")
 
 
 class CheckpointSettings(Section):
@@ -288,11 +276,9 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """
     path = Path(path)
     try:
-        tree = yaml.load(path.read_text(), _UniqueKeys)  # noqa: S506 - a SafeLoader
+        tree = yaml.load(path.read_text(), _UniqueKeys)
     except FileNotFoundError:
-        raise RecipeError(
-            f"no recipe at {path}; recipes of this project lie in ds_configs/recipes/"
-        ) from None
+        raise RecipeError(f"no recipe at {path}; recipes of this project lie in ds_configs/recipes/") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
@@ -374,9 +360,7 @@ def _explain(detail: Any, place: str, origin: dict[str, str]) -> str:
         valid = list(model.model_fields)
         near = difflib.get_close_matches(names[-1], valid, n=1, cutoff=0.0)[0]
         prefix = ".".join([*names[:-1], ""]).lstrip(".")
-        return (
-            f"{where}: unknown key {key!r}; nearest valid name: {prefix + near!r} (valid: {', '.join(valid)})"
-        )
+        return f"{where}: unknown key {key!r}; nearest valid name: {prefix + near!r} (valid: {', '.join(valid)})"
     if detail["type"] == "missing":
         return f"{where}: {key!r} is missing; add it to the recipe or give --set {key}=..."
     given = "" if isinstance(detail["input"], dict) else f" (given: {detail['input']!r})"

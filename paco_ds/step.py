@@ -69,10 +69,7 @@ class _Totals:
 
     def by_shot(self, row: int) -> dict[str, float | None]:
         values = self.vector[4:].view(3, -1)
-        return {
-            shot: float(values[row, i] / values[2, i]) if values[2, i] else None
-            for i, shot in enumerate(SHOTS)
-        }
+        return {shot: float(values[row, i] / values[2, i]) if values[2, i] else None for i, shot in enumerate(SHOTS)}
 
 
 class Step:

@@ -39,16 +39,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="recipe, YAML; see ds_configs/recipes/")
-    parser.add_argument(
-        "--output", required=True, type=Path, help="run directory, on storage all hosts share"
-    )
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a setting"
-    )
+    parser.add_argument("--output", required=True, type=Path, help="run directory, on storage all hosts share")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a setting")
     parser.add_argument("--expect-ranks", type=int, help="end at once if the job has another number of ranks")
     parser.add_argument("--stop-at-step", type=int, help="write a checkpoint after this many steps and end")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the launcher

@@ -90,9 +90,7 @@ class Trainer:
             if stopping or self._checkpoint_due(at_epoch_end):
                 self.save()
             if stopping and self.steps_done < self.total_steps:
-                self.progress.message(
-                    f"stopped after step {self.steps_done}; the same command goes on from here"
-                )
+                self.progress.message(f"stopped after step {self.steps_done}; the same command goes on from here")
                 return None
         return self._finish()
 
@@ -181,14 +179,13 @@ class Trainer:
         """Every rank must go on from the same step: the run directory has to be shared."""
         found = [
             int(s)
-            for s in self.ranks.gather(
-                torch.tensor(checkpoint.step if checkpoint else 0, device=self.ranks.device)
-            )
+            for s in self.ranks.gather(torch.tensor(checkpoint.step if checkpoint else 0, device=self.ranks.device))
         ]
         if len(set(found)) > 1:
             steps = ", ".join(f"rank {rank}: {step}" for rank, step in enumerate(found))
             raise RecipeError(
-                f"ranks found different checkpoints in {self.run_dir} ({steps}): put --output on storage that all hosts share"
+                f"ranks found different checkpoints in {self.run_dir} ({steps}): "
+                f"put --output on storage that all hosts share"
             )
         return checkpoint
 
@@ -255,9 +252,7 @@ class Trainer:
     def _serve_metrics(self) -> MetricsSink:
         sink: MetricsSink = Exporter() if self.recipe.metrics.serve else NullExporter()
         port = sink.start(self.recipe.metrics.port, self.ranks.local_rank)
-        sink.build_info(
-            {**versions(), "method": self.recipe.loss.method, "world_size": str(self.ranks.world_size)}
-        )
+        sink.build_info({**versions(), "method": self.recipe.loss.method, "world_size": str(self.ranks.world_size)})
         address = f"{reachable_host(_master())}:{port}" if port else None
         addresses = self.ranks.gather_objects(address)
         if self.ranks.first:
@@ -374,7 +369,6 @@ def _master() -> str:
 
 def _one_line(accuracy: ShotAccuracy) -> str:
     shots: Iterator[str] = (
-        f"{name} {100 * value:.1f}" if value is not None else f"{name} -"
-        for name, value in accuracy.top1().items()
+        f"{name} {100 * value:.1f}" if value is not None else f"{name} -" for name, value in accuracy.top1().items()
     )
     return "  ".join(shots)

@@ -38,9 +38,7 @@ def write_idx(path: Path, array: np.ndarray) -> None:
 
 def main() -> None:
     """Draw the three splits and write them."""
-    parser = argparse.ArgumentParser(
-        description="Make the long-tailed Fashion-MNIST that ships with paco_ds."
-    )
+    parser = argparse.ArgumentParser(description="Make the long-tailed Fashion-MNIST that ships with paco_ds.")
     parser.add_argument("originals", type=Path, help="folder with the four original .gz files")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "fashion-mnist-lt")
     parser.add_argument("--seed", type=int, default=0)

@@ -19,9 +19,9 @@ views:
 model: {backbone: cifar_resnet20, width: 4, projection_dim: 8}
 loss: {method: paco, alpha: 0.05, temperature: 0.2}
 key_encoder: {momentum: 0.9}
-queue: {length: 40}
-step: {micro_batch: 4, micro_batches: 4}
-optimizer: {lr: 0.05, clip_norm: 5.0}
+queue: {length: 80}
+step: {micro_batch: 8, micro_batches: 4}
+optimizer: {lr: 0.05}
 schedule: {epochs: 2, warmup_epochs: 0, per: step}
 engine: {deepspeed: unused, threads: 1}
 evaluation: {batch: 16}

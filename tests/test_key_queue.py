@@ -104,9 +104,7 @@ class TestSnapshot:
         """S_y and n_y over filled slots only, zero for classes that are not there."""
         queue = KeyQueue(16, DIM)
         generator = torch.Generator().manual_seed(pushed)
-        queue.push(
-            torch.randn(pushed, DIM, generator=generator), torch.randint(5, (pushed,), generator=generator)
-        )
+        queue.push(torch.randn(pushed, DIM, generator=generator), torch.randint(5, (pushed,), generator=generator))
         snapshot = queue.snapshot(num_classes=9)
         sums, counts = torch.zeros(9, DIM), [0] * 9
         for slot in range(min(pushed, 16)):

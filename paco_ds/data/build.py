@@ -83,22 +83,16 @@ def build_shards(
 def check_shards(manifest: Manifest, *, workers: int = 1, console: Console | None = None) -> list[str]:
     """All damage of the shards of a manifest, a line each; an empty list if there is none."""
     jobs = [
-        (manifest.directory, split, number)
-        for split in manifest.splits.values()
-        for number in range(len(split.shards))
+        (manifest.directory, split, number) for split in manifest.splits.values() for number in range(len(split.shards))
     ]
     weights = [split.shards[number].samples for _, split, number in jobs]
     found = _run(_check_job, jobs, weights, workers, "checking", console or Console(quiet=True))
     problems = [line for lines in found for line in lines]
     if not problems:
         for split in manifest.splits.values():
-            counts = np.bincount(
-                ShardReader(manifest.directory, split).labels(), minlength=len(manifest.classes)
-            )
+            counts = np.bincount(ShardReader(manifest.directory, split).labels(), minlength=len(manifest.classes))
             if tuple(counts) != split.class_counts:
-                problems.append(
-                    f"split {split.name}: class_counts of the manifest are not those of the indexes"
-                )
+                problems.append(f"split {split.name}: class_counts of the manifest are not those of the indexes")
     return problems
 
 
@@ -174,9 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("directory", type=Path)
     check.set_defaults(command=_check)
     for command in (build, check):
-        command.add_argument(
-            "--workers", type=_at_least_1, default=len(os.sched_getaffinity(0)), help="processes"
-        )
+        command.add_argument("--workers", type=_at_least_1, default=len(os.sched_getaffinity(0)), help="processes")
     return parser
 
 
@@ -217,9 +209,7 @@ def _refuse_existing(output: Path, overwrite: bool) -> None:
     if overwrite or not output.exists():
         return
     if (output / MANIFEST_FILE).exists():
-        raise DataError(
-            f"{output} holds shards already; give another --output, or --overwrite to replace them"
-        )
+        raise DataError(f"{output} holds shards already; give another --output, or --overwrite to replace them")
     foreign = [tar.name for tar in output.glob("*.tar") if not _index_of(tar).exists()]
     if foreign:
         raise DataError(f"{output} holds {foreign[0]}, which is not ours; give another --output")
@@ -268,9 +258,7 @@ def _run(
     return [results[number] for number in range(len(jobs))]
 
 
-def _results(
-    function: Callable[[Job], Result], jobs: Sequence[Job], workers: int
-) -> Iterator[tuple[int, Result]]:
+def _results(function: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, Result]]:
     if workers == 1:
         yield from ((number, function(job)) for number, job in enumerate(jobs))
         return

@@ -145,8 +145,7 @@ class Manifest(StrictModel):
                 raise ValueError(f"splits.{name} calls itself {split.name!r}")
             if len(split.class_counts) != len(self.classes):
                 raise ValueError(
-                    f"splits.{name}.class_counts has {len(split.class_counts)} entries for "
-                    f"{len(self.classes)} classes"
+                    f"splits.{name}.class_counts has {len(split.class_counts)} entries for {len(self.classes)} classes"
                 )
         return self
 
@@ -181,8 +180,7 @@ class Manifest(StrictModel):
 def require_file(path: Path, size: int) -> None:
     """Raise DataError, with the remedy, unless ``path`` is a file of exactly ``size`` bytes."""
     remedy = (
-        f"copy it again or rebuild it; `tools/build_shards.py check {path.parent}` lists all damage of the "
-        "directory"
+        f"copy it again or rebuild it; `tools/build_shards.py check {path.parent}` lists all damage of the directory"
     )
     if not path.is_file():
         raise DataError(f"{path} is missing, but {MANIFEST_FILE} lists it: {remedy}")

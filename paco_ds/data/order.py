@@ -32,9 +32,7 @@ class EpochOrder:
         RecipeError: there are fewer samples than lanes.
     """
 
-    def __init__(
-        self, counts: Sequence[int], global_batch: int, *, seed: int, epoch: int, window: int = 64
-    ) -> None:
+    def __init__(self, counts: Sequence[int], global_batch: int, *, seed: int, epoch: int, window: int = 64) -> None:
         sizes = np.asarray(counts, dtype=np.int64)
         self.samples = int(sizes.sum())
         if self.samples < global_batch:

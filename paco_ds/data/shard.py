@@ -162,9 +162,7 @@ class ShardReader:
             IndexError: no such id.
         """
         if not 0 <= sample_id < self.split.samples:
-            raise IndexError(
-                f"split {self.split.name} has ids 0 to {self.split.samples - 1}, not {sample_id}"
-            )
+            raise IndexError(f"split {self.split.name} has ids 0 to {self.split.samples - 1}, not {sample_id}")
         number = int(np.searchsorted(self._starts, sample_id, side="right")) - 1
         row = self._index(number)[sample_id - self._starts[number]]
         key, shard = sample_key(self.split.name, sample_id), self.split.shards[number].file

@@ -156,8 +156,7 @@ def _read_idx_source(card: IdxCard, root: Path) -> Source:
             )
         if len(labels) and labels.max() >= len(card.classes):
             raise DataError(
-                f"split {name}: {files.labels} has label {labels.max()}, but the card names "
-                f"{len(card.classes)} classes"
+                f"split {name}: {files.labels} has label {labels.max()}, but the card names {len(card.classes)} classes"
             )
         splits[name] = [
             PixelSample(int(label), f"{files.images}#{position}", pixels)
@@ -235,9 +234,7 @@ def _read_inaturalist(card: INaturalistCard, root: Path) -> Source:
     if nameless:
         raise DataError(f"{names_from} has no name for category {_some(nameless)}")
     labels = {category: label for label, category in enumerate(ids)}
-    splits: dict[str, list[Any]] = {
-        name: _annotated_images(root, pages[name], read[name], labels) for name in pages
-    }
+    splits: dict[str, list[Any]] = {name: _annotated_images(root, pages[name], read[name], labels) for name in pages}
     return Source(tuple(names[i] for i in ids), splits)
 
 

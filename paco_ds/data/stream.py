@@ -93,9 +93,7 @@ class TrainingPlan(IterableDataset):
         self.steps_per_epoch = self.order(0).steps
 
     def order(self, epoch: int) -> EpochOrder:
-        return EpochOrder(
-            self.counts, self.layout.global_batch, seed=self.seed, epoch=epoch, window=self.window
-        )
+        return EpochOrder(self.counts, self.layout.global_batch, seed=self.seed, epoch=epoch, window=self.window)
 
     @property
     def total_steps(self) -> int:

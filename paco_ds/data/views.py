@@ -66,9 +66,7 @@ class _Regular:
         top, left, height, width = _crop_box(image.shape[0], image.shape[1], s.area, rng)
         crop = image[top : top + height, left : left + width]
         shrinks = min(height, width) >= s.size
-        view = cv2.resize(
-            crop, (s.size, s.size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-        )
+        view = cv2.resize(crop, (s.size, s.size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
         if rng.random() < s.flip:
             view = view[:, ::-1]
         return _jittered(view, s.jitter, rng) if s.jitter else np.ascontiguousarray(view)

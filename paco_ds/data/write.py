@@ -33,9 +33,7 @@ class ShardJob:
     classes: tuple[str, ...]
 
 
-def plan_shards(
-    samples: Sequence[SourceSample], split: str, seed: int, shard_bytes: int
-) -> list[list[SourceSample]]:
+def plan_shards(samples: Sequence[SourceSample], split: str, seed: int, shard_bytes: int) -> list[list[SourceSample]]:
     """Shuffle the samples of a split by (seed, split) and cut them into shards of about equal bytes.
 
     Only sizes of the sources are used, so the plan stands before anything is read or encoded; a shard stays

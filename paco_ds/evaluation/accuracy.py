@@ -28,9 +28,9 @@ class ClassCounts:
         total_C: int64 [C], images.
     """
 
-    correct1_C: Tensor  # noqa: N815
-    correct5_C: Tensor  # noqa: N815
-    total_C: Tensor  # noqa: N815
+    correct1_C: Tensor
+    correct5_C: Tensor
+    total_C: Tensor
 
     @classmethod
     def zeros(cls, classes: int, device: torch.device | str = "cpu") -> ClassCounts:
@@ -133,9 +133,7 @@ def shot_accuracy(counts: ClassCounts, shots_of_classes: Sequence[str]) -> ShotA
     """
     total = counts.total_C.tolist()
     if len(shots_of_classes) != len(total):
-        raise ValueError(
-            f"{len(shots_of_classes)} shots given for {len(total)} classes; use one manifest for both"
-        )
+        raise ValueError(f"{len(shots_of_classes)} shots given for {len(total)} classes; use one manifest for both")
     if unknown := set(shots_of_classes) - set(SHOTS):
         raise ValueError(f"unknown shot {sorted(unknown)[0]!r}; the shots are {', '.join(SHOTS)}")
 
@@ -143,9 +141,7 @@ def shot_accuracy(counts: ClassCounts, shots_of_classes: Sequence[str]) -> ShotA
         per_class = [hit / n if n else None for hit, n in zip(correct, total, strict=True)]
         by_group: dict[str, float | None] = {}
         for shot in SHOTS:
-            judged = [
-                a for a, of in zip(per_class, shots_of_classes, strict=True) if of == shot and a is not None
-            ]
+            judged = [a for a, of in zip(per_class, shots_of_classes, strict=True) if of == shot and a is not None]
             by_group[shot] = sum(judged) / len(judged) if judged else None
         by_group["all"] = sum(correct) / sum(total) if sum(total) else None
         return by_group, per_class

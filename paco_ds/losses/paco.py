@@ -161,9 +161,7 @@ class ParametricContrastiveLoss(nn.Module):
                 pull_B = pull_B + self.alpha * similarity_B
                 weight_B = weight_B + self.alpha * positives_B
             if not log_terms:
-                raise ValueError(
-                    "SupCon got one image, no key and an empty queue: there is nothing to contrast"
-                )
+                raise ValueError("SupCon got one image, no key and an empty queue: there is nothing to contrast")
             lse_B = torch.stack(log_terms).logsumexp(0)
             if self.normalization == "summed":
                 loss_B = weight_B * lse_B - pull_B
@@ -252,7 +250,5 @@ def _rows(name: str, tensor: Tensor | None, size: int, dtype: torch.dtype) -> Te
     if tensor is None:
         raise ValueError(f"this loss needs {name}")
     if tensor.ndim != 2 or len(tensor) != size:
-        raise ValueError(
-            f"{name} must have one row for each of {size} labels, got shape {tuple(tensor.shape)}"
-        )
+        raise ValueError(f"{name} must have one row for each of {size} labels, got shape {tuple(tensor.shape)}")
     return tensor.to(dtype)

@@ -40,9 +40,7 @@ def queue_logsumexp(query_BD: Tensor, keys_KD: Tensor, temperature: float) -> Te
     if 0 in query_BD.shape or 0 in keys_KD.shape:
         raise ValueError(f"queue_logsumexp got {shapes}: leave the term out while batch or queue is empty")
     if keys_KD.requires_grad:
-        raise ValueError(
-            "queue_logsumexp gives keys no gradient: detach them, or make them part of the batch"
-        )
+        raise ValueError("queue_logsumexp gives keys no gradient: detach them, or make them part of the batch")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     dtype = torch.float64 if query_BD.dtype == torch.float64 else torch.float32
@@ -83,16 +81,12 @@ def attend_flash_cpu(query_BD: Tensor, keys_KD: Tensor, scale: float) -> tuple[T
     """
     # The kernel reads rows as if their last dimension were contiguous: a transposed query would give garbage.
     query, keys = query_BD.contiguous()[None, None], keys_KD.contiguous()[None, None]
-    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, keys, keys, 0.0, False, scale=scale
-    )
+    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, keys, keys, 0.0, False, scale=scale)
     # With a handful of keys the kernel answers a query of NaN with lse = 0, unseen by the step's guard.
     return output[0, 0], lse.flatten() + 0.0 * query_BD.sum(1)
 
 
-def attend_tiled(
-    query_BD: Tensor, keys_KD: Tensor, scale: float, tile_keys: int = TILE_KEYS
-) -> tuple[Tensor, Tensor]:
+def attend_tiled(query_BD: Tensor, keys_KD: Tensor, scale: float, tile_keys: int = TILE_KEYS) -> tuple[Tensor, Tensor]:
     """The same as :func:`attend_flash_cpu` in plain operations on any device, `tile_keys` keys at a time.
 
     Sums are kept relative to the largest score so far and rescaled when a tile brings a larger one.

@@ -73,9 +73,7 @@ class Exporter:
             registry=registry,
             buckets=STEP_BUCKETS,
         )
-        self._data_wait = Counter(
-            "paco_data_wait_seconds", "Time spent waiting for images.", registry=registry
-        )
+        self._data_wait = Counter("paco_data_wait_seconds", "Time spent waiting for images.", registry=registry)
         self._loss = Gauge("paco_loss", "Training loss of the last step.", registry=registry)
         self._lr = Gauge("paco_learning_rate", "Learning rate of the last step.", registry=registry)
         self._queue_fill = Gauge("paco_queue_fill_ratio", "Filled share of the key queue.", registry=registry)
@@ -115,9 +113,7 @@ class Exporter:
         self._last_step = Gauge(
             "paco_last_step_timestamp_seconds", "Unix time at which the last step ended.", registry=registry
         )
-        self._step = Gauge(
-            "paco_step", "Optimizer steps of the job so far, over all its runs.", registry=registry
-        )
+        self._step = Gauge("paco_step", "Optimizer steps of the job so far, over all its runs.", registry=registry)
         self._epoch = Gauge("paco_epoch", "Epoch under way, counted from 0.", registry=registry)
         self._build = Info("paco_build", "What runs here.", registry=registry)
 
@@ -245,9 +241,7 @@ def reachable_host(master_addr: str) -> str:
             probe.connect(address)  # a datagram socket sends nothing here; the kernel only picks the route
             host = str(probe.getsockname()[0])
     except OSError as error:
-        logger.warning(
-            "no route to master %r (%s); metrics targets name this host instead", master_addr, error
-        )
+        logger.warning("no route to master %r (%s); metrics targets name this host instead", master_addr, error)
         return socket.gethostname()
     return f"[{host}]" if family == socket.AF_INET6 else host
 

@@ -106,12 +106,7 @@ class LineProgress:
     def update(self, record: StepRecord) -> None:
         done = record.step - self._first_step
         # A refused update is said at once: between two lines it would pass unseen.
-        if (
-            done != 1
-            and record.step % self._every
-            and record.step != self._total_steps
-            and not record.skipped
-        ):
+        if done != 1 and record.step % self._every and record.step != self._total_steps and not record.skipped:
             return
         seconds = (time.monotonic() - self._started) / max(done, 1) * (self._total_steps - record.step)
         self.message(

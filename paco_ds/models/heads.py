@@ -12,9 +12,7 @@ class Projection(nn.Sequential):
     """Linear-BatchNorm-ReLU-Linear, as published: [B, feature_dim] -> [B, dim], not normalised."""
 
     def __init__(self, feature_dim: int, hidden: int, dim: int) -> None:
-        super().__init__(
-            nn.Linear(feature_dim, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, dim)
-        )
+        super().__init__(nn.Linear(feature_dim, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, dim))
 
 
 class Normalize(nn.Module):

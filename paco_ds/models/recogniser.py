@@ -79,6 +79,4 @@ def make_recogniser(recipe: Recipe, classes: int, mean: Sequence[float], std: Se
         if contrast:
             hidden = recipe.model.projection_hidden or backbone.feature_dim
             projection = Projection(backbone.feature_dim, hidden, recipe.model.projection_dim)
-        return Recogniser(
-            Encoder(backbone, projection), backbone.feature_dim, classes, Normalize(mean, std), contrast
-        )
+        return Recogniser(Encoder(backbone, projection), backbone.feature_dim, classes, Normalize(mean, std), contrast)

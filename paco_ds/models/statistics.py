@@ -17,13 +17,9 @@ class RunningStatistics:
 
     def __init__(self, module: nn.Module) -> None:
         norms = [
-            m
-            for m in module.modules()
-            if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
+            m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
         ]
-        self.buffers: list[Tensor] = [
-            b for m in norms for b in (m.running_mean, m.running_var) if b is not None
-        ]
+        self.buffers: list[Tensor] = [b for m in norms for b in (m.running_mean, m.running_var) if b is not None]
         self.steps: list[Tensor] = [m.num_batches_tracked for m in norms if m.num_batches_tracked is not None]
 
     def begin_step(self) -> None:

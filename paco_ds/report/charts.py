@@ -166,9 +166,7 @@ def center_chart(x: Values, own: Mapping[str, Values], optimum: Mapping[str, Val
 
 
 @styled
-def two_panel_chart(
-    x: Values, panels: Sequence[tuple[str, Values]], x_label: str, *, from_zero: bool = True
-) -> Figure:
+def two_panel_chart(x: Values, panels: Sequence[tuple[str, Values]], x_label: str, *, from_zero: bool = True) -> Figure:
     """Two quantities over the same steps, one above the other; each is (label of its axis, values)."""
     figure, both = _panels(HALF, 3.1, ratios=(1, 1), share_x=True)
     for axes, (label, y) in zip(both, panels, strict=True):

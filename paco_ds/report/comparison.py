@@ -83,9 +83,7 @@ def write_comparison(
         if not row.seeds:
             raise ValueError(f"method {row.method!r} has no runs to compare; train it or leave it out")
     if len({_key(row.method) for row in rows}) < len(rows):
-        raise ValueError(
-            f"two methods share a name among {', '.join(row.method for row in rows)}; rename one"
-        )
+        raise ValueError(f"two methods share a name among {', '.join(row.method for row in rows)}; rename one")
     sentences = verdicts(rows)
     console = Console() if console is None else console
     console.print(_table(rows, title))
@@ -150,9 +148,7 @@ def _verdict(ours: MethodResults, rival: MethodResults) -> str:
     spread = round(max(max(values) - min(values) for values in (mine, theirs)), 1)
     if abs(gap) > spread:
         return f"{start}; the gap exceeds the seeds' spread of {spread:.1f} points."
-    return (
-        f"{start}; the gap is within the seeds' spread of {spread:.1f} points: neither is shown to be better."
-    )
+    return f"{start}; the gap is within the seeds' spread of {spread:.1f} points: neither is shown to be better."
 
 
 def _table(rows: Sequence[MethodResults], title: str) -> Table:

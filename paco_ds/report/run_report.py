@@ -181,9 +181,7 @@ def _facts(run: RunFiles) -> list[tuple[str, str]]:
         if value := (recipe.get(section) or {}).get(key):
             facts.append((label, str(value)))
     if len(run.steps["step"]):
-        facts.append(
-            ("Training", f"{run.steps['epoch'][-1] + 1:,.0f} epochs, {run.steps['step'][-1]:,.0f} steps")
-        )
+        facts.append(("Training", f"{run.steps['epoch'][-1] + 1:,.0f} epochs, {run.steps['step'][-1]:,.0f} steps"))
     if "world_size" in final:
         facts.append(("Ranks", str(final["world_size"])))
     times = [datetime.fromisoformat(final[key]) for key in ("started", "finished") if key in final]
@@ -268,11 +266,7 @@ def _sections(recipe: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]
 def _flat(tree: Any, prefix: str = "") -> list[tuple[str, str]]:
     """A section of the recipe as (key.path, value) rows."""
     if isinstance(tree, Mapping) and tree:
-        return [
-            row
-            for key, value in tree.items()
-            for row in _flat(value, f"{prefix}.{key}" if prefix else str(key))
-        ]
+        return [row for key, value in tree.items() for row in _flat(value, f"{prefix}.{key}" if prefix else str(key))]
     return [(prefix, "-" if tree is None else str(tree))]
 
 

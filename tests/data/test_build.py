@@ -22,14 +22,10 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 def build(card: Path, output: Path, *options: str) -> int:
     """The command on the tiny card, with several small shards."""
-    return main(
-        ["build", str(card), "--output", str(output), "--shard-bytes", "20000", "--workers", "1", *options]
-    )
+    return main(["build", str(card), "--output", str(output), "--shard-bytes", "20000", "--workers", "1", *options])
 
 
-def test_same_seed_same_bytes_for_any_number_of_workers(
-    tiny_card: Path, tiny_shards: Manifest, tmp_path: Path
-) -> None:
+def test_same_seed_same_bytes_for_any_number_of_workers(tiny_card: Path, tiny_shards: Manifest, tmp_path: Path) -> None:
     """Manifest, tars and indexes of a pool of two equal those of one process."""
     assert build(tiny_card, tmp_path / "again", "--workers", "2") == 0
     assert contents(tmp_path / "again") == contents(tiny_shards.directory)
@@ -53,9 +49,7 @@ def test_plan_holds_every_sample_once_below_the_limit() -> None:
     assert min(sizes) > 30_000
 
 
-def test_build_prints_what_the_set_is(
-    tiny_card: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_build_prints_what_the_set_is(tiny_card: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Classes, samples, imbalance factor and shots."""
     assert build(tiny_card, tmp_path / "out") == 0
     printed = capsys.readouterr().out
@@ -64,9 +58,7 @@ def test_build_prints_what_the_set_is(
     assert "1 many, 1 medium, 1 few" in printed
 
 
-def test_existing_shards_are_refused(
-    tiny_card: Path, damaged: Manifest, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_existing_shards_are_refused(tiny_card: Path, damaged: Manifest, capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing is replaced unless asked to; the message is one line and says how."""
     before = contents(damaged.directory)
     assert build(tiny_card, damaged.directory) == 2

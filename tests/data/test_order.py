@@ -90,7 +90,5 @@ def test_more_lanes_than_samples_is_refused():
 @pytest.mark.parametrize(("M", "W", "legal", "more"), [(4, 3, "1, 2, 4", 6), (2, 4, "1, 2", 4)])
 def test_ranks_that_do_not_divide_the_micro_batches_are_refused(M, W, legal, more):
     """The message lists the legal numbers and the override that makes this one legal."""
-    with pytest.raises(
-        RecipeError, match=rf"legal numbers of ranks: {legal}.*--set step.micro_batches={more}"
-    ):
+    with pytest.raises(RecipeError, match=rf"legal numbers of ranks: {legal}.*--set step.micro_batches={more}"):
         MicroBatchLayout(8, M, 0, W)

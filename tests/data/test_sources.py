@@ -101,9 +101,7 @@ def folders(root: Path, *files: str) -> FolderCard:
 
 def test_folders_keep_bytes_and_report_what_they_leave_out(tmp_path: Path) -> None:
     """Sorted class names are labels; .jpeg becomes .jpg; other endings are counted; sub-folders are read."""
-    card = folders(
-        tmp_path, "train/b/1.JPEG", "train/a/x/2.png", "train/a/3.txt", "train/a/4.webp", "train/b/n"
-    )
+    card = folders(tmp_path, "train/b/1.JPEG", "train/a/x/2.png", "train/a/3.txt", "train/a/4.webp", "train/b/n")
     source = read_source(card, tmp_path)
     assert source.classes == ("a", "b")
     found = [(s.label, s.where, s.ending) for s in source.splits["train"]]

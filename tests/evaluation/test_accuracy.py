@@ -106,8 +106,7 @@ def test_json_form_and_table_hold_the_four_figures() -> None:
     Console(file=out, width=80).print(got.table("test split"))
     text = out.getvalue()
     assert all(
-        word in text
-        for word in ("test split", "Many", "Medium", "Few", "All", "top-1", "top-5", "100.0", " - ")
+        word in text for word in ("test split", "Many", "Medium", "Few", "All", "top-1", "top-5", "100.0", " - ")
     )
 
 

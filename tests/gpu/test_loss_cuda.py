@@ -40,9 +40,7 @@ def test_loss_equals_the_cpu_under_autocast():
     losses = []
     for device, dtype in (("cpu", torch.float64), ("cuda", torch.float32)):
         queue = QueueSnapshot.of(unit_rows(500, 1).to(device), torch.arange(500, device=device) % 10, 10)
-        loss = ParametricContrastiveLoss(alpha=0.05, temperature=0.2, log_prior_C=class_prior([5] * 10)).to(
-            device
-        )
+        loss = ParametricContrastiveLoss(alpha=0.05, temperature=0.2, log_prior_C=class_prior([5] * 10)).to(device)
         inputs = [t.to(device, dtype) for t in (logits_BC, unit_rows(16, 3), unit_rows(16, 4))]
         with torch.autocast(device, torch.bfloat16):
             losses.append(loss(labels_B.to(device), *inputs, queue).loss)

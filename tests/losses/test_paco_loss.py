@@ -222,18 +222,14 @@ class TestOptimum:
         """The optima of the output are exact for the batch at hand, whatever the setting."""
         output, _ = self.minimise(alpha=0.4, **settings)
         torch.testing.assert_close(output.center_probability_B, output.center_optimum_B, rtol=0, atol=1e-5)
-        torch.testing.assert_close(
-            output.positive_probability_B, output.positive_optimum_B, rtol=0, atol=1e-5
-        )
+        torch.testing.assert_close(output.positive_probability_B, output.positive_optimum_B, rtol=0, atol=1e-5)
 
 
 def test_center_gradient_is_equation_18():
     """dL/dc_k = ((alpha K* + 1) p_ck - [y = k]) x in the summed form, for the own class and every other."""
     case, alpha = make_case(batch=1), 0.05
     feature = torch.randn(5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    centers = torch.randn(
-        4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
-    ).requires_grad_()
+    centers = torch.randn(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
     case.logits = (centers @ feature)[None]
     output = case.ours(alpha=alpha, normalization="summed")
     (gradient,) = torch.autograd.grad(output.loss, centers)
@@ -257,9 +253,7 @@ def test_probabilities_are_read_off_the_denominator():
         positive = labels[kept] == case.labels[i]
         weight = 0.5 + 0.05 * int(positive.sum())
         assert output.center_probability_B[i].item() == pytest.approx(p[case.labels[i]].item())
-        assert output.positive_probability_B[i].item() == pytest.approx(
-            p[4:][positive].log().mean().exp().item()
-        )
+        assert output.positive_probability_B[i].item() == pytest.approx(p[4:][positive].log().mean().exp().item())
         assert output.center_optimum_B[i].item() == pytest.approx(0.5 / weight)
         assert output.positive_optimum_B[i].item() == pytest.approx(0.05 / weight)
     assert not output.center_probability_B.requires_grad
@@ -301,9 +295,7 @@ def test_float32_agrees_with_float64(settings):
     losses = exact.ours(**settings).loss, single.ours(**settings).loss
     assert losses[1].dtype == torch.float32
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-5)
-    gradients = [
-        torch.autograd.grad(loss, c.query)[0] for loss, c in zip(losses, (exact, single), strict=True)
-    ]
+    gradients = [torch.autograd.grad(loss, c.query)[0] for loss, c in zip(losses, (exact, single), strict=True)]
     torch.testing.assert_close(gradients[1].double(), gradients[0], rtol=1e-4, atol=1e-6)
 
 
@@ -318,9 +310,7 @@ def test_autocast_changes_nothing(settings):
         cast = case.ours(**settings).loss
     assert cast.dtype == torch.float32
     assert torch.equal(cast, plain)
-    gradients = [
-        torch.autograd.grad(loss, (case.query, case.logits), allow_unused=True) for loss in (plain, cast)
-    ]
+    gradients = [torch.autograd.grad(loss, (case.query, case.logits), allow_unused=True) for loss in (plain, cast)]
     for a, b in zip(*gradients, strict=True):
         assert a is b is None or torch.equal(a, b)
 
@@ -354,9 +344,7 @@ class TestSoftmaxSettings:
     def test_balanced_softmax(self):
         """Without contrast, with prior, it is cross-entropy of logits + log counts."""
         case, counts = make_case(), torch.tensor([1000, 100, 10, 1])
-        loss = ParametricContrastiveLoss(
-            alpha=0, temperature=1, contrast=False, log_prior_C=class_prior(counts)
-        )
+        loss = ParametricContrastiveLoss(alpha=0, temperature=1, contrast=False, log_prior_C=class_prior(counts))
         expected = F.cross_entropy(case.logits + counts.log(), case.labels)
         torch.testing.assert_close(loss(case.labels, case.logits).loss, expected, rtol=1e-6, atol=1e-6)
 

@@ -117,9 +117,7 @@ def test_shot_without_a_figure_is_absent_and_later_keeps_its_last_one(exporter: 
 def test_counters_start_at_zero(exporter: Exporter) -> None:
     """A new process counts from 0, whatever the job did before, so that rate() holds."""
     got = _values(generate_latest(exporter.registry).decode())
-    assert (
-        got["paco_samples_total"] == got["paco_steps_total"] == got["paco_step_duration_seconds_count"] == 0
-    )
+    assert got["paco_samples_total"] == got["paco_steps_total"] == got["paco_step_duration_seconds_count"] == 0
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")

@@ -57,9 +57,7 @@ def test_messages_are_printed_as_they_are() -> None:
     out = io.StringIO()
     view = _view(out)
     view.message("checkpoint [bold]40[/bold] " + "x" * 200)
-    view.message(
-        ShotAccuracy(0.5, 0.25, None, 0.4, dict.fromkeys(("many", "medium", "few", "all")), []).table()
-    )
+    view.message(ShotAccuracy(0.5, 0.25, None, 0.4, dict.fromkeys(("many", "medium", "few", "all")), []).table())
     assert out.getvalue().splitlines()[0] == "checkpoint [bold]40[/bold] " + "x" * 200
     assert "50.0" in out.getvalue()
 

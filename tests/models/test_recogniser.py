@@ -26,10 +26,7 @@ def test_torchvision_backbones_end_in_their_pooled_feature(name, feature_dim):
         backbone = make_backbone(ModelSettings(backbone=name))
         theirs = torchvision.models.get_model(name)
     classifier = sum(p.numel() for p in theirs.fc.parameters())
-    assert (
-        sum(p.numel() for p in backbone.parameters())
-        == sum(p.numel() for p in theirs.parameters()) - classifier
-    )
+    assert sum(p.numel() for p in backbone.parameters()) == sum(p.numel() for p in theirs.parameters()) - classifier
     assert backbone.feature_dim == feature_dim
 
 

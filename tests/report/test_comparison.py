@@ -14,9 +14,7 @@ from paco_ds.report import MethodResults, SeedResult, verdicts, write_comparison
 
 
 def _method(name: str, *alls: float, paper: dict[str, float] | None = None) -> MethodResults:
-    return MethodResults(
-        name, [SeedResult(i, 0.9, 0.6, None, figure) for i, figure in enumerate(alls)], paper
-    )
+    return MethodResults(name, [SeedResult(i, 0.9, 0.6, None, figure) for i, figure in enumerate(alls)], paper)
 
 
 CROSS_ENTROPY = _method("cross_entropy", 0.74, 0.674, 0.70)
@@ -60,9 +58,7 @@ def test_equal_medians_and_single_seeds_settle_nothing() -> None:
 def test_absent_methods_are_said() -> None:
     """No PaCo, or no rival, is no silence."""
     assert verdicts([BALANCED]) == ["PaCo is not among the methods, so nothing is said of it."]
-    assert verdicts([BALANCED, _method("PaCo", 0.8, 0.9)])[0].startswith(
-        "cross-entropy is not among the methods"
-    )
+    assert verdicts([BALANCED, _method("PaCo", 0.8, 0.9)])[0].startswith("cross-entropy is not among the methods")
 
 
 def test_print_page_picture_and_figures_agree(tmp_path: Path) -> None:
@@ -98,9 +94,7 @@ def test_print_page_picture_and_figures_agree(tmp_path: Path) -> None:
         ([_method("paco", 0.8), _method("PaCo", 0.9)], "two methods share a name among paco, PaCo"),
     ],
 )
-def test_rows_that_cannot_be_compared_are_refused(
-    rows: list[MethodResults], message: str, tmp_path: Path
-) -> None:
+def test_rows_that_cannot_be_compared_are_refused(rows: list[MethodResults], message: str, tmp_path: Path) -> None:
     """The reason is named and nothing is written."""
     with pytest.raises(ValueError, match=message):
         write_comparison(rows, tmp_path / "c.html", tmp_path / "c.png")

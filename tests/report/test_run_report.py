@@ -48,16 +48,12 @@ def run_dir(tmp_path: Path) -> Path:
         refused = step == 4
         loss = float("nan") if refused else 2.0 / step
         log.step(
-            replace(
-                RECORD, step=step, epoch=(step - 1) // 3, loss=loss, skipped=refused, bad_samples=int(refused)
-            )
+            replace(RECORD, step=step, epoch=(step - 1) // 3, loss=loss, skipped=refused, bad_samples=int(refused))
         )
         if step % 3 == 0:
             log.evaluation(step, step // 3, "val", ShotAccuracy(0.5, 0.25, None, 0.4321, {}, []))
     log.close()
-    (run / "recipe.yaml").write_text(
-        "seed: 7\ndata: {shards: 's3://bucket/<x>'}\nloss: {method: paco, alpha: 0.02}\n"
-    )
+    (run / "recipe.yaml").write_text("seed: 7\ndata: {shards: 's3://bucket/<x>'}\nloss: {method: paco, alpha: 0.02}\n")
     (run / "metrics.json").write_text(json.dumps(FINAL))
     return run
 
@@ -134,9 +130,7 @@ def test_run_without_a_line_yet_has_a_page(tmp_path: Path) -> None:
 
 def test_final_metrics_without_classes_still_give_the_headline(run_dir: Path) -> None:
     """metrics.json with the four figures only is enough for the tiles."""
-    (run_dir / "metrics.json").write_text(
-        json.dumps({key: FINAL[key] for key in ("many", "medium", "few", "all")})
-    )
+    (run_dir / "metrics.json").write_text(json.dumps({key: FINAL[key] for key in ("many", "medium", "few", "all")}))
     page = _page(run_dir)
     assert "75.5" in page
     assert "metrics.json does not hold the classes" in page
@@ -177,9 +171,7 @@ def test_log_columns_are_read_in_order(run_dir: Path) -> None:
 
 def test_wrong_directory_and_damaged_files_are_named(run_dir: Path, tmp_path: Path) -> None:
     """Each message holds the file and what to do."""
-    with pytest.raises(
-        FileNotFoundError, match=r"metrics\.jsonl is missing: .* is not the output directory of a run"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"metrics\.jsonl is missing: .* is not the output directory of a run"):
         write_report(tmp_path)
     (run_dir / "metrics.json").write_text("{")
     with pytest.raises(ValueError, match=r"metrics\.json is not JSON .*; evaluate the run again"):

@@ -1,0 +1,261 @@
+"""What the ranks of a pool run in the tests of the step: optimizer steps on made images, faults injected by name."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paco_ds import engine as ds
+from paco_ds.data.stream import MicroBatch
+from paco_ds.distributed import ByteCounter, MicroBatchLayout, Ranks
+from paco_ds.key_encoder import KeyEncoder
+from paco_ds.key_queue import KeyQueue
+from paco_ds.losses.paco import LossOutput, ParametricContrastiveLoss, class_prior
+from paco_ds.models.recogniser import make_recogniser
+from paco_ds.recipe import Recipe
+from paco_ds.step import Step, StepResult, prove_ranks_agree
+from paco_ds.zero import set_momentum, whole_model, whole_momentum
+from tests.recipes import tiny_recipe
+
+CLASS_COUNTS = (80, 40, 20, 8)
+NORMALIZATION = ((0.4, 0.4, 0.4), (0.25, 0.25, 0.25))
+SHOTS = ("many", "medium", "medium", "few")
+
+
+@dataclass
+class Outcome:
+    """Losses of the steps, the model before and after, momentum, queue, and what else a test asks for."""
+
+    losses: list[float]
+    before: dict[str, Tensor]
+    after: dict[str, Tensor]
+    momentum: dict[str, Tensor]
+    queue: dict[str, Tensor]
+    refused: list[str | None] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    bytes_sent: dict[str, int] = field(default_factory=dict)
+
+
+def made_micro_batch(recipe: Recipe, step: int, j: int) -> MicroBatch:
+    """Micro-batch j of a step: noise with a bright stripe by class, the same whoever asks."""
+    generator = torch.Generator().manual_seed(1000 * step + j)
+    m, size = recipe.step.micro_batch, recipe.views.query.size
+    labels = torch.multinomial(torch.tensor(CLASS_COUNTS).float(), m, replacement=True, generator=generator)
+    views = []
+    for _ in range(2):
+        images = torch.randint(0, 150, (m, 3, size, size), generator=generator, dtype=torch.uint8)
+        for image, label in zip(images, labels, strict=True):
+            image[:, 3 * label : 3 * label + 3] += 100
+        views.append(images)
+    return MicroBatch(views[0], views[1], labels, torch.arange(m), torch.ones(m, dtype=torch.bool))
+
+
+def deepspeed_config(stage: int, autocast: bool, **zero: Any) -> dict[str, Any]:
+    """What the files in ds_configs/ say, with further zero_optimization settings."""
+    config: dict[str, Any] = {"zero_optimization": {"stage": stage, **zero}}
+    if autocast:
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    return config
+
+
+def make_step(ranks: Ranks, recipe: Recipe, config: dict[str, Any], state: dict[str, Tensor] | None = None) -> Step:
+    """A step of a fresh engine, as the trainer puts it together."""
+    layout = MicroBatchLayout(recipe.step.micro_batch, recipe.step.micro_batches, ranks.rank, ranks.world_size)
+    model = make_recogniser(recipe, len(CLASS_COUNTS), *NORMALIZATION)
+    if state:
+        model.load_state_dict(state)
+    engine, optimizer = ds.initialise(model, recipe, config, layout)
+    settings = recipe.loss
+    loss = ParametricContrastiveLoss(
+        alpha=settings.alpha,
+        temperature=settings.temperature,
+        log_prior_C=class_prior(CLASS_COUNTS) if settings.uses_class_prior else None,
+        contrast=settings.contrast,
+    )
+    if not settings.contrast:
+        return Step(engine, optimizer, loss, layout, ranks, SHOTS)
+    key_encoder = KeyEncoder(
+        engine,
+        layout,
+        ranks,
+        momentum=recipe.key_encoder.momentum,
+        batch_norm=recipe.key_encoder.batch_norm,
+        seed=recipe.seed,
+    )
+    queue = KeyQueue(recipe.queue.length, recipe.model.projection_dim)
+    return Step(engine, optimizer, loss, layout, ranks, SHOTS, key_encoder, queue)
+
+
+def outcome_of(step: Step, before: dict[str, Tensor], results: list[StepResult]) -> Outcome:
+    return Outcome(
+        losses=[r.loss for r in results],
+        before=before,
+        after={name: t.detach().clone() for name, t in whole_model(step.engine)},
+        momentum={name: t.clone() for name, t in whole_momentum(step.engine)},
+        queue=step.queue.state_dict() if step.queue else {},
+        refused=[r.refused for r in results],
+        grad_norms=[r.grad_norm for r in results],
+    )
+
+
+def run_steps(
+    ranks: Ranks,
+    overrides: tuple[str, ...] = (),
+    stage: int = 0,
+    autocast: bool = False,
+    steps: int = 3,
+    fault: str = "",
+    fault_rank: int = 0,
+    fault_step: int = 1,
+    zero: dict[str, Any] | None = None,
+) -> Outcome:
+    """`steps` optimizer steps at the recipe's learning rate, with a fault of `FAULTS` injected."""
+    recipe = tiny_recipe(*overrides)
+    step = make_step(ranks, recipe, deepspeed_config(stage, autocast, **(zero or {})))
+    before = {name: t.detach().clone() for name, t in whole_model(step.engine)}
+    counter = ByteCounter()
+    ranks.on_bytes = counter
+    results = []
+    for number in range(steps):
+        if fault and (ranks.rank == fault_rank or fault in EVERYWHERE):
+            FAULTS[fault](step, number == fault_step)
+        batches = [made_micro_batch(recipe, number, j) for j in step.layout.own]
+        results.append(step(number, batches, recipe.lr))
+    ranks.on_bytes = ByteCounter()
+    if fault not in EVERYWHERE:
+        prove_ranks_agree(step)
+    outcome = outcome_of(step, before, results)
+    outcome.bytes_sent = dict(counter.sent)
+    step.engine.destroy()
+    return outcome
+
+
+def state_around_a_fault(
+    ranks: Ranks, stage: int, fault: str, fault_rank: int, overrides: tuple[str, ...] = ()
+) -> tuple[Outcome, Outcome, Outcome]:
+    """The state before a step in which one rank makes something not finite, after it, and after one more step."""
+    recipe = tiny_recipe(*overrides)
+    step = make_step(ranks, recipe, deepspeed_config(stage, autocast=False))
+    initial = copy.deepcopy({name: t.detach().clone() for name, t in whole_model(step.engine)})
+    states = []
+    for number in range(4):
+        broken = number == 2
+        if ranks.rank == fault_rank:
+            FAULTS[fault](step, broken)
+        batches = [made_micro_batch(recipe, number, j) for j in step.layout.own]
+        result = step(number, batches, recipe.lr)
+        if number:
+            states.append(outcome_of(step, initial, [result]))
+    prove_ranks_agree(step)
+    step.engine.destroy()
+    return states[0], states[1], states[2]
+
+
+def statistics_after_divergence(ranks: Ranks) -> str:
+    """What `prove_ranks_agree` says when the last rank's queue differs in one bit."""
+    step = make_step(ranks, tiny_recipe(), deepspeed_config(0, autocast=False))
+    recipe = tiny_recipe()
+    step(0, [made_micro_batch(recipe, 0, j) for j in step.layout.own], recipe.lr)
+    if ranks.rank == ranks.world_size - 1:
+        step.queue.keys_KD.view(torch.int32)[3, 2] ^= 1
+    try:
+        prove_ranks_agree(step)
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        step.engine.destroy()
+    return ""
+
+
+def momentum_there_and_back(ranks: Ranks, stage: int) -> bool:
+    """True if momentum put into a fresh engine reads back bit for bit, and is zero before that."""
+    recipe = tiny_recipe()
+    step = make_step(ranks, recipe, deepspeed_config(stage, autocast=False))
+    fresh = dict(whole_momentum(step.engine))
+    generator = torch.Generator().manual_seed(0)
+    wanted = {name: torch.randn(t.shape, generator=generator) for name, t in fresh.items()}
+    set_momentum(step.engine, wanted)
+    read = dict(whole_momentum(step.engine))
+    step.engine.destroy()
+    return all(not t.any() for t in fresh.values()) and all(torch.equal(read[n], wanted[n]) for n in wanted)
+
+
+# --- faults, by name ------------------------------------------------------------------------------------------
+
+
+class _NotFiniteBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor) -> Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * float("nan")
+
+
+def _change_loss(step: Step, active: bool, change: Any) -> None:
+    if not hasattr(step, "whole_loss"):
+        step.whole_loss = step.loss
+    loss = step.whole_loss
+
+    def changed(*inputs: Any) -> LossOutput:
+        output = loss(*inputs)
+        return LossOutput(
+            change(output.loss),
+            output.center_probability_B,
+            output.center_optimum_B,
+            output.positive_probability_B,
+            output.positive_optimum_B,
+        )
+
+    step.loss = changed if active else loss
+
+
+def _keys_not_finite(step: Step, active: bool) -> None:
+    encoder = step.key_encoder
+    plain = type(encoder)._encode
+
+    def broken(images: Tensor) -> Tensor:
+        keys = plain(encoder, images).clone()
+        keys[0, 0] = float("inf")
+        return keys
+
+    encoder._encode = broken if active else lambda images: plain(encoder, images)
+
+
+def _gradients_doubled(step: Step, active: bool) -> None:
+    _change_loss(step, True, lambda loss: 2 * loss - loss.detach())
+
+
+def _micro_batch_lost(step: Step, active: bool) -> None:
+    seen = []
+
+    def drop_first(loss: Tensor) -> Tensor:
+        seen.append(1)
+        return loss - loss + loss.detach() if len(seen) == 1 else loss
+
+    _change_loss(step, True, drop_first)
+
+
+def _statistics_not_averaged(step: Step, active: bool) -> None:
+    step.statistics.finish_step = lambda ranks, micro_batches, number: None
+
+
+def _no_moving_average(step: Step, active: bool) -> None:
+    step.key_encoder.update = lambda: None
+
+
+FAULTS = {
+    "keys": _keys_not_finite,
+    "loss": lambda step, active: _change_loss(step, active, lambda loss: loss * float("nan")),
+    "gradient": lambda step, active: _change_loss(step, active, _NotFiniteBackward.apply),
+    "gradients doubled": _gradients_doubled,
+    "micro-batch lost": _micro_batch_lost,
+    "statistics not averaged": _statistics_not_averaged,
+    "no moving average": _no_moving_average,
+}
+EVERYWHERE = ("gradients doubled", "statistics not averaged", "no moving average")

@@ -1,0 +1,162 @@
+"""One optimizer step on real ranks against its meaning: a plain loop in one process."""
+
+import functools
+
+import pytest
+import torch
+
+from tests.distributed.reference import plain_steps
+from tests.distributed.runs import Outcome
+from tests.recipes import tiny_recipe
+
+STEPS = 3
+FLOAT32 = {"loss": 1e-5, "update": 1e-3}
+# bfloat16 keeps 8 bits, so a difference of float32 rounding can flip a rounding 60,000 times as large
+AUTOCAST = {"loss": 1e-3, "update": 5e-2}
+
+
+@functools.cache
+def reference(*overrides: str) -> Outcome:
+    recipe = tiny_recipe(*overrides)
+    return plain_steps(recipe, STEPS, recipe.lr)
+
+
+def check(outcome: Outcome, expected: Outcome, bounds: dict[str, float]) -> None:
+    """Losses agree, and so does the update of every kind of state."""
+    worst = max(abs(a - b) for a, b in zip(outcome.losses, expected.losses, strict=True))
+    assert worst <= bounds["loss"], f"losses differ by {worst:.1e}"
+    for part in ("query_encoder", "key_encoder", "centers", "running"):
+        difference, size = update_difference(outcome, expected, part)
+        assert difference <= bounds["update"] * size, f"update of {part} differs by {difference / size:.1e}"
+
+
+def update_difference(outcome: Outcome, expected: Outcome, part: str) -> tuple[float, float]:
+    """(||dw - dw_ref||, ||dw_ref||) of weights, or of running statistics."""
+    difference = size = 0.0
+    for name, after in expected.after.items():
+        running = "running" in name
+        if not after.is_floating_point() or running != (part == "running") or not (running or name.startswith(part)):
+            continue
+        wanted = after - expected.before[name]
+        got = outcome.after[name] - outcome.before[name]
+        difference += float(((got - wanted) ** 2).sum())
+        size += float((wanted**2).sum())
+    return difference**0.5, size**0.5
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_any_ranks_and_stage_take_the_step_of_one_process(pool, world_size, stage):
+    """Losses to 1e-5 and the update to 1e-3 after three steps at the recipe's learning rate; queues are equal."""
+    outcomes = pool(world_size).run("tests.distributed.runs:run_steps", stage=stage, steps=STEPS)
+    for outcome in outcomes:
+        check(outcome, reference(), FLOAT32)
+        assert outcome.refused == [None] * STEPS
+        for name, value in outcome.queue.items():
+            assert torch.equal(value, outcomes[0].queue[name])
+        for name, value in outcome.after.items():
+            assert torch.equal(value, outcomes[0].after[name]), name
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_autocast_takes_the_step_of_one_rank_within_bfloat16_rounding(pool, stage):
+    """Every stage agrees with one rank under autocast; weights and momentum stay float32, losses near float32's."""
+    (one,) = pool(1).run("tests.distributed.runs:run_steps", autocast=True, steps=STEPS)
+    two = pool(2).run("tests.distributed.runs:run_steps", stage=stage, autocast=True, steps=STEPS)[0]
+    check(two, one, AUTOCAST)
+    distances = [abs(a - b) / b for a, b in zip(two.losses, reference().losses, strict=True)]
+    assert 1e-6 < max(distances) < 0.02
+    assert all(t.dtype == torch.float32 for t in (*two.momentum.values(), two.after["centers.weight"]))
+
+
+@pytest.mark.parametrize(
+    ("fault", "stage"),
+    [
+        ("gradients doubled", 1),
+        ("micro-batch lost", 1),
+        ("statistics not averaged", 1),
+        ("no moving average", 3),
+    ],
+)
+def test_the_check_notices_a_wrong_step(pool, fault, stage):
+    """Negative controls: the same check fails when the step is wrong in one way."""
+    outcome = pool(2).run("tests.distributed.runs:run_steps", stage=stage, steps=STEPS, fault=fault)[0]
+    with pytest.raises(AssertionError, match="differ"):
+        check(outcome, reference(), FLOAT32)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_clipping_is_by_the_global_norm(pool, stage):
+    """A small clip_norm gives the update of the plain loop, and the norm before clipping is reported."""
+    override = "optimizer.clip_norm=0.5"
+    outcome = pool(2).run("tests.distributed.runs:run_steps", stage=stage, steps=STEPS, overrides=(override,))[0]
+    check(outcome, reference(override), FLOAT32)
+    assert min(outcome.grad_norms) > 0.5
+
+
+def test_keys_normalised_over_micro_batches_move_no_image(pool):
+    """`batch_norm: local` agrees with the plain loop and sends no images."""
+    override = "key_encoder.batch_norm=local"
+    outcome = pool(2).run("tests.distributed.runs:run_steps", overrides=(override,), steps=STEPS)[0]
+    check(outcome, reference(override), FLOAT32)
+    assert "all_to_all" not in outcome.bytes_sent
+
+
+def test_shuffled_key_views_cross_at_most_once_as_bytes(pool):
+    """No rank sends more than its own images, each 3 x 12 x 12 bytes."""
+    recipe = tiny_recipe()
+    for outcome in pool(4).run("tests.distributed.runs:run_steps", steps=STEPS):
+        own = recipe.step.global_batch // 4 * 3 * 12 * 12 * STEPS
+        assert 0 < outcome.bytes_sent["all_to_all"] <= own
+
+
+def test_small_parameters_follow_at_stage_3_whatever_the_persistence_threshold(pool):
+    """Threshold 0 partitions BatchNorm too; the default keeps full copies, which the moving average must reach."""
+    outcomes = [
+        pool(2).run("tests.distributed.runs:run_steps", stage=3, steps=STEPS, zero=zero)[0]
+        for zero in ({}, {"stage3_param_persistence_threshold": 0})
+    ]
+    for name, value in outcomes[0].after.items():
+        assert torch.equal(value, outcomes[1].after[name]), name
+
+
+@pytest.mark.parametrize("method", ["cross_entropy", "balanced_softmax"])
+def test_methods_without_contrast_take_steps(pool, method):
+    """No key encoder, no queue, the same step."""
+    override = (f"loss.method={method}",)
+    one, two = (
+        pool(W).run("tests.distributed.runs:run_steps", overrides=override, stage=1, steps=STEPS)[0] for W in (1, 2)
+    )
+    check(two, one, FLOAT32)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("fault", ["keys", "loss", "gradient"])
+def test_something_not_finite_on_one_rank_changes_nothing_on_any(pool, fault, stage):
+    """Weights, momentum, queue and statistics stand bit for bit; the step after it goes on."""
+    for before, after, later in pool(2).run(
+        "tests.distributed.runs:state_around_a_fault", stage=stage, fault=fault, fault_rank=1
+    ):
+        assert after.refused == [fault]
+        assert later.refused == [None]
+        for kind in ("after", "momentum", "queue"):
+            for name, value in getattr(before, kind).items():
+                if "key_encoder" in name:  # the moving average may stand
+                    assert getattr(after, kind)[name].isfinite().all()
+                    continue
+                assert torch.equal(value, getattr(after, kind)[name]), name
+        moved = [name for name, value in after.after.items() if not torch.equal(value, later.after[name])]
+        assert "centers.weight" in moved
+
+
+def test_a_queue_that_differs_on_one_rank_ends_the_run(pool):
+    """One flipped bit is noticed, and the message names the rank."""
+    for message in pool(2).run("tests.distributed.runs:statistics_after_divergence"):
+        assert "ranks [1] differ" in message
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_momentum_goes_in_and_out_of_every_stage(pool, world_size, stage):
+    """Pins the two private calls that DeepSpeed's stages need for it."""
+    assert all(pool(world_size).run("tests.distributed.runs:momentum_there_and_back", stage=stage))

@@ -50,6 +50,19 @@ class Checkpoint:
         """The state of a `KeyQueue`; only of methods that have one."""
         return load_file(self.path / QUEUE)
 
+    def check_data(self, manifest_sha256: str) -> None:
+        """Refuse shards other than those it was trained on.
+
+        Raises:
+            CheckpointError: the manifest is another one.
+        """
+        trained_on = self.state["manifest_sha256"]
+        if trained_on != manifest_sha256:
+            raise CheckpointError(
+                f"{self.path} was trained on other shards (manifest {trained_on[:12]}, now {manifest_sha256[:12]}): "
+                f"point data.shards at those, or give another --output"
+            )
+
 
 class Checkpoints:
     """The checkpoints of a run directory.
@@ -133,11 +146,7 @@ class Checkpoints:
                 + "\n".join(differences)
                 + "\nSet these back to go on, or give another --output to start a new run"
             )
-        if checkpoint.state["manifest_sha256"] != self.manifest_sha256:
-            raise CheckpointError(
-                f"{checkpoint.path} was trained on other shards (manifest {checkpoint.state['manifest_sha256'][:12]}, "
-                f"now {self.manifest_sha256[:12]}): point data.shards at those, or give another --output"
-            )
+        checkpoint.check_data(self.manifest_sha256)
 
     def _write(self, name: str, files: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ Everything here works with one process and no process group, so that the same co
 from __future__ import annotations
 
 import os
+import socket
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -138,7 +139,38 @@ class MicroBatchLayout:
 
 def environment_ranks() -> tuple[int, int, int]:
     """(rank, world size, local rank) as a launcher set them; (0, 1, 0) without one."""
-    return tuple(int(os.environ.get(name, default)) for name, default in _ENVIRONMENT)  # type: ignore[return-value]
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
 
 
-_ENVIRONMENT = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+def join_job(threads: int | None, initialise: Callable[..., object] = dist.init_process_group) -> Ranks:
+    """Join the job's process group: NCCL on CUDA, gloo on CPU, by the same code path. A job may have one rank.
+
+    Args:
+        threads: CPU threads of this rank; by default the host's cores shared by its ranks.
+        initialise: called with the backend's name; DeepSpeed has its own.
+    """
+    rank, world_size, local_rank = environment_ranks()
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    if "MASTER_ADDR" not in os.environ:
+        os.environ.update(alone)
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    else:
+        on_host = int(os.environ.get("LOCAL_SIZE", world_size))
+        torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // on_host))
+    initialise("nccl" if cuda else "gloo")
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    return Ranks(rank, world_size, local_rank, device, dist.group.WORLD)
+
+
+def leave_job() -> None:
+    """Leave the process group; without this a rank in a dozen ends with an error."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])

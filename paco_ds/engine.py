@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-import torch
-import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from paco_ds.distributed import MicroBatchLayout, Ranks, environment_ranks
+from paco_ds.distributed import MicroBatchLayout, Ranks, environment_ranks, join_job
 from paco_ds.errors import RecipeError, UserError
 from paco_ds.models.recogniser import Recogniser
 from paco_ds.optimizer import GuardedSGD
@@ -95,11 +93,7 @@ def start(recipe: Recipe, expect_ranks: int | None = None) -> Ranks:
         UserError: a prerequisite is missing, or the job has another number of ranks than expected.
     """
     check_prerequisites()
-    rank, world_size, local_rank = environment_ranks()
-    for name, value in (("RANK", rank), ("WORLD_SIZE", world_size), ("LOCAL_RANK", local_rank)):
-        os.environ.setdefault(name, str(value))
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29500")
+    rank, world_size, _ = environment_ranks()
     if expect_ranks is not None and world_size != expect_ranks:
         raise UserError(
             f"this job has {world_size} ranks, --expect-ranks says {expect_ranks}. DeepSpeed falls back to one host "
@@ -107,22 +101,7 @@ def start(recipe: Recipe, expect_ranks: int | None = None) -> Ranks:
         )
     MicroBatchLayout(recipe.step.micro_batch, recipe.step.micro_batches, rank, world_size)  # refused before waiting
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    cuda = get_accelerator().device_name() == "cuda"
-    if cuda:
-        torch.cuda.set_device(local_rank)
-    else:
-        cores = os.cpu_count() or 1
-        on_host = int(os.environ.get("LOCAL_SIZE", "0")) or world_size
-        torch.set_num_threads(recipe.engine.threads or max(1, cores // on_host))
-    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo")
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    return Ranks(rank, world_size, local_rank, device, dist.group.WORLD)
-
-
-def stop() -> None:
-    """Leave the process group; without this a rank in a dozen ends with an error."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    return join_job(recipe.engine.threads, deepspeed.init_distributed)
 
 
 def initialise(

@@ -22,6 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     # not at the top: loader processes read this file again, and need no DeepSpeed
     from paco_ds import engine
+    from paco_ds.distributed import leave_job
     from paco_ds.trainer import Trainer
 
     arguments = _parser().parse_args(argv)
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             trainer.close()
         ranks.wait_for_all()
-        engine.stop()
+        leave_job()
     return 0
 
 

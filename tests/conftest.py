@@ -33,7 +33,7 @@ def pool() -> Iterator[Callable[[int], RankPool]]:
 
 
 @pytest.fixture(scope="session")
-def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def striped_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of 148 training images of 4 classes, 12 x 12 pixels, that a small network can tell apart."""
     from paco_ds.data.build import main
 

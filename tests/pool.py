@@ -96,6 +96,7 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
         "OMP_NUM_THREADS": "1",
     }
     from paco_ds import engine
+    from paco_ds.distributed import leave_job
     from tests.recipes import tiny_recipe
 
     micro_batches = f"step.micro_batches={12 if 12 % world_size == 0 else world_size}"
@@ -111,4 +112,4 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
         except BaseException:
             outcome = ("raised", traceback.format_exc())
         pipe.send(outcome)
-    engine.stop()
+    leave_job()

@@ -1,0 +1,147 @@
+"""A resumed run is the same run: stopped in mid-epoch, on the same and on other ranks and ZeRO stages."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from paco_ds.checkpoint import newest_checkpoint, read_checkpoint
+from paco_ds.errors import CheckpointError
+from paco_ds.metrics.log import read
+from tests.pool import RankError
+from tests.recipes import write_tiny_recipe
+
+STOP, END = 3, 6  # an epoch of the striped shards has 4 steps: both lie inside one
+TRAIN = "tests.distributed.training:train"
+
+
+@pytest.fixture(scope="module")
+def recipe(striped_shards, tmp_path_factory):
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    for stage in range(4):
+        (path.parent / f"zero{stage}.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    write_tiny_recipe(path, f"data.shards={striped_shards}", "engine.deepspeed=zero1.json")
+    return path
+
+
+def at_stage(recipe, stage):
+    return (f"engine.deepspeed={recipe.parent / f'zero{stage}.json'}",)
+
+
+def state_of(run):
+    checkpoint = newest_checkpoint(run)
+    assert checkpoint.step == END
+    return {
+        **{f"model.{name}": value for name, value in checkpoint.model().items()},
+        **{f"momentum.{name}": value for name, value in checkpoint.momentum().items()},
+        **{f"queue.{name}": value for name, value in checkpoint.queue().items()},
+    }
+
+
+def steps_logged(run):
+    fields = ("step", "epoch", "loss", "lr", "grad_norm")
+    return [tuple(line[f] for f in fields) for line in read(run / "metrics.jsonl") if line["kind"] == "step"]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_stopped_and_resumed_is_bit_equal_on_the_same_ranks_and_stage(pool, recipe, tmp_path, stage):
+    """Weights, momentum, statistics, queue, and every logged step: no tolerance."""
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    overrides = at_stage(recipe, stage)
+    pool(2).run(TRAIN, recipe=recipe, run=straight, overrides=overrides, stop_at_step=END)
+    pool(2).run(TRAIN, recipe=recipe, run=resumed, overrides=overrides, stop_at_step=STOP)
+    assert newest_checkpoint(resumed).step == STOP
+    pool(2).run(TRAIN, recipe=recipe, run=resumed, overrides=overrides, stop_at_step=END)
+    expected = state_of(straight)
+    for name, value in state_of(resumed).items():
+        assert torch.equal(value, expected[name]), name
+    assert steps_logged(resumed) == steps_logged(straight)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [((2, 0), (1, 3)), ((2, 1), (4, 0)), ((1, 2), (2, 1)), ((2, 3), (1, 0)), ((4, 3), (2, 2)), ((1, 0), (2, 3))],
+    ids=lambda ranks_and_stage: "W{}-stage{}".format(*ranks_and_stage),
+)
+def test_a_run_goes_on_at_another_stage_and_number_of_ranks(pool, recipe, tmp_path, first, second):
+    """From one checkpoint, three steps elsewhere make the update of three steps where it was, to 1e-3."""
+    stayed, moved = tmp_path / "stayed", tmp_path / "moved"
+    keep = ("checkpoint.keep=5",)
+    pool(first[0]).run(TRAIN, recipe=recipe, run=stayed, overrides=at_stage(recipe, first[1]), stop_at_step=STOP)
+    shutil.copytree(stayed, moved)
+    for (world_size, stage), run in ((first, stayed), (second, moved)):
+        overrides = (*at_stage(recipe, stage), *keep)
+        pool(world_size).run(TRAIN, recipe=recipe, run=run, overrides=overrides, stop_at_step=END)
+    losses = [[step[2] for step in steps_logged(run)] for run in (stayed, moved)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    started = read_checkpoint(moved / "checkpoints" / f"step-{STOP:08d}").model()
+    expected, got = state_of(stayed), state_of(moved)
+    difference = size = 0.0
+    for name, before in started.items():
+        if before.is_floating_point():
+            wanted = expected[f"model.{name}"] - before
+            difference += float(((got[f"model.{name}"] - before - wanted) ** 2).sum())
+            size += float((wanted**2).sum())
+    assert difference**0.5 <= 1e-3 * size**0.5
+    assert torch.equal(got["queue.labels"], expected["queue.labels"])
+
+
+def test_the_log_is_cut_at_the_checkpoint_a_run_goes_on_from(pool, recipe, tmp_path):
+    """Steps that were logged after it and are taken again stand there once."""
+    run = tmp_path / "run"
+    pool(2).run(TRAIN, recipe=recipe, run=run, stop_at_step=5)
+    (run / "checkpoints" / "step-00000005").rename(tmp_path / "gone")
+    pool(2).run(TRAIN, recipe=recipe, run=run, stop_at_step=END)
+    assert [step[0] for step in steps_logged(run)] == list(range(1, END + 1))
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(pool, recipe, tmp_path):
+    """Said so, and the run goes on from there."""
+    run = tmp_path / "run"
+    pool(2).run(TRAIN, recipe=recipe, run=run, stop_at_step=2)
+    pool(2).run(TRAIN, recipe=recipe, run=run, stop_at_step=STOP)
+    weights = run / "checkpoints" / f"step-{STOP:08d}" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-20] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"step-00000003 is damaged: SHA-256 of model.safetensors"):
+        read_checkpoint(weights.parent)
+    assert newest_checkpoint(run).step == 2
+    pool(2).run(TRAIN, recipe=recipe, run=run, stop_at_step=STOP)
+    assert newest_checkpoint(run).step == STOP
+
+
+def test_a_checkpoint_of_another_meaning_is_refused_by_the_setting(pool, recipe, tmp_path):
+    """Each difference is named with both values; what is only running may change."""
+    run = tmp_path / "run"
+    pool(2).run(TRAIN, recipe=recipe, run=run, stop_at_step=1)
+    free = ("data.workers=1", "evaluation.batch=5", "checkpoint.every_steps=2", "engine.digest_every=1")
+    pool(2).run(TRAIN, recipe=recipe, run=run, overrides=free, stop_at_step=2)
+    with pytest.raises(
+        RankError, match=r"loss\.alpha: 0\.05 in the checkpoint, 0\.1 in this recipe[\s\S]*another --output"
+    ):
+        pool(2).run(TRAIN, recipe=recipe, run=run, overrides=("loss.alpha=0.1",), stop_at_step=2)
+
+
+def test_a_run_directory_that_only_some_ranks_see_is_refused(pool, recipe, tmp_path):
+    """Otherwise ranks would go on from different steps and wait for each other for ever."""
+    run = tmp_path / "run"
+    pool(2).run(TRAIN, recipe=recipe, run=run, stop_at_step=1)
+    with pytest.raises(RankError, match=r"rank 0: 1, rank 1: 0.*storage that all hosts share"):
+        pool(2).run("tests.distributed.training:train_with_private_directory", recipe=recipe, run=run)
+
+
+def test_a_finished_run_evaluates_and_ends(pool, recipe, tmp_path):
+    """The same command again trains nothing and writes the same accuracy."""
+    run = tmp_path / "run"
+    assert pool(2).run(TRAIN, recipe=recipe, run=run) == [8, 8]
+    results = json.loads((run / "metrics.json").read_text())
+    lines = steps_logged(run)
+    shutil.copy(run / "metrics.json", tmp_path / "first.json")
+    assert pool(1).run(TRAIN, recipe=recipe, run=run) == [8]
+    again = json.loads((run / "metrics.json").read_text())
+    assert again["per_class"] == results["per_class"]
+    assert (again["world_size"], results["world_size"]) == (1, 2)
+    assert steps_logged(run) == lines
+    assert (run / "report.html").stat().st_size > 10_000

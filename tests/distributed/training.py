@@ -1,0 +1,49 @@
+"""What the ranks of a pool run in the tests of whole trainings: the trainer on small shards."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from pathlib import Path
+
+from paco_ds.distributed import ByteCounter, Ranks
+from paco_ds.recipe import load_recipe
+from paco_ds.trainer import Trainer
+
+
+def train(
+    ranks: Ranks, recipe: Path, run: Path, overrides: tuple[str, ...] = (), stop_at_step: int | None = None
+) -> int:
+    """Run the trainer; returns the number of steps done."""
+    trainer = Trainer(load_recipe(recipe, overrides), run, ranks, stop_at_step)
+    try:
+        trainer.run()
+    finally:
+        trainer.close()
+        trainer.engine.destroy()
+        ranks.on_bytes = ByteCounter()
+    return trainer.steps_done
+
+
+def scrape_while_training(ranks: Ranks, recipe: Path, run: Path) -> dict[str, str]:
+    """Three steps, then the first rank fetches /metrics of every rank named in metrics_targets.json."""
+    trainer = Trainer(load_recipe(recipe), run, ranks)
+    pages = {}
+    try:
+        for _ in range(3):
+            trainer.train_step()
+        if ranks.first:
+            for target in json.loads((run / "metrics_targets.json").read_text()):
+                with urllib.request.urlopen(f"http://{target['targets'][0]}/metrics", timeout=10) as answer:
+                    pages[target["labels"]["rank"]] = answer.read().decode()
+        ranks.wait_for_all()
+    finally:
+        trainer.close()
+        trainer.engine.destroy()
+        ranks.on_bytes = ByteCounter()
+    return pages
+
+
+def train_with_private_directory(ranks: Ranks, recipe: Path, run: Path) -> int:
+    """As `train`, but ranks other than the first look into a directory of their own."""
+    return train(ranks, recipe, run if ranks.first else run.with_name("elsewhere"), stop_at_step=2)

@@ -18,6 +18,9 @@ from torch import Tensor
 
 from paco_ds.errors import RecipeError
 
+# torch 2.14 renamed it
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 @dataclass
 class Ranks:
@@ -47,7 +50,7 @@ class Ranks:
         if self.world_size == 1:
             return rows[None]
         out = torch.empty((self.world_size * rows.numel(),), dtype=rows.dtype, device=rows.device)
-        dist.all_gather_into_tensor(out, rows.contiguous().view(-1), group=self.group)
+        _all_gather(out, rows.contiguous().view(-1), group=self.group)
         self._count("all_gather", rows.nbytes * (self.world_size - 1))
         return out.view(self.world_size, *rows.shape)
 

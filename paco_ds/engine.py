@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import ninja
 from deepspeed.accelerator import get_accelerator
 
 from paco_ds.distributed import MicroBatchLayout, Ranks, environment_ranks, join_job
@@ -72,6 +73,8 @@ def check_prerequisites() -> None:
     """
     if get_accelerator().device_name() != "cpu":
         return
+    if shutil.which("ninja") is None:  # the environment's programs are not on PATH unless it was activated
+        os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None:
         raise UserError(

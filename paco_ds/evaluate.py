@@ -19,18 +19,18 @@ from paco_ds.command import report_user_errors
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
+    arguments = _parser().parse_args(argv)
     # not at the top: loader processes read this file again, and need none of it
     from rich.console import Console
 
     from paco_ds.checkpoint import newest_checkpoint
+    from paco_ds.data.manifest import open_data
     from paco_ds.distributed import join_job, leave_job
     from paco_ds.evaluation.results import now, write_results
     from paco_ds.evaluation.runner import evaluate
     from paco_ds.models.recogniser import make_recogniser
-    from paco_ds.recipe import load_recipe
-    from paco_ds.trainer import open_data
+    from paco_ds.recipe_file import load_recipe
 
-    arguments = _parser().parse_args(argv)
     with report_user_errors():
         started = now()
         checkpoint = newest_checkpoint(arguments.run)

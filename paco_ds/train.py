@@ -15,17 +15,17 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from paco_ds.command import report_user_errors
-from paco_ds.recipe import load_recipe
+from paco_ds.recipe_file import load_recipe
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
+    arguments = _parser().parse_args(argv)
     # not at the top: loader processes read this file again, and need no DeepSpeed
     from paco_ds import engine
     from paco_ds.distributed import leave_job
     from paco_ds.trainer import Trainer
 
-    arguments = _parser().parse_args(argv)
     with report_user_errors():
         recipe = load_recipe(arguments.config, arguments.set)
         ranks = engine.start(recipe, arguments.expect_ranks)

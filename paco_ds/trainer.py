@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -16,27 +14,24 @@ import torch
 
 from paco_ds import engine as ds
 from paco_ds.checkpoint import Checkpoint, Checkpoints
-from paco_ds.data.manifest import Manifest, load_manifest
-from paco_ds.data.stream import MicroBatch, Replaced, TrainingStream
+from paco_ds.data.manifest import open_data
+from paco_ds.data.stream import TrainingStream
 from paco_ds.distributed import MicroBatchLayout, Ranks
-from paco_ds.errors import DataError, RecipeError
+from paco_ds.errors import RecipeError
 from paco_ds.evaluation.accuracy import ShotAccuracy
 from paco_ds.evaluation.results import now, versions, write_results
 from paco_ds.evaluation.runner import evaluate
 from paco_ds.key_encoder import KeyEncoder
 from paco_ds.key_queue import KeyQueue
-from paco_ds.losses.paco import ParametricContrastiveLoss, class_prior
-from paco_ds.metrics.exporter import Exporter, MetricsSink, NullExporter, reachable_host, write_targets
-from paco_ds.metrics.log import MetricsLog, StepRecord
-from paco_ds.metrics.progress import progress_view
+from paco_ds.losses import make_loss
+from paco_ds.metrics.log import StepRecord
+from paco_ds.metrics.watch import BadSamples, Watch
 from paco_ds.models.recogniser import make_recogniser
 from paco_ds.optimizer import learning_rate
 from paco_ds.recipe import Recipe
-from paco_ds.report.run_report import write_report
+from paco_ds.report import write_report
 from paco_ds.step import Step, StepResult, prove_ranks_agree
 from paco_ds.zero import set_momentum, stage_of, whole_model, whole_momentum
-
-logger = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -53,20 +48,18 @@ class Trainer:
     def __init__(self, recipe: Recipe, run: Path, ranks: Ranks, stop_at_step: int | None = None) -> None:
         self.recipe, self.run_dir, self.ranks, self.stop_at_step = recipe, run, ranks, stop_at_step
         self.started = now()
-        self.manifest = open_data(recipe)
-        step = recipe.step
-        self.layout = MicroBatchLayout(step.micro_batch, step.micro_batches, ranks.rank, ranks.world_size)
+        self.manifest = manifest = open_data(recipe)
+        self.layout = MicroBatchLayout(recipe.step.micro_batch, recipe.step.micro_batches, ranks.rank, ranks.world_size)
         config = ds.read_deepspeed_config(recipe.engine.deepspeed)
-        self.checkpoints = Checkpoints(run, recipe, self.manifest.sha256)
+        self.checkpoints = Checkpoints(run, recipe, manifest.sha256)
         checkpoint = self._agreed(self.checkpoints.latest())
 
         self.steps_done = checkpoint.step if checkpoint else 0
-        # loader processes start before threads do
-        self.stream = TrainingStream(recipe, self.manifest, self.layout, start=self.steps_done)
-        self.batches = iter(self.stream)
-        manifest = self.manifest
+        self.stop_agreed = False
+        self.stream = TrainingStream(recipe, manifest, self.layout, start=self.steps_done)
+        self.batches = iter(self.stream)  # loader processes start here, before there are threads
         model = make_recogniser(recipe, len(manifest.classes), manifest.mean, manifest.std)
-        if checkpoint:
+        if checkpoint:  # before DeepSpeed copies the weights
             model.load_state_dict(checkpoint.model())
         self.engine, self.optimizer = ds.initialise(model, recipe, config, self.layout)
         self.queue, self.step = self._make_step()
@@ -74,9 +67,11 @@ class Trainer:
             set_momentum(self.engine, checkpoint.momentum())
             if self.queue is not None:
                 self.queue.load_state_dict(checkpoint.queue())
-        self._open_watchers()
-
-    # --- the story ------------------------------------------------------------------------------------------
+        if ranks.first:
+            run.mkdir(parents=True, exist_ok=True)
+            (run / "recipe.yaml").write_text(recipe.to_yaml())
+        self.watch = Watch(recipe, run, ranks, total_steps=self.total_steps, steps_done=self.steps_done)
+        self.bad_samples = BadSamples(self.watch, recipe, ranks, self.steps_per_epoch * self.layout.global_batch)
 
     def run(self) -> ShotAccuracy | None:
         """Train to the end, evaluate, report. None if the run was stopped before its end."""
@@ -90,7 +85,7 @@ class Trainer:
             if stopping or self._checkpoint_due(at_epoch_end):
                 self.save()
             if stopping and self.steps_done < self.total_steps:
-                self.progress.message(f"stopped after step {self.steps_done}; the same command goes on from here")
+                self.watch.say(f"stopped after step {self.steps_done}; the same command goes on from here")
                 return None
         return self._finish()
 
@@ -104,7 +99,6 @@ class Trainer:
         result = self.step(number, micro_batches, lr)
         self.steps_done += 1
         self.stop_agreed = result.stop
-        self._account_for_replaced(micro_batches, result)
         seconds = time.perf_counter() - began
         record = StepRecord(
             step=self.steps_done,
@@ -121,11 +115,9 @@ class Trainer:
             skipped=result.refused is not None,
             bad_samples=result.replaced,
         )
-        self.log.step(record)
-        self.metrics.observe_step(record, self.layout.accumulation * self.layout.micro_batch)
-        self.progress.update(record)
-        if result.refused:
-            self.progress.message(f"step {self.steps_done}: {result.refused} not finite; nothing was changed")
+        self.watch.step(record, self.layout.accumulation * self.layout.micro_batch, result.refused)
+        mine = ((r.key, r.shard, r.reason) for batch in micro_batches for r in batch.replaced)
+        self.bad_samples.add(mine, on_all_ranks=result.replaced)
         every = self.recipe.engine.digest_every
         if every and self.steps_done % every == 0:
             prove_ranks_agree(self.step)
@@ -134,9 +126,7 @@ class Trainer:
     def evaluate(self, split: str) -> ShotAccuracy:
         """Accuracy of the weights as they stand."""
         accuracy = evaluate(self.engine, self.engine.module, self.recipe, self.manifest, split, self.ranks)
-        self.metrics.observe_accuracy(accuracy)
-        epoch = self.steps_done // self.steps_per_epoch
-        self.log.evaluation(self.steps_done, epoch, split, accuracy)
+        self.watch.evaluation(self.steps_done, self.steps_done // self.steps_per_epoch, split, accuracy)
         return accuracy
 
     def save(self) -> None:
@@ -157,15 +147,11 @@ class Trainer:
             write=self.ranks.first,
         )
         self.ranks.wait_for_all()
-        self.metrics.checkpoint_blocked(time.perf_counter() - began)
+        self.watch.checkpoint(time.perf_counter() - began)
 
     def close(self) -> None:
         """Stop what runs beside training."""
-        self.progress.close()
-        self.log.close()
-        self.metrics.close()
-
-    # --- its parts ------------------------------------------------------------------------------------------
+        self.watch.close()
 
     @property
     def total_steps(self) -> int:
@@ -177,10 +163,8 @@ class Trainer:
 
     def _agreed(self, checkpoint: Checkpoint | None) -> Checkpoint | None:
         """Every rank must go on from the same step: the run directory has to be shared."""
-        found = [
-            int(s)
-            for s in self.ranks.gather(torch.tensor(checkpoint.step if checkpoint else 0, device=self.ranks.device))
-        ]
+        mine = torch.tensor(checkpoint.step if checkpoint else 0, device=self.ranks.device)
+        found = [int(step) for step in self.ranks.gather(mine)]
         if len(set(found)) > 1:
             steps = ", ".join(f"rank {rank}: {step}" for rank, step in enumerate(found))
             raise RecipeError(
@@ -190,21 +174,9 @@ class Trainer:
         return checkpoint
 
     def _make_step(self) -> tuple[KeyQueue | None, Step]:
-        recipe, manifest, settings = self.recipe, self.manifest, self.recipe.loss
-        counts = manifest.split(recipe.data.train_split).class_counts
-        loss = ParametricContrastiveLoss(
-            alpha=settings.alpha,
-            beta=settings.beta,
-            gamma=settings.gamma,
-            temperature=settings.temperature,
-            supt=settings.supt,
-            smoothing=settings.smoothing,
-            normalization=settings.normalization,
-            log_prior_C=class_prior(counts, manifest.classes) if settings.uses_class_prior else None,
-            contrast=settings.contrast,
-        ).to(self.ranks.device)
+        recipe, manifest = self.recipe, self.manifest
         queue, key_encoder = None, None
-        if settings.contrast:
+        if recipe.loss.contrast:
             queue = KeyQueue(recipe.queue.length, recipe.model.projection_dim, self.ranks.device)
             key_encoder = KeyEncoder(
                 self.engine,
@@ -214,98 +186,48 @@ class Trainer:
                 batch_norm=recipe.key_encoder.batch_norm,
                 seed=recipe.seed,
             )
+        train_split = recipe.data.train_split
         asked_to_stop = _stop_signals()
-        shots = manifest.shots_of_classes(recipe.data.train_split)
         step = Step(
             self.engine,
             self.optimizer,
-            loss,
+            make_loss(recipe.loss, manifest.split(train_split).class_counts, manifest.classes).to(self.ranks.device),
             self.layout,
             self.ranks,
-            shots,
+            manifest.shots_of_classes(train_split),
             key_encoder,
             queue,
             stop_requested=lambda: bool(asked_to_stop),
         )
         return queue, step
 
-    def _open_watchers(self) -> None:
-        first = self.ranks.first
-        if first:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            (self.run_dir / "recipe.yaml").write_text(self.recipe.to_yaml())
-        self.log = MetricsLog(self.run_dir / "metrics.jsonl" if first else None)
-        self.log.cut_after(self.steps_done if self.steps_done else -1)
-        self.metrics = self._serve_metrics()
-        self.ranks.on_bytes = self.metrics.add_collective_bytes
-        self.progress = progress_view(
-            self.ranks.rank,
-            total_steps=self.total_steps,
-            first_step=self.steps_done,
-            epochs=self.recipe.schedule.epochs,
-            every=self.recipe.metrics.log_every,
-        )
-        self.stop_agreed = False
-        self._replaced: list[Replaced] = []
-        self._replaced_in_epoch = 0
-
-    def _serve_metrics(self) -> MetricsSink:
-        sink: MetricsSink = Exporter() if self.recipe.metrics.serve else NullExporter()
-        port = sink.start(self.recipe.metrics.port, self.ranks.local_rank)
-        sink.build_info({**versions(), "method": self.recipe.loss.method, "world_size": str(self.ranks.world_size)})
-        address = f"{reachable_host(_master())}:{port}" if port else None
-        addresses = self.ranks.gather_objects(address)
-        if self.ranks.first:
-            write_targets(self.run_dir / "metrics_targets.json", addresses, self.recipe.name)
-        return sink
-
     def _announce(self) -> None:
         recipe, layout = self.recipe, self.layout
-        data = self.manifest.split(recipe.data.train_split)
-        say = self.progress.message
-        say(
-            f"{recipe.name}: {recipe.loss.method} with {recipe.model.backbone} on {data.samples} images of "
-            f"{len(self.manifest.classes)} classes; {self.ranks.world_size} ranks on {self.ranks.device.type}, ZeRO "
-            f"stage {stage_of(self.engine)}; a step is {layout.micro_batches} micro-batches of {layout.micro_batch} "
-            f"({layout.accumulation} a rank)"
+        self.watch.say(
+            f"{recipe.name}: {recipe.loss.method} with {recipe.model.backbone} on "
+            f"{self.manifest.split(recipe.data.train_split).samples} images of {len(self.manifest.classes)} classes; "
+            f"{self.ranks.world_size} ranks on {self.ranks.device.type}, ZeRO stage {stage_of(self.engine)}; "
+            f"a step is {layout.micro_batches} micro-batches of {layout.micro_batch} ({layout.accumulation} a rank)"
         )
         if recipe.step.scale != 1:
-            say(
+            self.watch.say(
                 f"scaled: {layout.micro_batches} micro-batches a step where the recipe has "
                 f"{recipe.step.reference_micro_batches}, so the peak learning rate is {recipe.lr:g}"
             )
             if recipe.loss.contrast and recipe.queue.length < 4 * layout.global_batch:
-                say(
+                self.watch.say(
                     f"queue.length {recipe.queue.length} is under four global batches; consider "
                     f"--set queue.length={4 * layout.global_batch}"
                 )
         if self.steps_done:
-            say(f"goes on from the checkpoint of step {self.steps_done} of {self.total_steps}")
-
-    def _account_for_replaced(self, micro_batches: list[MicroBatch], result: StepResult) -> None:
-        for replaced in (r for batch in micro_batches for r in batch.replaced):
-            self._replaced.append(replaced)
-            self.metrics.observe_bad_sample(replaced.reason)
-            logger.warning("sample %s of %s was replaced: %s", replaced.key, replaced.shard, replaced.reason)
-        self._replaced_in_epoch += result.replaced
-        limit = self.recipe.data.max_bad_share * self.layout.global_batch * self.steps_per_epoch
-        if self._replaced_in_epoch > limit:
-            every = [r for of_rank in self.ranks.gather_objects(self._replaced) for r in of_rank]
-            names = "\n".join(f"  {r.key} of {r.shard}: {r.reason}" for r in every[:50])
-            raise DataError(
-                f"{self._replaced_in_epoch} samples of this epoch could not be read, more than data.max_bad_share = "
-                f"{self.recipe.data.max_bad_share:g} allows:\n{names}\nRun tools/build_shards.py check "
-                f"{self.manifest.directory}, then mend the shards or raise data.max_bad_share"
-            )
+            self.watch.say(f"goes on from the checkpoint of step {self.steps_done} of {self.total_steps}")
 
     def _after_epoch(self) -> None:
-        self._replaced_in_epoch = 0
-        self._replaced.clear()
+        self.bad_samples.begin_epoch()
         every, epoch = self.recipe.evaluation.every_epochs, self.steps_done // self.steps_per_epoch
         if every and (epoch % every == 0 or self.steps_done == self.total_steps):
             split = self.recipe.evaluation.split
-            if split in self.manifest.splits:
-                self.progress.message(f"epoch {epoch}, {split}: {_one_line(self.evaluate(split))}")
+            self.watch.say(f"epoch {epoch}, {split}: {_one_line(self.evaluate(split))}")
 
     def _checkpoint_due(self, at_epoch_end: bool) -> bool:
         settings = self.recipe.checkpoint
@@ -329,31 +251,10 @@ class Trainer:
                 world_size=self.ranks.world_size,
                 started=self.started,
             )
-            report = write_report(self.run_dir)
-            self.progress.close()
-            self.progress.message(accuracy.table(f"{self.recipe.name} on {split}"))
-            self.progress.message(f"report: {report}")
+            self.watch.progress.close()
+            self.watch.say(accuracy.table(f"{self.recipe.name} on {split}"))
+            self.watch.say(f"report: {write_report(self.run_dir)}")
         return accuracy
-
-
-def open_data(recipe: Recipe) -> Manifest:
-    """The manifest of a recipe's shards, with every split that training needs checked to be there in full size.
-
-    Raises:
-        DataError: shards are missing, cut, or do not have the recipe's number of classes.
-    """
-    manifest = load_manifest(recipe.data.shards)
-    if recipe.data.classes is not None and recipe.data.classes != len(manifest.classes):
-        raise DataError(
-            f"data.classes is {recipe.data.classes}, but {manifest.directory} has {len(manifest.classes)} classes: "
-            f"point data.shards at other shards or set data.classes={len(manifest.classes)}"
-        )
-    wanted = {recipe.data.train_split, recipe.evaluation.test_split}
-    if recipe.evaluation.every_epochs:
-        wanted.add(recipe.evaluation.split)
-    for split in sorted(wanted):
-        manifest.check_files(split)
-    return manifest
 
 
 def _stop_signals() -> list[int]:
@@ -361,10 +262,6 @@ def _stop_signals() -> list[int]:
     received: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
     return received
-
-
-def _master() -> str:
-    return os.environ.get("MASTER_ADDR", "127.0.0.1")
 
 
 def _one_line(accuracy: ShotAccuracy) -> str:

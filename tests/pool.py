@@ -58,9 +58,11 @@ class RankPool:
         return all(process.is_alive() for process, _ in self._ranks)
 
     def close(self) -> None:
-        for process, pipe in self._ranks:
+        for _, pipe in self._ranks:
             pipe.close()
-            process.join(2)
+        deadline = time.monotonic() + 5
+        for process, _ in self._ranks:
+            process.join(max(0.0, deadline - time.monotonic()))
             if process.is_alive():
                 process.kill()
                 process.join()

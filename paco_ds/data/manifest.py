@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from paco_ds.errors import DataError
+from paco_ds.recipe import Recipe
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -222,4 +223,24 @@ def load_manifest(directory: str | Path) -> Manifest:
             f"restore it or rebuild it with {build} --overwrite"
         ) from error
     manifest._directory, manifest._sha256 = directory, hashlib.sha256(raw).hexdigest()
+    return manifest
+
+
+def open_data(recipe: Recipe) -> Manifest:
+    """The manifest of a recipe's shards, with every split that training needs checked to be there in full size.
+
+    Raises:
+        DataError: shards are missing, cut, or do not have the recipe's number of classes.
+    """
+    manifest = load_manifest(recipe.data.shards)
+    if recipe.data.classes is not None and recipe.data.classes != len(manifest.classes):
+        raise DataError(
+            f"data.classes is {recipe.data.classes}, but {manifest.directory} has {len(manifest.classes)} classes: "
+            f"point data.shards at other shards or set data.classes={len(manifest.classes)}"
+        )
+    wanted = {recipe.data.train_split, recipe.evaluation.test_split}
+    if recipe.evaluation.every_epochs:
+        wanted.add(recipe.evaluation.split)
+    for split in sorted(wanted):
+        manifest.check_files(split)
     return manifest

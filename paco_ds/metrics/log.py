@@ -27,7 +27,7 @@ class StepRecord:
         data_wait_seconds: time this rank waited for its images.
         step_seconds: wall time of the step, the wait included.
         queue_fill: filled share of the key queue, 0..1.
-        center_probability: geometric mean of p_c by shot; None for a shot without anchors in this step.
+        center_probability: mean of p_c over the anchors of a shot; None for a shot without anchors in this step.
         center_probability_optimum: p_c* = beta / W_i (Remark 2, exact for the keys present), likewise.
         skipped: the guard refused the update, because something was not finite.
         bad_samples: images replaced in this step because they could not be read.

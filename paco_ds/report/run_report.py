@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 import jinja2
@@ -207,7 +208,7 @@ def _charts(run: RunFiles) -> dict[str, Markup]:
         if any(np.isfinite(values).any() for values in own.values()):
             made["center"] = charts.center_chart(x, own, optimum, unit)
     if run.evaluations:
-        split = run.evaluations[-1]["split"]
+        split = mode(line["split"] for line in run.evaluations)  # the end also evaluates the test split, once
         lines = [line for line in run.evaluations if line["split"] == split]
         figures = {group: [line.get(group) for line in lines] for group in GROUPS}
         made["accuracy"] = charts.accuracy_chart([line["step"] / scale for line in lines], figures, unit)

@@ -14,7 +14,8 @@ from paco_ds.data.stream import MicroBatch
 from paco_ds.distributed import ByteCounter, MicroBatchLayout, Ranks
 from paco_ds.key_encoder import KeyEncoder
 from paco_ds.key_queue import KeyQueue
-from paco_ds.losses.paco import LossOutput, ParametricContrastiveLoss, class_prior
+from paco_ds.losses import make_loss
+from paco_ds.losses.paco import LossOutput
 from paco_ds.models.recogniser import make_recogniser
 from paco_ds.recipe import Recipe
 from paco_ds.step import Step, StepResult, prove_ranks_agree
@@ -69,14 +70,8 @@ def make_step(ranks: Ranks, recipe: Recipe, config: dict[str, Any], state: dict[
     if state:
         model.load_state_dict(state)
     engine, optimizer = ds.initialise(model, recipe, config, layout)
-    settings = recipe.loss
-    loss = ParametricContrastiveLoss(
-        alpha=settings.alpha,
-        temperature=settings.temperature,
-        log_prior_C=class_prior(CLASS_COUNTS) if settings.uses_class_prior else None,
-        contrast=settings.contrast,
-    )
-    if not settings.contrast:
+    loss = make_loss(recipe.loss, CLASS_COUNTS)
+    if not recipe.loss.contrast:
         return Step(engine, optimizer, loss, layout, ranks, SHOTS)
     key_encoder = KeyEncoder(
         engine,

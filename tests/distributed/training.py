@@ -7,7 +7,7 @@ import urllib.request
 from pathlib import Path
 
 from paco_ds.distributed import ByteCounter, Ranks
-from paco_ds.recipe import load_recipe
+from paco_ds.recipe_file import load_recipe
 from paco_ds.trainer import Trainer
 
 

@@ -71,6 +71,15 @@ def test_page_is_self_contained(run_dir: Path) -> None:
     assert [path.name for path in run_dir.iterdir() if path.suffix == ".part"] == []
 
 
+def test_the_final_test_evaluation_does_not_replace_the_watched_curve(run_dir: Path) -> None:
+    """The accuracy chart keeps drawing the split evaluated in every epoch."""
+    before = _page(run_dir).split('id="accuracy')[1].split("</svg>")[0]
+    log = MetricsLog(run_dir / "metrics.jsonl")
+    log.evaluation(6, 2, "test", ShotAccuracy(0.9, 0.9, None, 0.9, {}, []))
+    log.close()
+    assert _page(run_dir).split('id="accuracy')[1].split("</svg>")[0] == before
+
+
 def test_page_shows_the_run(run_dir: Path) -> None:
     """Headline figures, refused updates, recipe, versions, digest and six charts are there."""
     page = _page(run_dir)

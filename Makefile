@@ -1,0 +1,60 @@
+# make demo    trains PaCo on 2 ranks on images that ship with the project, minutes
+# make test    lint, types and the tests of every change
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+SHARDS := data/fashion-mnist-lt/manifest.json
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help prerequisites venv demo demo-compare test soak lint format bench clean
+
+help:
+	@echo 'make demo          train PaCo with DeepSpeed on 2 ranks, on real long-tailed images; page: runs/demo/report.html'
+	@echo 'make demo-compare  cross-entropy, Balanced Softmax and PaCo, 3 seeds each; page: runs/demo-compare/comparison.html'
+	@echo 'make test          the tests of every change'
+	@echo 'make soak          long runs: the full demo, the comparison; record: docs/soak.md'
+	@echo 'make lint          ruff and mypy;  make format: rewrite with ruff'
+	@echo 'make bench         speed and memory against rivals on the same work'
+	@echo 'make venv          only install into .venv;  make clean: remove .venv, data/ and runs/'
+
+prerequisites:
+	@.ci/prerequisites $(PYTHON)
+
+venv: $(INSTALLED)
+
+$(INSTALLED): setup.py constraints.txt | prerequisites
+	@echo 'installing into .venv (torch with CUDA libraries is 5 GB; minutes)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch torchvision
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(SHARDS): shards/fashion-mnist-lt.yaml $(wildcard shards/fashion-mnist-lt/*.gz) | $(INSTALLED)
+	$(BIN)/python tools/build_shards.py build $< --output $(@D) --overwrite
+
+demo: $(INSTALLED) $(SHARDS)
+	$(BIN)/deepspeed --num_gpus 2 paco_ds/train.py --config ds_configs/recipes/demo.yaml --output runs/demo
+
+demo-compare: $(INSTALLED) $(SHARDS)
+	$(BIN)/python tools/reproduce.py --table ds_configs/tables/demo.yaml --output runs/demo-compare --seeds 3
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+soak: $(INSTALLED) $(SHARDS)
+	$(BIN)/python tools/soak.py
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED)
+	$(BIN)/python tools/bench/loss.py
+
+clean:
+	rm -rf .venv data runs

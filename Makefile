@@ -42,7 +42,8 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest
 
 soak: $(INSTALLED) $(SHARDS)
-	$(BIN)/python tools/soak.py
+	mkdir -p docs/results
+	$(BIN)/python -m pytest -m soak tests/soak
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

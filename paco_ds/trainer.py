@@ -55,7 +55,7 @@ class Trainer:
         checkpoint = self._agreed(self.checkpoints.latest())
 
         self.steps_done = checkpoint.step if checkpoint else 0
-        self.stop_agreed = False
+        self.stop_request, self.stop_agreed = _StopRequest(), False
         self.stream = TrainingStream(recipe, manifest, self.layout, start=self.steps_done)
         self.batches = iter(self.stream)  # loader processes start here, before there are threads
         model = make_recogniser(recipe, len(manifest.classes), manifest.mean, manifest.std)
@@ -152,6 +152,7 @@ class Trainer:
     def close(self) -> None:
         """Stop what runs beside training."""
         self.watch.close()
+        self.stop_request.close()
 
     @property
     def total_steps(self) -> int:
@@ -187,7 +188,6 @@ class Trainer:
                 seed=recipe.seed,
             )
         train_split = recipe.data.train_split
-        asked_to_stop = _stop_signals()
         step = Step(
             self.engine,
             self.optimizer,
@@ -197,7 +197,7 @@ class Trainer:
             manifest.shots_of_classes(train_split),
             key_encoder,
             queue,
-            stop_requested=lambda: bool(asked_to_stop),
+            stop_requested=self.stop_request,
         )
         return queue, step
 
@@ -257,11 +257,21 @@ class Trainer:
         return accuracy
 
 
-def _stop_signals() -> list[int]:
-    """A list that SIGTERM (preemption, a scheduler's time limit) makes true: the step under way is finished first."""
-    received: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
-    return received
+class _StopRequest:
+    """True once SIGTERM came (preemption, a scheduler's time limit); the step under way is finished first."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self._before = signal.signal(signal.SIGTERM, self._receive)
+
+    def _receive(self, number: int, frame: object) -> None:
+        self.received = True
+
+    def __call__(self) -> bool:
+        return self.received
+
+    def close(self) -> None:
+        signal.signal(signal.SIGTERM, self._before)
 
 
 def _one_line(accuracy: ShotAccuracy) -> str:

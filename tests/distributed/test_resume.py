@@ -145,3 +145,12 @@ def test_a_finished_run_evaluates_and_ends(pool, recipe, tmp_path):
     assert (again["world_size"], results["world_size"]) == (1, 2)
     assert steps_logged(run) == lines
     assert (run / "report.html").stat().st_size > 10_000
+
+
+def test_a_rank_told_to_terminate_stops_all_with_a_checkpoint(pool, recipe, tmp_path):
+    """Preemption: the step under way and the next are finished, and the same command goes on from there."""
+    run = tmp_path / "run"
+    steps = pool(2).run("tests.distributed.training:train_until_terminated", recipe=recipe, run=run, rank=1, after=2)
+    assert steps == [3, 3]
+    assert newest_checkpoint(run).step == 3
+    assert pool(2).run(TRAIN, recipe=recipe, run=run, stop_at_step=4) == [4, 4]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import urllib.request
 from pathlib import Path
 
@@ -47,3 +49,23 @@ def scrape_while_training(ranks: Ranks, recipe: Path, run: Path) -> dict[str, st
 def train_with_private_directory(ranks: Ranks, recipe: Path, run: Path) -> int:
     """As `train`, but ranks other than the first look into a directory of their own."""
     return train(ranks, recipe, run if ranks.first else run.with_name("elsewhere"), stop_at_step=2)
+
+
+def train_until_terminated(ranks: Ranks, recipe: Path, run: Path, rank: int, after: int) -> int:
+    """As `train`; `rank` receives SIGTERM after `after` steps, as from a scheduler. Returns the steps done."""
+    trainer = Trainer(load_recipe(recipe), run, ranks)
+    take_step = trainer.train_step
+
+    def step_then_signal() -> None:
+        take_step()
+        if trainer.steps_done == after and ranks.rank == rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.train_step = step_then_signal
+    try:
+        trainer.run()
+    finally:
+        trainer.close()
+        trainer.engine.destroy()
+        ranks.on_bytes = ByteCounter()
+    return trainer.steps_done

@@ -1,0 +1,44 @@
+"""Who computes what, without any process group."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from paco_ds.distributed import ByteCounter, MicroBatchLayout, Ranks
+
+CHECK = Path(__file__).parent.parent / ".ci" / "prerequisites"
+
+
+def test_one_process_needs_no_group_and_sends_nothing():
+    """Every collective is the identity."""
+    counter = ByteCounter()
+    ranks = Ranks(0, 1, 0, torch.device("cpu"), on_bytes=counter)
+    rows = torch.arange(6.0).view(3, 2)
+    assert torch.equal(ranks.sum(rows.clone()), rows)
+    assert torch.equal(ranks.gather(rows), rows[None])
+    assert torch.equal(ranks.exchange(rows, [3], [3]), rows)
+    assert ranks.gather_objects("x") == ["x"]
+    assert not counter.sent
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 6])
+def test_rows_of_all_ranks_come_back_in_lane_order(world_size):
+    """Whoever holds which micro-batch."""
+    lanes = torch.arange(12)
+    layouts = [MicroBatchLayout(2, 6, rank, world_size) for rank in range(world_size)]
+    held = [torch.cat([lanes[la.lanes(j).start : la.lanes(j).stop] for j in la.own]) for la in layouts]
+    assert torch.equal(layouts[0].global_order(torch.stack(held)), lanes)
+    assert sum(layouts[0].accumulation for _ in layouts) == 6
+
+
+def test_prerequisites_are_checked_in_words(tmp_path):
+    """No compiler, no python3: each is named with the package that brings it."""
+    (tmp_path / "uname").write_text("#!/bin/sh\necho Linux x86_64\n")
+    (tmp_path / "uname").chmod(0o755)
+    run = subprocess.run(["/bin/sh", CHECK, "python3"], env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "missing: python3, 3.11 or newer (Debian, Ubuntu: apt install python3" in run.stderr
+    assert "missing: a C++ compiler, c++" in run.stderr
+    assert "Linux on" not in run.stderr

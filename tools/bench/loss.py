@@ -1,0 +1,309 @@
+"""Owns the bench of the loss: time, memory and gradients beside the published formulation, in one run.
+
+    python tools/bench/loss.py [--repeats N] [--json]
+
+ours       ParametricContrastiveLoss, and a quarter of KeyQueue.snapshot, taken once per step of M = 4 micro-batches
+published  a transcription of the formulation of the paper's code: one softmax over centers, batch and queue, with
+           weights and a mask of anchors x (C + 2 m + K); autograd, float32
+floor      the two matrix products and softmaxes that no formulation by plain operations goes without: queue scores,
+           their softmax, its product with the keys (the gradient), and the softmax of the center logits
+
+All get the same projections, center logits and queue (long-tailed labels, full). The published code's guards
+against 0 (1e-9, 1e-12) are left out, so that both compute the same number.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# The checkout need not be installed. This folder stays on the path, for the module that benches share.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from report import MIB, Bar, at_least, at_most, median_seconds, peak_extra_bytes, print_bars, print_table
+
+from paco_ds.key_queue import KeyQueue, QueueSnapshot
+from paco_ds.losses import ParametricContrastiveLoss
+from paco_ds.losses.paco import class_prior
+
+ALPHA, TAU, DIM, MICRO_BATCHES = 0.05, 0.2, 128, 4
+SIZE_COLUMN = "anchors/classes/queue"
+
+
+@dataclass(frozen=True)
+class Size:
+    """Anchors, classes and keys in the queue, and the bars that are set at this size."""
+
+    anchors: int
+    classes: int
+    queue: int
+    times_as_fast: float | None = None
+    share_of_floor: float | None = None
+    share_of_memory: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.anchors}/{self.classes}/{self.queue}"
+
+
+SIZES = (
+    Size(256, 8142, 65536, times_as_fast=8, share_of_floor=0.75, share_of_memory=0.1),
+    Size(128, 8142, 8192, times_as_fast=4),
+    Size(32, 8142, 8192, times_as_fast=3),
+    Size(128, 20_000, 8192),
+    Size(128, 100_000, 8192),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of one micro-batch, and the queue it meets."""
+
+    labels_B: Tensor
+    logits_BC: Tensor
+    query_BD: Tensor
+    key_BD: Tensor
+    queue: KeyQueue
+    log_prior_C: Tensor
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        """The tensors that get a gradient."""
+        return self.query_BD, self.logits_BC
+
+    def snapshot(self) -> QueueSnapshot:
+        return self.queue.snapshot(self.logits_BC.shape[1])
+
+    def ours(self, snapshot: QueueSnapshot) -> Tensor:
+        loss = ParametricContrastiveLoss(alpha=ALPHA, temperature=TAU, log_prior_C=self.log_prior_C)
+        return loss(self.labels_B, self.logits_BC, self.query_BD, self.key_BD, snapshot).loss
+
+    def published(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        keys_KD = self.queue.keys_KD.to(dtype)
+        query, key, logits, log_prior = (
+            t.to(dtype) for t in (self.query_BD, self.key_BD, self.logits_BC, self.log_prior_C)
+        )
+        return published_loss(query, key, logits, self.labels_B, keys_KD, self.queue.labels_K, log_prior)
+
+    @torch.no_grad()
+    def floor(self) -> tuple[Tensor, Tensor]:
+        keys_KD = self.queue.keys_KD
+        attended_BD = torch.softmax((self.query_BD / TAU) @ keys_KD.T, 1) @ keys_KD
+        return attended_BD, torch.softmax(self.logits_BC, 1)
+
+
+def make_case(size: Size, *, clustered: bool = False, seed: int = 0) -> Case:
+    """Unit rows, independent of their labels or, `clustered`, close to one direction per class."""
+    generator = torch.Generator().manual_seed(seed)
+    counts_C = 1000 / torch.arange(1, size.classes + 1)  # Zipf: as long-tailed as the data sets of the paper
+    labels_B = torch.multinomial(counts_C, size.anchors, replacement=True, generator=generator)
+    labels_K = torch.multinomial(counts_C, size.queue, replacement=True, generator=generator)
+    directions_CD = torch.randn(size.classes, DIM, generator=generator)
+
+    def unit(labels: Tensor) -> Tensor:
+        noise = torch.randn(len(labels), DIM, generator=generator)
+        return F.normalize(directions_CD[labels] + 0.1 * noise if clustered else noise, dim=1)
+
+    queue = KeyQueue(size.queue, DIM)
+    queue.push(unit(labels_K), labels_K)
+    logits_BC = torch.randn(size.anchors, size.classes, generator=generator).requires_grad_()
+    query_BD = unit(labels_B).requires_grad_()
+    return Case(labels_B, logits_BC, query_BD, unit(labels_B), queue, class_prior(counts_C))
+
+
+def published_loss(
+    query_BD: Tensor,
+    key_BD: Tensor,
+    logits_BC: Tensor,
+    labels_B: Tensor,
+    queue_KD: Tensor,
+    queue_labels_K: Tensor,
+    log_prior_C: Tensor,
+) -> Tensor:
+    """Eq. (4) as the paper's code writes it: logits against everything, a weight and a mask for each of them."""
+    size, classes = logits_BC.shape
+    features_AD = torch.cat([query_BD, key_BD, queue_KD])
+    labels_A = torch.cat([labels_B, labels_B, queue_labels_K])
+    same_BA = (labels_B[:, None] == labels_A).to(query_BD.dtype)
+    contrast_BA = query_BD @ features_AD.T / TAU
+    all_logits = torch.cat([logits_BC + log_prior_C, contrast_BA], 1)
+    all_logits = all_logits - all_logits.amax(1, keepdim=True).detach()
+    not_itself_BA = torch.ones_like(same_BA).scatter_(1, torch.arange(size)[:, None], 0)
+    one_hot_BC = F.one_hot(labels_B, classes).to(query_BD.dtype)
+    weights = torch.cat([one_hot_BC, ALPHA * same_BA * not_itself_BA], 1)
+    mask = torch.cat([torch.ones_like(one_hot_BC), not_itself_BA], 1)
+    log_probability = all_logits - (all_logits.exp() * mask).sum(1, keepdim=True).log()
+    return -((weights * log_probability).sum(1) / weights.sum(1)).mean()
+
+
+def gradient_error(size: Size, *, clustered: bool) -> float:
+    """Norm of our gradient's difference to the published one in float64, relative; queries or logits, the worse."""
+    case = make_case(size, clustered=clustered)
+    ours = torch.autograd.grad(case.ours(case.snapshot()), case.inputs)
+    exact_case = Case(
+        case.labels_B,
+        case.logits_BC.detach().double().requires_grad_(),
+        case.query_BD.detach().double().requires_grad_(),
+        case.key_BD,
+        case.queue,
+        case.log_prior_C,
+    )
+    exact = torch.autograd.grad(exact_case.published(torch.float64), exact_case.inputs)
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(ours, exact, strict=True))
+
+
+def saved_bytes(forward: Callable[[], object]) -> int:
+    """Bytes of the storages that autograd keeps for backward, each counted once, inputs among them."""
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        # Holding the tensor keeps its address from being given to another.
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()
+    total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    del result
+    return total
+
+
+def saved_by_ours(size: Size) -> int:
+    case = make_case(size)
+    snapshot = case.snapshot()
+    return saved_bytes(lambda: case.ours(snapshot))
+
+
+def prepare_step(variant: str, size: Size) -> Callable[[], object]:
+    """Forward and backward of `ours`, its snapshot included, or `published`; the threads already started."""
+
+    def step(case: Case) -> Any:
+        loss = case.ours(case.snapshot()) if variant == "ours" else case.published()
+        return torch.autograd.grad(loss, case.inputs)
+
+    step(make_case(Size(8, 64, 512)))
+    case = make_case(size)
+    return lambda: step(case)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was measured at one size: milliseconds, bytes, relative errors."""
+
+    loss_ms: float
+    snapshot_ms: float
+    published_ms: float
+    floor_ms: float
+    saved: int
+    saved_shorter_queue: int
+    saved_published: int
+    peak: int
+    peak_published: int
+    error_random: float
+    error_clustered: float
+
+    @property
+    def ours_ms(self) -> float:
+        return self.loss_ms + self.snapshot_ms / MICRO_BATCHES
+
+
+def measure(size: Size, repeats: int) -> Figures:
+    case = make_case(size)
+    snapshot = case.snapshot()
+    works: dict[str, Callable[[], object]] = {
+        "loss": lambda: torch.autograd.grad(case.ours(snapshot), case.inputs),
+        "snapshot": case.snapshot,
+        "published": lambda: torch.autograd.grad(case.published(), case.inputs),
+        "floor": case.floor,
+    }
+    ms = {f"{name}_ms": 1000 * seconds for name, seconds in median_seconds(works, repeats).items()}
+    return Figures(
+        **ms,
+        saved=saved_by_ours(size),
+        saved_shorter_queue=saved_by_ours(Size(size.anchors, size.classes, size.queue // 8)),
+        saved_published=saved_bytes(case.published),
+        peak=peak_extra_bytes(prepare_step, "ours", size),
+        peak_published=peak_extra_bytes(prepare_step, "published", size),
+        error_random=gradient_error(size, clustered=False),
+        error_clustered=gradient_error(size, clustered=True),
+    )
+
+
+def bars_of(measured: dict[Size, Figures]) -> list[Bar]:
+    bars = []
+    for size, f in measured.items():
+        times = {"ours": f.ours_ms, "rival": f.published_ms, "floor": f.floor_ms}
+        memory = {"ours": f.peak / MIB, "rival": f.peak_published / MIB}
+        if size.times_as_fast is not None:
+            speed = f.published_ms / f.ours_ms
+            bars.append(at_least(f"{size} ms, published / ours", speed, size.times_as_fast, **times))
+        if size.share_of_floor is not None:
+            bars.append(at_most(f"{size} ms, ours / floor", f.ours_ms / f.floor_ms, size.share_of_floor, **times))
+        if size.share_of_memory is not None:
+            share = f.peak / f.peak_published
+            bars.append(at_most(f"{size} peak extra MiB, ours / published", share, size.share_of_memory, **memory))
+    worst = max(f.error_random for f in measured.values())
+    bars.append(at_most("gradient error, random, worst size", worst, 1e-6, ours=worst))
+    worst = max(f.error_clustered for f in measured.values())
+    bars.append(at_most("gradient error, clustered, worst size", worst, 1e-5, ours=worst))
+    worst = max(f.saved / (4 * size.anchors * size.classes) for size, f in measured.items())
+    bars.append(at_most("saved for backward, anchors-x-classes copies, worst size", worst, 2, ours=worst))
+    worst = max(f.saved / f.saved_shorter_queue for f in measured.values())
+    bars.append(at_most("saved for backward, queue / an eighth of it, worst size", worst, 1, ours=worst))
+    return bars
+
+
+def print_figures(measured: dict[Size, Figures], repeats: int) -> None:
+    print_table(
+        "The loss of one micro-batch: milliseconds forward + backward",
+        [SIZE_COLUMN, "ours", "of it snapshot / 4", "published", "floor", "published / ours", "ours / floor"],
+        [
+            [
+                str(size),
+                f"{f.ours_ms:.1f}",
+                f"{f.snapshot_ms / MICRO_BATCHES:.1f}",
+                f"{f.published_ms:.1f}",
+                f"{f.floor_ms:.1f}",
+                f"{f.published_ms / f.ours_ms:.1f}",
+                f"{f.ours_ms / f.floor_ms:.2f}",
+            ]
+            for size, f in measured.items()
+        ],
+        f"{DIM} dimensions, float32, medians of {repeats} in turn, torch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads",
+    )
+    print_table(
+        "Memory in MiB, and the gradient's relative difference to float64",
+        [SIZE_COLUMN, "saved: ours", "published", "peak extra: ours", "published", "error: random", "clustered"],
+        [
+            [
+                str(size),
+                *(f"{b / MIB:.1f}" for b in (f.saved, f.saved_published, f.peak, f.peak_published)),
+                *(f"{error:.1e}" for error in (f.error_random, f.error_clustered)),
+            ]
+            for size, f in measured.items()
+        ],
+        "saved: storages that autograd keeps for backward. peak extra: growth of peak resident memory over the "
+        "inputs, each variant in a process of its own; ours with the whole snapshot",
+    )
+
+
+def main(argv: Sequence[str] | None = None, sizes: Sequence[Size] = SIZES) -> int:
+    """Measure, print the tables and the bars; a bar that does not hold is printed as such and is no failure."""
+    parser = argparse.ArgumentParser(description="Time, memory and gradients of the loss beside the published one.")
+    parser.add_argument("--repeats", type=int, default=15, help="measured rounds per size (default %(default)s)")
+    parser.add_argument("--json", action="store_true", help="end with one JSON line per bar")
+    arguments = parser.parse_args(argv)
+    measured = {size: measure(size, arguments.repeats) for size in sizes}
+    print_figures(measured, arguments.repeats)
+    print_bars(bars_of(measured), as_json=arguments.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

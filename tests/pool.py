@@ -21,16 +21,16 @@ class RankError(AssertionError):
 
 
 class RankPool:
-    """W processes joined in one gloo group through DeepSpeed, as a launcher would start them."""
+    """W processes joined in one group through DeepSpeed, as a launcher would start them; gloo unless `cuda`."""
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, cuda: bool = False) -> None:
         self.world_size = world_size
         context = multiprocessing.get_context("spawn")
         port = _free_port()
         self._ranks = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, world_size, port), daemon=False)
+            process = context.Process(target=_serve, args=(theirs, rank, world_size, port, cuda), daemon=False)
             process.start()
             theirs.close()
             self._ranks.append((process, ours))
@@ -87,7 +87,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
+def _serve(pipe: Connection, rank: int, world_size: int, port: int, cuda: bool) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -97,6 +97,8 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
     }
+    if not cuda:  # ranks of one test share a machine, but cannot share its GPU
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from paco_ds import engine
     from paco_ds.distributed import leave_job
     from tests.recipes import tiny_recipe

@@ -51,6 +51,10 @@ class MicroBatch:
     valid: Tensor
     replaced: tuple[Replaced, ...] = ()
 
+    def pin_memory(self) -> MicroBatch:
+        """Page-locked images, which go to a GPU while it computes; the loader calls this."""
+        return replace(self, query=self.query.pin_memory(), key=self.key.pin_memory() if self.key is not None else None)
+
 
 @dataclass(frozen=True)
 class Planned:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,7 +70,7 @@ def make_step(ranks: Ranks, recipe: Recipe, config: dict[str, Any], state: dict[
     if state:
         model.load_state_dict(state)
     engine, optimizer = ds.initialise(model, recipe, config, layout)
-    loss = make_loss(recipe.loss, CLASS_COUNTS)
+    loss = make_loss(recipe.loss, CLASS_COUNTS).to(ranks.device)
     if not recipe.loss.contrast:
         return Step(engine, optimizer, loss, layout, ranks, SHOTS)
     key_encoder = KeyEncoder(
@@ -81,17 +81,21 @@ def make_step(ranks: Ranks, recipe: Recipe, config: dict[str, Any], state: dict[
         batch_norm=recipe.key_encoder.batch_norm,
         seed=recipe.seed,
     )
-    queue = KeyQueue(recipe.queue.length, recipe.model.projection_dim)
+    queue = KeyQueue(recipe.queue.length, recipe.model.projection_dim, ranks.device)
     return Step(engine, optimizer, loss, layout, ranks, SHOTS, key_encoder, queue)
+
+
+def _on_cpu(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().clone() for name, tensor in named}
 
 
 def outcome_of(step: Step, before: dict[str, Tensor], results: list[StepResult]) -> Outcome:
     return Outcome(
         losses=[r.loss for r in results],
         before=before,
-        after={name: t.detach().clone() for name, t in whole_model(step.engine)},
-        momentum={name: t.clone() for name, t in whole_momentum(step.engine)},
-        queue=step.queue.state_dict() if step.queue else {},
+        after=_on_cpu(whole_model(step.engine)),
+        momentum=_on_cpu(whole_momentum(step.engine)),
+        queue=_on_cpu(step.queue.state_dict().items()) if step.queue else {},
         refused=[r.refused for r in results],
         grad_norms=[r.grad_norm for r in results],
     )
@@ -111,7 +115,7 @@ def run_steps(
     """`steps` optimizer steps at the recipe's learning rate, with a fault of `FAULTS` injected."""
     recipe = tiny_recipe(*overrides)
     step = make_step(ranks, recipe, deepspeed_config(stage, autocast, **(zero or {})))
-    before = {name: t.detach().clone() for name, t in whole_model(step.engine)}
+    before = _on_cpu(whole_model(step.engine))
     counter = ByteCounter()
     ranks.on_bytes = counter
     results = []
@@ -135,7 +139,7 @@ def state_around_a_fault(
     """The state before a step in which one rank makes something not finite, after it, and after one more step."""
     recipe = tiny_recipe(*overrides)
     step = make_step(ranks, recipe, deepspeed_config(stage, autocast=False))
-    initial = copy.deepcopy({name: t.detach().clone() for name, t in whole_model(step.engine)})
+    initial = _on_cpu(whole_model(step.engine))
     states = []
     for number in range(4):
         broken = number == 2

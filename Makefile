@@ -1,5 +1,5 @@
 # make demo    trains PaCo on 2 ranks on images that ship with the project, minutes
-# make test    lint, types and the tests of every change
+# make test    the tests of every change
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed

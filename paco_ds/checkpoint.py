@@ -1,13 +1,12 @@
 """Checkpoints: everything that makes a resumed run the same run, at any ZeRO stage and on any legal number of ranks.
 
 A checkpoint is a folder of safetensors (float32 weights and buffers; momentum; queue) and state.json (step, recipe,
-manifest, digests of the files). It is written under a temporary name, read back, and renamed when whole; then
-`latest` names it. A damaged one is found by its digests, and the one before it is used.
+manifest, digests of the files). It is written under a temporary name, read back, and renamed when whole. A damaged
+one is found by its digests, and the one before it is used.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -21,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from paco_ds.errors import CheckpointError
+from paco_ds.files import sha256_file
 from paco_ds.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class Checkpoints:
             **about,
         }
         self._write(f"step-{step:08d}", files, state)
-        self._prune()
+        self._prune(step)
 
     def latest(self) -> Checkpoint | None:
         """The newest whole checkpoint of this run, or None if there is none.
@@ -114,24 +114,11 @@ class Checkpoints:
         Raises:
             CheckpointError: it is of other meaning or other data, or none of those there is whole.
         """
-        names = sorted((p.name for p in self.folder.glob("step-*") if p.is_dir()), reverse=True)
-        problems = []
-        for name in names:
-            try:
-                checkpoint = read_checkpoint(self.folder / name)
-            except CheckpointError as error:
-                problems.append(str(error))
-                logger.warning("%s; trying the one before", error)
-                continue
-            self._check_meaning(checkpoint)
-            return checkpoint
-        if problems:
-            raise CheckpointError(
-                "no checkpoint of this run is whole:\n  "
-                + "\n  ".join(problems)
-                + f"\nRestore one, or move {self.folder} away to start again"
-            )
-        return None
+        if not any(self.folder.glob("step-*")):
+            return None
+        checkpoint = newest_checkpoint(self.folder.parent)
+        self._check_meaning(checkpoint)
+        return checkpoint
 
     def _check_meaning(self, checkpoint: Checkpoint) -> None:
         saved, now = checkpoint.state["meaning"], json.loads(json.dumps(self.recipe.meaning()))
@@ -155,7 +142,7 @@ class Checkpoints:
         part.mkdir()
         for file, tensors in files.items():
             save_file(dict(tensors), part / file)
-        state["sha256"] = {file: _sha256(part / file) for file in files}
+        state["sha256"] = {file: sha256_file(part / file) for file in files}
         (part / STATE).write_text(json.dumps(state, indent=1))
         for path in (*part.iterdir(), part):
             _fsync(path)
@@ -163,14 +150,16 @@ class Checkpoints:
         final = self.folder / name
         shutil.rmtree(final, ignore_errors=True)  # of an earlier, damaged or cut, attempt at this step
         part.rename(final)
-        latest = self.folder / "latest"
-        latest.with_suffix(".part").write_text(name + "\n")
-        latest.with_suffix(".part").rename(latest)
         _fsync(self.folder)
 
-    def _prune(self) -> None:
-        names = sorted(p for p in self.folder.glob("step-*") if p.is_dir())
-        for path in names[: -self.recipe.checkpoint.keep]:
+    def _prune(self, newest: int) -> None:
+        """Keep the newest by number. Later ones are damaged, else the run would have gone on from there."""
+        for path in self.folder.glob("step-*"):
+            if int(path.name.removeprefix("step-")) > newest:
+                shutil.rmtree(path)
+        for path in sorted(self.folder.glob("step-*"))[: -self.recipe.checkpoint.keep]:
+            shutil.rmtree(path)
+        for path in self.folder.glob(".step-*.part"):  # of a save that was killed
             shutil.rmtree(path)
 
 
@@ -189,23 +178,31 @@ def read_checkpoint(path: Path) -> Checkpoint:
     for file, sha256 in state["sha256"].items():
         if not (path / file).exists():
             raise CheckpointError(f"checkpoint {path} is half-written or damaged: {file} is missing")
-        if _sha256(path / file) != sha256:
+        if sha256_file(path / file) != sha256:
             raise CheckpointError(f"checkpoint {path} is damaged: SHA-256 of {file} differs from {STATE}")
     return Checkpoint(path, state["step"], state)
 
 
 def newest_checkpoint(run: Path) -> Checkpoint:
-    """The newest whole checkpoint of a run directory, whatever its recipe; for evaluation and export.
+    """The newest whole checkpoint of a run directory, whatever its recipe; a damaged one is named and passed over.
 
     Raises:
         CheckpointError: there is none.
     """
+    problems = []
     for path in sorted((run / "checkpoints").glob("step-*"), reverse=True):
         try:
             return read_checkpoint(path)
         except CheckpointError as error:
+            problems.append(str(error))
             logger.warning("%s; trying the one before", error)
-    raise CheckpointError(f"no whole checkpoint under {run / 'checkpoints'}: train with --output {run} first")
+    if problems:
+        raise CheckpointError(
+            "no checkpoint of this run is whole:\n  "
+            + "\n  ".join(problems)
+            + f"\nRestore one, or move {run / 'checkpoints'} away to start again"
+        )
+    raise CheckpointError(f"no checkpoint under {run / 'checkpoints'}: train with --output {run} first")
 
 
 def _kept(named: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
@@ -215,11 +212,6 @@ def _kept(named: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
         if keep:
             kept[name] = tensor.detach().cpu().contiguous()
     return kept
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _fsync(path: Path) -> None:

@@ -12,15 +12,12 @@ from paco_ds.errors import UserError
 
 @contextmanager
 def report_user_errors() -> Iterator[None]:
-    """Print a `UserError` and end with status 2; other errors keep their traceback, and name their rank.
-
-    A rank that fails ends its process at once, so that the launcher ends the job instead of waiting for it.
-    """
+    """Print a `UserError` and exit with status 2, upon which a launcher ends the job; others name their rank."""
     try:
         yield
     except UserError as error:
         _say(error)
-        _leave(2)
+        raise SystemExit(2) from None
     except Exception as error:
         if "RANK" in os.environ:
             error.add_note(f"on rank {os.environ['RANK']}")
@@ -31,7 +28,3 @@ def _say(error: UserError) -> None:
     rank = os.environ.get("RANK", "0")
     where = f" (rank {rank} of {os.environ['WORLD_SIZE']})" if "WORLD_SIZE" in os.environ else ""
     print(f"error{where}: {error}", file=sys.stderr, flush=True)
-
-
-def _leave(status: int) -> None:
-    raise SystemExit(status)

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from paco_ds.errors import RecipeError
+from paco_ds.errors import RecipeError, UserError
 
 # torch 2.14 renamed it
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -42,7 +42,7 @@ class Ranks:
         """Sum over ranks, in place. Ring all-reduce sends 2 (W-1)/W of the vector."""
         if self.world_size > 1:
             dist.all_reduce(vector, group=self.group)
-            self._count("all_reduce", 2 * vector.nbytes * (self.world_size - 1) // self.world_size)
+            self.on_bytes("all_reduce", 2 * vector.nbytes * (self.world_size - 1) // self.world_size)
         return vector
 
     def gather(self, rows: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class Ranks:
             return rows[None]
         out = torch.empty((self.world_size * rows.numel(),), dtype=rows.dtype, device=rows.device)
         _all_gather(out, rows.contiguous().view(-1), group=self.group)
-        self._count("all_gather", rows.nbytes * (self.world_size - 1))
+        self.on_bytes("all_gather", rows.nbytes * (self.world_size - 1))
         return out.view(self.world_size, *rows.shape)
 
     def exchange(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
@@ -61,7 +61,7 @@ class Ranks:
         out = torch.empty((sum(receive), *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
         dist.all_to_all_single(out, rows.contiguous(), list(receive), list(send), group=self.group)
         row_bytes = rows[:1].nbytes if len(rows) else 0
-        self._count("all_to_all", row_bytes * (sum(send) - send[self.rank]))
+        self.on_bytes("all_to_all", row_bytes * (sum(send) - send[self.rank]))
         return out
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -75,9 +75,6 @@ class Ranks:
     def wait_for_all(self) -> None:
         if self.world_size > 1:
             dist.barrier(group=self.group)
-
-    def _count(self, op: str, sent: int) -> None:
-        self.on_bytes(op, sent)
 
 
 @dataclass
@@ -151,11 +148,19 @@ def join_job(threads: int | None, initialise: Callable[..., object] = dist.init_
     Args:
         threads: CPU threads of this rank; by default the host's cores shared by its ranks.
         initialise: called with the backend's name; DeepSpeed has its own.
+
+    Raises:
+        UserError: the environment promises several ranks, but does not say where to find them.
     """
     rank, world_size, local_rank = environment_ranks()
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
-    if "MASTER_ADDR" not in os.environ:
-        os.environ.update(alone)
+    if world_size == 1:
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update({"MASTER_PORT": _free_port()} | alone | os.environ)
+    elif missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise UserError(
+            f"WORLD_SIZE is {world_size}, but {', '.join(missing)} is not set: launch with `deepspeed`, or set these "
+            f"for every rank"
+        )
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local_rank)

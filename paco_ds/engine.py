@@ -73,8 +73,8 @@ def check_prerequisites() -> None:
     """
     if get_accelerator().device_name() != "cpu":
         return
-    if shutil.which("ninja") is None:  # the environment's programs are not on PATH unless it was activated
-        os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
+    # the environment's ninja, also where it was not activated; another version would build everything again
+    os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None:
         raise UserError(

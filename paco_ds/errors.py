@@ -17,3 +17,7 @@ class CheckpointError(UserError):
 
 class DataError(UserError):
     """Shards, a manifest or a source of images are missing, damaged or do not fit the recipe."""
+
+
+class TrainingError(UserError):
+    """A run cannot go on as it is set."""

@@ -21,6 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     arguments = _parser().parse_args(argv)
     # not at the top: loader processes read this file again, and need none of it
+    import torch
     from rich.console import Console
 
     from paco_ds.checkpoint import newest_checkpoint
@@ -35,15 +36,16 @@ def main(argv: list[str] | None = None) -> int:
         started = now()
         checkpoint = newest_checkpoint(arguments.run)
         recipe = load_recipe(arguments.run / "recipe.yaml", arguments.set)
-        manifest = open_data(recipe)
-        checkpoint.check_data(manifest.sha256)
         split = arguments.split or recipe.evaluation.test_split
-        manifest.check_files(split)
+        manifest = open_data(recipe, [split])
+        checkpoint.check_data(manifest.sha256)
         ranks = join_job(recipe.engine.threads)
         model = make_recogniser(recipe, len(manifest.classes), manifest.mean, manifest.std)
         model.load_state_dict(checkpoint.model())
         model.to(ranks.device)
-        accuracy = evaluate(model, model, recipe, manifest, split, ranks)
+        # the precision it was trained with, so that its figures come out again
+        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=checkpoint.state["autocast"]):
+            accuracy = evaluate(model, model, recipe, manifest, split, ranks)
         if ranks.first:
             Console().print(accuracy.table(f"{recipe.name}, step {checkpoint.step}, on {split}"))
             target = arguments.run / (

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from paco_ds.distributed import MicroBatchLayout, Ranks
+from paco_ds.randomness import Stream, permutation
 from paco_ds.zero import move_average
-
-_SHUFFLE = 3  # this stream of the seed's randomness
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class KeyEncoder:
         layout = self.layout
         lanes = np.arange(layout.global_batch)
         if self.batch_norm == "shuffle":
-            lanes = np.random.default_rng((self.seed, step, _SHUFFLE)).permutation(lanes)
+            lanes = permutation(len(lanes), Stream.KEY_GROUPS, self.seed, step)
         return lanes.reshape(layout.micro_batches, layout.micro_batch)
 
     def _exchange_images(self, images: Tensor, groups: np.ndarray) -> Tensor:

@@ -10,12 +10,24 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 RUNNING = "running"
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
+
+
+def _no_bool(value: Any) -> Any:
+    """YAML's yes and true would pass for 1."""
+    if isinstance(value, bool):
+        raise ValueError("a number is expected here, not true or false")
+    return value
+
+
+_Number = BeforeValidator(_no_bool)
+Fraction = Annotated[float, _Number, Field(ge=0, le=1)]
+Positive = Annotated[float, _Number, Field(gt=0)]
+NotNegative = Annotated[float, _Number, Field(ge=0)]
+Count = Annotated[int, _Number, Field(ge=1)]
+Natural = Annotated[int, _Number, Field(ge=0)]
 
 
 class Section(BaseModel):
@@ -36,7 +48,7 @@ class DataSettings(Section):
     classes: Count | None = Field(None, description="number of classes the shards must have")
     train_split: str = "train"
     window: Count = Field(64, description="samples of a lane that are permuted, and read, together")
-    workers: int = running(0, ge=0, description="loader processes of each rank; 0 loads in the rank itself")
+    workers: Natural = running(0, description="loader processes of each rank; 0 loads in the rank itself")
     max_bad_share: Fraction = running(0.001, description="share of an epoch's samples that may be unreadable")
 
 
@@ -46,9 +58,9 @@ class SmallView(Section):
     name: Literal["small"] = "small"
     size: Count = Field(description="pixels of a side")
     zoom: tuple[Positive, Positive] = (0.8, 1.2)
-    shift: int = Field(3, ge=0, description="pixels")
+    shift: Natural = Field(3, description="pixels")
     flip: Fraction = 0.5
-    cutout: int = Field(8, ge=0, description="pixels of a side of the erased square; 0 erases none")
+    cutout: Natural = Field(8, description="pixels of a side of the erased square; 0 erases none")
 
 
 class RegularView(Section):
@@ -107,10 +119,10 @@ class LossSettings(Section):
     method: Literal["paco", "balanced_softmax", "cross_entropy"] = "paco"
     alpha: Positive = Field(0.05, description="weight of the contrast positives, Eq. (13)")
     beta: Positive = Field(1.0, description="weight of the own center")
-    gamma: float = Field(1.0, ge=0, description="scale of the contrast terms in the denominator")
+    gamma: NotNegative = Field(1.0, description="scale of the contrast terms in the denominator")
     temperature: Positive = 0.2
     supt: Positive = Field(1.0, description="divides center logits and class prior")
-    smoothing: float = Field(0.0, ge=0, lt=1, description="label smoothing over the centers")
+    smoothing: NotNegative = Field(0.0, lt=1, description="label smoothing over the centers")
     class_prior: bool = Field(True, description="PaCo adds log q(y) to center logits in training")
     normalization: Literal["published", "summed"] = "published"
 
@@ -134,7 +146,7 @@ class KeyEncoderSettings(Section):
 class QueueSettings(Section):
     """The ring of the newest keys of all ranks."""
 
-    length: int = Field(8192, ge=0)
+    length: Natural = 8192
 
 
 class StepSettings(Section):
@@ -160,8 +172,8 @@ class OptimizerSettings(Section):
     """SGD with momentum; weight decay on every parameter, as published."""
 
     lr: Positive = Field(description="for the recipe's own step.micro_batches")
-    momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(5e-4, ge=0)
+    momentum: NotNegative = Field(0.9, lt=1)
+    weight_decay: NotNegative = 5e-4
     clip_norm: Positive | None = Field(None, description="largest global norm of the gradient")
 
 
@@ -169,7 +181,7 @@ class ScheduleSettings(Section):
     """Linear warm-up, then half a cosine; changed every epoch (published) or every step."""
 
     epochs: Count
-    warmup_epochs: int = Field(0, ge=0)
+    warmup_epochs: Natural = 0
     per: Literal["epoch", "step"] = "epoch"
 
     @model_validator(mode="after")
@@ -184,7 +196,8 @@ class EngineSettings(Section):
 
     deepspeed: str = Field(description="DeepSpeed JSON: ZeRO stage, autocast; no batch sizes")
     threads: Count | None = Field(None, description="CPU threads of a rank; cores / ranks on the host by default")
-    digest_every: int = Field(100, ge=0, description="steps between proofs that ranks hold equal queues; 0: never")
+    max_refused: Count = Field(50, description="steps in a row that may change nothing, something not being finite")
+    digest_every: Natural = Field(100, description="steps between proofs that ranks hold equal queues; 0: never")
 
 
 class CheckpointSettings(Section):
@@ -198,8 +211,8 @@ class CheckpointSettings(Section):
 class EvaluationSettings(Section):
     """Held-out accuracy during training and at its end."""
 
-    every_epochs: int = Field(1, ge=0, description="0: only at the end")
-    split: str = Field("val", description="watched during training; settings are chosen on it")
+    every_epochs: Natural = Field(1, description="0: only at the end")
+    split: str | None = Field("val", description="watched during training, settings are chosen on it; null: none")
     test_split: str = Field("test", description="measured once, at the end")
     batch: Count = 256
 
@@ -208,7 +221,7 @@ class MetricsSettings(Section):
     """What is shown and served while a run goes on."""
 
     serve: bool = Field(True, description="serve /metrics on every rank")
-    port: int = Field(9400, ge=1, le=65535, description="of local rank 0; the others follow")
+    port: Count = Field(9400, le=65535, description="of local rank 0; the others follow")
     log_every: Count = Field(10, description="steps between lines when the output is no terminal")
 
 
@@ -216,7 +229,7 @@ class Recipe(Section):
     """Every setting of a run."""
 
     name: str
-    seed: int = Field(1, ge=0)
+    seed: Natural = 1
     data: DataSettings
     views: ViewSettings
     model: ModelSettings

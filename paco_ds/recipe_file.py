@@ -41,8 +41,8 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     for override in overrides:
         key = _apply_override(tree, override)
         origin[key] = f"--set {override}"
-        if key in PATH_KEYS:
-            _anchor_path(tree, key, Path.cwd())
+    for key in PATH_KEYS:  # those of the file are absolute by now
+        _anchor_path(tree, key, Path.cwd())
     if isinstance(tree.get("step"), dict):
         tree["step"].setdefault("reference_micro_batches", reference)
     return validate_recipe(tree, str(path), origin)
@@ -92,7 +92,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> str:
         tree = tree.setdefault(part, {})
         if not isinstance(tree, dict):
             raise RecipeError(f"--set {override}: {part!r} is a setting, not a section")
-    tree[last] = yaml.safe_load(text)
+    try:
+        tree[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override}: the value is not YAML: {' '.join(str(error).split())}") from None
     return key
 
 

@@ -19,9 +19,10 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 import yaml
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
 from paco_ds.command import report_user_errors
 from paco_ds.errors import RecipeError, UserError
@@ -45,6 +46,13 @@ class Table(Section):
     recipe: str
     rows: tuple[Row, ...]
 
+    @model_validator(mode="after")
+    def _runs_are_apart(self) -> Self:
+        names = [_slug(row.method) for row in self.rows]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"rows share the run folders {sorted(twice)}; give each row a method name of its own")
+        return self
+
 
 def load_table(path: Path) -> Table:
     """Read a table file; its recipe's path is relative to it.
@@ -64,18 +72,18 @@ def load_table(path: Path) -> Table:
 def run_row(table: Table, row: Row, seed: int, output: Path, ranks: int, extra: Sequence[str]) -> SeedResult:
     """Train a row with a seed, or go on with it, and read what it reached on the test split.
 
+    A finished run is launched too: it checks that it was trained by this row's recipe, and evaluates.
+
     Raises:
         UserError: the training failed.
     """
     run = output / f"{_slug(row.method)}-seed{seed}"
-    results = run / "metrics.json"
-    if not results.exists():
-        overrides = [f"--set={override}" for override in (*row.set, f"seed={seed}", *extra)]
-        launcher = Path(sys.executable).with_name("deepspeed")
-        command = [str(launcher), "--num_gpus", str(ranks), str(TRAIN), "--config", table.recipe, "--output", str(run)]
-        if subprocess.run([*command, *overrides], check=False).returncode or not results.exists():
-            raise UserError(f"{row.method}, seed {seed} did not finish; see above. The same command goes on from there")
-    figures = json.loads(results.read_text())
+    overrides = [f"--set={override}" for override in (*row.set, f"seed={seed}", *extra)]
+    launcher = Path(sys.executable).with_name("deepspeed")
+    command = [str(launcher), "--num_gpus", str(ranks), str(TRAIN), "--config", table.recipe, "--output", str(run)]
+    if subprocess.run([*command, *overrides], check=False).returncode:
+        raise UserError(f"{row.method}, seed {seed} did not finish; see above. The same command goes on from there")
+    figures = json.loads((run / "metrics.json").read_text())
     return SeedResult(seed=seed, **{name: figures[name] for name in ("many", "medium", "few", "all")})
 
 

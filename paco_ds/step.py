@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paco_ds.data.manifest import SHOTS
 from paco_ds.data.stream import MicroBatch
 from paco_ds.distributed import MicroBatchLayout, Ranks
 from paco_ds.key_encoder import KeyEncoder, Keys
@@ -26,8 +27,6 @@ from paco_ds.key_queue import KeyQueue, QueueSnapshot, digest
 from paco_ds.losses.paco import LossOutput, ParametricContrastiveLoss
 from paco_ds.models.statistics import RunningStatistics
 from paco_ds.optimizer import GuardedSGD
-
-SHOTS = ("many", "medium", "few")
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,10 @@ class _Totals:
             rows = torch.stack([output.center_probability_B, output.center_optimum_B])
             rows = torch.cat([rows, torch.ones_like(rows[:1])]).double()
             self.vector[4:].view(3, -1).index_add_(1, shots_B, rows)
+
+    def reduce(self, ranks: Ranks) -> None:
+        """Add up over ranks; from here on the sums lie on the host, read once."""
+        self.vector = ranks.sum(self.vector).cpu()
 
     def by_shot(self, row: int) -> dict[str, float | None]:
         values = self.vector[4:].view(3, -1)
@@ -112,7 +115,7 @@ class Step:
 
         keys = self._make_keys(step, micro_batches)
         if keys is not None and not keys.finite:
-            self.ranks.sum(totals.vector)
+            totals.reduce(self.ranks)
             return self._result(totals, "keys", known=False)
         self._run_queries(micro_batches, keys, totals)
         refused = self._refusal(totals)
@@ -140,7 +143,7 @@ class Step:
             self.statistics.end_micro_batch()
             if micro_batch is micro_batches[-1]:
                 # before the last backward, which lets DeepSpeed reduce gradients and step
-                self.ranks.sum(totals.vector)
+                totals.reduce(self.ranks)
                 self.optimizer.refuse = bool(totals.vector[0])
             self.engine.backward(loss)
             self.engine.step()

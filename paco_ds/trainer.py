@@ -17,7 +17,7 @@ from paco_ds.checkpoint import Checkpoint, Checkpoints
 from paco_ds.data.manifest import open_data
 from paco_ds.data.stream import TrainingStream
 from paco_ds.distributed import MicroBatchLayout, Ranks
-from paco_ds.errors import RecipeError
+from paco_ds.errors import RecipeError, TrainingError
 from paco_ds.evaluation.accuracy import ShotAccuracy
 from paco_ds.evaluation.results import now, versions, write_results
 from paco_ds.evaluation.runner import evaluate
@@ -48,16 +48,17 @@ class Trainer:
     def __init__(self, recipe: Recipe, run: Path, ranks: Ranks, stop_at_step: int | None = None) -> None:
         self.recipe, self.run_dir, self.ranks, self.stop_at_step = recipe, run, ranks, stop_at_step
         self.started = now()
-        self.manifest = manifest = open_data(recipe)
+        self.manifest = manifest = open_data(recipe, _splits(recipe))
         self.layout = MicroBatchLayout(recipe.step.micro_batch, recipe.step.micro_batches, ranks.rank, ranks.world_size)
         config = ds.read_deepspeed_config(recipe.engine.deepspeed)
         self.checkpoints = Checkpoints(run, recipe, manifest.sha256)
         checkpoint = self._agreed(self.checkpoints.latest())
 
         self.steps_done = checkpoint.step if checkpoint else 0
+        self.refused_in_a_row = 0
         self.stop_request, self.stop_agreed = _StopRequest(), False
+        # loader processes start here, before DeepSpeed's and the metrics' threads do
         self.stream = TrainingStream(recipe, manifest, self.layout, start=self.steps_done)
-        self.batches = iter(self.stream)  # loader processes start here, before there are threads
         model = make_recogniser(recipe, len(manifest.classes), manifest.mean, manifest.std)
         if checkpoint:  # before DeepSpeed copies the weights
             model.load_state_dict(checkpoint.model())
@@ -76,23 +77,23 @@ class Trainer:
     def run(self) -> ShotAccuracy | None:
         """Train to the end, evaluate, report. None if the run was stopped before its end."""
         self._announce()
-        while self.steps_done < self.total_steps:
+        last = min(self.total_steps, self.stop_at_step or self.total_steps)
+        while self.steps_done < last and not self.stop_agreed:
             self.train_step()
             at_epoch_end = self.steps_done % self.steps_per_epoch == 0
             if at_epoch_end:
                 self._after_epoch()
-            stopping = self.stop_agreed or self.steps_done == self.stop_at_step
-            if stopping or self._checkpoint_due(at_epoch_end):
+            if self.stop_agreed or self.steps_done == last or self._checkpoint_due(at_epoch_end):
                 self.save()
-            if stopping and self.steps_done < self.total_steps:
-                self.watch.say(f"stopped after step {self.steps_done}; the same command goes on from here")
-                return None
+        if self.steps_done < self.total_steps:
+            self.watch.say(f"stopped after step {self.steps_done} of {self.total_steps}; it can go on from here")
+            return None
         return self._finish()
 
     def train_step(self) -> StepResult:
         """One optimizer step: wait for its images, take it, tell what came of it."""
         began = time.perf_counter()
-        micro_batches = next(self.batches)
+        micro_batches = next(self.stream)
         waited = time.perf_counter() - began
         number = self.steps_done
         lr = learning_rate(self.recipe, number, self.steps_per_epoch)
@@ -118,6 +119,7 @@ class Trainer:
         self.watch.step(record, self.layout.accumulation * self.layout.micro_batch, result.refused)
         mine = ((r.key, r.shard, r.reason) for batch in micro_batches for r in batch.replaced)
         self.bad_samples.add(mine, on_all_ranks=result.replaced)
+        self._refuse_to_go_on_for_ever(result)
         every = self.recipe.engine.digest_every
         if every and self.steps_done % every == 0:
             prove_ranks_agree(self.step)
@@ -125,9 +127,7 @@ class Trainer:
 
     def evaluate(self, split: str) -> ShotAccuracy:
         """Accuracy of the weights as they stand."""
-        accuracy = evaluate(self.engine, self.engine.module, self.recipe, self.manifest, split, self.ranks)
-        self.watch.evaluation(self.steps_done, self.steps_done // self.steps_per_epoch, split, accuracy)
-        return accuracy
+        return evaluate(self.engine, self.engine.module, self.recipe, self.manifest, split, self.ranks)
 
     def save(self) -> None:
         """Write a checkpoint of the run as it stands."""
@@ -140,6 +140,7 @@ class Trainer:
             about={
                 "world_size": self.ranks.world_size,
                 "zero_stage": stage_of(self.engine),
+                "autocast": bool(self.engine.torch_autocast_enabled()),
                 "scale": self.recipe.step.scale,
                 "epoch": self.steps_done / self.steps_per_epoch,
                 "versions": versions(),
@@ -151,6 +152,7 @@ class Trainer:
 
     def close(self) -> None:
         """Stop what runs beside training."""
+        self.stream.close()
         self.watch.close()
         self.stop_request.close()
 
@@ -224,15 +226,24 @@ class Trainer:
 
     def _after_epoch(self) -> None:
         self.bad_samples.begin_epoch()
-        every, epoch = self.recipe.evaluation.every_epochs, self.steps_done // self.steps_per_epoch
-        if every and (epoch % every == 0 or self.steps_done == self.total_steps):
-            split = self.recipe.evaluation.split
-            self.watch.say(f"epoch {epoch}, {split}: {_one_line(self.evaluate(split))}")
+        settings, epoch = self.recipe.evaluation, self.steps_done // self.steps_per_epoch
+        due = self.steps_done == self.total_steps or (settings.every_epochs and epoch % settings.every_epochs == 0)
+        if settings.split and due:
+            accuracy = self.evaluate(settings.split)
+            self.watch.evaluation(self.steps_done, epoch, settings.split, accuracy)
+            self.watch.say(f"epoch {epoch}, {settings.split}: {_one_line(accuracy)}")
+
+    def _refuse_to_go_on_for_ever(self, result: StepResult) -> None:
+        self.refused_in_a_row = self.refused_in_a_row + 1 if result.refused else 0
+        if self.refused_in_a_row >= self.recipe.engine.max_refused:
+            raise TrainingError(
+                f"{self.refused_in_a_row} steps in a row changed nothing, the last since its {result.refused} was not "
+                f"finite: the weights are past mending. Go on from an older checkpoint in "
+                f"{self.checkpoints.folder} (move later ones away) with a lower optimizer.lr or optimizer.clip_norm"
+            )
 
     def _checkpoint_due(self, at_epoch_end: bool) -> bool:
         settings = self.recipe.checkpoint
-        if self.steps_done == self.total_steps:
-            return True
         if settings.every_steps and self.steps_done % settings.every_steps == 0:
             return True
         return at_epoch_end and (self.steps_done // self.steps_per_epoch) % settings.every_epochs == 0
@@ -240,6 +251,7 @@ class Trainer:
     def _finish(self) -> ShotAccuracy:
         split = self.recipe.evaluation.test_split
         accuracy = self.evaluate(split)
+        self.watch.metrics.observe_accuracy(accuracy)
         if self.ranks.first:
             write_results(
                 self.run_dir / "metrics.json",
@@ -257,21 +269,32 @@ class Trainer:
         return accuracy
 
 
+def _splits(recipe: Recipe) -> set[str]:
+    settings = recipe.evaluation
+    return {recipe.data.train_split, settings.test_split, *([settings.split] if settings.split else [])}
+
+
 class _StopRequest:
-    """True once SIGTERM came (preemption, a scheduler's time limit); the step under way is finished first."""
+    """True once SIGTERM (preemption, a time limit) or Ctrl-C came; the step under way is finished first.
+
+    A second Ctrl-C ends the process at once.
+    """
 
     def __init__(self) -> None:
         self.received = False
-        self._before = signal.signal(signal.SIGTERM, self._receive)
+        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def _receive(self, number: int, frame: object) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
         self.received = True
 
     def __call__(self) -> bool:
         return self.received
 
     def close(self) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
 def _one_line(accuracy: ShotAccuracy) -> str:

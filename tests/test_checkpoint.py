@@ -26,7 +26,6 @@ def test_what_is_saved_is_read(tmp_path):
     assert torch.equal(checkpoint.model()["weight"], TENSORS["weight"])
     assert torch.equal(checkpoint.momentum()["weight"], torch.ones(2, 3))
     assert torch.equal(checkpoint.queue()["keys"], torch.zeros(2))
-    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000007\n"
 
 
 def test_only_json_and_safetensors_are_written(tmp_path):
@@ -41,6 +40,14 @@ def test_the_newest_are_kept_by_number(tmp_path):
     for step in (1, 2, 10, 11):
         save(tmp_path, step, tiny_recipe("checkpoint.keep=2"))
     assert sorted(p.name for p in (tmp_path / "checkpoints").glob("step-*")) == ["step-00000010", "step-00000011"]
+
+
+def test_a_damaged_later_one_does_not_push_out_the_one_just_written(tmp_path):
+    """A run that went back to an older checkpoint has passed the damaged one over."""
+    save(tmp_path, 5, tiny_recipe("checkpoint.keep=1"))
+    (tmp_path / "checkpoints" / "step-00000005" / "state.json").unlink()
+    assert save(tmp_path, 3, tiny_recipe("checkpoint.keep=1")).latest().step == 3
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
 
 
 def test_a_half_written_one_is_never_seen(tmp_path):
@@ -71,7 +78,9 @@ def test_damage_is_found_and_named(tmp_path, damage, message):
         read_checkpoint(tmp_path / "checkpoints" / "step-00000002")
     with pytest.raises(CheckpointError, match=r"no checkpoint of this run is whole[\s\S]*move .* away to start again"):
         checkpoints.latest()
-    save(tmp_path, 1)
+    older = tmp_path / "checkpoints" / "step-00000001"
+    save(tmp_path / "other", 1)
+    (tmp_path / "other" / "checkpoints" / "step-00000001").rename(older)
     assert checkpoints.latest().step == 1
     assert newest_checkpoint(tmp_path).step == 1
 
@@ -102,5 +111,5 @@ def test_a_rank_that_does_not_write_still_walks_through_the_collective(tmp_path)
 
 def test_a_run_without_a_checkpoint_says_what_to_do(tmp_path):
     """Evaluation and export have nothing to read."""
-    with pytest.raises(CheckpointError, match=r"no whole checkpoint under .*: train with --output"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint under .*: train with --output"):
         newest_checkpoint(tmp_path)

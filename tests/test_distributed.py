@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from paco_ds.distributed import ByteCounter, MicroBatchLayout, Ranks
+from paco_ds.distributed import ByteCounter, MicroBatchLayout, Ranks, join_job
+from paco_ds.errors import UserError
 
 CHECK = Path(__file__).parent.parent / ".ci" / "prerequisites"
 
@@ -33,6 +34,17 @@ def test_rows_of_all_ranks_come_back_in_lane_order(world_size):
     assert sum(layouts[0].accumulation for _ in layouts) == 6
 
 
+@pytest.mark.parametrize("given", [{}, {"RANK": "1"}, {"RANK": "0", "MASTER_ADDR": "10.0.0.1"}])
+def test_a_world_that_cannot_be_joined_is_refused(monkeypatch, given):
+    """Else each rank would train, or count images, alone, and think that it was one of many."""
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (given | {"WORLD_SIZE": "2"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"WORLD_SIZE is 2, but .*MASTER_PORT is not set: launch with `deepspeed`"):
+        join_job(threads=1)
+
+
 def test_prerequisites_are_checked_in_words(tmp_path):
     """No compiler, no python3: each is named with the package that brings it."""
     (tmp_path / "uname").write_text("#!/bin/sh\necho Linux x86_64\n")
@@ -41,4 +53,5 @@ def test_prerequisites_are_checked_in_words(tmp_path):
     assert run.returncode == 1
     assert "missing: python3, 3.11 or newer (Debian, Ubuntu: apt install python3" in run.stderr
     assert "missing: a C++ compiler, c++" in run.stderr
+    assert "missing: make" in run.stderr
     assert "Linux on" not in run.stderr

@@ -40,6 +40,8 @@ def test_shipped_recipes_are_valid(path):
         ("step.micro_batch=1.5", r"'step.micro_batch': .*valid integer"),
         ("loss.alpha=-1", r"'loss.alpha': .*greater than 0"),
         ("loss.temperature=.inf", r"'loss.temperature': .*finite"),
+        ("step.micro_batches=true", r"'step.micro_batches': a number is expected here, not true or false"),
+        ("views.query.zoom=[0.5", r"--set views.query.zoom=\[0.5: the value is not YAML"),
         ("loss.method=packo", r"'loss.method': .*'paco', 'balanced_softmax' or 'cross_entropy'"),
         ("schedule.warmup_epochs=2", r"'schedule': warmup_epochs 2 leaves nothing of 2 epochs"),
         ("views.key.size=16", r"'views': query.size 12 and key.size 16 differ"),
@@ -104,6 +106,7 @@ def test_paths_are_relative_to_the_file_or_to_where_the_command_runs(path, tmp_p
     monkeypatch.chdir("/")
     assert load_recipe(path).data.shards == str(tmp_path / "unused")
     assert load_recipe(path, ["data.shards=elsewhere"]).data.shards == "/elsewhere"
+    assert load_recipe(path, ["data={shards: elsewhere}"]).data.shards == "/elsewhere"
     assert load_recipe(path, ["data.shards=s3://bucket/x"]).data.shards == "s3://bucket/x"
 
 

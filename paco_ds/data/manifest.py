@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -52,6 +53,9 @@ def validation_message(error: ValidationError) -> str:
     place = ".".join(str(part) for part in problem["loc"])
     reason = problem["msg"].removeprefix("Value error, ")
     return f"{place}: {reason}" if place else reason
+
+
+SHOTS = ("many", "medium", "few")
 
 
 class Shots(StrictModel):
@@ -226,8 +230,8 @@ def load_manifest(directory: str | Path) -> Manifest:
     return manifest
 
 
-def open_data(recipe: Recipe) -> Manifest:
-    """The manifest of a recipe's shards, with every split that training needs checked to be there in full size.
+def open_data(recipe: Recipe, splits: Iterable[str]) -> Manifest:
+    """The manifest of a recipe's shards, with these splits checked to be there in full size.
 
     Raises:
         DataError: shards are missing, cut, or do not have the recipe's number of classes.
@@ -238,9 +242,6 @@ def open_data(recipe: Recipe) -> Manifest:
             f"data.classes is {recipe.data.classes}, but {manifest.directory} has {len(manifest.classes)} classes: "
             f"point data.shards at other shards or set data.classes={len(manifest.classes)}"
         )
-    wanted = {recipe.data.train_split, recipe.evaluation.test_split}
-    if recipe.evaluation.every_epochs:
-        wanted.add(recipe.evaluation.split)
-    for split in sorted(wanted):
+    for split in splits:
         manifest.check_files(split)
     return manifest

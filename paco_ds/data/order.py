@@ -15,8 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from paco_ds.errors import RecipeError
-
-_ROTATION, _WINDOW = 1, 2  # streams of randomness, so that no two draws share a seed
+from paco_ds.randomness import Stream, generator, permutation
 
 
 class EpochOrder:
@@ -42,11 +41,11 @@ class EpochOrder:
             )
         self.seed, self.epoch, self.window = seed, epoch, window
         self.steps = self.samples // global_batch
-        shuffled = np.random.default_rng((seed, epoch)).permutation(len(sizes))
+        shuffled = permutation(len(sizes), Stream.SHARDS, seed, epoch)
         self._end = np.cumsum(sizes[shuffled])  # of each shard on the line
         self._first_id = (np.cumsum(sizes) - sizes)[shuffled]
         self._first_place = self._end - sizes[shuffled]
-        self._rotation = int(np.random.default_rng((seed, epoch, _ROTATION)).integers(self.samples))
+        self._rotation = int(generator(Stream.ROTATION, seed, epoch).integers(self.samples))
 
     def batch(self, step: int, lanes: Sequence[int]) -> np.ndarray:
         """Ids that `lanes` give at `step`: int64 [len(lanes)]."""
@@ -59,12 +58,7 @@ class EpochOrder:
         length = min(self.window, self.steps - start)
         if length <= 0:
             raise IndexError(f"window {number} starts at step {start}, the epoch has {self.steps}")
-        offsets = np.stack(
-            [
-                np.random.default_rng((self.seed, self.epoch, _WINDOW, lane, number)).permutation(length)
-                for lane in lanes
-            ]
-        )
+        offsets = np.stack([permutation(length, Stream.WINDOW, self.seed, self.epoch, lane, number) for lane in lanes])
         lane_starts = np.asarray(lanes, dtype=np.int64)[:, None] * self.steps
         return self._ids(lane_starts + start + offsets)
 

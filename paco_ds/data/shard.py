@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from paco_ds.data.manifest import Shard, Split, require_file
 from paco_ds.errors import DataError
+from paco_ds.files import sha256_file
 
 IMAGE_ENDINGS = ("jpg", "png", "webp")
 
@@ -66,12 +67,6 @@ class RawSample:
 def sample_key(split_name: str, sample_id: int) -> str:
     """The key of a sample follows from its id, so that a damaged one can be named."""
     return f"{split_name}-{sample_id:08d}"
-
-
-def sha256_file(path: str | Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def index_shard(path: str | Path) -> np.ndarray:

@@ -7,7 +7,11 @@ workers gives the same bytes. A bad sample keeps its place: another of its class
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+import multiprocessing
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import cv2
@@ -15,17 +19,16 @@ import numpy as np
 import torch
 import webdataset as wds
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader
 
 from paco_ds.data.manifest import Manifest
-from paco_ds.data.order import EpochOrder, position_of
+from paco_ds.data.plan import EvaluationPlan, Planned, TrainingPlan
 from paco_ds.data.shard import BadSample, RawSample, ShardReader
 from paco_ds.data.views import View, make_view
 from paco_ds.distributed import MicroBatchLayout
-from paco_ds.errors import DataError
+from paco_ds.errors import DataError, UserError
+from paco_ds.randomness import Stream, generator
 from paco_ds.recipe import Recipe
-
-_QUERY, _KEY, _SUBSTITUTE = 0, 1, 2  # streams of a position's randomness
 
 
 @dataclass(frozen=True)
@@ -57,16 +60,6 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
-class Planned:
-    """One planned sample: its id and its place in the plan."""
-
-    sample_id: int
-    epoch: int
-    position: int
-    valid: bool = True
-
-
-@dataclass(frozen=True)
 class Loaded:
     """A decoded sample: `image` uint8 [H, W, 3]."""
 
@@ -74,73 +67,6 @@ class Loaded:
     image: np.ndarray
     label: int
     replaced: tuple[Replaced, ...] = ()
-
-
-class TrainingPlan(IterableDataset):
-    """The planned samples of this rank from a global step on, micro-batch by micro-batch.
-
-    A loader worker yields every n-th micro-batch.
-    """
-
-    def __init__(
-        self,
-        counts: Sequence[int],
-        layout: MicroBatchLayout,
-        *,
-        seed: int,
-        window: int,
-        start: int,
-        epochs: int,
-    ) -> None:
-        self.counts, self.layout, self.seed, self.window = tuple(counts), layout, seed, window
-        self.start, self.epochs = start, epochs
-        self.steps_per_epoch = self.order(0).steps
-
-    def order(self, epoch: int) -> EpochOrder:
-        return EpochOrder(self.counts, self.layout.global_batch, seed=self.seed, epoch=epoch, window=self.window)
-
-    @property
-    def total_steps(self) -> int:
-        return self.steps_per_epoch * self.epochs
-
-    def __iter__(self) -> Iterator[Planned]:
-        layout, m = self.layout, self.layout.micro_batch
-        worker, workers = _this_worker()
-        lanes = [lane for j in layout.own for lane in layout.lanes(j)]
-        window: tuple[int, int, np.ndarray] = (-1, -1, np.empty(0))
-        for step in range(self.start, self.total_steps):
-            epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-            number, place = divmod(step_in_epoch, self.window)
-            if window[:2] != (epoch, number):
-                order = self.order(epoch)
-                window = (epoch, number, order.window_ids(number, lanes))
-            for slot in range(layout.accumulation):
-                if ((step - self.start) * layout.accumulation + slot) % workers != worker:
-                    continue
-                for i in range(slot * m, (slot + 1) * m):
-                    position = position_of(step_in_epoch, lanes[i], layout.global_batch)
-                    yield Planned(int(window[2][i, place]), epoch, position)
-
-
-class EvaluationPlan(IterableDataset):
-    """Every sample exactly once over all ranks, in batches padded so that every rank has equally many."""
-
-    def __init__(self, samples: int, batch: int, rank: int, world_size: int) -> None:
-        self.samples, self.batch, self.rank, self.world_size = samples, batch, rank, world_size
-        self.batches = -(-samples // (batch * world_size))  # of each rank
-
-    def __iter__(self) -> Iterator[Planned]:
-        worker, workers = _this_worker()
-        for number in range(worker, self.batches, workers):
-            first = (number * self.world_size + self.rank) * self.batch
-            for place in range(first, first + self.batch):
-                valid = place < self.samples
-                yield Planned(place if valid else self.samples - 1, 0, place, valid)
-
-
-def _this_worker() -> tuple[int, int]:
-    info = get_worker_info()
-    return (info.id, info.num_workers) if info else (0, 1)
 
 
 @dataclass(frozen=True)
@@ -168,19 +94,18 @@ class Load:
 
     def _substitute(self, plan: Planned, bad: BadSample) -> Loaded:
         """Another sample of the class (any, if none can be read), a function of (seed, epoch, position)."""
-        rng = np.random.default_rng((self.seed, plan.epoch, plan.position, _SUBSTITUTE))
-        label = int(self.reader.labels()[plan.sample_id])
+        rng = generator(Stream.SUBSTITUTE, self.seed, plan.epoch, plan.position)
+        samples = len(self.reader)
+        classmates = rng.permutation(self.reader.ids_of_class(int(self.reader.labels()[plan.sample_id])))
+        anyone = (int(rng.integers(samples)) for _ in range(_MOST_TRIES))
         replaced = [Replaced(bad.key, bad.shard, bad.reason)]
-        classmates = rng.permutation(self.reader.ids_of_class(label))
-        for candidate in [*classmates, *rng.permutation(len(self.reader.labels()))]:
+        for candidate in itertools.chain(classmates[:_MOST_TRIES], anyone):
             if candidate == plan.sample_id:
                 continue
             try:
                 return replace(self._load(plan, int(candidate)), replaced=tuple(replaced))
             except BadSample as also_bad:
                 replaced.append(Replaced(also_bad.key, also_bad.shard, also_bad.reason))
-                if len(replaced) > _MOST_TRIES:
-                    break
         names = ", ".join(f"{r.key} ({r.reason})" for r in replaced[:5])
         raise DataError(
             f"{len(replaced)} samples drawn one after the other are unreadable: {names}, ... "
@@ -197,7 +122,10 @@ def decode(raw: RawSample) -> np.ndarray:
     Raises:
         BadSample: the bytes are no image that can be decoded.
     """
-    image = cv2.imdecode(np.frombuffer(raw.image, np.uint8), cv2.IMREAD_COLOR_RGB) if raw.image else None
+    try:
+        image = cv2.imdecode(np.frombuffer(raw.image, np.uint8), cv2.IMREAD_COLOR_RGB) if raw.image else None
+    except cv2.error:  # a header that promises more pixels than OpenCV allows
+        image = None
     if image is None:
         raise BadSample("undecodable", raw.key, raw.shard)
     return image
@@ -214,8 +142,8 @@ class MakeViews:
     def __call__(self, sample: Loaded) -> tuple[Loaded, np.ndarray, np.ndarray | None]:
         plan = sample.plan
         draws = [
-            view and view(sample.image, np.random.default_rng((self.seed, plan.epoch, plan.position, number)))
-            for number, view in ((_QUERY, self.query), (_KEY, self.key))
+            view and view(sample.image, generator(stream, self.seed, plan.epoch, plan.position))
+            for stream, view in ((Stream.QUERY_VIEW, self.query), (Stream.KEY_VIEW, self.key))
         ]
         return replace(sample, image=_NO_PIXELS), draws[0], draws[1]  # type: ignore[return-value]
 
@@ -241,7 +169,7 @@ def _as_images(views: Sequence[np.ndarray]) -> Tensor:
 
 
 class TrainingStream:
-    """Iterates over optimizer steps: a list of this rank's micro-batches each.
+    """Iterates over optimizer steps: a list of this rank's micro-batches each. Loader processes start here.
 
     Args:
         start: global step to begin with; every later one follows until the recipe's last epoch.
@@ -265,15 +193,17 @@ class TrainingStream:
             wds.batched(layout.micro_batch, collation_fn=collate),
         )
         self._accumulation = layout.accumulation
-        self._loader = _loader(pipeline, recipe.data.workers)
+        self._micro_batches = _micro_batches(pipeline, recipe.data.workers)
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
-        step: list[MicroBatch] = []
-        for micro_batch in self._loader:
-            step.append(micro_batch)
-            if len(step) == self._accumulation:
-                yield step
-                step = []
+        return self
+
+    def __next__(self) -> list[MicroBatch]:
+        return [next(self._micro_batches) for _ in range(self._accumulation)]
+
+    def close(self) -> None:
+        """End the loader processes."""
+        del self._micro_batches
 
 
 def evaluation_stream(
@@ -288,19 +218,52 @@ def evaluation_stream(
         wds.map(MakeViews(make_view(recipe.views.evaluation), None, recipe.seed)),
         wds.batched(batch, collation_fn=collate),
     )
-    yield from _loader(pipeline, recipe.data.workers)
+    yield from _micro_batches(pipeline, recipe.data.workers)
 
 
-def _loader(pipeline: wds.DataPipeline, workers: int) -> DataLoader:
-    return DataLoader(
-        pipeline,
+def _micro_batches(pipeline: wds.DataPipeline, workers: int) -> Iterator[MicroBatch]:
+    """Start the loader's processes, now, and iterate over what they make; a user's error arrives as it was raised."""
+    if workers:
+        # fork would copy a process that already runs threads; a fork server has none
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])  # or every worker would import torch by itself
+    loader = DataLoader(
+        wds.DataPipeline(pipeline, _errors_as_values),
         batch_size=None,
         num_workers=workers,
-        # fork would copy a process that already runs threads (metrics, DeepSpeed)
-        multiprocessing_context="forkserver" if workers else None,
+        multiprocessing_context=context if workers else None,
         worker_init_fn=_one_thread,
         pin_memory=torch.cuda.is_available(),
     )
+    with _signals_blocked():
+        batches = iter(loader)
+    return _raising(batches)
+
+
+def _errors_as_values(batches: Iterable[MicroBatch]) -> Iterator[MicroBatch | UserError]:
+    """A loader process would wrap an error's message in its traceback."""
+    try:
+        yield from batches
+    except UserError as error:
+        yield error
+
+
+def _raising(batches: Iterator[MicroBatch | UserError]) -> Iterator[MicroBatch]:
+    for batch in batches:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Processes started here do not see SIGTERM and SIGINT: launchers send those to all of a rank's processes, and
+    the rank needs its images until the step under way is done. They end with the rank all the same."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _one_thread(worker: int) -> None:

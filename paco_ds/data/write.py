@@ -13,8 +13,9 @@ import numpy as np
 from webdataset.writer import TarWriter
 
 from paco_ds.data.manifest import Shard
-from paco_ds.data.shard import index_shard, sample_key, sha256_file
+from paco_ds.data.shard import index_shard, sample_key
 from paco_ds.data.sources import SourceSample
+from paco_ds.files import sha256_file
 
 PARTIAL = ".partial"  # ending of a file that is being written
 _OWNER = "paco_ds"  # fixed, so that the same input gives the same bytes for every user

@@ -13,7 +13,8 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-SHOTS = ("many", "medium", "few")
+from paco_ds.data.manifest import SHOTS
+
 GROUPS = (*SHOTS, "all")
 TOP_K = 5
 

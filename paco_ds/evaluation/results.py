@@ -11,6 +11,7 @@ from typing import Any
 
 from paco_ds.data.manifest import Manifest
 from paco_ds.evaluation.accuracy import ShotAccuracy
+from paco_ds.files import replace_text
 from paco_ds.recipe import Recipe
 
 
@@ -59,7 +60,5 @@ def write_results(
         "manifest_sha256": manifest.sha256,
         "versions": versions(),
     }
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    replace_text(path, json.dumps(results, indent=1) + "\n")
     return results

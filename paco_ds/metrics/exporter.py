@@ -19,6 +19,7 @@ from wsgiref.simple_server import WSGIServer
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, start_http_server
 
 from paco_ds.evaluation.accuracy import ShotAccuracy
+from paco_ds.files import replace_text
 from paco_ds.metrics.log import StepRecord
 
 logger = logging.getLogger(__name__)
@@ -223,9 +224,7 @@ def write_targets(path: Path, addresses: Sequence[str | None], run: str) -> None
         for rank, address in enumerate(addresses)
         if address is not None
     ]
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(targets, indent=2) + "\n", encoding="utf-8")
-    part.replace(path)
+    replace_text(path, json.dumps(targets, indent=2) + "\n")
 
 
 def reachable_host(master_addr: str) -> str:

@@ -115,5 +115,5 @@ def _serve_metrics(recipe: Recipe, run: Path, ranks: Ranks) -> MetricsSink:
     host = reachable_host(os.environ.get("MASTER_ADDR", "127.0.0.1"))
     addresses = ranks.gather_objects(f"{host}:{port}" if port else None)
     if ranks.first:
-        write_targets(run / "metrics_targets.json", addresses, recipe.name)
+        write_targets(run / "metrics_targets.json", addresses, run.resolve().name)
     return sink

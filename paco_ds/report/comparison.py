@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from paco_ds.evaluation.accuracy import GROUPS
+from paco_ds.files import replace_text
 from paco_ds.report import charts
 from paco_ds.report.run_report import inline, render
 
@@ -113,9 +114,7 @@ def write_comparison(
         (path_html, page),
         (path_html.with_suffix(".json"), json.dumps(figures, indent=2) + "\n"),
     ):
-        part = path.with_name(path.name + ".part")
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
+        replace_text(path, text)
     return sentences
 
 

@@ -16,7 +16,9 @@ import numpy as np
 import yaml
 from markupsafe import Markup
 
-from paco_ds.evaluation.accuracy import GROUPS, SHOTS, percent
+from paco_ds.data.manifest import SHOTS
+from paco_ds.evaluation.accuracy import GROUPS, percent
+from paco_ds.files import replace_text
 from paco_ds.metrics import log
 from paco_ds.report import charts
 from paco_ds.report.charts import Values
@@ -74,11 +76,7 @@ def write_report(run_dir: Path) -> Path:
         ValueError: a file is damaged; the message names it.
     """
     page = render("run.html.j2", _context(run_dir.resolve().name, read_run(run_dir)))
-    path = run_dir / "report.html"
-    part = run_dir / "report.html.part"
-    part.write_text(page, encoding="utf-8")
-    part.replace(path)
-    return path
+    return replace_text(run_dir / "report.html", page)
 
 
 def read_run(run_dir: Path) -> RunFiles:
@@ -185,6 +183,8 @@ def _facts(run: RunFiles) -> list[tuple[str, str]]:
         facts.append(("Training", f"{run.steps['epoch'][-1] + 1:,.0f} epochs, {run.steps['step'][-1]:,.0f} steps"))
     if "world_size" in final:
         facts.append(("Ranks", str(final["world_size"])))
+    if final.get("scale", 1) != 1:
+        facts.append(("Scaled", f"{final['scale']:g} times the recipe's micro-batches a step, and learning rate"))
     times = [datetime.fromisoformat(final[key]) for key in ("started", "finished") if key in final]
     if len(times) == 2:
         facts.append(("Finished", f"{times[1]:%Y-%m-%d %H:%M}"))

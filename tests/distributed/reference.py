@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from paco_ds.data.stream import MicroBatch
 from paco_ds.models.recogniser import Recogniser, make_recogniser
+from paco_ds.randomness import Stream, permutation
 from paco_ds.recipe import Recipe
 from tests.distributed.runs import CLASS_COUNTS, NORMALIZATION, Outcome, made_micro_batch
 
@@ -70,7 +71,7 @@ def _keys(model: Recogniser, recipe: Recipe, batches: list[MicroBatch], step: in
     views = torch.cat([b.key for b in batches])
     lanes = np.arange(len(views))
     if recipe.key_encoder.batch_norm == "shuffle":
-        lanes = np.random.default_rng((recipe.seed, step, 3)).permutation(lanes)
+        lanes = permutation(len(lanes), Stream.KEY_GROUPS, recipe.seed, step)
     keys = torch.empty(len(views), recipe.model.projection_dim)
     for group in lanes.reshape(recipe.step.micro_batches, -1):
         keys[group] = model(views[group], keys=True)

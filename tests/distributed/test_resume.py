@@ -46,13 +46,14 @@ def steps_logged(run):
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_stopped_and_resumed_is_bit_equal_on_the_same_ranks_and_stage(pool, recipe, tmp_path, stage):
-    """Weights, momentum, statistics, queue, and every logged step: no tolerance."""
+    """Weights, momentum, statistics, queue, and every logged step: no tolerance, whatever the number of workers."""
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     overrides = at_stage(recipe, stage)
     pool(2).run(TRAIN, recipe=recipe, run=straight, overrides=overrides, stop_at_step=END)
     pool(2).run(TRAIN, recipe=recipe, run=resumed, overrides=overrides, stop_at_step=STOP)
     assert newest_checkpoint(resumed).step == STOP
-    pool(2).run(TRAIN, recipe=recipe, run=resumed, overrides=overrides, stop_at_step=END)
+    workers = ("data.workers=2",) if stage == 1 else ()
+    pool(2).run(TRAIN, recipe=recipe, run=resumed, overrides=overrides + workers, stop_at_step=END)
     expected = state_of(straight)
     for name, value in state_of(resumed).items():
         assert torch.equal(value, expected[name]), name
@@ -85,6 +86,37 @@ def test_a_run_goes_on_at_another_stage_and_number_of_ranks(pool, recipe, tmp_pa
             size += float((wanted**2).sum())
     assert difference**0.5 <= 1e-3 * size**0.5
     assert torch.equal(got["queue.labels"], expected["queue.labels"])
+
+
+def test_from_two_ranks_to_one_and_back(pool, recipe, tmp_path):
+    """Three legs of two steps give the update of six steps on two ranks, to 1e-3."""
+    straight, legs = tmp_path / "straight", tmp_path / "legs"
+    calm = ("optimizer.lr=0.005",)  # six steps at the recipe's rate amplify rounding beyond the bound by themselves
+    pool(2).run(TRAIN, recipe=recipe, run=straight, overrides=calm, stop_at_step=END)
+    for world_size, stop in ((2, 2), (1, 4), (2, END)):
+        pool(world_size).run(TRAIN, recipe=recipe, run=legs, overrides=calm, stop_at_step=stop)
+    expected, got = state_of(straight), state_of(legs)
+    for part in ("model.query_encoder", "model.key_encoder", "momentum."):
+        names = [n for n, value in expected.items() if n.startswith(part) and value.is_floating_point()]
+        difference = sum(float(((got[n] - expected[n]) ** 2).sum()) for n in names) ** 0.5
+        size = sum(float((expected[n] ** 2).sum()) for n in names) ** 0.5
+        assert difference <= 1e-3 * size, part
+    assert [step[:2] for step in steps_logged(legs)] == [step[:2] for step in steps_logged(straight)]
+
+
+def test_a_stop_that_was_reached_trains_no_further(pool, recipe, tmp_path):
+    """The same command with the same --stop-at-step may be run again."""
+    run = tmp_path / "run"
+    for _ in range(2):
+        assert pool(2).run(TRAIN, recipe=recipe, run=run, stop_at_step=2) == [2, 2]
+    assert not (run / "metrics.json").exists()
+
+
+def test_a_run_that_can_only_refuse_ends(pool, recipe, tmp_path):
+    """Weights past mending would otherwise train to the end and report chance."""
+    hopeless = ("optimizer.lr=1e30", "engine.max_refused=2")
+    with pytest.raises(RankError, match=r"2 steps in a row changed nothing.*not finite[\s\S]*lower optimizer.lr"):
+        pool(2).run(TRAIN, recipe=recipe, run=tmp_path / "run", overrides=hopeless)
 
 
 def test_the_log_is_cut_at_the_checkpoint_a_run_goes_on_from(pool, recipe, tmp_path):

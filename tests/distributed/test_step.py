@@ -130,13 +130,14 @@ def test_methods_without_contrast_take_steps(pool, method):
     check(two, one, FLOAT32)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("stage", "clip"), [(0, "null"), (0, "5"), (1, "null"), (1, "5"), (2, "null"), (3, "null"), (3, "5")]
+)
 @pytest.mark.parametrize("fault", ["keys", "loss", "gradient"])
-def test_something_not_finite_on_one_rank_changes_nothing_on_any(pool, fault, stage):
+def test_something_not_finite_on_one_rank_changes_nothing_on_any(pool, fault, stage, clip):
     """Weights, momentum, queue and statistics stand bit for bit; the step after it goes on."""
-    for before, after, later in pool(2).run(
-        "tests.distributed.runs:state_around_a_fault", stage=stage, fault=fault, fault_rank=1
-    ):
+    arguments = {"stage": stage, "fault": fault, "fault_rank": 1, "overrides": (f"optimizer.clip_norm={clip}",)}
+    for before, after, later in pool(2).run("tests.distributed.runs:state_around_a_fault", **arguments):
         assert after.refused == [fault]
         assert later.refused == [None]
         for kind in ("after", "momentum", "queue"):

@@ -1,12 +1,15 @@
 """The main job as a user runs it: shards, training by the launcher, a stop, a resume, evaluation, report."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from paco_ds.checkpoint import newest_checkpoint
 from paco_ds.metrics.log import read
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +24,7 @@ def command(*arguments, cwd, timeout=400):
     return subprocess.run([str(a) for a in arguments], cwd=cwd, capture_output=True, text=True, timeout=timeout)
 
 
-def train(ranks, run, shards, *more, cwd):
+def train(ranks, run, shards, *more, cwd, hostfile=None):
     settings = (
         f"schedule.epochs={EPOCHS}",
         "schedule.warmup_epochs=1",
@@ -29,7 +32,8 @@ def train(ranks, run, shards, *more, cwd):
         f"data.shards={shards}",
     )
     overrides = [f"--set={s}" for s in (*settings, "metrics.port=19400", "optimizer.lr=0.05")]
-    launch = (DEEPSPEED, "--num_gpus", ranks, "--master_port", 29611, ROOT / "paco_ds" / "train.py")
+    where = ("--hostfile", hostfile) if hostfile else ("--num_gpus", ranks)
+    launch = (DEEPSPEED, *where, "--master_port", 29611, ROOT / "paco_ds" / "train.py")
     return command(*launch, "--config", RECIPE, "--output", run, *overrides, *more, cwd=cwd)
 
 
@@ -47,13 +51,15 @@ def shards(tmp_path_factory):
 
 @pytest.mark.timeout(600)
 def test_from_images_to_report_with_a_stop_and_a_resume(shards, tmp_path):
-    """Two ranks, stopped in mid-epoch, resumed on one, evaluated on two: far above the chance of 10 %."""
+    """Two ranks by a hostfile, stopped in mid-epoch, resumed on one, evaluated on two: far above the chance of 10 %."""
     run = tmp_path / "run"
-    first = train(2, run, shards, "--stop-at-step", STOP, "--expect-ranks", 2, cwd=tmp_path)
+    (tmp_path / "hosts").write_text("localhost slots=2\n")
+    stop = ("--stop-at-step", STOP, "--expect-ranks", 2)
+    first = train(2, run, shards, *stop, cwd=tmp_path, hostfile=tmp_path / "hosts")
     assert first.returncode == 0, first.stderr
     assert f"stopped after step {STOP}" in first.stdout
     targets = json.loads((run / "metrics_targets.json").read_text())
-    assert [t["labels"] for t in targets] == [{"run": "demo", "rank": "0"}, {"run": "demo", "rank": "1"}]
+    assert [t["labels"] for t in targets] == [{"run": "run", "rank": "0"}, {"run": "run", "rank": "1"}]
 
     second = train(1, run, shards, cwd=tmp_path)
     assert second.returncode == 0, second.stderr
@@ -109,6 +115,23 @@ def test_a_rank_that_dies_ends_the_job(shards, tmp_path):
     run = train(2, tmp_path / "run", damaged, *more, cwd=tmp_path)
     assert run.returncode != 0
     assert "sample val-00000000 of val-00000.tar cannot be evaluated (crc_mismatch)" in run.stderr
+
+
+def test_a_job_told_to_terminate_keeps_what_it_learnt(shards, tmp_path):
+    """The launcher passes SIGTERM on to ranks and loader processes alike; a checkpoint is written first."""
+    run = tmp_path / "run"
+    overrides = ("metrics.port=19400", f"data.shards={shards}", "data.workers=2")
+    launch = (DEEPSPEED, "--num_gpus", 2, "--master_port", 29614, ROOT / "paco_ds" / "train.py", "--config", RECIPE)
+    words = [*launch, "--output", run, *(f"--set={s}" for s in overrides)]
+    job = subprocess.Popen([str(w) for w in words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log = run / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") > 3):
+        time.sleep(0.2)
+    job.send_signal(signal.SIGTERM)
+    output = job.communicate(timeout=60)[0]
+    assert "it can go on from here" in output, output[-3000:]
+    assert newest_checkpoint(run).step >= 4
 
 
 def test_an_installed_package_is_whole_and_launches(tmp_path):

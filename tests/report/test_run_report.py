@@ -80,6 +80,13 @@ def test_the_final_test_evaluation_does_not_replace_the_watched_curve(run_dir: P
     assert _page(run_dir).split('id="accuracy')[1].split("</svg>")[0] == before
 
 
+def test_a_scaled_run_says_so(run_dir: Path) -> None:
+    """More micro-batches a step than the recipe has make another model."""
+    assert "Scaled" not in _page(run_dir)
+    (run_dir / "metrics.json").write_text(json.dumps({**FINAL, "scale": 2.0}))
+    assert "2 times the recipe&#39;s micro-batches a step" in _page(run_dir)
+
+
 def test_page_shows_the_run(run_dir: Path) -> None:
     """Headline figures, refused updates, recipe, versions, digest and six charts are there."""
     page = _page(run_dir)

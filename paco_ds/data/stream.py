@@ -13,6 +13,7 @@ import signal
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from multiprocessing import resource_tracker
 
 import cv2
 import numpy as np
@@ -259,6 +260,7 @@ def _raising(batches: Iterator[MicroBatch | UserError]) -> Iterator[MicroBatch]:
 def _signals_blocked() -> Iterator[None]:
     """Processes started here do not see SIGTERM and SIGINT: launchers send those to all of a rank's processes, and
     the rank needs its images until the step under way is done. They end with the rank all the same."""
+    resource_tracker.ensure_running()  # which unblocks both when it starts
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     try:
         yield

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from paco_ds.checkpoint import newest_checkpoint
@@ -32,7 +33,9 @@ def train(ranks, run, shards, *more, cwd, hostfile=None):
         f"data.shards={shards}",
     )
     overrides = [f"--set={s}" for s in (*settings, "metrics.port=19400", "optimizer.lr=0.05")]
-    where = ("--hostfile", hostfile) if hostfile else ("--num_gpus", ranks)
+    where = (
+        ("--hostfile", hostfile, "--no_ssh_check", "--master_addr", "127.0.0.1") if hostfile else ("--num_gpus", ranks)
+    )
     launch = (DEEPSPEED, *where, "--master_port", 29611, ROOT / "paco_ds" / "train.py")
     return command(*launch, "--config", RECIPE, "--output", run, *overrides, *more, cwd=cwd)
 
@@ -128,7 +131,8 @@ def test_a_job_told_to_terminate_keeps_what_it_learnt(shards, tmp_path):
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") > 3):
         time.sleep(0.2)
-    job.send_signal(signal.SIGTERM)
+    (launcher_of_this_host,) = psutil.Process(job.pid).children()
+    launcher_of_this_host.send_signal(signal.SIGTERM)
     output = job.communicate(timeout=60)[0]
     assert "it can go on from here" in output, output[-3000:]
     assert newest_checkpoint(run).step >= 4

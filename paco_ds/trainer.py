@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +30,7 @@ from paco_ds.optimizer import learning_rate
 from paco_ds.recipe import Recipe
 from paco_ds.report import write_report
 from paco_ds.step import Step, StepResult, prove_ranks_agree
+from paco_ds.stop_request import StopRequest
 from paco_ds.zero import set_momentum, stage_of, whole_model, whole_momentum
 
 
@@ -56,7 +56,7 @@ class Trainer:
 
         self.steps_done = checkpoint.step if checkpoint else 0
         self.refused_in_a_row = 0
-        self.stop_request, self.stop_agreed = _StopRequest(), False
+        self.stop_request, self.stop_agreed = StopRequest(), False
         # loader processes start here, before DeepSpeed's and the metrics' threads do
         self.stream = TrainingStream(recipe, manifest, self.layout, start=self.steps_done)
         model = make_recogniser(recipe, len(manifest.classes), manifest.mean, manifest.std)
@@ -272,29 +272,6 @@ class Trainer:
 def _splits(recipe: Recipe) -> set[str]:
     settings = recipe.evaluation
     return {recipe.data.train_split, settings.test_split, *([settings.split] if settings.split else [])}
-
-
-class _StopRequest:
-    """True once SIGTERM (preemption, a time limit) or Ctrl-C came; the step under way is finished first.
-
-    A second Ctrl-C ends the process at once.
-    """
-
-    def __init__(self) -> None:
-        self.received = False
-        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def _receive(self, number: int, frame: object) -> None:
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = True
-
-    def __call__(self) -> bool:
-        return self.received
-
-    def close(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 def _one_line(accuracy: ShotAccuracy) -> str:

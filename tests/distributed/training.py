@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from paco_ds.distributed import ByteCounter, Ranks
@@ -17,21 +19,28 @@ def train(
     ranks: Ranks, recipe: Path, run: Path, overrides: tuple[str, ...] = (), stop_at_step: int | None = None
 ) -> int:
     """Run the trainer; returns the number of steps done."""
+    with _trainer(ranks, recipe, run, overrides, stop_at_step) as trainer:
+        trainer.run()
+    return trainer.steps_done
+
+
+@contextmanager
+def _trainer(
+    ranks: Ranks, recipe: Path, run: Path, overrides: tuple[str, ...] = (), stop_at_step: int | None = None
+) -> Iterator[Trainer]:
     trainer = Trainer(load_recipe(recipe, overrides), run, ranks, stop_at_step)
     try:
-        trainer.run()
+        yield trainer
     finally:
         trainer.close()
         trainer.engine.destroy()
         ranks.on_bytes = ByteCounter()
-    return trainer.steps_done
 
 
 def scrape_while_training(ranks: Ranks, recipe: Path, run: Path) -> dict[str, str]:
     """Three steps, then the first rank fetches /metrics of every rank named in metrics_targets.json."""
-    trainer = Trainer(load_recipe(recipe), run, ranks)
     pages = {}
-    try:
+    with _trainer(ranks, recipe, run) as trainer:
         for _ in range(3):
             trainer.train_step()
         if ranks.first:
@@ -39,10 +48,6 @@ def scrape_while_training(ranks: Ranks, recipe: Path, run: Path) -> dict[str, st
                 with urllib.request.urlopen(f"http://{target['targets'][0]}/metrics", timeout=10) as answer:
                     pages[target["labels"]["rank"]] = answer.read().decode()
         ranks.wait_for_all()
-    finally:
-        trainer.close()
-        trainer.engine.destroy()
-        ranks.on_bytes = ByteCounter()
     return pages
 
 
@@ -53,19 +58,14 @@ def train_with_private_directory(ranks: Ranks, recipe: Path, run: Path) -> int:
 
 def train_until_terminated(ranks: Ranks, recipe: Path, run: Path, rank: int, after: int) -> int:
     """As `train`; `rank` receives SIGTERM after `after` steps, as from a scheduler. Returns the steps done."""
-    trainer = Trainer(load_recipe(recipe), run, ranks)
-    take_step = trainer.train_step
+    with _trainer(ranks, recipe, run) as trainer:
+        take_step = trainer.train_step
 
-    def step_then_signal() -> None:
-        take_step()
-        if trainer.steps_done == after and ranks.rank == rank:
-            os.kill(os.getpid(), signal.SIGTERM)
+        def step_then_signal() -> None:
+            take_step()
+            if trainer.steps_done == after and ranks.rank == rank:
+                os.kill(os.getpid(), signal.SIGTERM)
 
-    trainer.train_step = step_then_signal
-    try:
+        trainer.train_step = step_then_signal
         trainer.run()
-    finally:
-        trainer.close()
-        trainer.engine.destroy()
-        ranks.on_bytes = ByteCounter()
     return trainer.steps_done

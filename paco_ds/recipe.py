@@ -64,7 +64,7 @@ class SmallView(Section):
 
 
 class RegularView(Section):
-    """The published `regular` view: RandomResizedCrop, horizontal flip, color jitter (DESIGN: views)."""
+    """The published `regular` view: RandomResizedCrop, horizontal flip, color jitter."""
 
     name: Literal["regular"] = "regular"
     size: Count = 224
@@ -114,7 +114,7 @@ class ModelSettings(Section):
 
 
 class LossSettings(Section):
-    """The general form of the loss (DESIGN: the loss, exactly). `method` says which of its terms are present."""
+    """The general form of the loss, see `losses.paco`. `method` says which of its terms are present."""
 
     method: Literal["paco", "balanced_softmax", "cross_entropy"] = "paco"
     alpha: Positive = Field(0.05, description="weight of the contrast positives, Eq. (13)")

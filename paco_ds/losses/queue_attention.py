@@ -1,6 +1,6 @@
 """Owns logsumexp over the key queue, computed as one attention call that keeps nothing K-sized for backward.
 
-Queue keys carry no gradient, so with values V = K the output of attention is the gradient (DESIGN 2):
+Queue keys carry no gradient, so with values V = K the output of attention is the gradient:
 lse_i = logsumexp_k(q_i.k / tau) and dlse_i / dq_i = softmax_k(q_i.k / tau) K / tau = output_i / tau.
 
 Shapes: B anchors, K keys, D dimension.

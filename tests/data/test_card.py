@@ -24,7 +24,7 @@ def test_shipped_cards_are_valid(path: Path) -> None:
 
 
 def test_inaturalist_has_the_published_normalisation() -> None:
-    """DESIGN section 3."""
+    """As published for iNaturalist 2018."""
     card = load_card(SHIPPED / "inaturalist2018.yaml")
     assert card.mean == (0.466, 0.471, 0.380)
     assert card.std == (0.195, 0.194, 0.192)

@@ -1,4 +1,4 @@
-"""One optimizer step as DESIGN means it, in plain torch on one process: what every number of ranks must give.
+"""What an optimizer step means, in plain torch on one process: every number of ranks must give this.
 
 Written apart from paco_ds.step: no DeepSpeed, no collectives, the loss as a loop over anchors.
 """

@@ -34,6 +34,7 @@ setup(
         "dev": [
             "pytest>=8,<10",
             "pytest-timeout>=2.3,<3",
+            "psutil>=5.9,<8",
             "ruff>=0.9,<1",
             "mypy>=1.15,<3",
             "types-PyYAML>=6,<7",

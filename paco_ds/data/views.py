@@ -47,7 +47,7 @@ def _scaled_and_shifted(image: np.ndarray, size: int, scale: float, shift: np.nd
     x = (size - 1) / 2 + shift[0] - scale * (width - 1) / 2
     y = (size - 1) / 2 + shift[1] - scale * (height - 1) / 2
     matrix = np.array([[scale, 0, x], [0, scale, y]])
-    # linear resampling blurs small images, evaluation's are sharp: demo, one seed, 79.9 % with it, 80.7 % with cubic
+    # linear resampling blurs small images, and evaluation's are sharp (docs/results.md; one seed, within noise)
     return cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_CUBIC)
 
 

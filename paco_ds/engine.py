@@ -57,12 +57,29 @@ def read_deepspeed_config(path: str | Path) -> dict[str, Any]:
     autocast = config.get("torch_autocast", {})
     if autocast.get("enabled") and autocast.get("dtype") != "bfloat16":
         raise RecipeError(f"engine.deepspeed: {path}: torch_autocast.dtype must be 'bfloat16'; {_REFUSED['fp16']}")
-    for block in ("offload_optimizer", "offload_param"):
-        if block in config.get("zero_optimization", {}):
-            raise RecipeError(
-                f"engine.deepspeed: {path} has {block!r}, which checkpoints do not support yet; remove it"
-            )
+    _check_offload(path, config.get("zero_optimization", {}))
     return config
+
+
+def _check_offload(path: Path, zero: dict[str, Any]) -> None:
+    """The optimizer's state may lie in host memory; what checkpoints and the moving average cannot reach may not."""
+    if "offload_param" in zero:
+        raise RecipeError(
+            f"engine.deepspeed: {path} has 'offload_param', where the moving average of the key encoder cannot follow; "
+            f"remove it, ZeRO stage 3 with 'offload_optimizer' keeps the least on the device"
+        )
+    offload = zero.get("offload_optimizer", {})
+    device = offload.get("device", "none")
+    if device == "nvme":
+        raise RecipeError(
+            f"engine.deepspeed: {path} offloads the optimizer to nvme, where checkpoints cannot reach momentum; "
+            f"set zero_optimization.offload_optimizer.device to 'cpu'"
+        )
+    if device != "none" and zero.get("stage", 0) == 0:
+        raise RecipeError(
+            f"engine.deepspeed: {path} has 'offload_optimizer', which DeepSpeed ignores at stage 0; "
+            f"set zero_optimization.stage to 1, 2 or 3"
+        )
 
 
 def check_prerequisites() -> None:
@@ -126,6 +143,7 @@ def initialise(
         "train_micro_batch_size_per_gpu": layout.micro_batch,
         "gradient_accumulation_steps": layout.accumulation,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # offload with SGD, of which DeepSpeed has no CPU version of its own
         "steps_per_print": 10**9,
         # 0 is no clipping; left out, DeepSpeed clips at 1. Without ZeRO the optimizer clips, which knows the norm
         "gradient_clipping": (settings.clip_norm or 0.0) if stage > 0 else 0.0,

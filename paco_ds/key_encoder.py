@@ -1,11 +1,12 @@
-"""The key encoder at work: its moving average, and the keys of the whole global batch on every rank.
+"""The key encoder at work: its momentum, its moving average, and the keys of the global batch on every rank.
 
 Shapes: G global batch, m micro-batch, M micro-batches, W ranks, A = M / W, D dimension.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from paco_ds.distributed import MicroBatchLayout, Ranks
 from paco_ds.randomness import Stream, permutation
+from paco_ds.recipe import KeyEncoderSettings, Recipe
 from paco_ds.zero import move_average
 
 
@@ -30,11 +32,27 @@ class Keys:
     finite: bool
 
 
+def key_momentum(settings: KeyEncoderSettings, step: int, total_steps: int, scale: float = 1.0) -> float:
+    """Momentum of a step (from 0): a function of the step alone, so that a resumed run needs no state of it.
+
+    With `scale_momentum` the recipe's m becomes m^scale, so that the average is as long in images whatever the
+    global batch (Busbridge et al. 2023, "How to Scale Your EMA"). The cosine schedule rises from there to 1:
+    1 - (1 - m) (cos(pi step / total_steps) + 1) / 2 (Grill et al. 2020, BYOL).
+
+    Args:
+        scale: G / G_ref, the global batch over the one that m was chosen for.
+    """
+    momentum = settings.momentum**scale if settings.scale_momentum else settings.momentum
+    if settings.momentum_schedule == "constant":
+        return momentum
+    return 1 - (1 - momentum) * (math.cos(math.pi * step / total_steps) + 1) / 2
+
+
 class KeyEncoder:
     """Follows the query encoder and makes keys (He et al. 2020), exactly at any ZeRO stage and number of ranks.
 
     Args:
-        momentum: share of its own weights the key encoder keeps in each step.
+        momentum: share of its own weights the key encoder keeps in a step: a number, or a function of the step.
         batch_norm: "shuffle" normalises keys over groups of m drawn from the whole global batch by (seed, step),
             so that a query cannot find its key by shared statistics; "local" over the micro-batches themselves.
     """
@@ -45,20 +63,21 @@ class KeyEncoder:
         layout: MicroBatchLayout,
         ranks: Ranks,
         *,
-        momentum: float,
+        momentum: float | Callable[[int], float],
         batch_norm: Literal["shuffle", "local"],
         seed: int,
     ) -> None:
         self.engine, self.layout, self.ranks = engine, layout, ranks
-        self.momentum, self.batch_norm, self.seed = momentum, batch_norm, seed
+        self.momentum: Callable[[int], float] = momentum if callable(momentum) else lambda step: momentum
+        self.batch_norm, self.seed = batch_norm, seed
         model = engine.module
         queries = dict(model.query_encoder.named_parameters())
         self._key = [p for _, p in model.key_encoder.named_parameters()]
         self._query = [queries[name] for name, _ in model.key_encoder.named_parameters()]
 
-    def update(self) -> None:
+    def update(self, step: int) -> None:
         """key <- momentum key + (1 - momentum) query; once per optimizer step, before its keys are made."""
-        move_average(self.engine, self._key, self._query, 1 - self.momentum)
+        move_average(self.engine, self._key, self._query, 1 - self.momentum(step))
 
     def keys(self, step: int, views: Sequence[Tensor], labels: Sequence[Tensor]) -> Keys:
         """Keys of the global batch.
@@ -70,7 +89,7 @@ class KeyEncoder:
         groups = self._groups(step)
         mine = self._exchange_images(torch.cat(list(views)), groups)
         keys = torch.cat([self._encode(images) for images in mine.split(self.layout.micro_batch)])
-        return self._collect(keys, torch.cat(list(labels)), groups)
+        return gather_keys(self.layout, self.ranks, keys, torch.cat(list(labels)), groups)
 
     def _groups(self, step: int) -> np.ndarray:
         """Lanes of each group, [M, m]: group g is normalised together, by rank g mod W."""
@@ -107,23 +126,49 @@ class KeyEncoder:
         keys: Tensor = self.engine(images.to(self.ranks.device, non_blocking=True), keys=True)
         return keys
 
-    def _collect(self, keys: Tensor, labels: Tensor, groups: np.ndarray) -> Keys:
-        """One collective: keys of my groups, labels of my lanes and a finite flag, as the bits of float32."""
-        layout = self.layout
-        rows, dim = keys.shape
-        packed = torch.cat(
-            [
-                keys.flatten(),
-                labels.to(keys.device, torch.int32).view(torch.float32),
-                torch.isfinite(keys).all().float()[None],
-            ]
-        )
-        gathered = self.ranks.gather(packed)
-        shuffled = layout.global_order(gathered[:, : rows * dim].reshape(-1, rows, dim))
-        lane_labels = gathered[:, rows * dim : -1].contiguous().view(torch.int32)
-        in_lane_order = torch.from_numpy(np.argsort(groups.ravel())).to(keys.device)
-        return Keys(
-            keys_GD=shuffled[in_lane_order],
-            labels_G=layout.global_order(lane_labels).long(),
-            finite=bool(gathered[:, -1].all()),
-        )
+
+def make_key_encoder(
+    engine: Any, recipe: Recipe, layout: MicroBatchLayout, ranks: Ranks, total_steps: int
+) -> KeyEncoder | None:
+    """The key encoder of a recipe for a run of `total_steps`; None if one encoder makes both views."""
+    settings = recipe.key_encoder
+    if settings is None:
+        return None
+    return KeyEncoder(
+        engine,
+        layout,
+        ranks,
+        momentum=lambda step: key_momentum(settings, step, total_steps, recipe.step.scale),
+        batch_norm=settings.batch_norm,
+        seed=recipe.seed,
+    )
+
+
+def gather_keys(
+    layout: MicroBatchLayout, ranks: Ranks, keys: Tensor, labels: Tensor, groups: np.ndarray | None = None
+) -> Keys:
+    """Keys of the global batch, by one collective: keys, labels and a finite flag, as the bits of float32.
+
+    Args:
+        keys: of this rank's A groups, float32 [A m, D], without gradient.
+        labels: classes of this rank's A micro-batches, int64 [A m].
+        groups: lanes of each group, [M, m]; by default its micro-batch's own.
+    """
+    rows, dim = keys.shape
+    packed = torch.cat(
+        [
+            keys.flatten(),
+            labels.to(keys.device, torch.int32).view(torch.float32),
+            torch.isfinite(keys).all().float()[None],
+        ]
+    )
+    gathered = ranks.gather(packed)
+    keys_GD = layout.global_order(gathered[:, : rows * dim].reshape(-1, rows, dim))
+    lane_labels = gathered[:, rows * dim : -1].contiguous().view(torch.int32)
+    if groups is not None:
+        keys_GD = keys_GD[torch.from_numpy(np.argsort(groups.ravel())).to(keys.device)]
+    return Keys(
+        keys_GD=keys_GD,
+        labels_G=layout.global_order(lane_labels).long(),
+        finite=bool(gathered[:, -1].all()),
+    )

@@ -15,6 +15,8 @@ from paco_ds.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
+_DIGEST_WORDS = 2**20  # at a time, so that the digest of a long queue needs no memory of the queue's size
+
 
 @dataclass(frozen=True)
 class QueueSnapshot:
@@ -121,14 +123,20 @@ class KeyQueue:
             self.labels_K[slots] = labels_G[new - kept :].to(self.labels_K.device)
         self.count += new
 
-    def snapshot(self, num_classes: int) -> QueueSnapshot:
-        """Copy the filled part and derive its class sums; a later push does not change it.
+    def snapshot(self, num_classes: int, newest: tuple[Tensor, Tensor] | None = None) -> QueueSnapshot:
+        """The filled part with its class sums. Without `newest` it shares the queue's memory (a queue of a million
+        keys has half a gigabyte on every rank): use it before the next push. Gradients may be taken after it.
+
+        Args:
+            newest: keys [G, D] and labels [G] of this step, to be met with those of the queue.
 
         Raises:
             ValueError: a label outside [0, num_classes).
         """
-        filled = len(self)
-        return QueueSnapshot.of(self.keys_KD[:filled].clone(), self.labels_K[:filled].clone(), num_classes)
+        keys_ND, labels_N = self.keys_KD[: len(self)], self.labels_K[: len(self)]
+        if newest is not None:
+            keys_ND, labels_N = torch.cat([keys_ND, newest[0]]), torch.cat([labels_N, newest[1]])
+        return QueueSnapshot.of(keys_ND, labels_N, num_classes)
 
     def digest(self) -> Tensor:
         """Bit-exact checksum of keys, labels and count (see :func:`digest`), to compare queues of ranks."""
@@ -176,7 +184,12 @@ def digest(tensors: Iterable[Tensor]) -> Tensor:
     shows, and so do words that change places, but for a rare coincidence.
 
     Args:
-        tensors: at least one, all on one device, of 4 or 8 byte elements.
+        tensors: all on one device, of 4 or 8 byte elements.
     """
-    words = torch.cat([t.detach().flatten().view(torch.int32) for t in tensors]).to(torch.int64)
-    return (words * torch.arange(1, 2 * len(words), 2, device=words.device)).sum()
+    start, total = 0, torch.zeros((), dtype=torch.int64)
+    for tensor in tensors:
+        total = total.to(tensor.device)
+        for words in tensor.detach().flatten().view(torch.int32).split(_DIGEST_WORDS):
+            total += (words * torch.arange(2 * start + 1, 2 * (start + len(words)), 2, device=words.device)).sum()
+            start += len(words)
+    return total

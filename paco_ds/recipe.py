@@ -110,6 +110,10 @@ class ModelSettings(Section):
     backbone: Literal["resnet18", "resnet50", "cifar_resnet20", "cifar_resnet32"]
     width: Count = Field(16, description="channels of a CIFAR ResNet's first stage; others have their own")
     projection_hidden: Count | None = Field(None, description="hidden width; the feature dimension by default")
+    projection: Literal["two_layer", "three_layer"] = Field(
+        "two_layer",
+        description="Linear-BatchNorm-ReLU-Linear (PaCo), or Linear-ReLU-Linear-ReLU-Linear (GPaCo)",
+    )
     projection_dim: Count = 128
 
 
@@ -125,6 +129,9 @@ class LossSettings(Section):
     smoothing: NotNegative = Field(0.0, lt=1, description="label smoothing over the centers")
     class_prior: bool = Field(True, description="PaCo adds log q(y) to center logits in training")
     normalization: Literal["published", "summed"] = "published"
+    contrast_scope: Literal["micro_batch", "global_batch"] = Field(
+        "micro_batch", description="whose keys of this step an anchor meets: published: its own micro-batch's"
+    )
 
     @property
     def contrast(self) -> bool:
@@ -137,9 +144,11 @@ class LossSettings(Section):
 
 
 class KeyEncoderSettings(Section):
-    """The momentum encoder that makes keys (He et al. 2020)."""
+    """The momentum encoder that makes keys (He et al. 2020). `key_encoder: none` has one encoder for both views."""
 
     momentum: Fraction = 0.999
+    momentum_schedule: Literal["constant", "cosine"] = Field("constant", description="cosine rises to 1 (BYOL)")
+    scale_momentum: bool = Field(False, description="momentum^(M / M_ref), as long as the recipe's in images seen")
     batch_norm: Literal["shuffle", "local"] = Field("shuffle", description="groups over which keys are normalised")
 
 
@@ -225,6 +234,11 @@ class MetricsSettings(Section):
     log_every: Count = Field(10, description="steps between lines when the output is no terminal")
 
 
+def _none_as_null(value: Any) -> Any:
+    """`none` is written as a word: in YAML it is not null."""
+    return None if value == "none" else value
+
+
 class Recipe(Section):
     """Every setting of a run."""
 
@@ -234,7 +248,7 @@ class Recipe(Section):
     views: ViewSettings
     model: ModelSettings
     loss: LossSettings = LossSettings()
-    key_encoder: KeyEncoderSettings = KeyEncoderSettings()
+    key_encoder: Annotated[KeyEncoderSettings | None, BeforeValidator(_none_as_null)] = KeyEncoderSettings()
     queue: QueueSettings = QueueSettings()
     step: StepSettings
     optimizer: OptimizerSettings
@@ -243,6 +257,15 @@ class Recipe(Section):
     checkpoint: CheckpointSettings = running(CheckpointSettings())
     evaluation: EvaluationSettings = running(EvaluationSettings())
     metrics: MetricsSettings = running(MetricsSettings())
+
+    @model_validator(mode="after")
+    def _scope_has_keys(self) -> Self:
+        if self.key_encoder is None and self.loss.contrast_scope == "global_batch":
+            raise ValueError(
+                "loss.contrast_scope global_batch needs keys of the whole step before its first query, which "
+                "key_encoder none does not make; set loss.contrast_scope to micro_batch"
+            )
+        return self
 
     @property
     def lr(self) -> float:

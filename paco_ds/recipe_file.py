@@ -91,7 +91,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> str:
     for part in sections:
         tree = tree.setdefault(part, {})
         if not isinstance(tree, dict):
-            raise RecipeError(f"--set {override}: {part!r} is a setting, not a section")
+            raise RecipeError(f"--set {override}: {part!r} is a setting, not a section{_WITHOUT.get(part, '')}")
     try:
         tree[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -121,6 +121,10 @@ def _explain(detail: Any, place: str, origin: dict[str, str]) -> str:
     return f"{where}: {key!r}: {detail['msg'].removeprefix('Value error, ')}{given}"
 
 
+_WITHOUT = {
+    "key_encoder": ", while it is none: both views then run through one encoder inside their micro-batch, so there "
+    "are no groups of keys to shuffle and no momentum. Leave this out, or give the recipe a key_encoder section"
+}
 _VIEWS: dict[Any, type[BaseModel]] = {"small": SmallView, "regular": RegularView}
 
 

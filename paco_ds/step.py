@@ -6,15 +6,19 @@
 4. Running statistics: the mean over the M micro-batches.
 5. If the update was applied, the queue takes the G keys.
 
+With one encoder for both views (GPaCo) 1 and 2 fall away: the rows of both views are anchors and contrasts, with
+gradient, and those of the second views are gathered, without, for the queue.
+
 Guard: keys, a loss or a gradient norm that are not finite change no rank's weights, momentum, statistics or queue.
 Only the moving average may stand, which is finite whenever the weights are.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +26,8 @@ from torch import Tensor
 from paco_ds.data.manifest import SHOTS
 from paco_ds.data.stream import MicroBatch
 from paco_ds.distributed import MicroBatchLayout, Ranks
-from paco_ds.key_encoder import KeyEncoder, Keys
+from paco_ds.errors import TrainingError
+from paco_ds.key_encoder import KeyEncoder, Keys, gather_keys
 from paco_ds.key_queue import KeyQueue, QueueSnapshot, digest
 from paco_ds.losses.paco import LossOutput, ParametricContrastiveLoss
 from paco_ds.models.statistics import RunningStatistics
@@ -81,7 +86,10 @@ class Step:
     Args:
         engine: the DeepSpeed engine; its module is a `Recogniser`.
         shots_of_classes: "many", "medium" or "few" for each class.
-        key_encoder, queue: None for methods without contrast.
+        key_encoder: None for methods without contrast, and where one encoder makes both views (GPaCo).
+        queue: None for methods without contrast.
+        contrast_scope: "global_batch" holds a query against the keys of the whole step, "micro_batch" (published)
+            against those of its own micro-batch.
         stop_requested: asked once a step; if any rank says True, all learn of it in `StepResult.stop`.
     """
 
@@ -96,10 +104,11 @@ class Step:
         key_encoder: KeyEncoder | None = None,
         queue: KeyQueue | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
+        contrast_scope: Literal["micro_batch", "global_batch"] = "micro_batch",
     ) -> None:
         self.engine, self.optimizer, self.loss = engine, optimizer, loss
         self.layout, self.ranks = layout, ranks
-        self.key_encoder, self.queue = key_encoder, queue
+        self.key_encoder, self.queue, self.contrast_scope = key_encoder, queue, contrast_scope
         self.statistics = RunningStatistics(engine.module)
         self.stop_requested = stop_requested
         self._shots_C = torch.tensor([SHOTS.index(s) for s in shots_of_classes], device=ranks.device)
@@ -117,29 +126,36 @@ class Step:
         if keys is not None and not keys.finite:
             totals.reduce(self.ranks)
             return self._result(totals, "keys", known=False)
-        self._run_queries(micro_batches, keys, totals)
+        second_rows = self._run_queries(micro_batches, keys, totals)
         refused = self._refusal(totals)
         if refused:
             self.statistics.restore()
         else:
             self.statistics.finish_step(self.ranks, self.layout.micro_batches, step)
-            if self.queue is not None and keys is not None:
+            if self.queue is not None:
+                if keys is None:
+                    labels = torch.cat([b.labels for b in micro_batches])
+                    keys = gather_keys(self.layout, self.ranks, torch.cat(second_rows), labels)
                 self.queue.push(keys.keys_GD, keys.labels_G)
         return self._result(totals, refused, known=True)
 
     def _make_keys(self, step: int, micro_batches: Sequence[MicroBatch]) -> Keys | None:
         if self.key_encoder is None:
             return None
-        self.key_encoder.update()
+        self.key_encoder.update(step)
         views = [b.key for b in micro_batches if b.key is not None]
         return self.key_encoder.keys(step, views, [b.labels for b in micro_batches])
 
-    def _run_queries(self, micro_batches: Sequence[MicroBatch], keys: Keys | None, totals: _Totals) -> None:
-        snapshot = self.queue.snapshot(len(self._shots_C)) if self.queue is not None else None
+    def _run_queries(self, micro_batches: Sequence[MicroBatch], keys: Keys | None, totals: _Totals) -> list[Tensor]:
+        """Forward and backward of every micro-batch, and the update. Returns the second views' rows, if one encoder
+        makes both."""
+        snapshot, second_rows = self._queue_snapshot(keys), []
         self.statistics.begin_step()
         for j, micro_batch in zip(self.layout.own, micro_batches, strict=True):
             self.statistics.begin_micro_batch()
-            loss = self._query_loss(j, micro_batch, keys, snapshot, totals)
+            loss, second = self._query_loss(j, micro_batch, keys, snapshot, totals)
+            if second is not None:
+                second_rows.append(second)
             self.statistics.end_micro_batch()
             if micro_batch is micro_batches[-1]:
                 # before the last backward, which lets DeepSpeed reduce gradients and step
@@ -147,18 +163,38 @@ class Step:
                 self.optimizer.refuse = bool(totals.vector[0])
             self.engine.backward(loss)
             self.engine.step()
+        return second_rows
+
+    def _queue_snapshot(self, keys: Keys | None) -> QueueSnapshot | None:
+        """The queue as it stood before this step; for a global scope with this step's keys, which have no gradient
+        either."""
+        if self.queue is None:
+            return None
+        newest = None if keys is None or self.contrast_scope == "micro_batch" else (keys.keys_GD, keys.labels_G)
+        return self.queue.snapshot(len(self._shots_C), newest)
 
     def _query_loss(
         self, j: int, micro_batch: MicroBatch, keys: Keys | None, queue: QueueSnapshot | None, totals: _Totals
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
+        """(loss of a micro-batch, its second views' rows without gradient or None)."""
         device = self.ranks.device
         labels = micro_batch.labels.to(device, non_blocking=True)
-        logits, query = self.engine(micro_batch.query.to(device, non_blocking=True))
-        lanes = self.layout.lanes(j)
-        own_keys = None if keys is None else keys.keys_GD[lanes.start : lanes.stop]
+        images = micro_batch.query.to(device, non_blocking=True)
+        own_keys = second_rows = None
+        if self.queue is not None and keys is None:
+            assert micro_batch.key is not None
+            # anchor i then meets the 2 m - 1 other rows of both views, which is what the loss makes of queries alone
+            labels = labels.repeat(2)
+            logits, query = self.engine(images, micro_batch.key.to(device, non_blocking=True))
+            second_rows = query[len(images) :].detach()
+        else:
+            logits, query = self.engine(images)
+            if keys is not None and self.contrast_scope == "micro_batch":
+                lanes = self.layout.lanes(j)
+                own_keys = keys.keys_GD[lanes.start : lanes.stop]
         output: LossOutput = self.loss(labels, logits, query, own_keys, queue)
         totals.add(output, self._shots_C[labels])
-        return output.loss
+        return output.loss, second_rows
 
     def _refusal(self, totals: _Totals) -> str | None:
         if totals.vector[0]:
@@ -187,16 +223,20 @@ def prove_ranks_agree(step: Step) -> None:
     """Compare digests of queue and buffers between ranks.
 
     Raises:
-        RuntimeError: names the ranks that differ from rank 0; going on would train W different models.
+        TrainingError: names what differs and the ranks where it does; going on would train different models.
     """
-    digests = [digest(step.engine.module.buffers())]
+    digests = {"buffers": digest(step.engine.module.buffers())}
     if step.queue is not None:
-        digests.append(step.queue.digest())
-    mine = torch.stack([d.to(step.ranks.device) for d in digests])
-    gathered = step.ranks.gather(mine)
-    different = [rank for rank, row in enumerate(gathered) if not torch.equal(row, gathered[0])]
-    if different:
-        raise RuntimeError(
-            f"queue or running statistics of ranks {different} differ from those of rank 0. Their results cannot be "
-            f"trusted: run again from the last checkpoint, and check the memory and network of these hosts"
+        digests["queue"] = step.queue.digest()
+    gathered = step.ranks.gather(torch.stack([d.to(step.ranks.device) for d in digests.values()])).tolist()
+    differences = []
+    for name, of_ranks in zip(digests, zip(*gathered, strict=True), strict=True):
+        most, count = Counter(of_ranks).most_common(1)[0]
+        if count < len(of_ranks):
+            odd = [rank for rank, value in enumerate(of_ranks) if value != most]
+            differences.append(f"{name} of ranks {odd} differ from those of the other {count} ranks")
+    if differences:
+        raise TrainingError(
+            f"{'; '.join(differences)}. Their results cannot be trusted: run again from the last checkpoint, and check "
+            f"the memory and network of these hosts"
         )

@@ -20,7 +20,7 @@ from paco_ds.errors import RecipeError, TrainingError
 from paco_ds.evaluation.accuracy import ShotAccuracy
 from paco_ds.evaluation.results import now, versions, write_results
 from paco_ds.evaluation.runner import evaluate
-from paco_ds.key_encoder import KeyEncoder
+from paco_ds.key_encoder import make_key_encoder
 from paco_ds.key_queue import KeyQueue
 from paco_ds.losses import make_loss
 from paco_ds.metrics.log import StepRecord
@@ -181,14 +181,7 @@ class Trainer:
         queue, key_encoder = None, None
         if recipe.loss.contrast:
             queue = KeyQueue(recipe.queue.length, recipe.model.projection_dim, self.ranks.device)
-            key_encoder = KeyEncoder(
-                self.engine,
-                self.layout,
-                self.ranks,
-                momentum=recipe.key_encoder.momentum,
-                batch_norm=recipe.key_encoder.batch_norm,
-                seed=recipe.seed,
-            )
+            key_encoder = make_key_encoder(self.engine, recipe, self.layout, self.ranks, self.total_steps)
         train_split = recipe.data.train_split
         step = Step(
             self.engine,
@@ -200,6 +193,7 @@ class Trainer:
             key_encoder,
             queue,
             stop_requested=self.stop_request,
+            contrast_scope=recipe.loss.contrast_scope,
         )
         return queue, step
 

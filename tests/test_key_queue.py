@@ -1,12 +1,17 @@
 """The queue slot by slot, its derived sums, its digest and its state."""
 
+import collections
 import logging
+import random
 
 import pytest
 import torch
+from torch.nn import functional as F
 
+from paco_ds import key_queue
 from paco_ds.errors import CheckpointError
 from paco_ds.key_queue import KeyQueue, QueueSnapshot, digest
+from paco_ds.losses import ParametricContrastiveLoss
 
 DIM = 3
 AWKWARD = pytest.mark.parametrize("length", [15, 16, 17])
@@ -53,6 +58,29 @@ def test_portions_do_not_matter(length):
             queue.push(*numbered(start, batch))
         digests.add(int(queue.digest()))
     assert len(digests) == 1
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_length_and_any_pushes_leave_what_a_deque_would(seed):
+    """K from 0 to 50, G of every push from 0 to 120, a save and restore in the middle; the seed is the case."""
+    draw = random.Random(seed)
+    length = draw.randrange(51)
+    queue, model, number = KeyQueue(length, DIM), collections.deque(maxlen=length), 0
+    for _ in range(draw.randrange(1, 12)):
+        count = draw.choice([0, 1, length, length + 1, draw.randrange(121)])
+        queue.push(*numbered(number, count))
+        model.extend(range(number, number + count))
+        number += count
+        if draw.random() < 0.3:
+            state, queue = queue.state_dict(), KeyQueue(length, DIM)
+            queue.load_state_dict(state)
+    snapshot = queue.snapshot(7)
+    assert queue.count == number
+    assert sorted(snapshot.keys_ND[:, 0].tolist()) == list(model)
+    assert all(queue.keys_KD[n % length, 0] == n and queue.labels_K[n % length] == n % 7 for n in model)
+    assert snapshot.class_count_C.tolist() == [sum(n % 7 == c for n in model) for c in range(7)]
+    sums = [sum(n for n in model if n % 7 == c) for c in range(7)]
+    assert snapshot.class_sum_CD[:, 0].tolist() == pytest.approx(sums)
 
 
 def test_more_keys_than_slots_warn_once(caplog):
@@ -115,13 +143,35 @@ class TestSnapshot:
         assert torch.equal(snapshot.keys_ND, queue.keys_KD[:pushed])
         assert torch.equal(snapshot.labels_N, queue.labels_K[:pushed])
 
-    def test_a_later_push_does_not_change_it(self):
-        """It is the queue as the step saw it."""
-        queue = filled(8, 8)
-        snapshot = queue.snapshot(7)
-        before = digest((snapshot.keys_ND, snapshot.labels_N))
-        queue.push(*numbered(100, 8))
-        assert torch.equal(digest((snapshot.keys_ND, snapshot.labels_N)), before)
+    def test_it_shares_the_queues_memory_and_leaves_a_gradient_valid_after_the_next_push(self):
+        """Half a gigabyte a rank at a million keys; what backward needs is kept apart."""
+        queue = KeyQueue(8, DIM)
+        queue.push(F.normalize(torch.randn(8, DIM, generator=torch.Generator().manual_seed(0))), torch.arange(8))
+        loss = ParametricContrastiveLoss(alpha=0.1, temperature=0.2)
+        labels, logits = torch.tensor([0, 3]), torch.zeros(2, 8)
+        gradients = []
+        for push_first in (False, True):
+            query = F.normalize(torch.ones(2, DIM)).requires_grad_()
+            snapshot = queue.snapshot(8)
+            assert snapshot.keys_ND.data_ptr() == queue.keys_KD.data_ptr()
+            output = loss(labels, logits, query, None, snapshot).loss
+            if push_first:
+                queue.push(*numbered(100, 8))
+            gradients.append(torch.autograd.grad(output, query)[0])
+        assert torch.equal(*gradients)
+
+    def test_keys_of_the_step_are_met_with_those_of_the_queue(self):
+        """Keys, labels and sums of both, and the queue itself as it was."""
+        queue, newest = filled(8, 11), numbered(50, 5)
+        before = queue.digest()
+        snapshot = queue.snapshot(7, newest)
+        expected = QueueSnapshot.of(
+            torch.cat([queue.keys_KD, newest[0]]), torch.cat([queue.labels_K, newest[1]]), num_classes=7
+        )
+        for name in ("keys_ND", "labels_N", "class_sum_CD", "class_count_C"):
+            assert torch.equal(getattr(snapshot, name), getattr(expected, name))
+        assert torch.equal(queue.digest(), before)
+        assert len(KeyQueue(0, DIM).snapshot(7, newest).keys_ND) == 5
 
     def test_sums_do_not_depend_on_threads(self):
         """Bit-equal with one thread and two."""
@@ -160,6 +210,12 @@ class TestDigest:
         mask = torch.tensor(1 << bit, dtype=torch.int64).to(torch.int32)
         queue.keys_KD.view(torch.int32).view(-1)[word] ^= mask
         assert not torch.equal(queue.digest(), before)
+
+    def test_a_digest_taken_in_portions_is_that_of_the_whole(self, monkeypatch):
+        """So that a long queue needs no memory of its size."""
+        whole = filled(16, 20).digest()
+        monkeypatch.setattr(key_queue, "_DIGEST_WORDS", 5)
+        assert torch.equal(filled(16, 20).digest(), whole)
 
     def test_order_labels_and_count_show(self):
         """Keys that change places, a label, a count."""

@@ -47,7 +47,9 @@ def test_shipped_recipes_are_valid(path):
         ("views.key.size=16", r"'views': query.size 12 and key.size 16 differ"),
         ("views.evaluation.resize=8", r"'views.evaluation': resize 8 is smaller than the crop size 12"),
         ("seed", r"write key.path=value"),
-        ("seed.deeper=1", r"'seed' is a setting, not a section"),
+        ("seed.deeper=1", r"'seed' is a setting, not a section$"),
+        ("key_encoder.momentum_schedule=linear", r"'key_encoder.momentum_schedule': .*'constant' or 'cosine'"),
+        ("key_encoder=nothing", r"'key_encoder': .*given: 'nothing'"),
     ],
 )
 def test_a_wrong_override_names_the_key_and_the_remedy(path, override, message):
@@ -99,6 +101,17 @@ def test_overrides_are_yaml_and_reach_any_depth(path):
     assert recipe.optimizer.clip_norm is None
     assert recipe.optimizer.lr == 0.01
     assert recipe.name == "x"
+
+
+def test_one_encoder_is_written_as_none_and_has_no_groups_to_shuffle(path):
+    """`key_encoder: none`, kept through writing; what belongs to a key encoder is refused with it, saying why."""
+    recipe = load_recipe(path, ["key_encoder=none"])
+    assert recipe.key_encoder is None
+    assert load_recipe(_written(path, recipe)) == recipe
+    with pytest.raises(RecipeError, match=r"key_encoder.batch_norm=shuffle.*while it is none.*no groups.*to shuffle"):
+        load_recipe(path, ["key_encoder=none", "key_encoder.batch_norm=shuffle"])
+    with pytest.raises(RecipeError, match=r"contrast_scope global_batch needs keys.*set loss.contrast_scope to micro"):
+        load_recipe(path, ["key_encoder=none", "loss.contrast_scope=global_batch"])
 
 
 def test_paths_are_relative_to_the_file_or_to_where_the_command_runs(path, tmp_path, monkeypatch):

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 
 class Projection(nn.Sequential):
-    """Linear-BatchNorm-ReLU-Linear, as published: [B, feature_dim] -> [B, dim], not normalised."""
+    """The published heads, [B, feature_dim] -> [B, dim], not normalised.
 
-    def __init__(self, feature_dim: int, hidden: int, dim: int) -> None:
-        super().__init__(nn.Linear(feature_dim, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, dim))
+    "two_layer" is PaCo's Linear-BatchNorm-ReLU-Linear, "three_layer" GPaCo's Linear-ReLU-Linear-ReLU-Linear.
+    """
+
+    def __init__(
+        self, feature_dim: int, hidden: int, dim: int, kind: Literal["two_layer", "three_layer"] = "two_layer"
+    ) -> None:
+        if kind == "two_layer":
+            inner: list[nn.Module] = [nn.BatchNorm1d(hidden), nn.ReLU()]
+        else:
+            inner = [nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
+        super().__init__(nn.Linear(feature_dim, hidden), *inner, nn.Linear(hidden, dim))
 
 
 class Normalize(nn.Module):

@@ -1,4 +1,4 @@
-"""The model: query encoder, centers, and the key encoder beside it in one module.
+"""The model: query encoder, centers, and, where the recipe has one, the key encoder beside it in one module.
 
 Both encoders live in one module so that DeepSpeed sees, partitions and gathers them alike; which of them a forward
 runs is an argument.
@@ -36,6 +36,8 @@ class Recogniser(nn.Module):
     """Query encoder with centers (a linear classifier on F(x)) and, for PaCo, the key encoder.
 
     `forward(images)` gives (center logits [B, C], query unit rows [B, D] or None), float32;
+    `forward(images, second_view)` gives the same of both views run one after the other, [2 B, ...], as GPaCo does
+    in one micro-batch: BatchNorm normalises each view by itself;
     `forward(images, keys=True)` gives keys [B, D], float32 unit rows without gradient. Plain tuples, since ZeRO-3
     finds the tensors whose backward it must prepare only in those.
     """
@@ -49,13 +51,17 @@ class Recogniser(nn.Module):
         self.centers = nn.Linear(feature_dim, classes)
         self.key_encoder = _as_key_encoder(encoder) if with_key_encoder else None
 
-    def forward(self, images: Tensor, keys: bool = False) -> tuple[Tensor, Tensor | None] | Tensor:
-        images = self.normalize(images)
+    def forward(
+        self, images: Tensor, second_view: Tensor | None = None, *, keys: bool = False
+    ) -> tuple[Tensor, Tensor | None] | Tensor:
         if keys:
             assert self.key_encoder is not None
             with torch.no_grad():
-                return self.key_encoder(images)[1]
-        feature, query = self.query_encoder(images)
+                return self.key_encoder(self.normalize(images))[1]
+        feature, query = self.query_encoder(self.normalize(images))
+        if second_view is not None:
+            second_feature, second_query = self.query_encoder(self.normalize(second_view))
+            feature, query = torch.cat([feature, second_feature]), torch.cat([query, second_query])
         return self.centers(feature).float(), query
 
 
@@ -78,5 +84,9 @@ def make_recogniser(recipe: Recipe, classes: int, mean: Sequence[float], std: Se
         projection = None
         if contrast:
             hidden = recipe.model.projection_hidden or backbone.feature_dim
-            projection = Projection(backbone.feature_dim, hidden, recipe.model.projection_dim)
-        return Recogniser(Encoder(backbone, projection), backbone.feature_dim, classes, Normalize(mean, std), contrast)
+            projection = Projection(
+                backbone.feature_dim, hidden, recipe.model.projection_dim, recipe.model.projection
+            )
+        with_key_encoder = contrast and recipe.key_encoder is not None
+        normalize = Normalize(mean, std)
+        return Recogniser(Encoder(backbone, projection), backbone.feature_dim, classes, normalize, with_key_encoder)

@@ -30,8 +30,11 @@ def plain_steps(recipe: Recipe, steps: int, lr: float) -> Outcome:
     losses = []
     for step in range(steps):
         batches = [made_micro_batch(recipe, step, j) for j in range(recipe.step.micro_batches)]
-        _follow(model, recipe.key_encoder.momentum)
-        keys = _keys(model, recipe, batches, step)
+        keys = None
+        if recipe.key_encoder is not None:
+            _follow(model, recipe.key_encoder.momentum)
+            keys = _keys(model, recipe, batches, step)
+        second_rows = []
         labels = torch.cat([b.labels for b in batches])
         statistics = [(n.running_mean.clone(), n.running_var.clone()) for n in norms]
         sums = [(torch.zeros_like(mean), torch.zeros_like(var)) for mean, var in statistics]
@@ -42,8 +45,16 @@ def plain_steps(recipe: Recipe, steps: int, lr: float) -> Outcome:
                 norm.running_mean.copy_(mean)
                 norm.running_var.copy_(var)
             logits, query = model(batch.query)
-            own = keys[j * len(query) : (j + 1) * len(query)]
-            loss = _loss(recipe, batch.labels, logits, query, own, queue_keys, queue_labels) / len(batches)
+            if keys is None:
+                second_logits, own = model(batch.key)
+                second_rows.append(own.detach())
+                loss = _loss_of_both_views(recipe, batch.labels, logits, second_logits, query, own, queue_keys, queue_labels)
+            elif recipe.loss.contrast_scope == "global_batch":
+                loss = _loss(recipe, batch.labels, logits, query, keys, labels, queue_keys, queue_labels)
+            else:
+                own = keys[j * len(query) : (j + 1) * len(query)]
+                loss = _loss(recipe, batch.labels, logits, query, own, batch.labels, queue_keys, queue_labels)
+            loss = loss / len(batches)
             loss.backward()
             step_loss += loss.item()
             for norm, (mean, var) in zip(norms, sums, strict=True):
@@ -54,6 +65,7 @@ def plain_steps(recipe: Recipe, steps: int, lr: float) -> Outcome:
             norm.running_var.copy_(var)
             norm.num_batches_tracked.fill_(step + 1)
         _sgd(trained, velocity, recipe, lr)
+        keys = torch.cat(second_rows) if keys is None else keys
         queue_keys = torch.cat([queue_keys, keys])[-recipe.queue.length :]
         queue_labels = torch.cat([queue_labels, labels])[-recipe.queue.length :]
         losses.append(step_loss)
@@ -83,23 +95,48 @@ def _loss(
     labels: Tensor,
     logits: Tensor,
     query: Tensor,
-    own: Tensor,
+    keys: Tensor,
+    key_labels: Tensor,
     queue: Tensor,
     queue_labels: Tensor,
 ) -> Tensor:
     """Eq. (4), normalised as published, anchor by anchor."""
-    settings = recipe.loss
-    z = logits + torch.log(torch.tensor(CLASS_COUNTS) / sum(CLASS_COUNTS))
     total = torch.zeros(())
     for i, label in enumerate(labels):
         others = torch.arange(len(labels)) != i
-        rows = torch.cat([query[others], own, queue])
-        same = torch.cat([labels[others], labels, queue_labels]) == label
-        s = rows @ query[i] / settings.temperature
-        log_p = F.log_softmax(torch.cat([z[i], s]), 0)
-        weights = torch.cat([F.one_hot(label, len(z[i])).float(), settings.alpha * same.float()])
-        total = total - (weights * log_p).sum() / weights.sum()
+        rows = torch.cat([query[others], keys, queue])
+        same = torch.cat([labels[others], key_labels, queue_labels]) == label
+        total = total + _anchor_loss(recipe, label, logits[i], query[i], rows, same)
     return total / len(labels)
+
+
+def _loss_of_both_views(
+    recipe: Recipe,
+    labels: Tensor,
+    first_logits: Tensor,
+    second_logits: Tensor,
+    first: Tensor,
+    second: Tensor,
+    queue: Tensor,
+    queue_labels: Tensor,
+) -> Tensor:
+    """GPaCo: the 2 m rows of both views are anchors in turn, the 2 m - 1 others and the queue what each meets."""
+    total, m = torch.zeros(()), len(labels)
+    for logits, view, other_view in ((first_logits, first, second), (second_logits, second, first)):
+        for i, label in enumerate(labels):
+            others = torch.arange(m) != i
+            rows = torch.cat([view[others], other_view, queue])
+            same = torch.cat([labels[others], labels, queue_labels]) == label
+            total = total + _anchor_loss(recipe, label, logits[i], view[i], rows, same)
+    return total / (2 * m)
+
+
+def _anchor_loss(recipe: Recipe, label: Tensor, logits: Tensor, anchor: Tensor, rows: Tensor, same: Tensor) -> Tensor:
+    settings = recipe.loss
+    z = logits + torch.log(torch.tensor(CLASS_COUNTS) / sum(CLASS_COUNTS))
+    log_p = F.log_softmax(torch.cat([z, rows @ anchor / settings.temperature]), 0)
+    weights = torch.cat([F.one_hot(label, len(z)).float(), settings.alpha * same.float()])
+    return -(weights * log_p).sum() / weights.sum()
 
 
 def _sgd(parameters: list[nn.Parameter], velocity: list[Tensor], recipe: Recipe, lr: float) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from paco_ds import engine as ds
 from paco_ds.data.stream import MicroBatch
 from paco_ds.distributed import ByteCounter, MicroBatchLayout, Ranks
-from paco_ds.key_encoder import KeyEncoder
+from paco_ds.key_encoder import make_key_encoder
 from paco_ds.key_queue import KeyQueue
 from paco_ds.losses import make_loss
 from paco_ds.losses.paco import LossOutput
@@ -25,6 +25,7 @@ from tests.recipes import tiny_recipe
 CLASS_COUNTS = (80, 40, 20, 8)
 NORMALIZATION = ((0.4, 0.4, 0.4), (0.25, 0.25, 0.25))
 SHOTS = ("many", "medium", "medium", "few")
+TOTAL_STEPS = 20  # of a schedule
 
 
 @dataclass
@@ -73,16 +74,10 @@ def make_step(ranks: Ranks, recipe: Recipe, config: dict[str, Any], state: dict[
     loss = make_loss(recipe.loss, CLASS_COUNTS).to(ranks.device)
     if not recipe.loss.contrast:
         return Step(engine, optimizer, loss, layout, ranks, SHOTS)
-    key_encoder = KeyEncoder(
-        engine,
-        layout,
-        ranks,
-        momentum=recipe.key_encoder.momentum,
-        batch_norm=recipe.key_encoder.batch_norm,
-        seed=recipe.seed,
-    )
+    key_encoder = make_key_encoder(engine, recipe, layout, ranks, TOTAL_STEPS)
     queue = KeyQueue(recipe.queue.length, recipe.model.projection_dim, ranks.device)
-    return Step(engine, optimizer, loss, layout, ranks, SHOTS, key_encoder, queue)
+    scope = recipe.loss.contrast_scope
+    return Step(engine, optimizer, loss, layout, ranks, SHOTS, key_encoder, queue, contrast_scope=scope)
 
 
 def _on_cpu(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
@@ -245,7 +240,7 @@ def _statistics_not_averaged(step: Step, active: bool) -> None:
 
 
 def _no_moving_average(step: Step, active: bool) -> None:
-    step.key_encoder.update = lambda: None
+    step.key_encoder.update = lambda number: None
 
 
 FAULTS = {

@@ -56,6 +56,8 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python tools/bench/loss.py
+	$(BIN)/python tools/bench/key_encoder.py
+	$(BIN)/python tools/bench/key_queue.py
 
 clean:
 	rm -rf .venv data runs

@@ -62,17 +62,16 @@ def read_deepspeed_config(path: str | Path) -> dict[str, Any]:
 
 
 def _check_offload(path: Path, zero: dict[str, Any]) -> None:
-    """The optimizer's state may lie in host memory; what checkpoints and the moving average cannot reach may not."""
+    """The optimizer's weights and momentum may lie in host memory; other kinds of offload are not supported."""
     if "offload_param" in zero:
         raise RecipeError(
-            f"engine.deepspeed: {path} has 'offload_param', where the moving average of the key encoder cannot follow; "
-            f"remove it, ZeRO stage 3 with 'offload_optimizer' keeps the least on the device"
+            f"engine.deepspeed: {path} has 'offload_param', with which the key encoder's moving average is not proven; "
+            f"remove it, stage 3 with 'offload_optimizer' is what keeps the least on the device"
         )
-    offload = zero.get("offload_optimizer", {})
-    device = offload.get("device", "none")
+    device = zero.get("offload_optimizer", {}).get("device", "none")
     if device == "nvme":
         raise RecipeError(
-            f"engine.deepspeed: {path} offloads the optimizer to nvme, where checkpoints cannot reach momentum; "
+            f"engine.deepspeed: {path} offloads the optimizer to nvme, with which checkpoints are not proven; "
             f"set zero_optimization.offload_optimizer.device to 'cpu'"
         )
     if device != "none" and zero.get("stage", 0) == 0:

@@ -18,10 +18,11 @@ CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_shipped_configurations_are_accepted_and_are_what_their_name_says(path):
-    """zeroN.json and zeroN_autocast.json."""
+    """zeroN.json, with _offload and _autocast where they say so."""
     config = engine.read_deepspeed_config(path)
-    assert f"zero{config['zero_optimization']['stage']}" == path.stem.removesuffix("_autocast")
-    assert ("torch_autocast" in config) == path.stem.endswith("_autocast")
+    zero = config["zero_optimization"]
+    offload, autocast = "_offload" * ("offload_optimizer" in zero), "_autocast" * ("torch_autocast" in config)
+    assert path.stem == f"zero{zero['stage']}{offload}{autocast}"
 
 
 @pytest.mark.parametrize(
@@ -34,7 +35,12 @@ def test_shipped_configurations_are_accepted_and_are_what_their_name_says(path):
         ({"fp16": {"enabled": True}}, r"'fp16' block.*torch_autocast with bfloat16"),
         ({"bf16": {"enabled": True}}, r"'bf16' block.*breaks BatchNorm"),
         ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, r"torch_autocast.dtype must be 'bfloat16'"),
-        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, r"'offload_optimizer'.*remove it"),
+        (
+            {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}},
+            r"'offload_optimizer'.*stage to 1, 2 or 3",
+        ),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, r"nvme.*device to 'cpu'"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, r"'offload_param'.*remove it"),
     ],
 )
 def test_a_configuration_that_decides_what_the_recipe_decides_is_refused(tmp_path, config, message):

@@ -84,9 +84,7 @@ def make_recogniser(recipe: Recipe, classes: int, mean: Sequence[float], std: Se
         projection = None
         if contrast:
             hidden = recipe.model.projection_hidden or backbone.feature_dim
-            projection = Projection(
-                backbone.feature_dim, hidden, recipe.model.projection_dim, recipe.model.projection
-            )
+            projection = Projection(backbone.feature_dim, hidden, recipe.model.projection_dim, recipe.model.projection)
         with_key_encoder = contrast and recipe.key_encoder is not None
         normalize = Normalize(mean, std)
         return Recogniser(Encoder(backbone, projection), backbone.feature_dim, classes, normalize, with_key_encoder)

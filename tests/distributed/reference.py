@@ -48,7 +48,9 @@ def plain_steps(recipe: Recipe, steps: int, lr: float) -> Outcome:
             if keys is None:
                 second_logits, own = model(batch.key)
                 second_rows.append(own.detach())
-                loss = _loss_of_both_views(recipe, batch.labels, logits, second_logits, query, own, queue_keys, queue_labels)
+                loss = _loss_of_both_views(
+                    recipe, batch.labels, logits, second_logits, query, own, queue_keys, queue_labels
+                )
             elif recipe.loss.contrast_scope == "global_batch":
                 loss = _loss(recipe, batch.labels, logits, query, keys, labels, queue_keys, queue_labels)
             else:

@@ -12,6 +12,7 @@ from torch import Tensor
 from paco_ds import engine as ds
 from paco_ds.data.stream import MicroBatch
 from paco_ds.distributed import ByteCounter, MicroBatchLayout, Ranks
+from paco_ds.errors import TrainingError
 from paco_ds.key_encoder import make_key_encoder
 from paco_ds.key_queue import KeyQueue
 from paco_ds.losses import make_loss
@@ -129,11 +130,16 @@ def run_steps(
 
 
 def state_around_a_fault(
-    ranks: Ranks, stage: int, fault: str, fault_rank: int, overrides: tuple[str, ...] = ()
+    ranks: Ranks,
+    stage: int,
+    fault: str,
+    fault_rank: int,
+    overrides: tuple[str, ...] = (),
+    zero: dict[str, Any] | None = None,
 ) -> tuple[Outcome, Outcome, Outcome]:
     """The state before a step in which one rank makes something not finite, after it, and after one more step."""
     recipe = tiny_recipe(*overrides)
-    step = make_step(ranks, recipe, deepspeed_config(stage, autocast=False))
+    step = make_step(ranks, recipe, deepspeed_config(stage, autocast=False, **(zero or {})))
     initial = _on_cpu(whole_model(step.engine))
     states = []
     for number in range(4):
@@ -149,26 +155,27 @@ def state_around_a_fault(
     return states[0], states[1], states[2]
 
 
-def statistics_after_divergence(ranks: Ranks) -> str:
-    """What `prove_ranks_agree` says when the last rank's queue differs in one bit."""
+def message_after_a_flipped_bit(ranks: Ranks, what: str, rank: int) -> str:
+    """What `prove_ranks_agree` says when one bit of the queue, or of a running statistic, differs on a rank."""
     step = make_step(ranks, tiny_recipe(), deepspeed_config(0, autocast=False))
     recipe = tiny_recipe()
     step(0, [made_micro_batch(recipe, 0, j) for j in step.layout.own], recipe.lr)
-    if ranks.rank == ranks.world_size - 1:
-        step.queue.keys_KD.view(torch.int32)[3, 2] ^= 1
+    if ranks.rank == rank:
+        changed = step.queue.keys_KD if what == "queue" else step.statistics.buffers[2]
+        changed.view(torch.int32).view(-1)[2] ^= 1
     try:
         prove_ranks_agree(step)
-    except RuntimeError as error:
+    except TrainingError as error:
         return str(error)
     finally:
         step.engine.destroy()
     return ""
 
 
-def momentum_there_and_back(ranks: Ranks, stage: int) -> bool:
+def momentum_there_and_back(ranks: Ranks, stage: int, zero: dict[str, Any] | None = None) -> bool:
     """True if momentum put into a fresh engine reads back bit for bit, and is zero before that."""
     recipe = tiny_recipe()
-    step = make_step(ranks, recipe, deepspeed_config(stage, autocast=False))
+    step = make_step(ranks, recipe, deepspeed_config(stage, autocast=False, **(zero or {})))
     fresh = dict(whole_momentum(step.engine))
     generator = torch.Generator().manual_seed(0)
     wanted = {name: torch.randn(t.shape, generator=generator) for name, t in fresh.items()}
@@ -239,6 +246,16 @@ def _statistics_not_averaged(step: Step, active: bool) -> None:
     step.statistics.finish_step = lambda ranks, micro_batches, number: None
 
 
+def _second_view_detached(step: Step, active: bool) -> None:
+    loss = step.loss
+
+    def detached(labels: Tensor, logits: Tensor, rows: Tensor, key: None, queue: Any) -> LossOutput:
+        first, second = rows.chunk(2)
+        return loss(labels, logits, torch.cat([first, second.detach()]), key, queue)
+
+    step.loss = detached
+
+
 def _no_moving_average(step: Step, active: bool) -> None:
     step.key_encoder.update = lambda number: None
 
@@ -251,5 +268,6 @@ FAULTS = {
     "micro-batch lost": _micro_batch_lost,
     "statistics not averaged": _statistics_not_averaged,
     "no moving average": _no_moving_average,
+    "second view detached": _second_view_detached,
 }
-EVERYWHERE = ("gradients doubled", "statistics not averaged", "no moving average")
+EVERYWHERE = ("gradients doubled", "statistics not averaged", "no moving average", "second view detached")

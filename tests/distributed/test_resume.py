@@ -60,6 +60,47 @@ def test_stopped_and_resumed_is_bit_equal_on_the_same_ranks_and_stage(pool, reci
     assert steps_logged(resumed) == steps_logged(straight)
 
 
+ONE_ENCODER = ("key_encoder=none", "model.projection=three_layer")
+NOT_PUBLISHED = (
+    "key_encoder.momentum_schedule=cosine",
+    "key_encoder.scale_momentum=true",
+    "step.micro_batches=2",
+    "loss.contrast_scope=global_batch",
+)
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides"),
+    [pytest.param(3, ONE_ENCODER, id="one encoder"), pytest.param(2, NOT_PUBLISHED, id="schedule and scope")],
+)
+def test_other_key_encoders_resume_bit_equal_with_an_offloaded_optimizer(pool, recipe, tmp_path, stage, overrides):
+    """GPaCo; momentum as a function of the step; keys of the global batch. The momentum buffers lie on the host."""
+    path = recipe.parent / f"zero{stage}_offload.json"
+    zero = {"stage": stage, "offload_optimizer": {"device": "cpu"}}
+    path.write_text(json.dumps({"zero_optimization": zero}))
+    overrides = (*overrides, f"engine.deepspeed={path}")
+    for run, stops in (("straight", (END,)), ("resumed", (STOP, END))):
+        for stop in stops:
+            pool(2).run(TRAIN, recipe=recipe, run=tmp_path / run, overrides=overrides, stop_at_step=stop)
+    expected = state_of(tmp_path / "straight")
+    for name, value in state_of(tmp_path / "resumed").items():
+        assert torch.equal(value, expected[name]), name
+    assert steps_logged(tmp_path / "resumed") == steps_logged(tmp_path / "straight")
+    assert any(name.startswith("model.key_encoder") for name in expected) == (overrides[:2] != ONE_ENCODER)
+
+
+def test_a_bit_that_flips_on_one_rank_ends_the_run(pool, recipe, tmp_path):
+    """At the next digest, on every rank, with what differs and where."""
+    with pytest.raises(RankError) as error:
+        pool(2).run(
+            "tests.distributed.training:train_with_a_flipped_bit", recipe=recipe, run=tmp_path / "run", rank=1, after=3
+        )
+    for rank in range(2):
+        assert f"rank {rank} of 2 raised" in str(error.value)
+    assert str(error.value).count("TrainingError: queue of ranks [1] differ") == 2
+    assert [step[0] for step in steps_logged(tmp_path / "run")] == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize(
     ("first", "second"),
     [((2, 0), (1, 3)), ((2, 1), (4, 0)), ((1, 2), (2, 1)), ((2, 3), (1, 0)), ((4, 3), (2, 2)), ((1, 0), (2, 3))],

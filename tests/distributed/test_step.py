@@ -150,10 +150,12 @@ def test_something_not_finite_on_one_rank_changes_nothing_on_any(pool, fault, st
         assert "centers.weight" in moved
 
 
-def test_a_queue_that_differs_on_one_rank_ends_the_run(pool):
-    """One flipped bit is noticed, and the message names the rank."""
-    for message in pool(2).run("tests.distributed.runs:statistics_after_divergence"):
-        assert "ranks [1] differ" in message
+@pytest.mark.parametrize(("what", "rank"), [("queue", 2), ("buffers", 0)])
+def test_one_flipped_bit_on_one_rank_is_named(pool, what, rank):
+    """What differs, and the rank that is alone with it, the first too; every rank says the same."""
+    function = "tests.distributed.runs:message_after_a_flipped_bit"
+    for message in pool(4).run(function, what=what, rank=rank):
+        assert message.startswith(f"{what} of ranks [{rank}] differ from those of the other 3 ranks. ")
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

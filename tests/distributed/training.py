@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from paco_ds.distributed import ByteCounter, Ranks
 from paco_ds.recipe_file import load_recipe
 from paco_ds.trainer import Trainer
@@ -49,6 +51,20 @@ def scrape_while_training(ranks: Ranks, recipe: Path, run: Path) -> dict[str, st
                     pages[target["labels"]["rank"]] = answer.read().decode()
         ranks.wait_for_all()
     return pages
+
+
+def train_with_a_flipped_bit(ranks: Ranks, recipe: Path, run: Path, rank: int, after: int) -> None:
+    """As `train` with a digest every 2 steps; one bit of the queue of `rank` changes after `after` steps."""
+    with _trainer(ranks, recipe, run, ("engine.digest_every=2",)) as trainer:
+        take_step = trainer.train_step
+
+        def step_then_flip() -> None:
+            take_step()
+            if trainer.steps_done == after and ranks.rank == rank:
+                trainer.queue.keys_KD.view(torch.int32)[1, 1] ^= 1
+
+        trainer.train_step = step_then_flip
+        trainer.run()
 
 
 def train_with_private_directory(ranks: Ranks, recipe: Path, run: Path) -> int:

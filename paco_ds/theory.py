@@ -20,6 +20,7 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
 
 from paco_ds.command import report_user_errors
 from paco_ds.data.card import load_card
@@ -89,11 +90,6 @@ def paco_optimum(positives: Number, alpha: float) -> tuple[Number, Number]:
     return alpha / (1 + alpha * positives), 1 / (1 + alpha * positives)
 
 
-def alpha_for(p_center: Number, positives: Number) -> Number:
-    """Remark 2 the other way round: the alpha whose optimum gives the own center p_c, (1 / p_c - 1) / K_y."""
-    return (1 / p_center - 1) / positives
-
-
 def supcon_minimum(positives: Number, p_sum: float = 1.0) -> Number:
     """Eq. (12): -K_y log(p_sum / K_y), the least SupCon loss of an anchor with p_sum on its positives."""
     return -positives * np.log(p_sum / positives)
@@ -156,21 +152,21 @@ class Optima:
     center_AC: Floats
 
 
-def optima_by_equation_9(prior_C: Floats, alphas: Sequence[float], queue_length: int, micro_batch: int) -> Optima:
+def optima_by_equation_9(prior_C: Floats, alphas_A: Floats, queue_length: int, micro_batch: int) -> Optima:
     """Remarks 1 and 2 with K_y of Eq. (9). A SupCon "probability" above 1 shows where Eq. (9) does not hold."""
     positives_C = expected_positives(prior_C, queue_length, micro_batch)
-    center_AC = 1 / (1 + np.outer(alphas, positives_C))
-    return Optima(positives_C, supcon_optimum(positives_C), np.asarray(alphas)[:, None] * center_AC, center_AC)
+    center_AC = 1 / (1 + np.outer(alphas_A, positives_C))
+    return Optima(positives_C, supcon_optimum(positives_C), alphas_A[:, None] * center_AC, center_AC)
 
 
-def mean_optima(prior_C: Floats, alphas: Sequence[float], queue_length: int, micro_batch: int) -> Optima:
+def mean_optima(prior_C: Floats, alphas_A: Floats, queue_length: int, micro_batch: int) -> Optima:
     """Means of K_y and of Remarks 1 and 2 over :func:`positives_distribution`.
 
     They are what training logs as optimum, where the queue is full and images are drawn independently: the optimum
     of each anchor for the positives it met, averaged over anchors.
     """
     priors, class_of = np.unique(prior_C, return_inverse=True)
-    alphas_A1 = np.asarray(alphas, dtype=np.float64)[:, None]
+    alphas_A1 = alphas_A[:, None]
     positives, supcon, center = [], [], []
     for prior in priors:
         K, probability = positives_distribution(float(prior), queue_length, micro_batch)
@@ -236,19 +232,21 @@ def read_long_tail(where: Path, split: str = "train", root: Path | None = None) 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the tables, draw the pictures if there is an --output; returns the exit status."""
     arguments = _parser().parse_args(argv)
-    from paco_ds.report import optima  # not at the top: it needs this module, and matplotlib takes its time
+    # not at the top: it needs this module, and matplotlib takes its time
+    from paco_ds.report.optima import OptimaPage
 
     with report_user_errors():
         output: Path | None = arguments.output
         if output is not None and output.suffix not in ("", ".png"):
             raise UserError(f"--output {output} is neither a folder nor a .png: name it so")
-        page = optima.OptimaPage(
+        page = OptimaPage(
             read_long_tail(arguments.card, arguments.split, arguments.root),
             arguments.alpha,
             arguments.queue,
             arguments.micro_batch,
         )
-        page.print()
+        # A pipe or a log has no width of its own, and 80 columns would cut figures off.
+        page.show(Console() if sys.stdout.isatty() else Console(width=120))
         if output is not None:
             print("drawn:", *page.draw(output))
     return 0

@@ -17,13 +17,14 @@ from rich.table import Table
 
 from paco_ds.data.manifest import SHOTS
 from paco_ds.report.charts import FULL, GRID, GROUP_COLORS, INK, MUTED, Values, png, styled
-from paco_ds.theory import LongTail, Optima, alpha_for, mean_optima, optima_by_equation_9
+from paco_ds.theory import LongTail, Optima, mean_optima, optima_by_equation_9
 
 ALPHAS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 PUBLISHED_PULL = 4.5
-"""alpha K of the largest class in the published runs on ImageNet-LT: .05 x 1280 / 115,846 x 8,255."""
+"""alpha K of the largest class in the published runs on ImageNet-LT: .05 x 1280 / 115,846 x 8,255, rounded down."""
 MOST_NAMES = 12
 DASHES = (0, (4, 2.5))
+OPTIMA_INCHES, ALPHA_INCHES = 4.0, 3.2
 
 
 @dataclass(frozen=True)
@@ -42,92 +43,90 @@ class OptimaPage:
     queue_length: int
     micro_batch: int
 
-    def print(self, console: Console | None = None) -> None:
-        """Two tables: the optima by shot, and p_c by alpha."""
-        # A pipe or a log has no width of its own, and 80 columns would cut figures off.
-        console = console or Console(width=None if Console().is_terminal else 120)
+    def show(self, console: Console) -> None:
+        """Print two tables, the optima by shot and p_c by alpha, and what follows for alpha."""
         tail = self.tail
-        console.print(
+        said = [
             f"{tail.name}, {tail.split}: {tail.counts_C.sum():,} images of {len(tail.counts_C):,} classes, "
             f"{tail.counts_C[0]:,} to {tail.counts_C[-1]:,} each; alpha {self.alpha:g}, queue {self.queue_length:,}, "
-            f"micro-batch {self.micro_batch:,}",
-            markup=False,
-            highlight=False,
-        )
+            f"micro-batch {self.micro_batch:,}"
+        ]
         if tail.empty:
             names = ", ".join(tail.empty[:5]) + (", ..." if len(tail.empty) > 5 else "")
-            console.print(f"left out, without training images: {len(tail.empty):,} classes ({names})", markup=False)
+            said.append(f"left out, without training images: {len(tail.empty):,} classes ({names})")
+        console.print("\n".join(said), markup=False, highlight=False)
         console.print(self._optima_table())
         console.print(self._alpha_table())
         console.print(self._advice(), markup=False, highlight=False)
 
     def draw(self, output: Path) -> list[Path]:
-        """One picture of both charts into a .png, or a picture each, optima.png and alpha.png, into a folder."""
-        if output.suffix == ".png":
-            output.parent.mkdir(parents=True, exist_ok=True)
-            _save(output, (self.draw_optima, 4.0), (self.draw_alphas, 3.4))
-            return [output]
-        output.mkdir(parents=True, exist_ok=True)
-        paths = [output / "optima.png", output / "alpha.png"]
-        _save(paths[0], (self.draw_optima, 4.0))
-        _save(paths[1], (self.draw_alphas, 3.4))
-        return paths
+        """One picture of both charts if `output` is a .png; else a folder with one each, optima.png and alpha.png."""
+        optima, alpha = (self.draw_optima, OPTIMA_INCHES), (self.draw_alphas, ALPHA_INCHES)
+        pictures = (
+            {output: [optima, alpha]}
+            if output.suffix == ".png"
+            else {output / "optima.png": [optima], output / "alpha.png": [alpha]}
+        )
+        for path, charts in pictures.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _save(path, charts)
+        return list(pictures)
 
     def draw_optima(self, figure: FigureBase) -> None:
         """Left p+ of SupCon and of PaCo, right p_c of PaCo, class by class; dashed what Eq. (9) gives."""
         left, right = figure.subplots(1, 2)
-        place = np.arange(len(self.tail.counts_C))
-        mark = {"marker": "o", "ms": 4} if len(place) <= MOST_NAMES else {}
-        curves = [
-            (left, "SupCon", MUTED, self._mean.supcon_C, self._equation_9.supcon_C),
-            (left, "PaCo", INK, self._mean.positive_AC[0], self._equation_9.positive_AC[0]),
-            (right, "PaCo", INK, self._mean.center_AC[0], self._equation_9.center_AC[0]),
-        ]
-        for axes, _, color, mean, by_equation_9 in curves:
+        place = self._places
+        mark = {"marker": "o", "ms": 4} if self._named else {}
+        for axes, color, mean, by_equation_9 in (
+            (left, MUTED, self._mean.supcon_C, self._by_equation_9.supcon_C),
+            (left, INK, self._mean.positive_AC[0], self._by_equation_9.positive_AC[0]),
+            (right, INK, self._mean.center_AC[0], self._by_equation_9.center_AC[0]),
+        ):
             axes.plot(place, by_equation_9, color=color, ls=DASHES, lw=1.1)
             axes.plot(place, mean, color=color, **mark)
         left.set_yscale("log")
         _plain_numbers(left.yaxis)
-        right.set_ylim(0, 1.03)
-        for number, (_, name, color, mean, _) in enumerate(curves[:2]):
-            text = f"{name}: the smallest class has {_figure(mean[-1] / mean[0])} times the largest's"
-            left.text(0.02, 0.92 - 0.08 * number, text, color=color, weight="bold", transform=left.transAxes)
-        right.text(0.98, 0.05, "dashed: by Eq. 9", color=MUTED, ha="right", transform=right.transAxes)
-        if self._equation_9.supcon_C[-1] > 1:
+        bottom, top = left.get_ylim()
+        left.set_ylim(bottom, top * (top / bottom) ** 0.22)  # room for the names
+        if self._by_equation_9.supcon_C[-1] > 1:  # no probability is above 1
             left.axhline(1, color=GRID, lw=2.5, zorder=0)
-        self._title(left, "Probability of each positive, p+")
-        self._title(right, "Probability of the own center, p_c")
-        for axes in (left, right):
+        right.set_ylim(0, 1.03)
+        ratios = (self._mean.supcon_C, "SupCon", MUTED), (self._mean.positive_AC[0], "PaCo", INK)
+        for height, (p_C, name, color) in zip((0.92, 0.84), ratios, strict=True):
+            text = f"{name}: the smallest class has {_figure(p_C[-1] / p_C[0])} times the largest's"
+            left.text(0.02, height, text, color=color, weight="bold", transform=left.transAxes)
+        right.text(0.98, 0.05, "dashed: by Eq. 9", color=MUTED, ha="right", transform=right.transAxes)
+        for axes, title in ((left, "Probability of each positive, p+"), (right, "Probability of the own center, p_c")):
+            axes.set_title(title, fontsize=9.5, weight="bold", pad=18)
             self._head_to_tail(axes)
 
     def draw_alphas(self, figure: FigureBase) -> None:
         """Left p_c by alpha and shot, right how much p+ differs between the largest and the smallest class."""
         left, right = figure.subplots(1, 2)
         alphas = np.geomspace(1e-4, 1, 81)
-        mean, by_equation_9 = (of(self.tail.prior_C, alphas, *self._sizes) for of in (mean_optima, optima_by_equation_9))
-        ends = []
-        for shot in SHOTS:
-            if shot not in self.tail.shots:
-                continue
-            color = GROUP_COLORS[shot]
-            left.plot(alphas, self._by_anchor(by_equation_9.center_AC)[shot], color=color, ls=DASHES, lw=1.1)
-            left.plot(alphas, self._by_anchor(mean.center_AC)[shot], color=color)
-            ends.append((shot.capitalize(), color))
-        for number, (name, color) in enumerate([*ends, ("dashed: by Eq. 9", MUTED)]):
-            height = 0.05 + 0.08 * (len(ends) - number)
-            left.text(0.03, height, name, color=color, weight="bold", transform=left.transAxes)
+        mean, by_equation_9 = self._of(mean_optima, alphas), self._of(optima_by_equation_9, alphas)
+        names = [("dashed: by Eq. 9", MUTED)]
+        for shot in reversed(SHOTS):
+            if shot in self.tail.shots:
+                members = self._rows[shot.capitalize()]
+                color = GROUP_COLORS[shot]
+                left.plot(alphas, self._over_anchors(by_equation_9.center_AC, members), color=color, ls=DASHES, lw=1.1)
+                left.plot(alphas, self._over_anchors(mean.center_AC, members), color=color)
+                names.append((shot.capitalize(), color))
+        for number, (name, color) in enumerate(names):
+            left.text(0.03, 0.05 + 0.08 * number, name, color=color, weight="bold", transform=left.transAxes)
         left.set_ylim(0, 1.03)
-        times = mean.positive_AC[:, -1] / mean.positive_AC[:, 0]
+        times_A = mean.positive_AC[:, -1] / mean.positive_AC[:, 0]
         supcon = mean.supcon_C[-1] / mean.supcon_C[0]
-        right.axhline(supcon, color=MUTED, ls=DASHES, lw=1.1)
+        right.axhline(supcon, color=MUTED, lw=1.7)
+        right.plot(alphas, times_A, color=INK)
         right.text(alphas[0], 1.06 * supcon, "SupCon", color=MUTED, weight="bold", va="bottom")
-        right.plot(alphas, times, color=INK)
-        right.text(alphas[0], 1.15 * times[0], "PaCo", color=INK, weight="bold", va="bottom")
+        right.text(alphas[0], 1.15 * times_A[0], "PaCo", color=INK, weight="bold", va="bottom")
         right.set_yscale("log")
         _plain_numbers(right.yaxis)
-        right.set_ylim(0.8, 2 * max(supcon, times.max()))
-        self._title(left, "Probability of the own center, p_c, mean of a shot's anchors")
-        self._title(right, "p+ of the smallest class over p+ of the largest")
+        right.set_ylim(0.8, 2 * supcon)
+        left.set_title("Probability of the own center, p_c, mean of a shot's anchors", fontsize=9.5, weight="bold")
+        right.set_title("p+ of the smallest class over p+ of the largest", fontsize=9.5, weight="bold")
         for axes in (left, right):
             axes.set_xscale("log")
             _plain_numbers(axes.xaxis)
@@ -137,8 +136,8 @@ class OptimaPage:
     def _optima_table(self) -> Table:
         table = Table(
             title="Where the losses are smallest",
-            caption="exact: mean over draws of queue and micro-batch, the own key always being a positive; Eq. 9 counts "
-            "it\nas any other. A p+ above 1 shows where Eq. 9 does not hold. ratio: smallest class over largest.",
+            caption="exact: mean over draws of queue and micro-batch, the own key always being a positive; Eq. 9\n"
+            "counts it as any other. A p+ above 1 shows where Eq. 9 does not hold. ratio: smallest class over largest.",
             title_justify="left",
             caption_justify="left",
         )
@@ -148,129 +147,138 @@ class OptimaPage:
         for heading in ("positives K", "SupCon p+", "PaCo p+", "PaCo p_c"):
             table.add_column(f"{heading}\nexact", justify="right")
             table.add_column("\nEq. 9", justify="right", style="dim")
-        rows = self._rows
-        pairs = [
-            (self._mean.positives_C, self._equation_9.positives_C),
-            (self._mean.supcon_C, self._equation_9.supcon_C),
-            (self._mean.positive_AC[0], self._equation_9.positive_AC[0]),
-            (self._mean.center_AC[0], self._equation_9.center_AC[0]),
+        mean, by_equation_9 = self._mean, self._by_equation_9
+        columns = [
+            *(mean.positives_C, by_equation_9.positives_C),
+            *(mean.supcon_C, by_equation_9.supcon_C),
+            *(mean.positive_AC[0], by_equation_9.positive_AC[0]),
+            *(mean.center_AC[0], by_equation_9.center_AC[0]),
         ]
-        for name, of_row in rows.items():
-            counts = self.tail.counts_C[of_row]
-            span = f"{counts.max():,}" if counts.max() == counts.min() else f"{counts.max():,} - {counts.min():,}"
-            cells = [_figure(_over_anchors(v, counts, of_row)) for pair in pairs for v in pair]
+        for name, members in self._rows.items():
+            counts = self.tail.counts_C[members]
+            span = f"{counts.max():,} - {counts.min():,}" if counts.max() > counts.min() else f"{counts.max():,}"
+            cells = (_figure(self._over_anchors(column, members)) for column in columns)
             table.add_row(name, f"{len(counts):,}", span, *cells)
         table.add_section()
-        ratios = [_figure(v[-1] / v[0]) for pair in pairs for v in pair]
-        table.add_row("ratio", "", "", *ratios)
+        table.add_row("ratio", "", "", *(_figure(column[-1] / column[0]) for column in columns))
         return table
 
     def _alpha_table(self) -> Table:
-        alphas = sorted({*ALPHAS, self.alpha})
-        mean = mean_optima(self.tail.prior_C, alphas, *self._sizes)
         table = Table(
             title="Which alpha gives which p_c (exact)",
-            caption="alpha K: weight of the largest class's positives together, its center having 1. \nratio of p+: "
-            "smallest class over largest",
+            caption="alpha K: weight of the largest class's positives together, its center having 1.\n"
+            "ratio of p+: smallest class over largest",
             title_justify="left",
             caption_justify="left",
         )
         for heading in ("alpha", "alpha K", *self._rows, "ratio of p+"):
             table.add_column(heading, justify="right")
-        for a, alpha in enumerate(alphas):
-            centers = (
-                _figure(_over_anchors(mean.center_AC[a], self.tail.counts_C[row], row)) for row in self._rows.values()
-            )
+        alphas = np.array(sorted({*ALPHAS, self.alpha}))
+        mean = self._of(mean_optima, alphas)
+        for alpha, center_C, positive_C in zip(alphas, mean.center_AC, mean.positive_AC, strict=True):
             table.add_row(
                 f"{alpha:g}",
                 _figure(alpha * mean.positives_C[0]),
-                *centers,
-                _figure(mean.positive_AC[a, -1] / mean.positive_AC[a, 0]),
+                *(_figure(self._over_anchors(center_C, members)) for members in self._rows.values()),
+                _figure(positive_C[-1] / positive_C[0]),
                 style="bold" if alpha == self.alpha else "",
             )
         return table
 
     def _advice(self) -> str:
+        """What `alpha` means for the largest class, and what would bring it to the published pull."""
         K = float(self._mean.positives_C[0])
         pull = self.alpha * K
         said = (
-            f"alpha K of the largest class is {pull:.3g}; it is {PUBLISHED_PULL} in the published runs on ImageNet-LT. "
+            f"alpha K of the largest class is {pull:.3g}; in the published runs on ImageNet-LT it is {PUBLISHED_PULL}."
         )
         if pull <= 2 * PUBLISHED_PULL:
-            return said.rstrip()
-        said += (
-            f"So far above, head classes learn from their centers little more than p_c = {1 / (1 + pull):.2g}: "
-            f"alpha {PUBLISHED_PULL / K:.2g} with this queue"
-        )
+            return said
+        said += f" This leaves its center no more than p_c = {1 / (1 + pull):.2g}. It is {PUBLISHED_PULL} with alpha "
+        said += f"{PUBLISHED_PULL / K:.2g} and this queue"
+        # K = 1 + q (queue + 2 m - 2)
         queue = int((PUBLISHED_PULL / self.alpha - 1) / self.tail.prior_C[0]) - 2 * self.micro_batch + 2
-        return said + (f", or a queue of {queue:,} with this alpha, gives {PUBLISHED_PULL}." if queue > 0 else " gives it.")
-
-    @property
-    def _sizes(self) -> tuple[int, int]:
-        return self.queue_length, self.micro_batch
+        return said + (f", or with this alpha and a queue of {queue:,}." if queue > 0 else ".")
 
     @cached_property
     def _mean(self) -> Optima:
-        return mean_optima(self.tail.prior_C, [self.alpha], *self._sizes)
+        return self._of(mean_optima, np.array([self.alpha]))
 
     @cached_property
-    def _equation_9(self) -> Optima:
-        return optima_by_equation_9(self.tail.prior_C, [self.alpha], *self._sizes)
+    def _by_equation_9(self) -> Optima:
+        return self._of(optima_by_equation_9, np.array([self.alpha]))
+
+    def _of(self, optima: Callable[[Values, Values, int, int], Optima], alphas: Values) -> Optima:
+        return optima(self.tail.prior_C, alphas, self.queue_length, self.micro_batch)
 
     @cached_property
     def _rows(self) -> Mapping[str, Values]:
         """Positions of the classes that each row of the tables is about."""
         shots = np.array(self.tail.shots)
-        last = len(shots) - 1
         of_shots = {shot.capitalize(): np.flatnonzero(shots == shot) for shot in SHOTS if shot in self.tail.shots}
-        return {"largest": np.array([0]), **of_shots, "smallest": np.array([last])}
+        return {"largest": np.array([0]), **of_shots, "smallest": np.array([len(shots) - 1])}
 
-    def _by_anchor(self, values_AC: Values) -> dict[str, Values]:
-        """Mean over the anchors of each shot, for every alpha."""
-        shots = np.array(self.tail.shots)
-        return {
-            shot: np.average(values_AC[:, shots == shot], axis=1, weights=self.tail.counts_C[shots == shot])
-            for shot in set(self.tail.shots)
-        }
+    def _over_anchors(self, values_xC: Values, members: Values) -> Values:
+        """Mean over the anchors of these classes, each of which brings as many as it has images."""
+        return np.average(values_xC[..., members], axis=-1, weights=self.tail.counts_C[members])
 
-    def _title(self, axes: Axes, text: str) -> None:
-        axes.set_title(text, fontsize=9.5, weight="bold", pad=18)
+    @property
+    def _named(self) -> bool:
+        """Whether there is room for the names of the classes."""
+        return len(self.tail.classes) <= MOST_NAMES
+
+    @property
+    def _places(self) -> Values:
+        """Where classes stand on the axis, in their order: side by side or, without names, by their size."""
+        return np.arange(float(len(self.tail.classes))) if self._named else self.tail.counts_C.astype(np.float64)
 
     def _head_to_tail(self, axes: Axes) -> None:
-        shots = self.tail.shots
+        """The axis of the classes and the bands of the shots."""
+        place, shots = self._places, self.tail.shots
+        if self._named:
+            labels = [f"{name} ({n:,})" for name, n in zip(self.tail.classes, self.tail.counts_C, strict=True)]
+            axes.set_xticks(place, labels, rotation=45, ha="right")
+            axes.tick_params(axis="x", labelcolor=INK)
+            axes.set_xlim(-0.6, len(shots) - 0.4)
+        else:
+            axes.set_xlabel("training images of the class")
+            axes.set_xscale("log")
+            axes.set_xlim(1.2 * place[0], place[-1] / 1.2)
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+            axes.xaxis.set_minor_locator(NullLocator())
+        to_axes = axes.transData + axes.transAxes.inverted()
         for shot in SHOTS:
             if members := [i for i, of in enumerate(shots) if of == shot]:
-                axes.axvspan(members[0] - 0.5, members[-1] + 0.5, color=GROUP_COLORS[shot], alpha=0.07, lw=0)
-                axes.text((members[0] + members[-1]) / 2, 1.02, shot.capitalize(), ha="center",
-                          color=GROUP_COLORS[shot], weight="bold", transform=axes.get_xaxis_transform())  # fmt: skip
-        if len(shots) <= MOST_NAMES:
-            labels = [f"{name} ({n:,})" for name, n in zip(self.tail.classes, self.tail.counts_C, strict=True)]
-            axes.set_xticks(range(len(shots)), labels, rotation=45, ha="right")
-            axes.tick_params(axis="x", labelcolor=INK)
-        else:
-            axes.set_xlabel("classes, from the largest to the smallest")
-        axes.set_xlim(-0.6, len(shots) - 0.4)
+                first, last = members[0], members[-1]
+                limits = axes.get_xlim()
+                ends = [
+                    limits[0] if first == 0 else place[first - 1 : first + 1].mean(),
+                    limits[1] if last == len(place) - 1 else place[last : last + 2].mean(),
+                ]
+                left, right = to_axes.transform([(end, 1.0) for end in ends])[:, 0].clip(0, 1)
+                color, whole = GROUP_COLORS[shot], axes.transAxes
+                axes.axvspan(*ends, color=color, alpha=0.07, lw=0)
+                if right - left > 0.08:  # else the name would run into the next
+                    middle = (left + right) / 2
+                    axes.text(middle, 1.02, shot.capitalize(), ha="center", color=color, weight="bold", transform=whole)
 
 
 @styled
-def _save(path: Path, *charts_and_heights: tuple[Callable[[FigureBase], None], float]) -> None:
-    heights = [height for _, height in charts_and_heights]
+def _save(path: Path, charts: list[tuple[Callable[[FigureBase], None], float]]) -> None:
+    """Charts, each a function that draws it and its height in inches, one above the other."""
+    heights = [height for _, height in charts]
     figure = Figure(figsize=(FULL, sum(heights)))
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    for part, (draw, _) in zip(parts, charts_and_heights, strict=True):
+    for part, (draw, _) in zip(parts, charts, strict=True):
         draw(part)
     png(figure, path)
 
 
 def _plain_numbers(axis: Axis) -> None:
-    """For a logarithmic axis, whose powers of ten are mathematics, which the charts' style switches off."""
+    """For a logarithmic axis: its powers of ten would be mathematics, which the charts' style does not read."""
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_locator(NullLocator())
 
 
-def _over_anchors(values_C: Values, counts: Values, classes: Values) -> float:
-    return float(np.average(values_C[classes], weights=counts))
-
-
-def _figure(value: float) -> str:
+def _figure(value: float | Values) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -49,7 +49,9 @@ def test_watching_costs_no_collective_of_its_own(pool):
 
 def test_without_contrast_there_are_no_positives_to_tell_of(pool):
     """None for every shot, not 0."""
-    ((step,),) = pool(1).run("tests.distributed.watching:watched_steps", steps=1, overrides=("loss.method=cross_entropy",))
+    ((step,),) = pool(1).run(
+        "tests.distributed.watching:watched_steps", steps=1, overrides=("loss.method=cross_entropy",)
+    )
     assert set(step.result.positive_probability.values()) == {None}
     assert set(step.result.positive_probability_optimum.values()) == {None}
     assert 0 < step.result.center_probability["many"] < 1

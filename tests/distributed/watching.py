@@ -60,7 +60,11 @@ def watched_steps(ranks: Ranks, steps: int, overrides: tuple[str, ...] = (), key
             other_labels += [labels, queue.labels_N]
         inputs.append(
             LossInputs(
-                labels, logits.detach().clone(), query.detach().clone(), torch.cat(others).detach(), torch.cat(other_labels)
+                labels,
+                logits.detach().clone(),
+                query.detach().clone(),
+                torch.cat(others).detach(),
+                torch.cat(other_labels),
             )
         )
         return loss(labels, logits, query, key, queue)

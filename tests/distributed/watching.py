@@ -51,22 +51,16 @@ def watched_steps(ranks: Ranks, steps: int, overrides: tuple[str, ...] = (), key
     step = make_step(ranks, recipe, deepspeed_config(1, autocast=False))
     loss, inputs, sums = step.loss, [], []
 
-    def listening(labels: Tensor, logits: Tensor, query: Tensor, key: Any, queue: Any) -> LossOutput:
+    def listening(labels: Tensor, logits: Tensor, query: Tensor | None, key: Any, queue: Any) -> LossOutput:
         if not keys:
             key = queue = None
-        others, other_labels = [query], [labels]
-        if key is not None:
-            others += [key, queue.keys_ND]
-            other_labels += [labels, queue.labels_N]
-        inputs.append(
-            LossInputs(
-                labels,
-                logits.detach().clone(),
-                query.detach().clone(),
-                torch.cat(others).detach(),
-                torch.cat(other_labels),
-            )
-        )
+        if query is not None:
+            others, other_labels = [query], [labels]
+            if key is not None:
+                others += [key, queue.keys_ND]
+                other_labels += [labels, queue.labels_N]
+            made = (labels, logits, query, torch.cat(others), torch.cat(other_labels))
+            inputs.append(LossInputs(*(tensor.detach().clone() for tensor in made)))
         return loss(labels, logits, query, key, queue)
 
     step.loss = listening

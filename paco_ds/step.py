@@ -43,6 +43,7 @@ class StepResult:
         grad_norm: L2 norm before clipping; nan if refused before it was known.
         refused: why nothing was changed ("keys", "loss" or "gradient" not finite), or None.
         center_probability, center_probability_optimum: mean over the anchors of each shot; None without any.
+        positive_probability, positive_probability_optimum: the same over its anchors that have a positive.
         replaced: samples of this step, on all ranks, that could not be read.
         stop: some rank was asked to stop.
     """
@@ -52,32 +53,53 @@ class StepResult:
     refused: str | None
     center_probability: Mapping[str, float | None]
     center_probability_optimum: Mapping[str, float | None]
+    positive_probability: Mapping[str, float | None]
+    positive_probability_optimum: Mapping[str, float | None]
     replaced: int
     stop: bool
 
 
 class _Totals:
-    """What ranks add up in the one reduction of a step: [flags and sums] then [p_c, its optimum, anchors] by shot."""
+    """What ranks add up in the one reduction of a step: flags and sums, then for centers and for positives
+    [probability, its optimum, anchors] by shot."""
 
     def __init__(self, device: torch.device) -> None:
-        self.vector = torch.zeros(4 + 3 * len(SHOTS), dtype=torch.float64, device=device)
+        self.vector = torch.zeros(4 + 2 * 3 * len(SHOTS), dtype=torch.float64, device=device)
 
     def add(self, output: LossOutput, shots_B: Tensor) -> None:
         loss = output.loss.detach()
         self.vector[0] += ~torch.isfinite(loss)
         self.vector[1] += loss
-        if output.center_probability_B is not None and output.center_optimum_B is not None:
-            rows = torch.stack([output.center_probability_B, output.center_optimum_B])
-            rows = torch.cat([rows, torch.ones_like(rows[:1])]).double()
-            self.vector[4:].view(3, -1).index_add_(1, shots_B, rows)
+        watched = [
+            (output.center_probability_B, output.center_optimum_B),
+            (output.positive_probability_B, output.positive_optimum_B),
+        ]
+        for sums, (probability_B, optimum_B) in zip(self._by_shot(), watched, strict=True):
+            if probability_B is None or optimum_B is None:
+                continue
+            # The optimum is nan for an anchor without a positive, and for no other reason: it is left out. A
+            # probability that is nan beside it says that something is not finite, and stays.
+            counted_B = ~optimum_B.isnan()
+            rows_3B = torch.stack([probability_B, optimum_B, torch.ones_like(optimum_B)]).where(counted_B, 0.0)
+            sums.index_add_(1, shots_B, rows_3B.double())
 
     def reduce(self, ranks: Ranks) -> None:
         """Add up over ranks; from here on the sums lie on the host, read once."""
         self.vector = ranks.sum(self.vector).cpu()
 
-    def by_shot(self, row: int) -> dict[str, float | None]:
-        values = self.vector[4:].view(3, -1)
-        return {shot: float(values[row, i] / values[2, i]) if values[2, i] else None for i, shot in enumerate(SHOTS)}
+    def centers(self, row: int) -> dict[str, float | None]:
+        return _means(self._by_shot()[0], row)
+
+    def positives(self, row: int) -> dict[str, float | None]:
+        return _means(self._by_shot()[1], row)
+
+    def _by_shot(self) -> Tensor:
+        return self.vector[4:].view(2, 3, len(SHOTS))
+
+
+def _means(sums: Tensor, row: int) -> dict[str, float | None]:
+    total, anchors = sums[row], sums[2]
+    return {shot: float(total[i] / anchors[i]) if anchors[i] else None for i, shot in enumerate(SHOTS)}
 
 
 class Step:
@@ -212,8 +234,10 @@ class Step:
             loss=float(totals.vector[1]) / self.layout.micro_batches if known else float("nan"),
             grad_norm=self._grad_norm() if refused in (None, "gradient") else float("nan"),
             refused=refused,
-            center_probability=totals.by_shot(0),
-            center_probability_optimum=totals.by_shot(1),
+            center_probability=totals.centers(0),
+            center_probability_optimum=totals.centers(1),
+            positive_probability=totals.positives(0),
+            positive_probability_optimum=totals.positives(1),
             replaced=int(totals.vector[2]),
             stop=bool(totals.vector[3]),
         )

@@ -113,6 +113,8 @@ class Trainer:
             queue_fill=self.queue.fill_ratio if self.queue is not None else 0.0,
             center_probability=result.center_probability,
             center_probability_optimum=result.center_probability_optimum,
+            positive_probability=result.positive_probability,
+            positive_probability_optimum=result.positive_probability_optimum,
             skipped=result.refused is not None,
             bad_samples=result.replaced,
         )

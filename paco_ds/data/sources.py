@@ -5,7 +5,7 @@ import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -119,6 +119,27 @@ def read_source(card: Card, root: Path) -> Source:
         if empty:
             raise DataError(f"no training image of {_some(empty)}: add some, or take the class out")
     return source
+
+
+def class_counts(card: Card, root: Path, split: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Class names, and how many images each class has in a split of the card.
+
+    An iNaturalist card needs its annotations only, not the images.
+
+    Raises:
+        DataError: as :func:`read_source`.
+    """
+    if isinstance(card, INaturalistCard):
+        page = root / card.splits[split].annotations
+        read = _read_json(page)
+        names = {c["id"]: str(c["name"]) for c in _entries(page, read, "categories", "id", "name")}
+        labels = {category: label for label, category in enumerate(sorted(names))}
+        classes = tuple(names[category] for category in labels)
+        counts = Counter(label for _, label in _labelled_images(page, read, labels))
+    else:
+        source = read_source(card.model_copy(update={"splits": {split: card.splits[split]}}), root)
+        classes, counts = source.classes, Counter(sample.label for sample in source.splits[split])
+    return classes, tuple(counts[label] for label in range(len(classes)))
 
 
 def read_idx(path: Path) -> npt.NDArray[np.uint8]:
@@ -239,6 +260,19 @@ def _read_inaturalist(card: INaturalistCard, root: Path) -> Source:
 
 
 def _annotated_images(root: Path, path: Path, page: Any, labels: dict[int, int]) -> list[FileSample]:
+    samples, missing = [], []
+    for where, label in _labelled_images(path, page, labels):
+        if (root / where).is_file():
+            samples.append(_file_sample(root, where, label))
+        else:
+            missing.append(where)
+    if missing:
+        raise DataError(f"{path} lists {len(missing)} images that are not under {root}: {_some(missing)}")
+    return samples
+
+
+def _labelled_images(path: Path, page: Any, labels: dict[int, int]) -> Iterator[tuple[str, int]]:
+    """File and label of every image that a page lists, whether or not the image is there."""
     label_of: dict[int, int] = {}
     for annotation in _entries(path, page, "annotations", "image_id", "category_id"):
         image, category = annotation["image_id"], annotation["category_id"]
@@ -246,7 +280,7 @@ def _annotated_images(root: Path, path: Path, page: Any, labels: dict[int, int])
             raise DataError(f"{path}: the annotation of image {image} has unknown category {category}")
         if label_of.setdefault(image, labels[category]) != labels[category]:
             raise DataError(f"{path}: image {image} is annotated with two categories")
-    samples, seen, missing = [], set(), []
+    seen = set()
     for entry in _entries(path, page, "images", "id", "file_name"):
         image, where = entry["id"], entry["file_name"]
         if image not in label_of:
@@ -258,13 +292,7 @@ def _annotated_images(root: Path, path: Path, page: Any, labels: dict[int, int])
         if _ending(where) not in ENDINGS:
             raise DataError(f"{path}: image {where} must end in one of {', '.join(ENDINGS)}")
         seen.add(where)
-        if (root / where).is_file():
-            samples.append(_file_sample(root, where, label_of[image]))
-        else:
-            missing.append(where)
-    if missing:
-        raise DataError(f"{path} lists {len(missing)} images that are not under {root}: {_some(missing)}")
-    return samples
+        yield where, label_of[image]
 
 
 def _read_json(path: Path) -> Any:

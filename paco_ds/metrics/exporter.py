@@ -105,6 +105,18 @@ class Exporter:
             ["shot"],
             registry=registry,
         )
+        self._positive_probability = Gauge(
+            "paco_positive_probability",
+            "Probability of each positive (geometric mean over an anchor's), by shot, when last seen.",
+            ["shot"],
+            registry=registry,
+        )
+        self._positive_optimum = Gauge(
+            "paco_positive_probability_optimum",
+            "Probability of each positive at the loss's optimum, by shot.",
+            ["shot"],
+            registry=registry,
+        )
         self._collective = Counter(
             "paco_collective_bytes", "Bytes this rank handed to collectives.", ["op"], registry=registry
         )
@@ -163,6 +175,8 @@ class Exporter:
         self._last_step.set_to_current_time()
         _set_by_shot(self._center_probability, record.center_probability)
         _set_by_shot(self._center_optimum, record.center_probability_optimum)
+        _set_by_shot(self._positive_probability, record.positive_probability)
+        _set_by_shot(self._positive_optimum, record.positive_probability_optimum)
 
     def observe_bad_sample(self, reason: str) -> None:
         """Count a replaced image."""

@@ -29,6 +29,9 @@ class StepRecord:
         queue_fill: filled share of the key queue, 0..1.
         center_probability: mean of p_c over the anchors of a shot; None for a shot without anchors in this step.
         center_probability_optimum: p_c* = beta / W_i (Remark 2, exact for the keys present), likewise.
+        positive_probability: mean of p+, the geometric mean over an anchor's positives, over the anchors of a shot
+            that have one; None for a shot without such anchors.
+        positive_probability_optimum: p+* = alpha / W_i, likewise.
         skipped: the guard refused the update, because something was not finite.
         bad_samples: images replaced in this step because they could not be read.
     """
@@ -44,6 +47,8 @@ class StepRecord:
     queue_fill: float = 0.0
     center_probability: Mapping[str, float | None] = field(default_factory=dict)
     center_probability_optimum: Mapping[str, float | None] = field(default_factory=dict)
+    positive_probability: Mapping[str, float | None] = field(default_factory=dict)
+    positive_probability_optimum: Mapping[str, float | None] = field(default_factory=dict)
     skipped: bool = False
     bad_samples: int = 0
 

@@ -151,15 +151,17 @@ def class_chart(
 
 
 @styled
-def center_chart(x: Values, own: Mapping[str, Values], optimum: Mapping[str, Values], x_label: str) -> Figure:
-    """Probability of the own center, a panel per shot, beside its optimum (dashed)."""
+def probability_chart(
+    x: Values, seen: Mapping[str, Values], optimum: Mapping[str, Values], x_label: str, *, top: float | None = None
+) -> Figure:
+    """A probability over training, a panel per shot, beside its optimum (dashed); `top` ends the axis."""
     figure = Figure(figsize=(FULL, 2.5))
     panels = figure.subplots(1, len(SHOTS), sharey=True)
     for axes, shot in zip(panels, SHOTS, strict=True):
         _curve(axes, x, optimum[shot], MUTED, dashes=(4, 2.5))
-        _curve(axes, x, own[shot], GROUP_COLORS[shot], band=True)
+        _curve(axes, x, seen[shot], GROUP_COLORS[shot], band=True)
         axes.set_title(shot.capitalize(), color=GROUP_COLORS[shot], weight="bold", fontsize=9)
-        axes.set_ylim(0, 1.02)
+        axes.set_ylim(0, top)
         axes.set_xlabel(x_label)
     panels[0].set_ylabel("probability")
     return figure

@@ -37,11 +37,20 @@ STEP_COLUMNS = (
     "skipped",
 )
 
+# column of a shot: key of the log's line
+BY_SHOT = {
+    "own": "center_probability",
+    "optimum": "center_probability_optimum",
+    "positive": "positive_probability",
+    "positive_optimum": "positive_probability_optimum",
+}
+
 DESCRIPTIONS = {
     "loss": "Training loss over time",
     "accuracy": "Accuracy of Many, Medium, Few and All over time",
     "classes": "Accuracy of each class against its number of training images",
     "center": "Probability of the own center by shot, beside its optimum",
+    "positive": "Probability of each positive by shot, beside its optimum",
     "throughput": "Images per second and share of time spent waiting for data",
     "optimizer": "Learning rate and gradient norm over time",
 }
@@ -52,8 +61,8 @@ class RunFiles:
     """What a run directory holds.
 
     Attributes:
-        steps: float64 [steps] for each of STEP_COLUMNS and for own_SHOT and optimum_SHOT (center
-            probabilities); NaN where a line has null or lacks the key.
+        steps: float64 [steps] for each of STEP_COLUMNS and for each of BY_SHOT and shot (own_many, ...); NaN where
+            a line has null or lacks the key.
         evaluations: the evaluation lines, in order.
         recipe: recipe.yaml as text and as a tree, None when missing.
         final: metrics.json, None when missing.
@@ -84,7 +93,7 @@ def read_run(run_dir: Path) -> RunFiles:
     log_path = run_dir / "metrics.jsonl"
     if not log_path.exists():
         raise FileNotFoundError(f"{log_path} is missing: {run_dir} is not the output directory of a run")
-    names = [*STEP_COLUMNS, *(f"{kind}_{shot}" for kind in ("own", "optimum") for shot in SHOTS)]
+    names = [*STEP_COLUMNS, *(f"{kind}_{shot}" for kind in BY_SHOT for shot in SHOTS)]
     columns = {name: array("d") for name in names}
     evaluations = []
     for line in log.read(log_path):
@@ -93,7 +102,7 @@ def read_run(run_dir: Path) -> RunFiles:
             continue
         for name in STEP_COLUMNS:
             columns[name].append(_float(line.get(name)))
-        for kind, key in (("own", "center_probability"), ("optimum", "center_probability_optimum")):
+        for kind, key in BY_SHOT.items():
             for shot in SHOTS:
                 columns[f"{kind}_{shot}"].append(_float((line.get(key) or {}).get(shot)))
     recipe_path, final_path = run_dir / "recipe.yaml", run_dir / "metrics.json"
@@ -204,9 +213,13 @@ def _charts(run: RunFiles) -> dict[str, Markup]:
         made["throughput"] = charts.two_panel_chart(x, panels, unit)
         panels = [("learning rate", steps["lr"]), ("gradient norm", steps["grad_norm"])]
         made["optimizer"] = charts.two_panel_chart(x, panels, unit)
-        own, optimum = ({shot: steps[f"{kind}_{shot}"] for shot in SHOTS} for kind in ("own", "optimum"))
-        if any(np.isfinite(values).any() for values in own.values()):
-            made["center"] = charts.center_chart(x, own, optimum, unit)
+        for name, kind, aim, top in (
+            ("center", "own", "optimum", 1.02),
+            ("positive", "positive", "positive_optimum", None),
+        ):
+            seen, optimum = ({shot: steps[f"{column}_{shot}"] for shot in SHOTS} for column in (kind, aim))
+            if any(np.isfinite(values).any() for values in seen.values()):
+                made[name] = charts.probability_chart(x, seen, optimum, unit, top=top)
     if run.evaluations:
         split = mode(line["split"] for line in run.evaluations)  # the end also evaluates the test split, once
         lines = [line for line in run.evaluations if line["split"] == split]

@@ -23,3 +23,5 @@ def test_every_ranks_metrics_can_be_fetched_and_parsed(pool, striped_shards, tmp
         assert samples["paco_collective_bytes_total", "all_to_all"] > 0
         assert 0 < samples["paco_center_probability", "few"] < 1
         assert 0 < samples["paco_center_probability_optimum", "few"] <= 1
+        assert 0 < samples["paco_positive_probability", "few"] < 1
+        assert 0 < samples["paco_positive_probability_optimum", "few"] < 1

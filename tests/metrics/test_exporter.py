@@ -32,6 +32,8 @@ RECORD = StepRecord(
     queue_fill=0.75,
     center_probability={"many": 0.5, "medium": 0.6, "few": None},
     center_probability_optimum={"many": 0.4, "medium": 0.7, "few": None},
+    positive_probability={"many": 0.01, "medium": 0.02, "few": None},
+    positive_probability_optimum={"many": 0.015, "medium": 0.04, "few": None},
 )
 ACCURACY = ShotAccuracy(0.9, 0.8, 0.7, 0.85, {}, [])
 EXPECTED = {
@@ -50,6 +52,8 @@ EXPECTED = {
     'paco_shot_accuracy_ratio{shot="all"}': 0.85,
     'paco_center_probability{shot="many"}': 0.5,
     'paco_center_probability_optimum{shot="medium"}': 0.7,
+    'paco_positive_probability{shot="medium"}': 0.02,
+    'paco_positive_probability_optimum{shot="many"}': 0.015,
     'paco_collective_bytes_total{op="all_gather"}': 1024,
     "paco_checkpoint_blocked_seconds_total": 1.25,
     "paco_step": 120,
@@ -111,7 +115,9 @@ def test_every_metric_of_the_design_is_served_and_parses(exporter: Exporter) -> 
 def test_shot_without_a_figure_is_absent_and_later_keeps_its_last_one(exporter: Exporter) -> None:
     """None is never shown as 0."""
     exporter.observe_step(RECORD, samples=32)
-    assert 'paco_center_probability{shot="few"}' not in _values(generate_latest(exporter.registry).decode())
+    values = _values(generate_latest(exporter.registry).decode())
+    assert 'paco_center_probability{shot="few"}' not in values
+    assert 'paco_positive_probability{shot="few"}' not in values
 
 
 def test_counters_start_at_zero(exporter: Exporter) -> None:

@@ -17,7 +17,19 @@ from paco_ds.report.run_report import read_run
 
 NAMES = ["T-shirt/top", "<b>Bag</b>", "Ankle $boot", "Coat & hat"]
 RECORD = StepRecord(
-    1, 0, 2.0, 0.1, 1.0, 640.0, 0.01, 0.1, 1.0, {"many": 0.5, "medium": 0.6}, {"many": 0.4, "medium": 0.7}
+    1,
+    0,
+    2.0,
+    0.1,
+    1.0,
+    640.0,
+    0.01,
+    0.1,
+    1.0,
+    {"many": 0.5, "medium": 0.6},
+    {"many": 0.4, "medium": 0.7},
+    {"many": 0.02, "medium": 0.03},
+    {"many": 0.01, "medium": 0.04},
 )
 FINAL: dict[str, Any] = {
     "many": 0.9,
@@ -88,7 +100,7 @@ def test_a_scaled_run_says_so(run_dir: Path) -> None:
 
 
 def test_page_shows_the_run(run_dir: Path) -> None:
-    """Headline figures, refused updates, recipe, versions, digest and six charts are there."""
+    """Headline figures, refused updates, recipe, versions, digest and seven charts are there."""
     page = _page(run_dir)
     for text in (
         ">a-run<",
@@ -103,7 +115,7 @@ def test_page_shows_the_run(run_dir: Path) -> None:
         assert text in page
     for text in ("alpha", "0.02", "2.14.1", "ab" * 32, "s3://bucket/&lt;x&gt;", "1,234", "2 epochs, 6 steps"):
         assert text in page
-    assert page.count("<svg") == 6
+    assert page.count("<svg") == 7
 
 
 def test_every_class_is_named_and_escaped(run_dir: Path) -> None:
@@ -166,13 +178,22 @@ def test_many_classes_become_dots(run_dir: Path) -> None:
     assert all(f">species {c}<" in page for c in range(60))
 
 
-def test_without_contrast_the_center_section_says_why(run_dir: Path) -> None:
-    """A log without center probabilities has no empty chart."""
+def test_without_contrast_the_page_says_why(run_dir: Path) -> None:
+    """Probabilities that a method does not have leave no empty chart: null in the log, or not there at all."""
+    log = MetricsLog(run_dir / "metrics.jsonl")
+    log.cut_after(-1)
+    log.step(replace(RECORD, positive_probability={"many": None}, positive_probability_optimum={"many": None}))
+    log.close()
+    page = _page(run_dir)
+    assert "Probabilities of positives were not logged" in page
+    assert "Probability of the own center, p_c" in page
     log = MetricsLog(run_dir / "metrics.jsonl")
     log.cut_after(-1)
     log.step(replace(RECORD, center_probability={}, center_probability_optimum={}))
     log.close()
-    assert "Center probabilities were not logged" in _page(run_dir)
+    page = _page(run_dir)
+    assert "Center probabilities were not logged" in page
+    assert "Probability of each positive, p+" in page
 
 
 def test_log_columns_are_read_in_order(run_dir: Path) -> None:
@@ -183,6 +204,7 @@ def test_log_columns_are_read_in_order(run_dir: Path) -> None:
     assert steps["skipped"].tolist() == [0, 0, 0, 1, 0, 0]
     assert steps["own_many"][0] == 0.5
     assert steps["own_few"][0] != steps["own_few"][0]
+    assert (steps["positive_medium"][0], steps["positive_optimum_medium"][0]) == (0.03, 0.04)
 
 
 def test_wrong_directory_and_damaged_files_are_named(run_dir: Path, tmp_path: Path) -> None:

@@ -1,0 +1,305 @@
+"""Owns the bench of watching: what p_c, p+ and their optima by shot add to every optimizer step, in one run.
+
+    python tools/bench/watching.py [--repeats N] [--ranks W] [--json]
+
+step       an optimizer step of the real thing on W gloo ranks, made images, its queue full
+computing  the four values of each anchor, of all micro-batches of a rank: what the loss computes beside itself
+adding     summing them by shot, and the same call for a loss that has none to tell of
+reducing   the vector of the step's one reduction, and the same without the sums by shot
+telling    the line of metrics.jsonl and the gauges, with and without them
+
+Added is computing, and what the other three take more than without. All are measured in turn on all ranks, the small
+ones many times in a row so that ranks wait for each other once in as many.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# The checkout need not be installed. This folder stays on the path, for the module that benches share.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from report import Bar, at_most, median_seconds, print_bars, print_table
+
+from paco_ds import engine as ds
+from paco_ds.data.manifest import SHOTS
+from paco_ds.data.stream import MicroBatch
+from paco_ds.distributed import MicroBatchLayout, Ranks, leave_job
+from paco_ds.key_encoder import KeyEncoder
+from paco_ds.key_queue import KeyQueue
+from paco_ds.losses import make_loss
+from paco_ds.losses.paco import LossOutput, ParametricContrastiveLoss
+from paco_ds.metrics.exporter import Exporter
+from paco_ds.metrics.log import MetricsLog, StepRecord
+from paco_ds.models.recogniser import make_recogniser
+from paco_ds.recipe import Recipe
+from paco_ds.recipe_file import load_recipe
+from paco_ds.step import Step, StepResult, _Totals
+
+ROOT = Path(__file__).resolve().parents[2]
+IN_A_ROW = 20
+MOST_SHARE = 0.01
+
+
+@dataclass(frozen=True)
+class Size:
+    """A run: the demo's recipe with overrides, and the number of classes. Small, for that is where watching shows."""
+
+    name: str
+    classes: int
+    overrides: tuple[str, ...] = ()
+
+
+SIZES = (
+    Size("demo: ResNet-20, 28 px, m 32, M 2", 10),
+    Size(
+        "ResNet-32, 32 px, m 64, M 2, 100 classes",
+        100,
+        (
+            "model.backbone=cifar_resnet32",
+            *(f"views.{view}.size=32" for view in ("query", "key")),
+            "step.micro_batch=64",
+            "queue.length=1024",
+            "data.classes=100",
+        ),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Milliseconds of one step's share, of rank 0."""
+
+    step_ms: float
+    computing_ms: float
+    adding_ms: float
+    adding_off_ms: float
+    reducing_ms: float
+    reducing_off_ms: float
+    telling_ms: float
+    telling_off_ms: float
+
+    @property
+    def added_ms(self) -> float:
+        more = ((self.adding_ms, self.adding_off_ms), (self.reducing_ms, self.reducing_off_ms))
+        return self.computing_ms + sum(on - off for on, off in (*more, (self.telling_ms, self.telling_off_ms)))
+
+
+@dataclass(frozen=True)
+class AnchorTerms:
+    """What the loss has at hand for each anchor when it comes to the four values; see `losses.paco`."""
+
+    own_B: Tensor
+    lse_B: Tensor
+    similarity_B: Tensor
+    positives_B: Tensor
+    weight_B: Tensor
+
+    @torch.no_grad()
+    def values(self, loss: ParametricContrastiveLoss) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """p_c, its optimum, p+ and its optimum, by the operations of the loss."""
+        center_B = (self.own_B - self.lse_B).exp()
+        positive_B = loss.gamma * (self.similarity_B / self.positives_B - self.lse_B).exp()
+        center_optimum_B = loss.beta * (1 - loss.smoothing) / self.weight_B
+        return (
+            center_B,
+            center_optimum_B,
+            positive_B,
+            (loss.alpha / self.weight_B).where(self.positives_B > 0, torch.nan),
+        )
+
+
+@torch.no_grad()
+def anchor_terms(loss: ParametricContrastiveLoss, inputs: Sequence[Any]) -> AnchorTerms:
+    """The terms of a loss's inputs, by a softmax over everything."""
+    labels_B, logits_BC, query_BD, key_BD, queue = inputs
+    z_BC = logits_BC if loss.log_prior_C is None else logits_BC + loss.log_prior_C
+    s_BA = query_BD @ torch.cat([query_BD, key_BD, queue.keys_ND]).T / loss.temperature
+    itself_BA = torch.eye(*s_BA.shape, dtype=torch.bool)
+    positive_BA = (labels_B[:, None] == torch.cat([labels_B, labels_B, queue.labels_N])) & ~itself_BA
+    positives_B = positive_BA.sum(1).float()
+    return AnchorTerms(
+        own_B=z_BC.gather(1, labels_B[:, None])[:, 0],
+        lse_B=torch.cat([z_BC, s_BA.masked_fill(itself_BA, -torch.inf)], 1).logsumexp(1),
+        similarity_B=(s_BA * positive_BA).sum(1),
+        positives_B=positives_B,
+        weight_B=loss.beta + loss.alpha * positives_B,
+    )
+
+
+def make_step(recipe: Recipe, classes: int, ranks: Ranks) -> Step:
+    """A step as the trainer puts it together, on classes of 1000 / 1, 1000 / 2, ... images."""
+    counts = [1000 // rank for rank in range(1, classes + 1)]
+    layout = MicroBatchLayout(recipe.step.micro_batch, recipe.step.micro_batches, ranks.rank, ranks.world_size)
+    model = make_recogniser(recipe, classes, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    engine, optimizer = ds.initialise(model, recipe, {"zero_optimization": {"stage": 1}}, layout)
+    encoder = recipe.key_encoder
+    return Step(
+        engine,
+        optimizer,
+        make_loss(recipe.loss, counts),
+        layout,
+        ranks,
+        [SHOTS[0] if count > 100 else SHOTS[2] if count < 20 else SHOTS[1] for count in counts],
+        KeyEncoder(engine, layout, ranks, momentum=encoder.momentum, batch_norm=encoder.batch_norm, seed=recipe.seed),
+        KeyQueue(recipe.queue.length, recipe.model.projection_dim, ranks.device),
+    )
+
+
+def make_micro_batches(step: Step, recipe: Recipe, classes: int) -> list[MicroBatch]:
+    """Noise with labels of a long tail, another for each rank."""
+    generator = torch.Generator().manual_seed(step.layout.rank)
+    m, size = recipe.step.micro_batch, recipe.views.query.size
+    shares = 1 / torch.arange(1.0, classes + 1)
+    batches = []
+    for _ in step.layout.own:
+        query, key = torch.randint(0, 256, (2, m, 3, size, size), generator=generator, dtype=torch.uint8)
+        labels = torch.multinomial(shares, m, replacement=True, generator=generator)
+        batches.append(MicroBatch(query, key, labels, torch.arange(m), torch.ones(m, dtype=torch.bool)))
+    return batches
+
+
+def measure(size: Size, ranks: Ranks, repeats: int, folder: Path) -> Figures:
+    recipe = load_recipe(ROOT / "ds_configs" / "recipes" / "demo.yaml", size.overrides)
+    step = make_step(recipe, size.classes, ranks)
+    batches = make_micro_batches(step, recipe, size.classes)
+    numbers = itertools.count()
+    inputs: list[Any] = []
+    loss = step.loss
+
+    def listening(*given: Any) -> LossOutput:
+        inputs[:] = [given[0], given[1].detach(), given[2].detach(), *given[3:]]
+        return loss(*given)
+
+    step.loss = listening  # type: ignore[assignment]
+    fills = math.ceil(recipe.queue.length / step.layout.global_batch)
+    *_, result = (step(next(numbers), batches, 0.01) for _ in range(fills + 1))  # the last one meets a full queue
+    step.loss = loss
+    terms, output = anchor_terms(loss, inputs), loss(*inputs)
+    for ours, expected in zip(terms.values(loss), list(asdict(output).values())[1:], strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-6)  # else the wrong thing is measured
+
+    works = small_works(step, terms, output, inputs[0], result, folder / f"{ranks.rank}.jsonl")
+    in_a_row = {name: lambda work=work: [work() for _ in range(IN_A_ROW)] for name, work in works.items()}
+    seconds = median_seconds({"step": lambda: step(next(numbers), batches, 0.01), **in_a_row}, repeats)
+    step.engine.destroy()
+    ms = {f"{name}_ms": 1000 * s / (1 if name == "step" else IN_A_ROW) for name, s in seconds.items()}
+    return Figures(**ms)
+
+
+def small_works(
+    step: Step, terms: AnchorTerms, output: LossOutput, labels_B: Tensor, result: StepResult, log_path: Path
+) -> dict[str, Callable[[], object]]:
+    """One step's share of each part, by name; `_off` is the same without what is watched."""
+    device, accumulation = step.ranks.device, step.layout.accumulation
+    silent = LossOutput(output.loss, None, None, None, None)
+    shots_B = step._shots_C[labels_B]
+    vector = _Totals(device).vector
+    exporter, log = Exporter(), MetricsLog(log_path)
+    by_shot = {name: getattr(result, name) for name in asdict(result) if "probability" in name}
+    record = StepRecord(1, 0, result.loss, 0.1, result.grad_norm, 400.0, 0.0, 0.1, 1.0, **by_shot)
+    quiet = replace(record, **{name: {} for name in by_shot})
+
+    def add(outputs: LossOutput) -> None:
+        totals = _Totals(device)
+        for _ in range(accumulation):
+            totals.add(outputs, shots_B)
+
+    def tell(told: StepRecord) -> None:
+        log.step(told)
+        exporter.observe_step(told, 1)
+
+    return {
+        "computing": lambda: [terms.values(step.loss) for _ in range(accumulation)],
+        "adding": lambda: add(output),
+        "adding_off": lambda: add(silent),
+        "reducing": lambda: step.ranks.sum(vector.clone()).cpu(),
+        "reducing_off": lambda: step.ranks.sum(vector[:4].clone()).cpu(),
+        "telling": lambda: tell(record),
+        "telling_off": lambda: tell(quiet),
+    }
+
+
+def run_rank(rank: int, world_size: int, port: int, repeats: int, sizes: Sequence[Size], folder: Path) -> None:
+    """One rank: joins the others, measures, and leaves its figures in the folder."""
+    os.environ |= {
+        **dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)),
+        **dict.fromkeys(("WORLD_SIZE", "LOCAL_SIZE"), str(world_size)),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    ranks = ds.start(load_recipe(ROOT / "ds_configs" / "recipes" / "demo.yaml", ()))
+    figures = [asdict(measure(size, ranks, repeats, folder)) for size in sizes]
+    (folder / f"{rank}.json").write_text(json.dumps(figures))
+    ranks.wait_for_all()
+    leave_job()
+
+
+def run_ranks(world_size: int, repeats: int, sizes: Sequence[Size]) -> list[Figures]:
+    """Figures of rank 0 at each size; a rank that fails ends all with what it said."""
+    with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        arguments = (world_size, port, repeats, sizes, Path(folder))
+        torch.multiprocessing.spawn(run_rank, arguments, nprocs=world_size)
+        return [Figures(**row) for row in json.loads(Path(folder, "0.json").read_text())]
+
+
+def main(argv: Sequence[str] | None = None, sizes: Sequence[Size] = SIZES) -> int:
+    """Measure, print the table and the bars; a bar that does not hold is printed as such and is no failure."""
+    parser = argparse.ArgumentParser(description="What p_c and p+ of every step add to its time.")
+    parser.add_argument("--repeats", type=int, default=30, help="measured rounds per size (default %(default)s)")
+    parser.add_argument("--ranks", type=int, default=2, help="gloo ranks on this machine (default %(default)s)")
+    parser.add_argument("--json", action="store_true", help="end with one JSON line per bar")
+    arguments = parser.parse_args(argv)
+    measured = dict(zip(sizes, run_ranks(arguments.ranks, arguments.repeats, sizes), strict=True))
+    print_table(
+        "Watching p_c and p+ of every step: milliseconds of a step",
+        [
+            "run",
+            "step",
+            "computing",
+            "adding: on",
+            "off",
+            "reducing: on",
+            "off",
+            "telling: on",
+            "off",
+            "added",
+            "share",
+        ],
+        [
+            [
+                size.name,
+                *(f"{ms:.3f}" for ms in asdict(f).values()),
+                f"{f.added_ms:.3f}",
+                f"{f.added_ms / f.step_ms:.2%}",
+            ]
+            for size, f in measured.items()
+        ],
+        f"{arguments.ranks} gloo ranks, medians of {arguments.repeats} in turn, torch {torch.__version__}",
+    )
+    bars: list[Bar] = [
+        at_most(f"{size.name}: added / step, ms", f.added_ms / f.step_ms, MOST_SHARE, ours=f.added_ms, floor=f.step_ms)
+        for size, f in measured.items()
+    ]
+    print_bars(bars, as_json=arguments.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

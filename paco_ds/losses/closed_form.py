@@ -12,6 +12,7 @@ Shapes: E experts (attention heads), B anchors, C classes, O others of the batch
 queue, D dimension.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -62,10 +63,10 @@ class ClosedForm(torch.autograd.Function):
         contrast = None if query_EBD is None else _Contrast(query_EBD, key_EBD, labels_B, queue, form)
         terms = [centers.lse_EB] if centers else []
         if contrast and form.gamma > 0:
-            terms += [lse_EB + math.log(form.gamma) for lse_EB in contrast.lses_EB]
+            terms += [lse_EB + math.log(form.gamma) for lse_EB in contrast.lses_EB()]
         if not terms:
             raise ValueError("SupCon got one image, no key and an empty queue: there is nothing to contrast")
-        lse_EB = torch.stack(terms).logsumexp(0)
+        lse_EB = functools.reduce(torch.logaddexp, terms)
         weight_B, pull_EB = torch.zeros_like(lse_EB[0]), torch.zeros_like(lse_EB)
         if centers:
             weight_B, pull_EB = weight_B + form.beta, pull_EB + form.beta * centers.pull_EB
@@ -76,7 +77,7 @@ class ClosedForm(torch.autograd.Function):
         if form.class_weight_C is not None:
             factor_B = factor_B * form.class_weight_C[labels_B]
         if form.divide_by_weight:
-            factor_B = torch.where(weight_B > 0, factor_B / weight_B, 0.0)
+            factor_B = (factor_B / weight_B).masked_fill_(weight_B == 0, 0.0)
         loss = (factor_B * (weight_B * lse_EB - pull_EB)).sum()
         push_EB = (factor_B * weight_B).expand_as(lse_EB)
 
@@ -88,6 +89,7 @@ class ClosedForm(torch.autograd.Function):
                 form.gamma * push_EB if form.gamma > 0 else None, form.alpha * factor_B, lse_EB, ctx.needs_input_grad[2]
             )
         ctx.form = form
+        ctx.set_materialize_grads(False)  # the probabilities' are always None
         ctx.save_for_backward(softmax_EBC, center_push_EB, form.beta * factor_B, labels_B, query_grad_EBD, key_grad_EBD)
 
         center_B = center_optimum_B = positive_B = positive_optimum_B = None
@@ -104,7 +106,9 @@ class ClosedForm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 7
         softmax_EBC, center_push_EB, center_pull_B, labels_B, query_grad_EBD, key_grad_EBD = ctx.saved_tensors
         logits_grad_EBC = None
         if softmax_EBC is not None:
@@ -140,9 +144,13 @@ class _Centers:
                 raise ValueError("smoothing spreads weight over the other classes, but there is one class")
             others_EB = (z_EBC.sum(2) - self.own_EB) / (classes - 1)
             self.pull_EB = (1 - form.smoothing) * self.own_EB + form.smoothing * others_EB
-        self.softmax_EBC = z_EBC.softmax(2)
-        # The largest probability is exp(largest z - lse), at least 1 / C: exact, and a pass less than logsumexp.
-        self.lse_EB = z_EBC.amax(2) - self.softmax_EBC.amax(2).log()
+        self.softmax_EBC, self.lse_EB = _softmax_and_logsumexp(z_EBC)
+
+
+def _softmax_and_logsumexp(score: Tensor) -> tuple[Tensor, Tensor]:
+    """Both over the last dimension: its largest probability, at least 1 / C, is exp(largest score - logsumexp)."""
+    softmax = score.softmax(-1)
+    return softmax, score.amax(-1) - softmax.amax(-1).log()
 
 
 class _Contrast:
@@ -161,15 +169,17 @@ class _Contrast:
         others_EOD = query_EBD if key_EBD is None else torch.cat([query_EBD, key_EBD], 1)
         labels_O = labels_B.repeat(others_EOD.shape[1] // size)
         bias_C = None if form.contrast_bias_C is None else form.contrast_bias_C.to(dtype)
-        self.score_EBO = query_EBD @ others_EOD.mT / form.temperature
+        score_EBO = query_EBD @ others_EOD.mT / form.temperature
         if bias_C is not None:
-            self.score_EBO += bias_C[labels_O]
-        self.score_EBO.diagonal(dim1=1, dim2=2).fill_(-math.inf)
-        self.positive_BO = labels_B[:, None] == labels_O
-        self.positive_BO.fill_diagonal_(False)
-        self.pull_EB = self.score_EBO.where(self.positive_BO, 0.0).sum(2)
-        self.positives_B = self.positive_BO.sum(1).to(dtype)
-        self.lses_EB = [self.score_EBO.logsumexp(2)] if len(labels_O) > 1 else []
+            score_EBO += bias_C[labels_O]
+        self.positive_BO = (labels_B[:, None] == labels_O).to(dtype).fill_diagonal_(0)
+        self.pull_EB = (score_EBO * self.positive_BO).sum(2)
+        self.positives_B = self.positive_BO.sum(1)
+        # A batch of one image without a key holds nothing but the anchor itself.
+        self.among_batch = len(labels_O) > 1
+        if self.among_batch:
+            score_EBO.diagonal(dim1=1, dim2=2).fill_(-math.inf)
+            self.softmax_EBO, self.batch_lse_EB = _softmax_and_logsumexp(score_EBO)
 
         self.attended_EBD = self.class_sum_EBD = None
         if queue is not None and len(queue):
@@ -177,13 +187,17 @@ class _Contrast:
             keys_END = queue.keys_ND.to(dtype).expand(len(query_EBD), -1, -1)
             bias_N = None if bias_C is None else bias_C[queue.labels_N]
             self.attended_EBD, self.queue_lse_EB = queue_attention(query_EBD, keys_END, form.temperature, bias_N)
-            self.lses_EB.append(self.queue_lse_EB)
             self.class_sum_EBD = queue.class_sums(labels_B).to(dtype)
             count_B = queue.class_count_C[labels_B].to(dtype)
             self.pull_EB = self.pull_EB + (query_EBD * self.class_sum_EBD).sum(2) / form.temperature
             if bias_C is not None:
                 self.pull_EB = self.pull_EB + count_B * bias_C[labels_B]
             self.positives_B = self.positives_B + count_B
+
+    def lses_EB(self) -> list[Tensor]:
+        """Logsumexp over the batch and over the queue, those that hold anything."""
+        in_batch = [self.batch_lse_EB] if self.among_batch else []
+        return in_batch if self.attended_EBD is None else [*in_batch, self.queue_lse_EB]
 
     def gradients(
         self, push_EB: Tensor | None, pull_B: Tensor, lse_EB: Tensor, want_keys: bool
@@ -192,16 +206,16 @@ class _Contrast:
 
         A query moves as an anchor, and as a contrast of the other anchors: the transposed product.
         """
-        size = len(pull_B)
-        slope_EBO = (-pull_B[:, None] * self.positive_BO).expand_as(self.score_EBO)
-        if push_EB is not None:
-            slope_EBO = slope_EBO + push_EB[..., None] * (self.score_EBO - lse_EB[..., None]).exp()
+        size, pull_B1 = len(pull_B), pull_B[:, None]
+        slope_EBO = (-pull_B1 * self.positive_BO).expand(len(lse_EB), -1, -1)
+        if push_EB is not None and self.among_batch:
+            slope_EBO = slope_EBO + (push_EB * (self.batch_lse_EB - lse_EB).exp())[..., None] * self.softmax_EBO
         among_EBB, to_keys_EBB = slope_EBO[..., :size], slope_EBO[..., size:]
         query_grad_EBD = (among_EBB + among_EBB.mT) @ self.query_EBD
         if self.key_EBD is not None:
             query_grad_EBD += to_keys_EBB @ self.key_EBD
         if self.attended_EBD is not None and self.class_sum_EBD is not None:
-            query_grad_EBD -= pull_B[:, None] * self.class_sum_EBD
+            query_grad_EBD -= pull_B1 * self.class_sum_EBD
             if push_EB is not None:
                 query_grad_EBD += (push_EB * (self.queue_lse_EB - lse_EB).exp())[..., None] * self.attended_EBD
         key_grad_EBD = to_keys_EBB.mT @ self.query_EBD / self.temperature if want_keys else None

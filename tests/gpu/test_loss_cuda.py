@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from paco_ds.key_queue import KeyQueue, QueueSnapshot
-from paco_ds.losses.paco import ParametricContrastiveLoss, class_prior
 from paco_ds.losses import queue_attention as attention
+from paco_ds.losses.paco import ParametricContrastiveLoss, class_prior
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,7 +20,7 @@ def unit_rows(rows: int, seed: int) -> torch.Tensor:
 
 
 def test_the_fused_kernel_is_chosen():
-    """The memory-efficient kernel answers its question as the plain path does; if not, a warning and this test say so."""
+    """The memory-efficient kernel answers its question as the plain path does; float64 has no such kernel."""
     assert attention._chosen("cuda", torch.float32) is attention.attend_efficient_cuda
     assert attention._chosen("cuda", torch.float64) is attention.attend_tiled
 

@@ -5,7 +5,7 @@ Shapes: K queue length, N filled slots, G keys of one push (the global batch), C
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,19 +22,25 @@ _DIGEST_WORDS = 2**20  # at a time, so that the digest of a long queue needs no 
 class QueueSnapshot:
     """The queue as one optimizer step sees it, with the sums that the loss needs of it.
 
-    The sums are derived from keys and labels once a step and never stored: nothing to drift, nothing to save.
+    The sums are derived from keys and labels once a step and never stored: nothing to drift, nothing to save. Keys
+    and labels are those of the queue, not copies, and serve until its next push.
 
     Attributes:
-        keys_ND: filled slots only, in slot order.
+        keys_ND: filled slots only, in slot order; [E, N, D] as seen by :meth:`experts`.
         labels_N: their classes, int64.
-        class_sum_CD: S_y, the sum of the keys of each class, dtype of the keys.
         class_count_C: n_y, the number of keys of each class, int64.
+        present_sum_RD: S_y of the classes present, then a row of zeros for every other; dtype of the keys. With
+            100,000 classes most have no key in the queue.
+        row_C: the row of each class in it.
+        version: counts changes of the keys in place, to notice a later push; None where torch does not.
     """
 
     keys_ND: Tensor
     labels_N: Tensor
-    class_sum_CD: Tensor
     class_count_C: Tensor
+    present_sum_RD: Tensor
+    row_C: Tensor
+    version: int | None
 
     @classmethod
     def of(cls, keys_ND: Tensor, labels_N: Tensor, num_classes: int) -> "QueueSnapshot":
@@ -53,11 +59,47 @@ class QueueSnapshot:
                 f"the queue holds a key of class {len(count_C) - 1}, but there are {num_classes} classes: "
                 "is it the checkpoint of another data set?"
             )
-        if len(keys_ND) == 0:
-            return cls(keys_ND, labels_N, keys_ND.new_zeros(num_classes, keys_ND.shape[1]), count_C)
-        by_class_N = labels_N.argsort(stable=True)
-        sum_CD = F.embedding_bag(by_class_N, keys_ND, count_C.cumsum(0) - count_C, mode="sum")
-        return cls(keys_ND, labels_N, sum_CD, count_C)
+        present_C = count_C > 0
+        row_C = torch.where(present_C, present_C.cumsum(0) - 1, present_C.sum())
+        if len(keys_ND):
+            by_class_N = labels_N.argsort(stable=True)
+            # Where each class present begins, and an empty bag after the last: the row of zeros.
+            starts_R = F.pad((count_C.cumsum(0) - count_C)[present_C], (0, 1), value=len(labels_N))
+            sum_RD = F.embedding_bag(by_class_N, keys_ND, starts_R, mode="sum")
+        else:
+            sum_RD = keys_ND.new_zeros(1, keys_ND.shape[1])
+        version = None if keys_ND.is_inference() else keys_ND._version
+        return cls(keys_ND, labels_N, count_C, sum_RD, row_C, version)
+
+    def __len__(self) -> int:
+        """Number of keys."""
+        return len(self.labels_N)
+
+    def class_sums(self, labels_B: Tensor) -> Tensor:
+        """S_y of each label, [B, D] or, of experts, [E, B, D]; zeros for a class without keys."""
+        return self.present_sum_RD[..., self.row_C[labels_B], :]
+
+    @property
+    def class_sum_CD(self) -> Tensor:
+        """S_y of every class, zeros included."""
+        return self.class_sums(torch.arange(len(self.row_C), device=self.row_C.device))
+
+    def experts(self, count: int) -> "QueueSnapshot":
+        """See keys of dimension count x D, an expert's beside the next one's, as [E, N, D], without a copy.
+
+        Raises:
+            ValueError: a dimension that does not divide.
+        """
+        dim = self.keys_ND.shape[-1]
+        if self.keys_ND.ndim != 2 or dim % count:
+            raise ValueError(f"a queue of keys {tuple(self.keys_ND.shape)} does not divide among {count} experts")
+        keys_END, sum_ERD = (t.unflatten(1, (count, -1)).transpose(0, 1) for t in (self.keys_ND, self.present_sum_RD))
+        return replace(self, keys_ND=keys_END, present_sum_RD=sum_ERD)
+
+    def check_current(self) -> None:
+        """Raise a ValueError if keys were pushed since: keys and class sums would be of different queues."""
+        if self.version is not None and self.keys_ND._version != self.version:
+            raise ValueError("the queue has changed since this snapshot: take a new one after each push")
 
 
 class KeyQueue:

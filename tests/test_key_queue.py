@@ -168,10 +168,28 @@ class TestSnapshot:
         expected = QueueSnapshot.of(
             torch.cat([queue.keys_KD, newest[0]]), torch.cat([queue.labels_K, newest[1]]), num_classes=7
         )
-        for name in ("keys_ND", "labels_N", "class_sum_CD", "class_count_C"):
+        for name in ("keys_ND", "labels_N", "class_count_C"):
             assert torch.equal(getattr(snapshot, name), getattr(expected, name))
+        assert torch.equal(snapshot.class_sums(torch.arange(7)), expected.class_sums(torch.arange(7)))
         assert torch.equal(queue.digest(), before)
         assert len(KeyQueue(0, DIM).snapshot(7, newest).keys_ND) == 5
+
+    def test_it_copies_nothing_and_knows_of_a_later_push(self):
+        """It is the queue as the step saw it: until the next push, after which it is refused."""
+        queue = filled(8, 8)
+        snapshot = queue.snapshot(7)
+        assert snapshot.keys_ND.data_ptr() == queue.keys_KD.data_ptr()
+        snapshot.check_current()
+        queue.push(*numbered(100, 1))
+        with pytest.raises(ValueError, match="take a new one after each push"):
+            snapshot.check_current()
+        queue.snapshot(7).check_current()
+
+    def test_sums_take_room_for_the_classes_present_only(self):
+        """100,000 classes of which 7 have keys: 7 rows and one of zeros."""
+        snapshot = filled(16, 16).snapshot(100_000)
+        assert snapshot.present_sum_RD.shape == (8, DIM)
+        assert torch.equal(snapshot.class_sums(torch.tensor([7, 99_999])), torch.zeros(2, DIM))
 
     def test_sums_do_not_depend_on_threads(self):
         """Bit-equal with one thread and two."""

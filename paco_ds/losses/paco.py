@@ -1,11 +1,10 @@
 """Owns the parametric contrastive loss, in the general form of which PaCo, SupCon, Balanced Softmax and
 cross-entropy are settings.
 
-Shapes: B anchors (the query views of a micro-batch), C classes, N keys in the queue, D dimension.
+Shapes: B anchors (the query views of a micro-batch), C classes, N keys in the queue, D dimension, E experts.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,12 +13,12 @@ from torch import Tensor, nn
 
 from paco_ds.errors import DataError
 from paco_ds.key_queue import QueueSnapshot
-from paco_ds.losses.queue_attention import queue_logsumexp
+from paco_ds.losses.closed_form import ClosedForm, Form
 
 
 @dataclass(frozen=True)
 class LossOutput:
-    """A loss and what can be read off it for nothing; all but `loss` is detached.
+    """A loss and what can be read off it for nothing; all but `loss` is detached, a mean over experts if any.
 
     Attributes:
         loss: scalar, the mean over anchors.
@@ -43,7 +42,7 @@ class ParametricContrastiveLoss(nn.Module):
 
     Of anchor i, A(i) is the other queries of the micro-batch, with gradient, its keys, and the queue,
     without; P(i) is those of A(i) with its label. With z = (logits + log prior) / supt over the centers
-    and s_j = q_i.k_j / temperature over A(i)::
+    and s_j = q_i.k_j / temperature + b over A(i), b the bias of k_j's class (0 unless given)::
 
         denominator = sum_c exp(z_c) + gamma sum_A(i) exp(s_j)
         L_i = - sum_c w_c log(exp(z_c) / denominator) - alpha sum_P(i) log(exp(s_j) / denominator)
@@ -51,12 +50,16 @@ class ParametricContrastiveLoss(nn.Module):
     where w_c is beta (1 - smoothing) for the anchor's class and beta smoothing / (C - 1) for every other. An
     anchor without any weight (no positive, and beta = 0) contributes 0 to the mean.
 
-    ============================  ========================================================
-    PaCo, Eq. (4)                 the defaults; long-tailed recipes give `log_prior_C`
-    SupCon, Eq. (3)               `centers=False, beta=0, alpha=1`
-    Balanced Softmax              `contrast=False`, with `log_prior_C`
-    cross-entropy                 `contrast=False`
-    ============================  ========================================================
+    ==============================  ========================================================
+    PaCo, Eq. (4)                   the defaults; long-tailed recipes give `log_prior_C`
+    GPaCo                           anchors are both views: give `[q; k]` as queries, labels and logits
+                                    likewise, and no keys
+    SupCon, Eq. (3)                 `centers=False, beta=0, alpha=1`
+    Balanced Softmax                `contrast=False`, with `log_prior_C`
+    cross-entropy                   `contrast=False`
+    "CE + Balanced Softmax" (T. 13) `contrast_bias_C=log_prior_C`; BCL: minus the log of the classes' counts
+    sums of two losses              :class:`paco_ds.losses.multitask.MultiTaskLoss`
+    ==============================  ========================================================
 
     Everything is computed in float32 under any autocast, in float64 if an input is float64.
 
@@ -70,6 +73,9 @@ class ParametricContrastiveLoss(nn.Module):
         normalization: "summed" is Eq. (4); "published", that of the paper's code and its recipes, divides
             each anchor's loss by its sum of weights beta + alpha |P(i)|.
         log_prior_C: log q(y), see :func:`class_prior`. It belongs to training: predictions use plain logits.
+        contrast_bias_C: b, added to the contrast logits of keys and queries of each class.
+        class_weight_C: r_y, a factor of the loss of every anchor of class y, such as
+            :func:`paco_ds.losses.multitask.effective_number_weights`; the mean still divides by B.
         contrast: whether there is an A(i); without it alpha, gamma and temperature have no effect.
         centers: whether there are centers.
 
@@ -82,6 +88,8 @@ class ParametricContrastiveLoss(nn.Module):
     """
 
     log_prior_C: Tensor | None
+    contrast_bias_C: Tensor | None
+    class_weight_C: Tensor | None
 
     def __init__(
         self,
@@ -94,6 +102,8 @@ class ParametricContrastiveLoss(nn.Module):
         smoothing: float = 0.0,
         normalization: Literal["published", "summed"] = "published",
         log_prior_C: Tensor | None = None,
+        contrast_bias_C: Tensor | None = None,
+        class_weight_C: Tensor | None = None,
         contrast: bool = True,
         centers: bool = True,
     ) -> None:
@@ -113,8 +123,11 @@ class ParametricContrastiveLoss(nn.Module):
         self.alpha, self.beta, self.gamma = alpha, beta, gamma
         self.temperature, self.supt, self.smoothing = temperature, supt, smoothing
         self.normalization, self.contrast, self.centers = normalization, contrast, centers
-        prior_C = None if log_prior_C is None else log_prior_C.float()
-        self.register_buffer("log_prior_C", prior_C, persistent=False)
+        by_class = {"log_prior_C": log_prior_C, "contrast_bias_C": contrast_bias_C, "class_weight_C": class_weight_C}
+        for name, values_C in by_class.items():
+            if values_C is not None and not (values_C.ndim == 1 and values_C.isfinite().all()):
+                raise ValueError(f"{name} holds one finite number per class, got shape {tuple(values_C.shape)}")
+            self.register_buffer(name, None if values_C is None else values_C.float(), persistent=False)
 
     def forward(
         self,
@@ -126,101 +139,65 @@ class ParametricContrastiveLoss(nn.Module):
     ) -> LossOutput:
         """Loss of one micro-batch; inputs of a term that is switched off are not looked at.
 
+        Experts are attention heads: all inputs but the labels may be [E, B, .], the queue with them
+        (:meth:`QueueSnapshot.experts`), and the loss is the mean over experts.
+
         Args:
             labels_B: int64 classes.
             center_logits_BC: outputs of the linear classifier, any floating dtype.
             query_BD: L2-normalised projections of the anchors, not divided by the temperature.
             key_BD: L2-normalised keys of the same images in the same order, or None if there are none. A
-                gradient flows into them if they carry one: a key encoder's do not, but those of one encoder
-                for both views do.
+                gradient flows into them if they carry one.
             queue: keys of the steps before, or None; an empty one takes no part.
 
         Raises:
-            ValueError: an input missing or of the wrong shape, or no contrast at all without centers.
+            ValueError: an input missing or of the wrong shape, no contrast at all without centers, a queue that
+                was pushed to since its snapshot.
         """
-        given = [t for t in (center_logits_BC, query_BD, key_BD) if t is not None]
-        dtype = torch.float64 if any(t.dtype == torch.float64 for t in given) else torch.float32
-        size = len(labels_B)
-        if size == 0:
+        if len(labels_B) == 0:
             raise ValueError("the loss got a micro-batch without images")
+        inputs: dict[str, Tensor | None] = {}
+        if self.centers:
+            inputs["center_logits_BC"] = _required("center_logits_BC", center_logits_BC)
+        if self.contrast:
+            inputs["query_BD"] = _required("query_BD", query_BD)
+            inputs["key_BD"] = key_BD
+        given = {name: _by_expert(name, tensor, len(labels_B)) for name, tensor in inputs.items() if tensor is not None}
+        self._check(given, queue if self.contrast else None)
+        dtype = torch.float64 if any(t.dtype == torch.float64 for t in given.values()) else torch.float32
+        query_EBD, key_EBD = (None if t is None else t.to(dtype) for t in map(given.get, ("query_BD", "key_BD")))
+        form = Form(
+            self.alpha,
+            self.beta,
+            self.gamma,
+            self.temperature,
+            self.supt,
+            self.smoothing,
+            self.normalization == "published",
+            self.log_prior_C,
+            self.contrast_bias_C,
+            self.class_weight_C,
+        )
         with torch.autocast(labels_B.device.type, enabled=False):
-            log_terms: list[Tensor] = []
-            pull_B = weight_B = torch.zeros(size, dtype=dtype, device=labels_B.device)
-            if self.centers:
-                z_BC = self._center_logits(_rows("center_logits_BC", center_logits_BC, size, dtype))
-                own_B = z_BC.gather(1, labels_B[:, None])[:, 0]
-                log_terms.append(z_BC.logsumexp(1))
-                pull_B = pull_B + self.beta * self._smoothed(own_B, z_BC)
-                weight_B = weight_B + self.beta
-            if self.contrast:
-                query_BD = _rows("query_BD", query_BD, size, dtype)
-                key_BD = None if key_BD is None else _rows("key_BD", key_BD, size, dtype)
-                contrast_terms, similarity_B, positives_B = self._contrast(labels_B, query_BD, key_BD, queue)
-                if self.gamma > 0:
-                    log_terms += [term_B + math.log(self.gamma) for term_B in contrast_terms]
-                pull_B = pull_B + self.alpha * similarity_B
-                weight_B = weight_B + self.alpha * positives_B
-            if not log_terms:
-                raise ValueError("SupCon got one image, no key and an empty queue: there is nothing to contrast")
-            lse_B = torch.stack(log_terms).logsumexp(0)
-            if self.normalization == "summed":
-                loss_B = weight_B * lse_B - pull_B
-            else:
-                weighted_B = weight_B > 0
-                loss_B = torch.where(weighted_B, lse_B - pull_B / weight_B.where(weighted_B, 1.0), 0.0)
+            # center logits are widened within, where the prior is added
+            logits_EBC = given.get("center_logits_BC")
+            return LossOutput(*ClosedForm.apply(logits_EBC, query_EBD, key_EBD, labels_B, queue, form, dtype))
 
-            with torch.no_grad():
-                center_B = center_optimum_B = positive_B = positive_optimum_B = None
-                if self.centers:
-                    center_B = (own_B - lse_B).exp()
-                    center_optimum_B = self.beta * (1 - self.smoothing) / weight_B
-                if self.contrast:
-                    # 0 / 0 where there is no positive: nan, as documented.
-                    positive_B = self.gamma * (similarity_B / positives_B - lse_B).exp()
-                    positive_optimum_B = (self.alpha / weight_B).where(positives_B > 0, math.nan)
-        return LossOutput(loss_B.mean(), center_B, center_optimum_B, positive_B, positive_optimum_B)
-
-    def _center_logits(self, logits_BC: Tensor) -> Tensor:
-        if self.log_prior_C is not None:
-            if logits_BC.shape[1] != len(self.log_prior_C):
-                raise ValueError(
-                    f"{logits_BC.shape[1]} center logits, but {len(self.log_prior_C)} classes in the prior"
-                )
-            logits_BC = logits_BC + self.log_prior_C
-        return logits_BC / self.supt
-
-    def _smoothed(self, own_B: Tensor, z_BC: Tensor) -> Tensor:
-        if self.smoothing == 0:
-            return own_B
-        if z_BC.shape[1] < 2:
-            raise ValueError("smoothing spreads weight over the other classes, but there is one class")
-        others_B = (z_BC.sum(1) - own_B) / (z_BC.shape[1] - 1)
-        return (1 - self.smoothing) * own_B + self.smoothing * others_B
-
-    def _contrast(
-        self, labels_B: Tensor, query_BD: Tensor, key_BD: Tensor | None, queue: QueueSnapshot | None
-    ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Logsumexp over the batch and over the queue, the sum of s over P(i), and |P(i)|, each [B].
-
-        Keeps no tensor of the queue's size for backward: its positives are summed as q.S_y / temperature.
-        """
-        size, dtype = len(labels_B), query_BD.dtype
-        others_OD = query_BD if key_BD is None else torch.cat([query_BD, key_BD])
-        other_labels_O = labels_B.repeat(len(others_OD) // size)
-        s_BO = query_BD @ others_OD.T / self.temperature
-        itself_BO = torch.eye(size, len(others_OD), dtype=torch.bool, device=s_BO.device)
-        positive_BO = (labels_B[:, None] == other_labels_O) & ~itself_BO
-        similarity_B = s_BO.masked_fill(~positive_BO, 0.0).sum(1)
-        positives_B = positive_BO.sum(1).to(dtype)
-        terms = []
-        if len(others_OD) > 1:
-            terms.append(s_BO.masked_fill(itself_BO, -math.inf).logsumexp(1))
-        if queue is not None and len(queue.keys_ND):
-            terms.append(queue_logsumexp(query_BD, queue.keys_ND, self.temperature))
-            class_sum_BD = queue.class_sum_CD[labels_B].to(dtype)
-            similarity_B = similarity_B + (query_BD * class_sum_BD).sum(1) / self.temperature
-            positives_B = positives_B + queue.class_count_C[labels_B].to(dtype)
-        return terms, similarity_B, positives_B
+    def _check(self, given: Mapping[str, Tensor], queue: QueueSnapshot | None) -> None:
+        """Raise a ValueError where inputs do not fit each other or this loss."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
+        if len({shape[0] for shape in shapes.values()}) > 1:
+            raise ValueError(f"all inputs need the same number of experts, got {shapes}")
+        if "key_BD" in given and shapes["key_BD"] != shapes["query_BD"]:
+            raise ValueError(f"queries and keys need the same shape, got {shapes}")
+        if queue is not None:
+            keys = (1,) * (3 - queue.keys_ND.ndim) + tuple(queue.keys_ND.shape)
+            if keys[::2] != shapes["query_BD"][::2]:
+                raise ValueError(f"queue and queries need the same experts and dimension, got {keys} and {shapes}")
+        for name in ("log_prior_C", "contrast_bias_C", "class_weight_C"):
+            values_C, logits = getattr(self, name), shapes.get("center_logits_BC")
+            if values_C is not None and logits is not None and logits[2] != len(values_C):
+                raise ValueError(f"{logits[2]} center logits, but {len(values_C)} classes in {name}")
 
 
 def class_prior(class_counts: Tensor | Sequence[int], class_names: Sequence[str] | None = None) -> Tensor:
@@ -245,10 +222,14 @@ def class_prior(class_counts: Tensor | Sequence[int], class_names: Sequence[str]
     return (counts_C / counts_C.sum()).log().float()
 
 
-def _rows(name: str, tensor: Tensor | None, size: int, dtype: torch.dtype) -> Tensor:
-    """A required [B, .] input in the dtype of the computation."""
+def _required(name: str, tensor: Tensor | None) -> Tensor:
     if tensor is None:
         raise ValueError(f"this loss needs {name}")
-    if tensor.ndim != 2 or len(tensor) != size:
+    return tensor
+
+
+def _by_expert(name: str, tensor: Tensor, size: int) -> Tensor:
+    """A [B, .] or [E, B, .] input as [E, B, .]."""
+    if tensor.ndim not in (2, 3) or tensor.shape[-2] != size:
         raise ValueError(f"{name} must have one row for each of {size} labels, got shape {tuple(tensor.shape)}")
-    return tensor.to(dtype)
+    return tensor if tensor.ndim == 3 else tensor[None]

@@ -1,104 +1,178 @@
-"""Owns logsumexp over the key queue, computed as one attention call that keeps nothing K-sized for backward.
+"""Owns logsumexp over the key queue and its gradient, both from one attention call that keeps nothing K-sized.
 
-Queue keys carry no gradient, so with values V = K the output of attention is the gradient:
-lse_i = logsumexp_k(q_i.k / tau) and dlse_i / dq_i = softmax_k(q_i.k / tau) K / tau = output_i / tau.
+Queue keys carry no gradient, so with values V = K the output of attention is the gradient. With s_k = q.k / tau + b_k::
 
-Shapes: B anchors, K keys, D dimension.
+    lse = logsumexp_k(s_k)        d lse / d q = sum_k softmax(s)_k k / tau = output / tau
+
+Shapes: E experts (attention heads), B anchors, K keys, D dimension, S parts that the keys are cut into.
 """
 
-from typing import Any
+import functools
+import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+log = logging.getLogger(__name__)
+
+Attend = Callable[[Tensor, Tensor, float, Tensor | None], tuple[Tensor, Tensor]]
+"""(query_EBD, keys_EKD, scale, bias_K or None) -> (output_EBD, lse_EB)."""
 
 TILE_KEYS = 4096
-"""Keys scored at a time where no fused kernel is used: bounds the extra memory to B x TILE_KEYS."""
+"""Keys scored at a time where no fused kernel is used: bounds the extra memory to E x B x TILE_KEYS."""
+
+PART_KEYS = 512
+"""Least number of keys in a part: what the fused kernels take at a time anyway."""
 
 
-def queue_logsumexp(query_BD: Tensor, keys_KD: Tensor, temperature: float) -> Tensor:
-    """Return ``logsumexp_k(q . k / temperature)`` of every query over all keys, differentiable in the query.
-
-    Computed in float64 for a float64 query and in float32 for any other, under any autocast. The gradient is
-    of first order only, and backward keeps a [B, D] tensor whatever K is.
+def queue_attention(
+    query_EBD: Tensor, keys_EKD: Tensor, temperature: float, bias_K: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return attention over the queue with V = K, and its log normaliser.
 
     Args:
-        query_BD: anchors, any floating dtype and any strides, B >= 1.
-        keys_KD: the keys, K >= 1, without gradient; cast to the dtype of the computation.
+        query_EBD: anchors, float32 or float64, any strides, B >= 1.
+        keys_EKD: their dtype, any strides, K >= 1.
         temperature: tau > 0.
+        bias_K: added to the scores of every query, or None.
 
     Returns:
-        lse_B, float32 or float64.
+        output_EBD, softmax(s) K, and lse_EB, logsumexp(s), for s = q.k / tau + b. The gradient of lse is
+        output / tau.
 
     Raises:
-        ValueError: no query or no key (leave the term out instead: logsumexp of nothing is -inf), shapes that
-            do not match, keys that ask for a gradient, a temperature that is not positive.
+        ValueError: no query or no key (leave the term out: logsumexp of nothing is -inf), shapes or dtypes that
+            do not fit.
     """
-    shapes = f"query {tuple(query_BD.shape)} and keys {tuple(keys_KD.shape)}"
-    if query_BD.ndim != 2 or keys_KD.ndim != 2 or query_BD.shape[1] != keys_KD.shape[1]:
-        raise ValueError(f"queue_logsumexp needs [B, D] and [K, D] of one dimension D, got {shapes}")
-    if 0 in query_BD.shape or 0 in keys_KD.shape:
-        raise ValueError(f"queue_logsumexp got {shapes}: leave the term out while batch or queue is empty")
-    if keys_KD.requires_grad:
-        raise ValueError("queue_logsumexp gives keys no gradient: detach them, or make them part of the batch")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
-    dtype = torch.float64 if query_BD.dtype == torch.float64 else torch.float32
-    with torch.autocast(query_BD.device.type, enabled=False):
-        lse_B: Tensor = _QueueLogSumExp.apply(query_BD.to(dtype), keys_KD.to(dtype), 1 / temperature)
-    return lse_B
+    given = f"query {tuple(query_EBD.shape)} {query_EBD.dtype} and keys {tuple(keys_EKD.shape)} {keys_EKD.dtype}"
+    shapes = query_EBD.shape, keys_EKD.shape
+    if [len(shape) for shape in shapes] != [3, 3] or shapes[0][::2] != shapes[1][::2]:
+        raise ValueError(f"queue_attention needs [E, B, D] and [E, K, D] of one E and one D, got {given}")
+    if query_EBD.dtype != keys_EKD.dtype or query_EBD.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"queue_attention needs both in float32 or both in float64, got {given}")
+    if 0 in shapes[0] or 0 in shapes[1]:
+        raise ValueError(f"queue_attention got {given}: leave the term out while batch or queue is empty")
+    if bias_K is not None and bias_K.shape != shapes[1][1:2]:
+        raise ValueError(f"queue_attention needs one bias per key, got {tuple(bias_K.shape)} for {given}")
+    attend = _chosen(query_EBD.device.type, query_EBD.dtype)
+    return attend(query_EBD, keys_EKD, 1 / temperature, None if bias_K is None else bias_K.to(query_EBD.dtype))
 
 
-class _QueueLogSumExp(torch.autograd.Function):
-    """Attention's log normaliser, with attention's output kept as its gradient."""
+@functools.cache
+def _chosen(device: str, dtype: torch.dtype) -> Attend:
+    """The implementation for a device, chosen once.
 
-    @staticmethod
-    def forward(ctx: Any, query_BD: Tensor, keys_KD: Tensor, scale: float) -> Tensor:
-        output_BD, lse_B = _attend(query_BD, keys_KD, scale)
-        ctx.save_for_backward(output_BD)
-        ctx.scale = scale
-        return lse_B
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_B: Tensor) -> tuple[Tensor, None, None]:
-        (output_BD,) = ctx.saved_tensors
-        return grad_B[:, None] * output_BD * ctx.scale, None, None
-
-
-def _attend(query_BD: Tensor, keys_KD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Choose the implementation: the one place that looks at the device. A CUDA kernel that returns its
-    log-sum-exp is one more branch here and one more case of the tests."""
-    if query_BD.device.type == "cpu":
-        return attend_flash_cpu(query_BD, keys_KD, scale)
-    return attend_tiled(query_BD, keys_KD, scale)
-
-
-def attend_flash_cpu(query_BD: Tensor, keys_KD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention of queries over keys with V = K by torch's fused CPU kernel: (output_BD, lse_B).
-
-    The kernel ends the process on empty inputs: callers refuse them.
+    The fused kernels are private operators of torch, whose meaning may change between versions: one is used only
+    if it answers a small question as the plain path does.
     """
-    # The kernel reads rows as if their last dimension were contiguous: a transposed query would give garbage.
-    query, keys = query_BD.contiguous()[None, None], keys_KD.contiguous()[None, None]
-    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, keys, keys, 0.0, False, scale=scale)
-    # With a handful of keys the kernel answers a query of NaN with lse = 0, unseen by the step's guard.
-    return output[0, 0], lse.flatten() + 0.0 * query_BD.sum(1)
+    fused = {("cpu", torch.float32): attend_flash_cpu, ("cpu", torch.float64): attend_flash_cpu}
+    fused[("cuda", torch.float32)] = attend_efficient_cuda
+    attend = fused.get((device, dtype))
+    if attend is None:
+        return attend_tiled
+    generator = torch.Generator().manual_seed(0)
+    query_EBD, keys_EKD = (
+        torch.randn(2, rows, 16, generator=generator).to(device, dtype) for rows in (3, 2 * PART_KEYS + 1)
+    )
+    bias_K = torch.randn(keys_EKD.shape[1], generator=generator).to(device, dtype)
+    try:
+        for bias in (None, bias_K):
+            expected = attend_tiled(query_EBD, keys_EKD, 0.3, bias)
+            torch.testing.assert_close(attend(query_EBD, keys_EKD, 0.3, bias), expected, rtol=1e-4, atol=1e-4)
+    except (AssertionError, AttributeError, RuntimeError, TypeError) as error:
+        log.warning(
+            "torch %s does not compute the queue's attention on %s as expected (%s): the plain path is used, "
+            "slower but right",
+            torch.__version__,
+            device,
+            error,
+        )
+        return attend_tiled
+    return attend
 
 
-def attend_tiled(query_BD: Tensor, keys_KD: Tensor, scale: float, tile_keys: int = TILE_KEYS) -> tuple[Tensor, Tensor]:
-    """The same as :func:`attend_flash_cpu` in plain operations on any device, `tile_keys` keys at a time.
+def attend_flash_cpu(
+    query_EBD: Tensor, keys_EKD: Tensor, scale: float, bias_K: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Torch's fused CPU kernel, over parts of the keys. It ends the process on empty inputs: callers refuse them."""
 
-    Sums are kept relative to the largest score so far and rescaled when a tile brings a larger one.
+    def kernel(query: Tensor, keys: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, keys, keys, 0.0, False, attn_mask=bias, scale=scale
+        )
+        return output, lse.view(query.shape[:3])
+
+    return _by_parts(kernel, query_EBD, keys_EKD, scale, bias_K, parts=16)
+
+
+def attend_efficient_cuda(
+    query_EBD: Tensor, keys_EKD: Tensor, scale: float, bias_K: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Torch's memory-efficient CUDA kernel, over parts of the keys; plain where there is a bias, which the kernel
+    wants as a whole B x K tensor, or a dimension that it does not take."""
+    if bias_K is not None or query_EBD.shape[2] % 4:
+        return attend_tiled(query_EBD, keys_EKD, scale, bias_K)
+
+    def kernel(query: Tensor, keys: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        output, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, keys, keys, bias, compute_log_sumexp=True, scale=scale
+        )
+        return output, lse[..., : query.shape[2]]  # the kernel pads queries to a multiple of 32
+
+    return _by_parts(kernel, query_EBD, keys_EKD, scale, bias_K, parts=64)
+
+
+def attend_tiled(
+    query_EBD: Tensor, keys_EKD: Tensor, scale: float, bias_K: Tensor | None = None, tile_keys: int = TILE_KEYS
+) -> tuple[Tensor, Tensor]:
+    """Plain operations, on any device, `tile_keys` keys at a time."""
+    outputs, lses = [], []
+    for start in range(0, keys_EKD.shape[1], tile_keys):
+        tile_ETD = keys_EKD[:, start : start + tile_keys]
+        score_EBT = scale * (query_EBD @ tile_ETD.mT)
+        if bias_K is not None:
+            score_EBT += bias_K[start : start + tile_keys]
+        lses.append(score_EBT.logsumexp(2))
+        outputs.append(score_EBT.softmax(2) @ tile_ETD)
+    return _merged(torch.stack(outputs), torch.stack(lses))
+
+
+def _by_parts(
+    kernel: Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]],
+    query_EBD: Tensor,
+    keys_EKD: Tensor,
+    scale: float,
+    bias_K: Tensor | None,
+    parts: int,
+) -> tuple[Tensor, Tensor]:
+    """Hand the keys to a kernel in equal parts, as entries of its batch, and merge.
+
+    Kernels work in parallel over batch, heads and blocks of 32 or more queries, not over keys: the 32 anchors of a
+    published recipe would keep one core busy. Short sums are more precise, too. The number of parts depends on the
+    number of keys alone: the same queue gives the same bits on any number of cores.
     """
-    largest_B = query_BD.new_full(query_BD.shape[:1], float("-inf"))
-    total_B = torch.zeros_like(largest_B)
-    output_BD = torch.zeros_like(query_BD)
-    for tile_TD in keys_KD.split(tile_keys):
-        score_BT = scale * (query_BD @ tile_TD.T)
-        before_B, largest_B = largest_B, torch.maximum(largest_B, score_BT.amax(1))
-        rescale_B = (before_B - largest_B).exp()
-        weight_BT = (score_BT - largest_B[:, None]).exp()
-        total_B = total_B * rescale_B + weight_BT.sum(1)
-        output_BD = output_BD * rescale_B[:, None] + weight_BT @ tile_TD
-    return output_BD / total_B[:, None], largest_B + total_B.log()
+    keys = keys_EKD.shape[1]
+    parts = max(1, min(parts, keys // PART_KEYS))
+    whole = keys - keys % parts
+    # The kernels read rows as if their last dimension were contiguous: a transposed query would give garbage.
+    query_EBD = query_EBD.contiguous()
+    if keys_EKD.stride(2) != 1:
+        keys_EKD = keys_EKD.contiguous()
+    query_SEBD = query_EBD.expand(parts, *query_EBD.shape)
+    keys_SEPD = keys_EKD[:, :whole].unflatten(1, (parts, -1)).transpose(0, 1)
+    bias_S11P = None if bias_K is None else bias_K[:whole].view(parts, 1, 1, -1)
+    output_SEBD, lse_SEB = kernel(query_SEBD, keys_SEPD, bias_S11P)
+    if whole < keys:
+        rest = attend_tiled(query_EBD, keys_EKD[:, whole:], scale, None if bias_K is None else bias_K[whole:])
+        output_SEBD, lse_SEB = torch.cat([output_SEBD, rest[0][None]]), torch.cat([lse_SEB, rest[1][None]])
+    output_EBD, lse_EB = _merged(output_SEBD, lse_SEB)
+    # With a handful of keys the CPU kernel answers a query of NaN with lse = 0, unseen by the step's guard.
+    return output_EBD, lse_EB + 0.0 * query_EBD.sum(2)
+
+
+def _merged(output_SEBD: Tensor, lse_SEB: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over all keys from attention over each part of them."""
+    if len(lse_SEB) == 1:
+        return output_SEBD[0], lse_SEB[0]
+    return (lse_SEB.softmax(0)[..., None] * output_SEBD).sum(0), lse_SEB.logsumexp(0)

@@ -25,6 +25,8 @@ def parametric_contrastive_loss(
     smoothing: float = 0.0,
     normalization: str = "published",
     log_prior: Tensor | None = None,
+    contrast_bias: Tensor | None = None,
+    class_weight: Tensor | None = None,
     contrast: bool = True,
     centers: bool = True,
     other_queries: Tensor | None = None,
@@ -49,8 +51,10 @@ def parametric_contrastive_loss(
             rows += list(zip(queue_keys, queue_labels, strict=True))
             for row, row_label in rows:
                 weight = alpha if int(row_label) == label else 0.0
-                terms.append((query[i] @ row / temperature, gamma, weight))
-        total = total + anchor_loss(terms, normalization)
+                bias = 0.0 if contrast_bias is None else contrast_bias[row_label].double()
+                terms.append((query[i] @ row / temperature + bias, gamma, weight))
+        anchor_weight = 1.0 if class_weight is None else class_weight[label].double()
+        total = total + anchor_weight * anchor_loss(terms, normalization)
     return total / len(labels)
 
 

@@ -12,6 +12,7 @@ from paco_ds.losses.paco import ParametricContrastiveLoss, class_prior
 from tests.losses.reference import parametric_contrastive_loss
 
 DIM = 8
+SUPCON = {"centers": False, "beta": 0.0, "alpha": 1.0}
 SETTINGS = {
     "paco": {},
     "summed": {"normalization": "summed"},
@@ -22,10 +23,14 @@ SETTINGS = {
     "prior_supt": {"log_prior_C": True, "supt": 1.3},
     "smoothing": {"smoothing": 0.1},
     "everything": {"gamma": 0.3, "beta": 0.7, "supt": 0.8, "smoothing": 0.2, "log_prior_C": True},
-    "supcon": {"centers": False, "beta": 0.0, "alpha": 1.0},
-    "supcon_summed": {"centers": False, "beta": 0.0, "alpha": 1.0, "normalization": "summed"},
+    "supcon": SUPCON,
+    "supcon_summed": SUPCON | {"normalization": "summed"},
     "softmax": {"contrast": False, "log_prior_C": True},
+    "bias": {"contrast_bias_C": True},
+    "weights": {"class_weight_C": True, "normalization": "summed"},
+    "supcon_bias_weights": SUPCON | {"contrast_bias_C": True, "class_weight_C": True},
 }
+BY_CLASS = {"log_prior_C": "log_prior", "contrast_bias_C": "contrast_bias", "class_weight_C": "class_weight"}
 
 
 @dataclass
@@ -43,8 +48,8 @@ class Case:
         loss = ParametricContrastiveLoss(**settings)
         return loss(self.labels, self.logits, self.query, self.key, self.queue)
 
-    def reference(self, log_prior_C=None, **settings):
-        settings = {"alpha": 0.05, "temperature": 0.2, "log_prior": log_prior_C} | settings
+    def reference(self, **settings):
+        settings = {"alpha": 0.05, "temperature": 0.2} | {BY_CLASS.get(k, k): v for k, v in settings.items()}
         queue_keys, queue_labels = self.queue.keys_ND.double(), self.queue.labels_N
         return parametric_contrastive_loss(
             self.labels, self.logits, self.query, self.key, queue_keys, queue_labels, **settings
@@ -73,10 +78,14 @@ def prior(classes: int) -> torch.Tensor:
     return class_prior(torch.arange(1, classes + 1) ** 2)
 
 
+def with_class_values(classes: int, **settings):
+    """Settings with a tensor for each that has a number per class."""
+    return settings | {k: prior(classes) * (-1) ** (k == "class_weight_C") for k in BY_CLASS if k in settings}
+
+
 def assert_equals_reference(case: Case, **settings) -> None:
     """Loss and the gradients of queries and logits."""
-    if "log_prior_C" in settings:
-        settings["log_prior_C"] = prior(case.logits.shape[1])
+    settings = with_class_values(case.logits.shape[1], **settings)
     ours, expected = case.ours(**settings).loss, case.reference(**settings)
     torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-12)
     inputs = [case.query] * settings.get("contrast", True) + [case.logits] * settings.get("centers", True)
@@ -140,11 +149,13 @@ class TestAwkwardCases:
     def test_gradcheck_with_the_other_queries_as_contrasts(self, normalization):
         """Numerical derivatives in queries, logits, and keys that carry a gradient (as in GPaCo)."""
         case = make_case(batch=3, queue=6)
-        loss = ParametricContrastiveLoss(alpha=0.3, temperature=0.5, normalization=normalization)
+        values = with_class_values(4, log_prior_C=True, contrast_bias_C=True, class_weight_C=True)
+        settings = {"smoothing": 0.1, "gamma": 0.7, "supt": 1.2, "normalization": normalization}
+        loss = ParametricContrastiveLoss(alpha=0.3, temperature=0.5, **settings, **values)
         case.key.requires_grad_()
 
         def of(query, logits, key):
-            return loss(case.labels, logits, query, key, case.queue).loss
+            return loss(case.labels, logits, query, key, case.queue).loss * 1.5
 
         assert torch.autograd.gradcheck(of, (case.query, case.logits, case.key))
 
@@ -260,28 +271,6 @@ def test_probabilities_are_read_off_the_denominator():
     assert not output.positive_probability_B.requires_grad
 
 
-def test_bytes_kept_for_backward_do_not_depend_on_the_queue():
-    """64 and 4096 keys keep the same: the queue leaves one [B, D] tensor behind."""
-
-    def kept_bytes(length):
-        case = make_case()
-        generator = torch.Generator().manual_seed(length)
-        keys = F.normalize(torch.randn(length, DIM, dtype=torch.float64, generator=generator), dim=1)
-        case.queue = QueueSnapshot.of(keys, torch.randint(4, (length,), generator=generator), 4)
-        storages = {}
-
-        def pack(tensor):
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = case.ours().loss
-        return sum(storages.values()), loss
-
-    (small, _a), (large, _b) = kept_bytes(64), kept_bytes(4096)
-    assert small == large > 0
-
-
 def in_float32(case: Case) -> Case:
     logits, query = (t.detach().float().requires_grad_() for t in (case.logits, case.query))
     return Case(case.labels, logits, query, case.key.float(), case.queue)
@@ -302,8 +291,7 @@ def test_float32_agrees_with_float64(settings):
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_autocast_changes_nothing(settings):
     """Under bfloat16 autocast the loss is float32 and bit-equal, gradients too."""
-    if "log_prior_C" in settings:
-        settings = settings | {"log_prior_C": prior(4)}
+    settings = with_class_values(4, **settings)
     case = in_float32(make_case())
     plain = case.ours(**settings).loss
     with torch.autocast("cpu", torch.bfloat16):
@@ -375,6 +363,7 @@ class TestClassPrior:
         ({"smoothing": 1.0}, "smoothing=1.0"),
         ({"normalization": "mean"}, "'published' or 'summed', got 'mean'"),
         ({"centers": False}, "needs contrast=True, beta=0"),
+        ({"contrast_bias_C": torch.tensor([0.0, -torch.inf])}, "contrast_bias_C holds one finite number per class"),
         ({"centers": False, "contrast": False, "beta": 0.0}, "needs contrast=True, beta=0"),
     ],
 )
@@ -394,7 +383,10 @@ def test_refused_settings(settings, message):
             {},
             r"key_BD must have one row for each of 6 labels, got shape \(5, 8\)",
         ),
-        ({}, {"log_prior_C": torch.zeros(3)}, "4 center logits, but 3 classes"),
+        ({}, {"log_prior_C": torch.zeros(3)}, "4 center logits, but 3 classes in log_prior_C"),
+        ({"query": torch.zeros(6, DIM + 1)}, {}, "queries and keys need the same shape"),
+        ({"query": torch.zeros(6, DIM + 1), "key": None}, {}, "queue and queries need the same experts and dimension"),
+        ({"query": torch.zeros(2, 6, DIM), "key": None}, {}, "the same number of experts"),
         ({"labels": torch.zeros(0, dtype=torch.int64)}, {}, "without images"),
     ],
 )
@@ -428,3 +420,14 @@ def test_what_is_not_finite_reaches_the_loss(name):
     with torch.no_grad():
         getattr(case, name)[2, 1] = float("nan")
     assert not case.ours().loss.isfinite()
+
+
+def test_refuses_a_queue_that_was_pushed_to_since():
+    """Keys and class sums would be of two different queues."""
+    case, ring = make_case(), KeyQueue(50, DIM)
+    ring.push(torch.randn(5, DIM), torch.zeros(5, dtype=torch.int64))
+    case.queue = ring.snapshot(4)
+    assert case.ours().loss.isfinite()
+    ring.push(torch.randn(1, DIM), torch.zeros(1, dtype=torch.int64))
+    with pytest.raises(ValueError, match="take a new one after each push"):
+        case.ours()

@@ -1,107 +1,151 @@
-"""logsumexp over the queue: every implementation against torch.logsumexp, values and gradients."""
+"""Attention over the queue: every implementation against plain softmax and logsumexp, values and gradients."""
+
+import logging
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from paco_ds.losses import queue_attention
-from paco_ds.losses.queue_attention import attend_flash_cpu, attend_tiled, queue_logsumexp
-
-IMPLEMENTATIONS = [attend_flash_cpu, lambda q, k, scale: attend_tiled(q, k, scale, tile_keys=16)]
-each_implementation = pytest.mark.parametrize("attend", IMPLEMENTATIONS, ids=["flash_cpu", "tiled"])
+from paco_ds.losses import queue_attention as module
+from paco_ds.losses.queue_attention import PART_KEYS, attend_flash_cpu, attend_tiled, queue_attention
 
 
-def unit_rows(rows: int, dim: int = 12, seed: int = 0) -> torch.Tensor:
+def tiled_16(query_EBD, keys_EKD, scale, bias_K=None):
+    return attend_tiled(query_EBD, keys_EKD, scale, bias_K, tile_keys=16)
+
+
+each_implementation = pytest.mark.parametrize("attend", [attend_flash_cpu, tiled_16], ids=["flash_cpu", "tiled"])
+PARTS = [1, 15, 16, 17, 100, 2 * PART_KEYS - 1, 2 * PART_KEYS, 3 * PART_KEYS + 2, 16 * PART_KEYS + 15]
+
+
+def unit_rows(rows: int, dim: int = 12, seed: int = 0, experts: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(rows, dim, dtype=torch.float64, generator=generator), dim=1)
+    return F.normalize(torch.randn(experts, rows, dim, dtype=torch.float64, generator=generator), dim=2)
 
 
-def plain(query_BD, keys_KD, scale):
-    score_BK = scale * query_BD @ keys_KD.T
-    return score_BK.softmax(1) @ keys_KD, score_BK.logsumexp(1)
+def plain(query_EBD, keys_EKD, scale, bias_K=None):
+    score_EBK = scale * query_EBD @ keys_EKD.mT + (0.0 if bias_K is None else bias_K)
+    return score_EBK.softmax(2) @ keys_EKD, score_EBK.logsumexp(2)
 
 
 @each_implementation
 @pytest.mark.parametrize("scale", [5.0, 1e4], ids=["usual", "logits_1e4"])
-@pytest.mark.parametrize("keys", [1, 15, 16, 17, 100])
+@pytest.mark.parametrize("keys", PARTS)
 @pytest.mark.parametrize("batch", [1, 5])
 def test_implementations_equal_the_plain_one(attend, batch, keys, scale):
-    """Attention output and logsumexp agree in float64, around the edges of a tile too."""
-    query_BD, keys_KD = unit_rows(batch), unit_rows(keys, seed=1)
+    """Output and logsumexp agree in float64, around the edges of a tile and of a part too."""
+    query, rows = unit_rows(batch), unit_rows(keys, seed=1)
+    torch.testing.assert_close(attend(query, rows, scale), plain(query, rows, scale), rtol=1e-12, atol=1e-12)
+
+
+@each_implementation
+@pytest.mark.parametrize("keys", PARTS)
+def test_experts_and_bias(attend, keys):
+    """Each expert has its own keys, side by side in one buffer; a key's bias counts for all anchors of all experts."""
+    query, beside = unit_rows(4, experts=3), unit_rows(keys, dim=36, seed=1)[0]
+    rows = beside.unflatten(1, (3, 12)).transpose(0, 1)
+    bias_K = 3 * torch.randn(keys, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     torch.testing.assert_close(
-        attend(query_BD, keys_KD, scale), plain(query_BD, keys_KD, scale), rtol=1e-12, atol=1e-12
+        attend(query, rows, 5.0, bias_K), plain(query, rows, 5.0, bias_K), rtol=1e-12, atol=1e-12
     )
 
 
 @each_implementation
 def test_float32_agrees_with_float64(attend):
     """Single precision loses single precision, no more."""
-    query_BD, keys_KD = unit_rows(5), unit_rows(100, seed=1)
-    lse_B = attend(query_BD.float(), keys_KD.float(), 5.0)[1]
-    assert lse_B.dtype == torch.float32
-    torch.testing.assert_close(lse_B.double(), plain(query_BD, keys_KD, 5.0)[1], rtol=1e-6, atol=1e-6)
+    query, rows = unit_rows(5), unit_rows(2000, seed=1)
+    lse_EB = attend(query.float(), rows.float(), 5.0)[1]
+    assert lse_EB.dtype == torch.float32
+    torch.testing.assert_close(lse_EB.double(), plain(query, rows, 5.0)[1], rtol=1e-6, atol=1e-6)
 
 
 @each_implementation
 def test_transposed_inputs_are_read_rightly(attend):
     """Rows whose last dimension is not contiguous give the same as their copies."""
-    query_BD, keys_KD = unit_rows(5).T.contiguous().T, unit_rows(20, seed=1).T.contiguous().T
-    assert query_BD.stride(1) != 1
-    torch.testing.assert_close(attend(query_BD, keys_KD, 5.0), plain(query_BD, keys_KD, 5.0))
+    query, rows = unit_rows(5).mT.contiguous().mT, unit_rows(1100, seed=1).mT.contiguous().mT
+    assert query.stride(2) != 1
+    torch.testing.assert_close(attend(query, rows, 5.0), plain(query, rows, 5.0))
 
 
 @each_implementation
 @pytest.mark.parametrize(("where", "value"), [("query", "nan"), ("query", "inf"), ("keys", "nan")])
-@pytest.mark.parametrize("keys", [5, 20])
+@pytest.mark.parametrize("keys", [5, 20, 1100])
 def test_what_is_not_finite_stays_visible(attend, keys, where, value):
     """A query or key that is not finite gives an lse that the guard of the step can see."""
-    query_BD, keys_KD = unit_rows(5), unit_rows(keys, seed=1)
-    (query_BD if where == "query" else keys_KD)[2, 3] = float(value)
-    assert not attend(query_BD, keys_KD, 5.0)[1][2].isfinite()
-
-
-@pytest.mark.parametrize("keys", [1, 40])
-def test_gradient_of_the_query(keys):
-    """gradcheck, and equality with the gradient of torch.logsumexp under a weighted sum."""
-    query_BD, keys_KD = unit_rows(4).requires_grad_(), unit_rows(keys, seed=1)
-    assert torch.autograd.gradcheck(lambda q: queue_logsumexp(q, keys_KD, 0.3), (query_BD,))
-    weight_B = torch.tensor([1.0, -2.0, 0.0, 0.5], dtype=torch.float64)
-    ours = torch.autograd.grad((weight_B * queue_logsumexp(query_BD, keys_KD, 0.3)).sum(), query_BD)
-    theirs = torch.autograd.grad((weight_B * plain(query_BD, keys_KD, 1 / 0.3)[1]).sum(), query_BD)
-    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    query, rows = unit_rows(5), unit_rows(keys, seed=1)
+    (query if where == "query" else rows)[0, 2, 3] = float(value)
+    assert not attend(query, rows, 5.0)[1][0, 2].isfinite()
 
 
 @each_implementation
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_inputs_are_computed_in_float32(dtype, attend, monkeypatch):
-    """Half inputs under autocast give the float32 result of their values; gradients go back in half."""
-    monkeypatch.setattr(queue_attention, "_attend", attend)
-    query_BD, keys_KD = unit_rows(4).to(dtype).requires_grad_(), unit_rows(20, seed=1).to(dtype)
-    expected_B = queue_logsumexp(query_BD.float(), keys_KD.float(), 0.2)
-    with torch.autocast("cpu", torch.bfloat16):
-        lse_B = queue_logsumexp(query_BD, keys_KD, 0.2)
-    assert lse_B.dtype == torch.float32
-    assert torch.equal(lse_B, expected_B)
-    lse_B.sum().backward()
-    assert query_BD.grad.dtype == dtype
+@pytest.mark.parametrize("keys", [1, 40, 1100])
+def test_output_is_the_gradient_of_the_logsumexp(attend, keys):
+    """output / temperature is what autograd gives for torch.logsumexp."""
+    query, rows = unit_rows(4).requires_grad_(), unit_rows(keys, seed=1)
+    (gradient,) = torch.autograd.grad(plain(query, rows, 5.0)[1].sum(), query)
+    torch.testing.assert_close(5.0 * attend(query.detach(), rows, 5.0)[0], gradient, rtol=1e-12, atol=1e-12)
+
+
+def test_bits_do_not_depend_on_the_number_of_threads():
+    """Few anchors are shared out over the cores by parts of the keys, whose number the cores do not change."""
+    query, rows, threads = unit_rows(32).float(), unit_rows(8192, seed=1).float(), torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(attend_flash_cpu(query, rows, 5.0))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.fixture
+def chosen_anew():
+    module._chosen.cache_clear()
+    yield
+    module._chosen.cache_clear()
+
+
+def test_the_fused_kernel_is_chosen_on_the_cpu(chosen_anew):
+    """It answers the question it is asked before use."""
+    assert module._chosen("cpu", torch.float32) is attend_flash_cpu
+
+
+@pytest.mark.parametrize("fault", ["base_2", "gone"])
+def test_a_kernel_that_answers_wrongly_is_not_used(fault, chosen_anew, monkeypatch, caplog):
+    """Another torch may mean something else by a private operator: the plain path takes over and a warning says so."""
+
+    def changed(query_EBD, keys_EKD, scale, bias_K=None):
+        if fault == "gone":
+            raise AttributeError("no such operator")
+        output, lse = attend_tiled(query_EBD, keys_EKD, scale, bias_K)
+        return output, lse / 0.6931471805599453
+
+    monkeypatch.setattr(module, "attend_flash_cpu", changed)
+    with caplog.at_level(logging.WARNING):
+        assert module._chosen("cpu", torch.float32) is attend_tiled
+    assert "the plain path is used" in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("query_shape", "keys_shape", "temperature", "message"),
+    ("query", "keys", "message"),
     [
-        ((4, 8), (0, 8), 0.2, "leave the term out"),
-        ((0, 8), (4, 8), 0.2, "leave the term out"),
-        ((4, 8), (4, 7), 0.2, "one dimension D"),
-        ((4, 8), (4, 8), 0.0, "temperature must be positive"),
+        (torch.zeros(1, 4, 8), torch.zeros(1, 0, 8), "leave the term out"),
+        (torch.zeros(1, 0, 8), torch.zeros(1, 4, 8), "leave the term out"),
+        (torch.zeros(1, 4, 8), torch.zeros(1, 4, 7), "one D"),
+        (torch.zeros(2, 4, 8), torch.zeros(1, 4, 8), "one E"),
+        (torch.zeros(4, 8), torch.zeros(4, 8), r"\[E, B, D\]"),
+        (torch.zeros(1, 4, 8), torch.zeros(1, 4, 8).double(), "both in float32"),
+        (torch.zeros(1, 4, 8).half(), torch.zeros(1, 4, 8).half(), "both in float32"),
     ],
 )
-def test_refused_inputs(query_shape, keys_shape, temperature, message):
+def test_refused_inputs(query, keys, message):
     """What would end the process or mean nothing is refused with a reason."""
     with pytest.raises(ValueError, match=message):
-        queue_logsumexp(torch.zeros(query_shape), torch.zeros(keys_shape), temperature)
+        queue_attention(query, keys, 0.2)
 
 
-def test_keys_with_gradient_are_refused():
-    """Keys would silently get no gradient."""
-    with pytest.raises(ValueError, match="detach them"):
-        queue_logsumexp(unit_rows(2), unit_rows(2).requires_grad_(), 0.2)
+def test_refuses_a_bias_that_is_not_one_per_key():
+    """It would be broadcast."""
+    with pytest.raises(ValueError, match="one bias per key"):
+        queue_attention(torch.zeros(1, 4, 8), torch.zeros(1, 5, 8), 0.2, torch.zeros(1))

@@ -15,7 +15,7 @@ against 0 (1e-9, 1e-12) are left out, so that both compute the same number.
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from report import MIB, Bar, at_least, at_most, median_seconds, peak_extra_bytes
 
 from paco_ds.key_queue import KeyQueue, QueueSnapshot
 from paco_ds.losses import ParametricContrastiveLoss
-from paco_ds.losses.paco import class_prior
+from paco_ds.losses.paco import LossOutput, class_prior
 
 ALPHA, TAU, DIM, MICRO_BATCHES = 0.05, 0.2, 128, 4
 SIZE_COLUMN = "anchors/classes/queue"
@@ -69,7 +69,8 @@ class Case:
     query_BD: Tensor
     key_BD: Tensor
     queue: KeyQueue
-    log_prior_C: Tensor
+    loss: ParametricContrastiveLoss
+    centers_alone: ParametricContrastiveLoss
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor]:
@@ -80,13 +81,13 @@ class Case:
         return self.queue.snapshot(self.logits_BC.shape[1])
 
     def ours(self, snapshot: QueueSnapshot) -> Tensor:
-        loss = ParametricContrastiveLoss(alpha=ALPHA, temperature=TAU, log_prior_C=self.log_prior_C)
-        return loss(self.labels_B, self.logits_BC, self.query_BD, self.key_BD, snapshot).loss
+        output: LossOutput = self.loss(self.labels_B, self.logits_BC, self.query_BD, self.key_BD, snapshot)
+        return output.loss
 
     def published(self, dtype: torch.dtype = torch.float32) -> Tensor:
         keys_KD = self.queue.keys_KD.to(dtype)
         query, key, logits, log_prior = (
-            t.to(dtype) for t in (self.query_BD, self.key_BD, self.logits_BC, self.log_prior_C)
+            t.to(dtype) for t in (self.query_BD, self.key_BD, self.logits_BC, self.loss.get_buffer("log_prior_C"))
         )
         return published_loss(query, key, logits, self.labels_B, keys_KD, self.queue.labels_K, log_prior)
 
@@ -113,7 +114,9 @@ def make_case(size: Size, *, clustered: bool = False, seed: int = 0) -> Case:
     queue.push(unit(labels_K), labels_K)
     logits_BC = torch.randn(size.anchors, size.classes, generator=generator).requires_grad_()
     query_BD = unit(labels_B).requires_grad_()
-    return Case(labels_B, logits_BC, query_BD, unit(labels_B), queue, class_prior(counts_C))
+    settings: dict[str, Any] = {"alpha": ALPHA, "temperature": TAU, "log_prior_C": class_prior(counts_C)}
+    losses = ParametricContrastiveLoss(**settings), ParametricContrastiveLoss(**settings, contrast=False)
+    return Case(labels_B, logits_BC, query_BD, unit(labels_B), queue, *losses)
 
 
 def published_loss(
@@ -145,13 +148,10 @@ def gradient_error(size: Size, *, clustered: bool) -> float:
     """Norm of our gradient's difference to the published one in float64, relative; queries or logits, the worse."""
     case = make_case(size, clustered=clustered)
     ours = torch.autograd.grad(case.ours(case.snapshot()), case.inputs)
-    exact_case = Case(
-        case.labels_B,
-        case.logits_BC.detach().double().requires_grad_(),
-        case.query_BD.detach().double().requires_grad_(),
-        case.key_BD,
-        case.queue,
-        case.log_prior_C,
+    exact_case = replace(
+        case,
+        logits_BC=case.logits_BC.detach().double().requires_grad_(),
+        query_BD=case.query_BD.detach().double().requires_grad_(),
     )
     exact = torch.autograd.grad(exact_case.published(torch.float64), exact_case.inputs)
     return max(float((a - b).norm() / b.norm()) for a, b in zip(ours, exact, strict=True))
@@ -196,6 +196,7 @@ class Figures:
     """What was measured at one size: milliseconds, bytes, relative errors."""
 
     loss_ms: float
+    centers_ms: float
     snapshot_ms: float
     published_ms: float
     floor_ms: float
@@ -217,6 +218,7 @@ def measure(size: Size, repeats: int) -> Figures:
     snapshot = case.snapshot()
     works: dict[str, Callable[[], object]] = {
         "loss": lambda: torch.autograd.grad(case.ours(snapshot), case.inputs),
+        "centers": lambda: torch.autograd.grad(case.centers_alone(case.labels_B, case.logits_BC).loss, case.logits_BC),
         "snapshot": case.snapshot,
         "published": lambda: torch.autograd.grad(case.published(), case.inputs),
         "floor": case.floor,
@@ -261,11 +263,21 @@ def bars_of(measured: dict[Size, Figures]) -> list[Bar]:
 def print_figures(measured: dict[Size, Figures], repeats: int) -> None:
     print_table(
         "The loss of one micro-batch: milliseconds forward + backward",
-        [SIZE_COLUMN, "ours", "of it snapshot / 4", "published", "floor", "published / ours", "ours / floor"],
+        [
+            SIZE_COLUMN,
+            "ours",
+            "of it centers",
+            "snapshot / 4",
+            "published",
+            "floor",
+            "published / ours",
+            "ours / floor",
+        ],
         [
             [
                 str(size),
                 f"{f.ours_ms:.1f}",
+                f"{f.centers_ms:.1f}",
                 f"{f.snapshot_ms / MICRO_BATCHES:.1f}",
                 f"{f.published_ms:.1f}",
                 f"{f.floor_ms:.1f}",
@@ -275,7 +287,7 @@ def print_figures(measured: dict[Size, Figures], repeats: int) -> None:
             for size, f in measured.items()
         ],
         f"{DIM} dimensions, float32, medians of {repeats} in turn, torch {torch.__version__}, "
-        f"{torch.get_num_threads()} threads",
+        f"{torch.get_num_threads()} threads. Of ours: centers, the loss without contrast; snapshot / 4",
     )
     print_table(
         "Memory in MiB, and the gradient's relative difference to float64",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from paco_ds.distributed import MicroBatchLayout, Ranks
+from paco_ds.key_exchange import key_exchange
 from paco_ds.randomness import Stream, permutation
 from paco_ds.recipe import KeyEncoderSettings, Recipe
 from paco_ds.zero import move_average
@@ -107,20 +108,10 @@ class KeyEncoder:
         layout, ranks = self.layout, self.ranks
         if self.batch_norm == "local":
             return images
-        owner = np.arange(layout.global_batch) // layout.micro_batch % layout.world_size
-        place = np.empty(layout.global_batch, dtype=np.int64)  # of a lane among its owner's images
-        for rank in range(layout.world_size):
-            place[owner == rank] = np.arange(layout.accumulation * layout.micro_batch)
-        wanted = [groups[list(layout.owned_by(rank))].ravel() for rank in range(layout.world_size)]
-        outgoing = [lanes[owner[lanes] == ranks.rank] for lanes in wanted]
-        source = owner[wanted[ranks.rank]]
-        receive = [int((source == rank).sum()) for rank in range(layout.world_size)]
-        rows = images[torch.from_numpy(place[np.concatenate(outgoing)])]
-        arrived = ranks.exchange(rows.to(ranks.device), [len(lanes) for lanes in outgoing], receive)
-        # rows arrive by source rank, within one in group order: a stable sort by source undoes it
-        in_group_order = np.empty(len(source), dtype=np.int64)
-        in_group_order[np.argsort(source, kind="stable")] = np.arange(len(source))
-        return arrived[torch.from_numpy(in_group_order).to(arrived.device)]
+        exchange = key_exchange(groups, layout)
+        rows = images[torch.from_numpy(exchange.rows)]
+        arrived = ranks.exchange(rows.to(ranks.device), exchange.send, exchange.receive)
+        return arrived[torch.from_numpy(exchange.in_group_order).to(arrived.device)]
 
     def _encode(self, images: Tensor) -> Tensor:
         keys: Tensor = self.engine(images.to(self.ranks.device, non_blocking=True), keys=True)

@@ -1,0 +1,202 @@
+"""Memory of one rank by part, at the moment of a step when most is in use, for any ZeRO stage.
+
+P is the bytes of trained weights (query encoder and centers, float32), Kp those of the key encoder, W ranks, A
+micro-batches a rank. What a stage holds was read from DeepSpeed 0.19 and is held against real runs by the tests.
+
+    stage   weights          momentum   copies of weights   gradients
+    0       P + Kp           P          -                   P, and P flattened while they are reduced
+    1       P + Kp           P / W      P / W               P, and a bucket
+    2       P + Kp           P / W      P / W               P / W if A > 1, and a bucket
+    3       (P + Kp) / W     P / W      gathered in use     P / W, and a bucket
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+from paco_ds.distributed import MicroBatchLayout
+from paco_ds.planning.trace import StepTrace
+from paco_ds.recipe import Recipe
+
+FLOAT = 4
+Device = Literal["cuda", "cpu"]
+
+PARTS = (
+    "query encoder and centers",
+    "key encoder",
+    "weights gathered in use",
+    "copy of the own weights",
+    "momentum",
+    "gradients",
+    "reduction buckets",
+    "update",
+    "queue and keys",
+    "input images",
+    "activations for backward",
+    "logits and contrasts",
+    "forward and backward beside them",
+    "buffers",
+)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes in use on a rank at the fullest moment of a step.
+
+    Attributes:
+        moment: "keys", "forward and backward" or "reduction and update".
+        parts: bytes by part, see `PARTS`.
+    """
+
+    moment: str
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+def zero_settings(config: dict[str, Any], stage: int | None = None) -> Any:
+    """DeepSpeed's own settings object for a configuration, with its defaults; of another stage if given."""
+    zero = dict(config.get("zero_optimization", {}))
+    return DeepSpeedZeroConfig(**(zero | ({} if stage is None else {"stage": stage})))
+
+
+def plan_memory(
+    recipe: Recipe, trace: StepTrace, classes: int, layout: MicroBatchLayout, zero: Any, device: Device
+) -> Memory:
+    """Memory of a rank.
+
+    Args:
+        zero: see :func:`zero_settings`.
+        device: "cuda" counts what is allocated (`max_memory_allocated`); "cpu" what becomes resident, which differs
+            by pages of a bucket that are never touched.
+    """
+    static = _static(recipe, trace, classes, layout, zero, device)
+    moments = {
+        "keys": _while_keys_are_made(recipe, trace, layout, zero, device),
+        "forward and backward": _while_queries_run(recipe, trace, layout, zero, device),
+        "reduction and update": _while_weights_are_updated(trace, layout, zero, device),
+    }
+    every = {name: Memory(name, _merged(static, parts)) for name, parts in moments.items()}
+    return max(every.values(), key=lambda memory: memory.total)
+
+
+def _static(
+    recipe: Recipe, trace: StepTrace, classes: int, layout: MicroBatchLayout, zero: Any, device: Device
+) -> dict[str, int]:
+    W = layout.world_size
+    trained, followed = FLOAT * sum(trace.trained), FLOAT * sum(trace.followed)
+    own = _share(trace.trained, W)
+    parts = {"buffers": trace.buffers + 2 * FLOAT * trace.statistics, "momentum": trained if zero.stage == 0 else own}
+    if zero.stage < 3:
+        parts |= {"query encoder and centers": trained, "key encoder": followed}
+    else:
+        persistent = sum(n for n in trace.trained + trace.followed if n < zero.param_persistence_threshold)
+        parts |= {
+            "query encoder and centers": own,
+            "key encoder": _share(trace.followed, W),
+            # on one rank a gathered weight is the partition itself
+            "weights gathered in use": FLOAT * persistent if W > 1 else 0,
+            "gradients": own,
+            "reduction buckets": _bucket(trained, zero, device),
+        }
+    if zero.stage in (1, 2):
+        parts["copy of the own weights"] = own
+    images = _image_bytes(recipe)
+    views = 2 if recipe.loss.contrast else 1
+    # on CUDA the images of a step wait on the host
+    parts["input images"] = images * (views * layout.accumulation if device == "cpu" else 1)
+    if recipe.loss.contrast:
+        dim, row = recipe.model.projection_dim, FLOAT * recipe.model.projection_dim + 8
+        queue = 2 * recipe.queue.length * row  # the ring, and the copy that a step holds against
+        parts["queue and keys"] = queue + classes * (FLOAT * dim + 8) + layout.global_batch * row
+    return parts
+
+
+def _while_keys_are_made(
+    recipe: Recipe, trace: StepTrace, layout: MicroBatchLayout, zero: Any, device: Device
+) -> dict[str, int]:
+    if not recipe.loss.contrast:
+        return {}
+    moving = 0
+    if recipe.key_encoder.batch_norm == "shuffle":
+        # rows picked to be sent, rows arrived, rows in group order
+        moving = (3 if layout.world_size > 1 else 2) * layout.accumulation * _image_bytes(recipe)
+    return {
+        "input images": moving,
+        "forward and backward beside them": trace.key_peak,
+        "weights gathered in use": _gathered(trace.followed, layout, zero),
+    }
+
+
+def _while_queries_run(
+    recipe: Recipe, trace: StepTrace, layout: MicroBatchLayout, zero: Any, device: Device
+) -> dict[str, int]:
+    trained, own = FLOAT * sum(trace.trained), _share(trace.trained, layout.world_size)
+    accumulates = layout.accumulation > 1
+    peak, gradients, buckets = trace.peak, 0, 0
+    if zero.stage in (0, 1):
+        gradients = trained if accumulates else 0
+        peak = trace.peak if accumulates else trace.peak_with_gradients
+    if zero.stage == 2:
+        gradients = own if accumulates else 0
+        # gradients move into the bucket as they come, which touches its pages
+        peak = trace.peak_with_gradients if device == "cpu" else trace.peak
+    if zero.stage in (1, 2) and device == "cuda":
+        buckets = _bucket(trained, zero, device)
+    return {
+        "gradients": gradients,
+        "reduction buckets": buckets,
+        "weights gathered in use": _gathered(trace.trained, layout, zero),
+        "activations for backward": trace.saved - trace.logits,
+        "logits and contrasts": trace.logits,
+        "forward and backward beside them": max(peak - trace.saved, 0),
+    }
+
+
+def _while_weights_are_updated(
+    trace: StepTrace, layout: MicroBatchLayout, zero: Any, device: Device
+) -> dict[str, int]:
+    trained, own = FLOAT * sum(trace.trained), _share(trace.trained, layout.world_size)
+    in_bucket = min(trained, FLOAT * zero.reduce_bucket_size)
+    if zero.stage == 0:
+        # reduced as one flat copy; on CUDA the decayed gradients are a list of their own (foreach)
+        return {"gradients": trained, "update": max(in_bucket, trained if device == "cuda" else 0)}
+    held = {1: trained - in_bucket, 2: own if layout.accumulation > 1 else 0, 3: 0}[zero.stage]
+    # the bucket is flattened once more to be reduced; the update takes the own gradients and their decayed copy
+    return {
+        "gradients": held,
+        "reduction buckets": in_bucket if zero.stage == 3 else _bucket(trained, zero, device) + in_bucket,
+        "update": max(2 * own - in_bucket, 0),
+        "weights gathered in use": _gathered(trace.trained, layout, zero),
+    }
+
+
+def _bucket(trained: int, zero: Any, device: Device) -> int:
+    size = FLOAT * int(zero.reduce_bucket_size)
+    if device == "cpu":
+        return min(size, trained)  # pages never written are not there
+    return size * (2 if zero.overlap_comm and zero.stage < 3 else 1)
+
+
+def _gathered(parameters: tuple[int, ...], layout: MicroBatchLayout, zero: Any) -> int:
+    if zero.stage < 3 or layout.world_size == 1:
+        return 0
+    partitioned = sum(n for n in parameters if n >= zero.param_persistence_threshold)
+    return FLOAT * min(partitioned, int(zero.max_live_parameters))
+
+
+def _share(parameters: tuple[int, ...], world_size: int) -> int:
+    return FLOAT * -(-sum(parameters) // world_size)
+
+
+def _image_bytes(recipe: Recipe) -> int:
+    return recipe.step.micro_batch * 3 * recipe.views.query.size**2
+
+
+def _merged(first: dict[str, int], second: dict[str, int]) -> dict[str, int]:
+    return {part: first.get(part, 0) + second.get(part, 0) for part in PARTS}

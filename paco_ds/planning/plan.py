@@ -1,0 +1,217 @@
+"""Puts a plan together: what the recipe is on so many ranks, whether it fits, and what would make it fit."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from paco_ds.data.manifest import Manifest, load_manifest
+from paco_ds.data.order import EpochOrder
+from paco_ds.distributed import MicroBatchLayout
+from paco_ds.engine import read_deepspeed_config
+from paco_ds.errors import DataError, UserError
+from paco_ds.planning.memory import Device, Memory, plan_memory, zero_settings
+from paco_ds.planning.trace import StepTrace, trace_step
+from paco_ds.planning.traffic import Traffic, plan_traffic
+from paco_ds.recipe import Recipe
+
+STAGES = (0, 1, 2, 3)
+SMALL_BUCKET = 20_000_000  # elements; DeepSpeed's default of 5e8 is 2 GB of float32
+OUTSIDE = 2**30  # of a GPU's memory: CUDA context, NCCL, cuDNN, which torch's allocator does not count
+MARGIN = 0.15  # how far a plan may be off
+
+
+@dataclass(frozen=True)
+class Data:
+    """The training images: of a manifest, or as stated.
+
+    Attributes:
+        shards: samples of each shard; one of all images where there is no manifest.
+    """
+
+    source: str
+    class_counts: tuple[int, ...]
+    shards: tuple[int, ...]
+
+    @property
+    def images(self) -> int:
+        return sum(self.shards)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a plan says; sizes in bytes, times in seconds.
+
+    Attributes:
+        memory: by ZeRO stage, everything else as the recipe has it.
+        verdict: "fits", "tight" (within the plan's margin of 15 %) or "does not fit", at the recipe's own stage; None
+            where no GPU memory was given.
+        remedies: settings that make it fit, the least change first.
+    """
+
+    recipe: Recipe
+    data: Data
+    layout: MicroBatchLayout
+    device: Device
+    stage: int
+    autocast: bool
+    trace: StepTrace
+    memory: dict[int, Memory]
+    traffic: dict[int, list[Traffic]]
+    steps_per_epoch: int
+    shards_per_rank: int
+    legal_ranks: tuple[int, ...]
+    images_per_second: float | None = None
+    gpu_memory: int | None = None
+    verdict: str | None = None
+    remedies: list[str] = field(default_factory=list)
+
+    @property
+    def seconds_per_epoch(self) -> float | None:
+        if self.images_per_second is None:
+            return None
+        return self.steps_per_epoch * self.layout.global_batch / self.images_per_second
+
+
+def find_data(recipe: Recipe, images: int | None, classes: int | None) -> Data:
+    """The recipe's manifest, or images and classes as stated, where shards are not built yet.
+
+    Raises:
+        UserError: only one of the two, or fewer images than classes.
+        DataError: no manifest, and nothing stated.
+    """
+    if images is None and classes is None:
+        try:
+            manifest: Manifest = load_manifest(recipe.data.shards)
+        except DataError as error:
+            raise DataError(f"{error}. To plan without shards give --images N and --classes C") from None
+        split = manifest.split(recipe.data.train_split)
+        return Data(str(manifest.directory), split.class_counts, tuple(s.samples for s in split.shards))
+    if images is None or classes is None:
+        missing = "--images" if images is None else "--classes"
+        raise UserError(f"{missing} is missing: planning without shards takes both --images N and --classes C")
+    if classes < 1 or images < classes:
+        raise UserError(f"--images {images} and --classes {classes}: there must be a class, and an image of each")
+    counts = tuple(images // classes + (label < images % classes) for label in range(classes))
+    return Data(f"stated: {images} images of {classes} classes", counts, (images,))
+
+
+def make_plan(
+    recipe: Recipe,
+    ranks: int,
+    data: Data,
+    *,
+    gpu_memory: int | None = None,
+    images_per_second: float | None = None,
+    device: Device = "cuda",
+) -> Plan:
+    """Plan a recipe on a number of ranks.
+
+    Raises:
+        RecipeError: the ranks cannot share the step's micro-batches (the legal numbers are named), the global batch is
+            larger than the data set, or the DeepSpeed JSON is refused.
+        UserError: a figure out of range.
+    """
+    if ranks < 1:
+        raise UserError(f"--ranks {ranks}: there must be at least one")
+    if images_per_second is not None and not images_per_second > 0:
+        raise UserError(f"--images-per-second {images_per_second:g}: it must be above 0")
+    layout = MicroBatchLayout(recipe.step.micro_batch, recipe.step.micro_batches, 0, ranks)
+    config = read_deepspeed_config(recipe.engine.deepspeed)
+    order = EpochOrder(data.shards, layout.global_batch, seed=recipe.seed, epoch=0, window=recipe.data.window)
+    autocast = bool(config.get("torch_autocast", {}).get("enabled"))
+    trace = trace_step(recipe, data.class_counts, autocast)
+    classes = len(data.class_counts)
+    zeros = {stage: zero_settings(config, stage) for stage in STAGES}
+    memory = {s: plan_memory(recipe, trace, classes, layout, zero, device) for s, zero in zeros.items()}
+    stage = int(zero_settings(config).stage)
+    verdict = None if gpu_memory is None else judge(memory[stage].total, gpu_memory, device)
+    plan = Plan(
+        recipe=recipe,
+        data=data,
+        layout=layout,
+        device=device,
+        stage=stage,
+        autocast=autocast,
+        trace=trace,
+        memory=memory,
+        traffic={s: plan_traffic(recipe, trace, layout, zero) for s, zero in zeros.items()},
+        steps_per_epoch=order.steps,
+        shards_per_rank=_shards_per_rank(data, layout, order.steps),
+        legal_ranks=tuple(w for w in range(1, layout.micro_batches + 1) if layout.micro_batches % w == 0),
+        images_per_second=images_per_second,
+        gpu_memory=gpu_memory,
+        verdict=verdict,
+    )
+    if gpu_memory is not None and verdict != "fits":
+        plan.remedies.extend(_remedies(plan, config, gpu_memory))
+    return plan
+
+
+def judge(total: int, gpu_memory: int, device: Device = "cuda") -> str:
+    """Whether a plan's bytes fit a memory, of which a part is never torch's on CUDA."""
+    there = gpu_memory - (OUTSIDE if device == "cuda" else 0)
+    if total > there:
+        return "does not fit"
+    return "tight" if total * (1 + MARGIN) > there else "fits"
+
+
+def _shards_per_rank(data: Data, layout: MicroBatchLayout, steps: int) -> int:
+    """At most this many shards are read by a rank in an epoch: each micro-batch's lanes are one stretch of ids."""
+    in_shard = data.images / len(data.shards)
+    stretch = math.ceil(layout.micro_batch * steps / in_shard) + 1
+    return min(len(data.shards), layout.accumulation * stretch)
+
+
+def _remedies(plan: Plan, config: dict[str, Any], gpu_memory: int) -> list[str]:
+    """What makes it fit: another stage, smaller buckets, autocast, smaller micro-batches; the first kind that does."""
+    recipe, layout, device = plan.recipe, plan.layout, plan.device
+
+    def fits(total: int) -> bool:
+        return judge(total, gpu_memory, device) == "fits"
+
+    found = [
+        f'ZeRO stage {stage}: "zero_optimization": {{"stage": {stage}}} in {recipe.engine.deepspeed}'
+        for stage, memory in plan.memory.items()
+        if stage != plan.stage and fits(memory.total)
+    ]
+    classes = len(plan.data.class_counts)
+    for stage in STAGES[1:]:
+        zero = _small_buckets(config, stage)
+        if zero_settings(config, stage).reduce_bucket_size <= SMALL_BUCKET:
+            continue
+        if fits(plan_memory(recipe, plan.trace, classes, layout, zero, device).total):
+            at = "" if stage == plan.stage else f' and "stage": {stage}'
+            found.append(f'"reduce_bucket_size": {SMALL_BUCKET}{at} in "zero_optimization" of the DeepSpeed JSON')
+            break
+    if found:
+        return found
+    if not plan.autocast:
+        trace = trace_step(recipe, plan.data.class_counts, True)
+        for stage in STAGES:
+            zero = _small_buckets(config, stage)
+            if fits(plan_memory(recipe, trace, classes, layout, zero, device).total):
+                return [
+                    f"bfloat16 autocast at ZeRO stage {stage}, engine.deepspeed=ds_configs/zero{stage}_autocast.json, "
+                    f"with reduce_bucket_size {SMALL_BUCKET}"
+                ]
+    micro_batch = recipe.step.micro_batch
+    while micro_batch > 1:
+        micro_batch = (micro_batch + 1) // 2
+        step = recipe.step.model_copy(update={"micro_batch": micro_batch})
+        smaller = recipe.model_copy(update={"step": step})
+        trace = trace_step(smaller, plan.data.class_counts, True)
+        shape = MicroBatchLayout(micro_batch, layout.micro_batches, 0, layout.world_size)
+        for stage in STAGES:
+            if fits(plan_memory(smaller, trace, classes, shape, _small_buckets(config, stage), device).total):
+                return [
+                    f"step.micro_batch={micro_batch} at ZeRO stage {stage} with bfloat16 autocast and reduce_bucket_size "
+                    f"{SMALL_BUCKET} (another model: BatchNorm and contrasts see {micro_batch} images)"
+                ]
+    return ["nothing here: a smaller backbone, smaller images, or GPUs with more memory"]
+
+
+def _small_buckets(config: dict[str, Any], stage: int) -> Any:
+    block = config.get("zero_optimization", {}) | {"reduce_bucket_size": SMALL_BUCKET}
+    return zero_settings({"zero_optimization": block}, stage)

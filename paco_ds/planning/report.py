@@ -1,0 +1,150 @@
+"""A plan as tables for people and as JSON for programs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from paco_ds.planning.memory import PARTS
+from paco_ds.planning.plan import OUTSIDE, STAGES, Plan
+from paco_ds.planning.sizes import format_bytes
+from paco_ds.planning.traffic import Traffic
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """The whole plan, verdict last."""
+    console.print(_settings(plan))
+    console.print(_memory(plan))
+    console.print(_traffic(plan))
+    for line in verdict_lines(plan):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def verdict_lines(plan: Plan) -> list[str]:
+    """The verdict and its remedies; nothing where no GPU memory was given."""
+    if plan.gpu_memory is None:
+        return []
+    needed = plan.memory[plan.stage].total
+    outside = f" and {format_bytes(OUTSIDE)} outside torch" if plan.device == "cuda" else ""
+    lines = [
+        f"{plan.verdict.upper() if plan.verdict else ''}: stage {plan.stage} needs {format_bytes(needed)}{outside} of "
+        f"{format_bytes(plan.gpu_memory)}"
+    ]
+    return lines + [f"  would fit: {remedy}" for remedy in plan.remedies]
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """Plain values: bytes, seconds, counts."""
+    recipe, layout = plan.recipe, plan.layout
+    return {
+        "recipe": recipe.name,
+        "ranks": layout.world_size,
+        "legal_ranks": list(plan.legal_ranks),
+        "micro_batch": layout.micro_batch,
+        "micro_batches": layout.micro_batches,
+        "accumulation": layout.accumulation,
+        "global_batch": layout.global_batch,
+        "peak_lr": recipe.lr,
+        "lr_scale": recipe.step.scale,
+        "images": plan.data.images,
+        "classes": len(plan.data.class_counts),
+        "shards": len(plan.data.shards),
+        "shards_per_rank": plan.shards_per_rank,
+        "workers_per_rank": recipe.data.workers,
+        "steps_per_epoch": plan.steps_per_epoch,
+        "seconds_per_epoch": plan.seconds_per_epoch,
+        "device": plan.device,
+        "stage": plan.stage,
+        "autocast": plan.autocast,
+        "memory": {
+            stage: {"total": memory.total, "moment": memory.moment, "parts": memory.parts}
+            for stage, memory in plan.memory.items()
+        },
+        "traffic": {stage: [vars(row) for row in rows] for stage, rows in plan.traffic.items()},
+        "gpu_memory": plan.gpu_memory,
+        "verdict": plan.verdict,
+        "remedies": plan.remedies,
+    }
+
+
+def _settings(plan: Plan) -> Table:
+    recipe, layout, data = plan.recipe, plan.layout, plan.data
+    table = Table(title=f"{recipe.name} on {layout.world_size} ranks", show_header=False, title_justify="left")
+    legal = ", ".join(map(str, plan.legal_ranks))
+    rows = {
+        "data": f"{data.images} images of {len(data.class_counts)} classes in {len(data.shards)} shards",
+        "step": f"{layout.micro_batches} micro-batches of {layout.micro_batch}, {layout.accumulation} a rank: "
+        f"{layout.global_batch} images",
+        "legal ranks": f"{legal}; for others --set step.micro_batches=(a multiple of them)",
+        "learning rate": f"peak {recipe.lr:g}"
+        + (f", {recipe.step.scale:g} x the recipe's: scaled, another model" if recipe.step.scale != 1 else ""),
+        "shards a rank": f"at most {plan.shards_per_rank} in an epoch, read in stretches of {recipe.data.window} images",
+        "workers a rank": str(recipe.data.workers) if recipe.data.workers else "none, the rank loads by itself",
+        "epoch": f"{plan.steps_per_epoch} steps" + _times(plan),
+    }
+    if recipe.loss.contrast and recipe.queue.length < 4 * layout.global_batch:
+        wanted = 4 * layout.global_batch
+        rows["queue"] = f"{recipe.queue.length}, under four global batches; consider --set queue.length={wanted}"
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _times(plan: Plan) -> str:
+    seconds = plan.seconds_per_epoch
+    if seconds is None:
+        return "; give --images-per-second for its time"
+    hours = seconds * plan.recipe.schedule.epochs / 3600
+    return (
+        f", {seconds / 60:.1f} min at {plan.images_per_second:g} images/s; "
+        f"{plan.recipe.schedule.epochs} epochs {hours:.1f} h, evaluation apart"
+    )
+
+
+def _memory(plan: Plan) -> Table:
+    held = "allocated on a GPU" if plan.device == "cuda" else "resident on a CPU rank"
+    table = Table(
+        title=f"Memory {held} at the fullest moment of a step, by ZeRO stage",
+        caption=f"the recipe's stage is {plan.stage}, {'bfloat16 autocast' if plan.autocast else 'float32'}",
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("part")
+    for stage in STAGES:
+        table.add_column(f"stage {stage}", justify="right")
+    for part in PARTS:
+        figures = [plan.memory[stage].parts[part] for stage in STAGES]
+        if any(figures):
+            table.add_row(part, *[format_bytes(f) if f else "-" for f in figures])
+    table.add_section()
+    table.add_row("total", *[format_bytes(plan.memory[stage].total) for stage in STAGES])
+    table.add_row("fullest moment", *[plan.memory[stage].moment for stage in STAGES])
+    return table
+
+
+def _traffic(plan: Plan) -> Table:
+    table = Table(
+        title="Bytes that a rank sends in a step, by collective and ZeRO stage",
+        caption="key images: of step 0 on rank 0; on average (W-1)/W of a rank's own" if plan.traffic[0] else "",
+        title_justify="left",
+        caption_justify="left",
+    )
+    for column in ("what", "collective", "by"):
+        table.add_column(column)
+    for stage in STAGES:
+        table.add_column(f"stage {stage}", justify="right")
+    cells: dict[tuple[str, str, str], dict[int, int]] = {}
+    for stage in STAGES:
+        for row in plan.traffic[stage]:
+            cells.setdefault((row.what, row.op, row.by), {})[stage] = row.bytes
+    for name, by_stage in cells.items():
+        table.add_row(*name, *[format_bytes(by_stage[s]) if s in by_stage else "-" for s in STAGES])
+    table.add_section()
+    table.add_row("all", "", "", *[format_bytes(_sum(plan.traffic[stage])) for stage in STAGES])
+    return table
+
+
+def _sum(rows: list[Traffic]) -> int:
+    return sum(row.bytes for row in rows)

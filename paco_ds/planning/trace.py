@@ -1,0 +1,170 @@
+"""One micro-batch run without numbers: the model on the meta device, its steps on fake tensors, every byte seen.
+
+Nothing is guessed from the architecture: a forward, its loss and its backward are run on tensors that have shapes and
+dtypes but no memory; what autograd saves is read from its hooks, what lives when from the operations.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from paco_ds.key_queue import QueueSnapshot
+from paco_ds.losses import make_loss
+from paco_ds.losses.paco import ParametricContrastiveLoss
+from paco_ds.models.recogniser import Recogniser, make_recogniser
+from paco_ds.models.statistics import RunningStatistics
+from paco_ds.recipe import Recipe
+
+_ANY = (0.5, 0.5, 0.5)  # mean and deviation change no shape
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """Bytes of one micro-batch on one rank; float32 weights.
+
+    Attributes:
+        trained: elements of each trained parameter (query encoder, centers), in the order of the model.
+        followed: elements of each parameter of the key encoder.
+        buffers: bytes of the model's buffers.
+        statistics: elements of the running statistics that ranks average.
+        saved: what autograd keeps from forward to backward, weights and queue left out, each storage once; float
+            casts of weights under autocast are part of it.
+        logits: the part of `saved` that the loss adds (center logits, their softmax, contrasts).
+        key_peak: the most that lives while keys are made.
+        peak: the most that lives in forward, loss and backward, gradients of weights counted only while they are
+            handed over.
+        peak_with_gradients: the same while gradients of weights are kept as they come.
+    """
+
+    trained: tuple[int, ...]
+    followed: tuple[int, ...]
+    buffers: int
+    statistics: int
+    saved: int
+    logits: int
+    key_peak: int
+    peak: int
+    peak_with_gradients: int
+
+
+def trace_step(recipe: Recipe, class_counts: tuple[int, ...], autocast: bool) -> StepTrace:
+    """Run one micro-batch of a recipe on fake tensors. Takes seconds, and no memory to speak of."""
+    with torch.device("meta"):
+        model = make_recogniser(recipe, len(class_counts), _ANY, _ANY)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    followed = [p for p in model.parameters() if not p.requires_grad]
+    sizes: dict[str, Any] = {
+        "trained": tuple(p.numel() for p in trained),
+        "followed": tuple(p.numel() for p in followed),
+        "buffers": sum(b.nbytes for b in model.buffers()),
+        "statistics": sum(b.numel() for b in RunningStatistics(model).buffers),
+    }
+    loss = make_loss(recipe.loss, class_counts)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return StepTrace(**sizes, **_run(model.to_empty(device="cpu"), loss.to_empty(device="cpu"), recipe, autocast))
+
+
+def _run(model: Recogniser, loss: ParametricContrastiveLoss, recipe: Recipe, autocast: bool) -> dict[str, int]:
+    m, size, dim = recipe.step.micro_batch, recipe.views.query.size, recipe.model.projection_dim
+    images, labels = torch.empty(m, 3, size, size, dtype=torch.uint8), torch.zeros(m, dtype=torch.int64)
+    keys = queue = None
+    if recipe.loss.contrast:
+        keys = torch.empty(m, dim)
+        length, classes = recipe.queue.length, model.centers.out_features
+        queue = QueueSnapshot(
+            torch.empty(length, dim),
+            torch.zeros(length, dtype=torch.int64),
+            torch.empty(classes, dim),
+            torch.zeros(classes, dtype=torch.int64),
+        )
+    held = [*model.parameters(), *model.buffers(), *loss.buffers(), images, labels]
+    held += [t for t in (keys, *(vars(queue).values() if queue else ())) if t is not None]
+    live = LiveBytes(held)
+    cast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast)
+    found = {"key_peak": 0}
+    with live:
+        if recipe.loss.contrast:
+            with cast:
+                model(images, keys=True)
+            found["key_peak"] = live.peak
+            live.restart()
+        with torch.autograd.graph.saved_tensors_hooks(live.save, lambda tensor: tensor):
+            with cast:
+                logits, query = model(images)
+            in_model = live.saved
+            output = loss(labels, logits, query, keys, queue).loss
+            found |= {"saved": live.saved, "logits": live.saved - in_model}
+        del logits, query
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(live.hand_over_gradient)
+        output.backward()
+    return found | {"peak": live.peak, "peak_with_gradients": live.peak_with_gradients}
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations make while it is entered, for as long as they live.
+
+    Args:
+        held: tensors that are there anyway and are not counted.
+    """
+
+    def __init__(self, held: list[Tensor]) -> None:
+        super().__init__()
+        self._sizes: dict[int, int] = {t.untyped_storage()._cdata: 0 for t in held}
+        self._held = held  # keeps those storages, and with them their names, alive
+        self._saved: dict[int, int] = {}
+        self.live = self.peak = self.handed_over = self.peak_with_gradients = 0
+
+    def restart(self) -> None:
+        """Begin a new peak."""
+        self.peak = self.live
+
+    @property
+    def saved(self) -> int:
+        """Bytes saved for backward so far, each storage once."""
+        return sum(self._saved.values())
+
+    def save(self, tensor: Tensor) -> Tensor:
+        """The pack hook of autograd."""
+        name = tensor.untyped_storage()._cdata
+        self._saved[name] = self._sizes.get(name, tensor.untyped_storage().nbytes())
+        return tensor
+
+    def hand_over_gradient(self, parameter: Tensor) -> None:
+        """A gradient goes to whoever collects them."""
+        if parameter.grad is not None:
+            self.handed_over += parameter.grad.nbytes
+            parameter.grad = None
+            self._look()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._add(leaf)
+        return out
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        name = storage._cdata
+        if name not in self._sizes:
+            self._sizes[name] = storage.nbytes()
+            self.live += storage.nbytes()
+            weakref.finalize(storage, self._drop, name)
+            self._look()
+
+    def _drop(self, name: int) -> None:
+        self.live -= self._sizes.pop(name)
+
+    def _look(self) -> None:
+        self.peak = max(self.peak, self.live)
+        self.peak_with_gradients = max(self.peak_with_gradients, self.live + self.handed_over)

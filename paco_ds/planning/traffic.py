@@ -1,0 +1,108 @@
+"""Bytes that a rank sends to others in an optimizer step, by collective.
+
+Those of paco_ds are counted as `Ranks` counts them, to the byte. Those of DeepSpeed follow from the stage; a ring is
+assumed, as there: all_reduce sends 2 (W-1)/W of the tensor, reduce_scatter and all_gather (W-1)/W.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from paco_ds.distributed import MicroBatchLayout
+from paco_ds.key_exchange import key_exchange
+from paco_ds.planning.trace import StepTrace
+from paco_ds.randomness import Stream, permutation
+from paco_ds.recipe import Recipe
+from paco_ds.step import _Totals
+
+FLOAT = 4
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """One collective of a step.
+
+    Attributes:
+        what: what is moved.
+        op: the collective.
+        bytes: sent by this rank in a step.
+        by: "paco_ds", whose counters show exactly this, or "DeepSpeed".
+    """
+
+    what: str
+    op: str
+    bytes: int
+    by: str
+
+
+def plan_traffic(recipe: Recipe, trace: StepTrace, layout: MicroBatchLayout, zero: Any, step: int = 0) -> list[Traffic]:
+    """All collectives of global step `step` on rank `layout.rank`; none on one rank.
+
+    How many images leave a rank depends on the permutation of the step; on average it is (W-1)/W of its own.
+    """
+    if layout.world_size == 1:
+        return []
+    return [*_own(recipe, trace, layout, step), *_deepspeed(trace, layout, zero)]
+
+
+def counted_bytes(recipe: Recipe, trace: StepTrace, layout: MicroBatchLayout, steps: int) -> dict[str, int]:
+    """What the counters of `Ranks` show after the first `steps` steps: bytes by collective."""
+    sums: dict[str, int] = {}
+    for step in range(steps if layout.world_size > 1 else 0):
+        for each in _own(recipe, trace, layout, step):
+            sums[each.op] = sums.get(each.op, 0) + each.bytes
+    return sums
+
+
+def _own(recipe: Recipe, trace: StepTrace, layout: MicroBatchLayout, step: int) -> list[Traffic]:
+    W, m, A = layout.world_size, layout.micro_batch, layout.accumulation
+    rows = []
+    if recipe.loss.contrast:
+        if recipe.key_encoder.batch_norm == "shuffle":
+            lanes = permutation(layout.global_batch, Stream.KEY_GROUPS, recipe.seed, step)
+            exchange = key_exchange(lanes.reshape(layout.micro_batches, m), layout)
+            leaving = int(np.sum(exchange.send)) - exchange.send[layout.rank]
+            image = 3 * recipe.views.query.size**2
+            rows.append(Traffic("key images", "all_to_all", leaving * image, "paco_ds"))
+        packed = FLOAT * (A * m * (recipe.model.projection_dim + 1) + 1)  # keys, labels, a finite flag
+        rows.append(Traffic("keys and labels", "all_gather", packed * (W - 1), "paco_ds"))
+    totals = _Totals(torch.device("cpu")).vector.nbytes
+    rows.append(Traffic("loss, flags, probabilities", "all_reduce", _ring(2 * totals, W), "paco_ds"))
+    if trace.statistics:
+        rows.append(Traffic("running statistics", "all_reduce", _ring(2 * FLOAT * trace.statistics, W), "paco_ds"))
+    return rows
+
+
+def _deepspeed(trace: StepTrace, layout: MicroBatchLayout, zero: Any) -> list[Traffic]:
+    W, A = layout.world_size, layout.accumulation
+    trained = FLOAT * sum(trace.trained)
+    if zero.stage == 0:
+        return [Traffic("gradients", "all_reduce", _ring(2 * trained, W), "DeepSpeed")]
+    if zero.stage < 3:
+        # stage 2 reduces every micro-batch, stage 1 once a step
+        times = A if zero.stage == 2 else 1
+        own = FLOAT * 2 * -(-sum(trace.trained) // (2 * W))
+        return [
+            Traffic("gradients", "all_reduce", times * _ring(2 * trained, W), "DeepSpeed"),
+            Traffic("updated weights", "all_gather", own * (W - 1), "DeepSpeed"),
+        ]
+    scattered = sum(-(-n // W) for n in trace.trained) * FLOAT * (W - 1)
+    gathered = {
+        kind: sum(-(-n // W) for n in parameters if n >= zero.param_persistence_threshold) * FLOAT * (W - 1)
+        for kind, parameters in (("query", trace.trained), ("key", trace.followed))
+    }
+    kept = sum(-(-n // W) for n in trace.trained if n < zero.param_persistence_threshold) * FLOAT * (W - 1)
+    return [
+        Traffic("gradients", "reduce_scatter", A * scattered, "DeepSpeed"),
+        Traffic("weights of the key encoder", "all_gather", A * gathered["key"], "DeepSpeed"),
+        Traffic("weights for forward and backward", "all_gather", 2 * A * gathered["query"], "DeepSpeed"),
+        Traffic("small weights after the update", "all_gather", kept, "DeepSpeed"),
+    ]
+
+
+def _ring(both_ways: int, world_size: int) -> int:
+    return both_ways * (world_size - 1) // world_size

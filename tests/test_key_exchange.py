@@ -1,0 +1,63 @@
+"""The exchange of key images: the same as looping over ranks, and quick at a thousand of them."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from paco_ds.distributed import MicroBatchLayout
+from paco_ds.key_encoder import KeyEncoder
+from paco_ds.key_exchange import key_exchange
+from paco_ds.randomness import Stream, permutation
+
+
+def shuffled(M, m, step=0):
+    return permutation(M * m, Stream.KEY_GROUPS, 3, step).reshape(M, m)
+
+
+def looped(groups, layout):
+    """Rank by rank, as plainly as it can be said."""
+    m, W = layout.micro_batch, layout.world_size
+    of_rank = [[lane for j in range(r, layout.micro_batches, W) for lane in range(j * m, (j + 1) * m)] for r in range(W)]
+    owner = {lane: r for r, lanes in enumerate(of_rank) for lane in lanes}
+    wanted = [[int(lane) for g in range(r, layout.micro_batches, W) for lane in groups[g]] for r in range(W)]
+    outgoing = [[lane for lane in lanes if owner[lane] == layout.rank] for lanes in wanted]
+    rows = [of_rank[layout.rank].index(lane) for lanes in outgoing for lane in lanes]
+    source = [owner[lane] for lane in wanted[layout.rank]]
+    return rows, [len(lanes) for lanes in outgoing], [source.count(r) for r in range(W)]
+
+
+@pytest.mark.parametrize(("W", "M", "m"), [(1, 3, 2), (2, 4, 3), (3, 6, 5), (4, 4, 8), (6, 12, 1)])
+def test_rows_and_sizes_are_those_of_a_loop_over_ranks(W, M, m):
+    """Every rank of several layouts, accumulation included."""
+    groups = shuffled(M, m)
+    for rank in range(W):
+        layout = MicroBatchLayout(m, M, rank, W)
+        exchange = key_exchange(groups, layout)
+        assert (exchange.rows.tolist(), exchange.send, exchange.receive) == looped(groups, layout)
+
+
+@pytest.mark.parametrize(("W", "M", "m"), [(1, 3, 2), (2, 4, 3), (4, 8, 5)])
+def test_every_image_ends_in_its_group(W, M, m):
+    """The key encoder's exchange, played without ranks: images named by their lane arrive in group order."""
+    groups = shuffled(M, m, step=1)
+    layouts = [MicroBatchLayout(m, M, rank, W) for rank in range(W)]
+    own = [torch.tensor([lane for j in layout.own for lane in layout.lanes(j)]) for layout in layouts]
+    parts = []
+    for layout, lanes in zip(layouts, own, strict=True):
+        exchange = key_exchange(groups, layout)
+        parts.append(lanes[torch.from_numpy(exchange.rows)].split(exchange.send))
+    for layout in layouts:
+        arriving = torch.cat([part[layout.rank] for part in parts])
+
+        def exchange_rows(rows, send, receive, arriving=arriving, W=W):
+            assert sum(receive) == len(arriving)
+            assert len(send) == W
+            return arriving
+
+        encoder = KeyEncoder.__new__(KeyEncoder)
+        encoder.layout, encoder.batch_norm = layout, "shuffle"
+        encoder.ranks = SimpleNamespace(device="cpu", exchange=exchange_rows)
+        arrived = encoder._exchange_images(own[layout.rank], groups)
+        np.testing.assert_array_equal(arrived.numpy(), groups[layout.rank :: W].ravel())

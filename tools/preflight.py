@@ -1,0 +1,12 @@
+#!/usr/bin/env python3
+"""Say before a run what it will need: `tools/preflight.py --plan --recipe R --ranks N --gpu-memory 80GiB`."""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # The checkout need not be installed.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from paco_ds.preflight import main
+
+    sys.exit(main())

@@ -233,7 +233,8 @@ class RankWatchdog:
             return f"Run the same command again ({error})"
 
     def _say(self, what: str) -> None:
-        print(f"watchdog (rank {self.rank} of {self.world_size}): {what}", file=sys.stderr, flush=True)
+        with suppress(OSError):  # nobody may listen any more
+            print(f"watchdog (rank {self.rank} of {self.world_size}): {what}", file=sys.stderr, flush=True)
 
     def _end_process(self) -> None:
         for stream in (sys.stdout, sys.stderr):

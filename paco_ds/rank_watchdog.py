@@ -39,7 +39,7 @@ LOST_STATUS = os.EX_TEMPFAIL
 KEEPALIVE_IDLE, KEEPALIVE_INTERVAL, KEEPALIVE_PROBES = 10, 10, 3
 SETTLE = 1.0  # seconds: ranks of one host die one after the other, and belong into one message
 HEARSAY = 3.0  # seconds a rank whose collective failed waits to hear who was lost; more than SETTLE
-GRACE = 10.0  # seconds a rank that knows of a loss has to end by itself
+GRACE = 5.0  # seconds a rank that knows of a loss has to end by itself
 PATIENCE = 60.0  # seconds between lines about ranks that have not come yet
 _KEY = "paco_ds/rank_watchdog"  # in the store: where rank 0 listens
 
@@ -173,7 +173,10 @@ class RankWatchdog:
             return
         for message in messages:
             if link.rank is None:
-                self._greet(link, message)
+                if not self._greet(link, message):
+                    self._selector.unregister(link.socket)
+                    link.socket.close()
+                    return
             elif "over" in message:
                 self._over.add(link.rank)
             elif "failed" in message:
@@ -181,18 +184,19 @@ class RankWatchdog:
             elif "end" in message:
                 self._finish(message["end"], message["status"], alone="alone" in message)
 
-    def _greet(self, link: _Link, message: dict[str, Any]) -> None:
+    def _greet(self, link: _Link, message: dict[str, Any]) -> bool:
+        """Whether the one who connected is a rank of this job, the first of its number."""
         rank = message.get("rank")
-        if message.get("token") == self._token and isinstance(rank, int):
-            if rank not in self._links:
-                link.rank, link.host = rank, str(message.get("host"))
-                self._links[rank] = link
-                return
+        if message.get("token") != self._token or not isinstance(rank, int):
+            return False
+        if rank in self._links:
             port = os.environ["MASTER_PORT"]
             there = f"{self._describe([rank])} takes part already: does another job use --master_port {port}?"
             link.send({"end": there, "status": 1, "alone": True})
-        self._selector.unregister(link.socket)
-        link.socket.close()
+            return False
+        link.rank, link.host = rank, str(message.get("host"))
+        self._links[rank] = link
+        return True
 
     def _conclude(self) -> None:
         """Some ranks are gone."""

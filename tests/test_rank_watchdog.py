@@ -124,9 +124,10 @@ def test_strangers_and_doubles_are_sent_away(monkeypatch, capfd):
     """A port scanner, or another job on the same port, ends nobody but itself."""
     job = Job(monkeypatch, world_size=2)
     port = job.watchdogs[0]._listener.getsockname()[1]
-    with socket.create_connection(("127.0.0.1", port)) as stranger:
-        stranger.sendall(b"GET / HTTP/1.1\n")
-        assert stranger.recv(10) == b""
+    for hello in (b"GET / HTTP/1.1\n", b'{"rank": 1, "token": "guessed"}\n{"failed": "ha"}\n', b"[1]\n"):
+        with socket.create_connection(("127.0.0.1", port)) as stranger:
+            stranger.sendall(hello)
+            assert stranger.recv(10) == b""
     double = RankWatchdog(end=lambda status: job.ends.append(("double", status))).__enter__()
     eventually(lambda: job.ends == [("double", 1)])
     assert "takes part already: does another job use --master_port" in capfd.readouterr().err

@@ -19,6 +19,7 @@ setup(
         "torchvision>=0.24,<1",
         "deepspeed>=0.19,<0.20",
         "ninja>=1.11",
+        "psutil>=5.9,<8",
         "webdataset>=1.0,<2",
         "numpy>=2,<3",
         "opencv-python-headless>=4.11,<6",
@@ -34,7 +35,6 @@ setup(
         "dev": [
             "pytest>=8,<10",
             "pytest-timeout>=2.3,<3",
-            "psutil>=5.9,<8",
             "ruff>=0.9,<1",
             "mypy>=1.15,<3",
             "types-PyYAML>=6,<7",

@@ -205,6 +205,14 @@ def newest_checkpoint(run: Path) -> Checkpoint:
     raise CheckpointError(f"no checkpoint under {run / 'checkpoints'}: train with --output {run} first")
 
 
+def how_to_go_on(run: Path) -> str:
+    """What to do when a run was cut off; a glance at its folder, which reads and verifies nothing."""
+    steps = sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
+    if not steps:
+        return "There is no checkpoint yet: the same command starts again"
+    return f"Run the same command again to go on from step {steps[-1]}"
+
+
 def _kept(named: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
     """Walk through a collective to its end, keeping its tensors only where they are wanted."""
     kept = {}

@@ -30,9 +30,10 @@ def main(argv: list[str] | None = None) -> int:
     from paco_ds.evaluation.results import now, write_results
     from paco_ds.evaluation.runner import evaluate
     from paco_ds.models.recogniser import make_recogniser
+    from paco_ds.rank_watchdog import RankWatchdog
     from paco_ds.recipe_file import load_recipe
 
-    with report_user_errors():
+    with report_user_errors(), RankWatchdog():
         started = now()
         checkpoint = newest_checkpoint(arguments.run)
         recipe = load_recipe(arguments.run / "recipe.yaml", arguments.set)

@@ -23,10 +23,12 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     # not at the top: loader processes read this file again, and need no DeepSpeed
     from paco_ds import engine
+    from paco_ds.checkpoint import how_to_go_on
     from paco_ds.distributed import leave_job
+    from paco_ds.rank_watchdog import RankWatchdog
     from paco_ds.trainer import Trainer
 
-    with report_user_errors():
+    with report_user_errors(), RankWatchdog(lambda: how_to_go_on(arguments.output)):
         recipe = load_recipe(arguments.config, arguments.set)
         ranks = engine.start(recipe, arguments.expect_ranks)
         trainer = Trainer(recipe, arguments.output, ranks, arguments.stop_at_step)

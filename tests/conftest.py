@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 
+from tests.multinode.hosts import TwoHosts, why_not
 from tests.pool import RankPool
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -58,3 +59,13 @@ def striped_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     assert main([*arguments, "--shard-bytes", "40000"]) == 0
     return root / "shards"
+
+
+@pytest.fixture
+def two_hosts(tmp_path: Path) -> Iterator[TwoHosts]:
+    """node1 and node2, where the machine lets them be made; gone afterwards, whatever happened."""
+    if reason := why_not():
+        pytest.skip(f"no two hosts on this machine: {reason}")
+    hosts = TwoHosts(tmp_path)
+    yield hosts
+    hosts.close()

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -233,7 +235,7 @@ def _micro_batches(pipeline: wds.DataPipeline, workers: int) -> Iterator[MicroBa
         batch_size=None,
         num_workers=workers,
         multiprocessing_context=context if workers else None,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_begin_worker,
         pin_memory=torch.cuda.is_available(),
     )
     with _signals_blocked():
@@ -259,7 +261,8 @@ def _raising(batches: Iterator[MicroBatch | UserError]) -> Iterator[MicroBatch]:
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
     """Processes started here do not see SIGTERM and SIGINT: launchers send those to all of a rank's processes, and
-    the rank needs its images until the step under way is done. They end with the rank all the same."""
+    the rank needs its images until the step under way is done. They end with the rank all the same, even if that is
+    killed (`_begin_worker`)."""
     resource_tracker.ensure_running()  # which unblocks both when it starts
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     try:
@@ -268,6 +271,19 @@ def _signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _one_thread(worker: int) -> None:
+def _begin_worker(worker: int) -> None:
+    """One thread for the images, and one that ends this process when its rank is gone, however that went.
+
+    torch's loader looks for another parent instead, but the fork server stays: it waits for its workers. Workers
+    left over hold on to the rank's output, and so ssh and the launcher of other hosts wait for them.
+    """
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_the_rank, daemon=True).start()
+
+
+def _end_with_the_rank() -> None:
+    rank = multiprocessing.parent_process()
+    if rank is not None:
+        rank.join()  # not a child of ours: this waits for the pipe that only it holds open
+        os._exit(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from datetime import timedelta
 from typing import Protocol, TextIO
 
@@ -47,10 +48,22 @@ def progress_view(
     """
     if rank != 0:
         return NullProgress()
-    console = Console(file=sys.stdout if stream is None else stream)
+    console = Screen(file=sys.stdout if stream is None else stream)
     if console.is_terminal:
         return BarProgress(total_steps, first_step, epochs, console)
     return LineProgress(total_steps, first_step, epochs, every, console)
+
+
+class Screen(Console):
+    """A console whose watcher may leave: the ssh connection to this host ends before the run does.
+
+    That happens whenever a job over several hosts is stopped, just before its checkpoint is written.
+    """
+
+    def on_broken_pipe(self) -> None:
+        """Show nothing more; rich would end the process."""
+        with suppress(SystemExit):
+            super().on_broken_pipe()
 
 
 class NullProgress:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from dataclasses import replace
 
 from paco_ds.evaluation.accuracy import ShotAccuracy
@@ -71,3 +73,17 @@ def test_bar_shows_epoch_step_and_figures() -> None:
     view.close()
     for word in ("epoch 2/2", "20/20", "640 images/s", "loss 1.2500", "lr 0.05", "left", "note"):
         assert word in out.getvalue()
+
+
+def test_a_run_outlives_whoever_watched_it():
+    """A pipe that nobody reads any more (ssh has ended) ends the lines, not the process."""
+    program = (
+        "from paco_ds.metrics.progress import progress_view\n"
+        "view = progress_view(0, total_steps=9, first_step=0, epochs=1)\n"
+        "for _ in range(3):\n    view.message('x' * 100000)\n"
+        "raise SystemExit(7)"
+    )
+    process = subprocess.Popen([sys.executable, "-u", "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read().decode() == ""
+    assert process.wait(timeout=60) == 7

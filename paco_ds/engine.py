@@ -120,7 +120,23 @@ def start(recipe: Recipe, expect_ranks: int | None = None) -> Ranks:
         )
     MicroBatchLayout(recipe.step.micro_batch, recipe.step.micro_batches, rank, world_size)  # refused before waiting
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    return join_job(recipe.engine.threads, deepspeed.init_distributed)
+    ranks = join_job(recipe.engine.threads, deepspeed.init_distributed)
+    unname_shared_memory(ranks)
+    return ranks
+
+
+def unname_shared_memory(ranks: Ranks) -> None:
+    """Let the buffers of DeepSpeed's CPU collectives go with their processes, however these end.
+
+    DeepSpeed never unlinks them: each rank of each run would leave 66 MB of memory behind in /dev/shm. Once every
+    rank has mapped them their names are not needed. All ranks call this, after `deepspeed.init_distributed`.
+    """
+    if ranks.device.type != "cpu":
+        return
+    ranks.wait_for_all()
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{ranks.rank}"
+    Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 def initialise(

@@ -1,5 +1,6 @@
 """The benches measure what they say: same work on both sides, every bar with its keys. No time is asserted."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ import torch
 # As `python tools/bench/loss.py` has it: benches are scripts that find their shared module beside them.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools" / "bench"))
 
+import key_encoder
+import key_queue
 import loss
 import report
 
@@ -54,6 +57,41 @@ def test_the_benched_sizes_carry_the_bars():
     assert bars["128/8142/8192"] == (4, None, None)
     assert bars["32/8142/8192"] == (3, None, None)
     assert {size.classes for size in loss.SIZES} == {8142, 20_000, 100_000}
+
+
+def test_the_published_average_is_the_fused_one():
+    """The bench's rival does the same work."""
+    fused, rival = ([torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))] for _ in range(2))
+    query = [torch.nn.Parameter(torch.tensor([0.5, 4.0, 0.0]))]
+    torch._foreach_lerp_([p.data for p in fused], [p.data for p in query], 0.1)
+    key_encoder.published_update(rival, query, 0.9)
+    torch.testing.assert_close(fused[0], rival[0])
+
+
+def test_the_queues_length_where_sharding_pays_is_where_both_take_the_same_time():
+    """From times at one length: what grows with K is scaled, collectives are not."""
+    times = key_queue.Times(
+        class_sums=100.0,
+        logsumexp=50.0,
+        push=1,
+        digest=1,
+        shard_class_sums=30.0,
+        shard_logsumexp=45.0,
+        collectives=2.0,
+        gather=1,
+        gather_bytes=1,
+    )
+    K = times.keys_where_sharding_pays(accumulation=2, keys=1000)
+    replicated = (100 + 2 * 50) * K / 1000
+    assert replicated == pytest.approx((30 + 2 * 45) * K / 1000 + 2 * 2)
+    slower = dataclasses.replace(times, shard_class_sums=300.0)
+    assert slower.keys_where_sharding_pays(accumulation=2, keys=1000) == float("inf")
+
+
+def test_a_step_on_a_full_queue_leaves_it_full():
+    """What the queue's bench measures memory of."""
+    assert len(key_queue.full_queue(1000)) == 1000
+    assert key_queue.prepare_step(1000)().dtype == torch.int64
 
 
 def test_saved_bytes_counts_each_storage_once():

@@ -36,6 +36,7 @@ THRESHOLDS = {"all partitioned": 0, "DeepSpeed's default": 100_000}
 def update_milliseconds(repeats: int, overrides: Sequence[str], pixels: int) -> dict[str, float]:
     """Milliseconds of `ours`, `published`, `floor` and `step`, on one rank of its own process."""
     from paco_ds.data.stream import MicroBatch
+    from paco_ds.distributed import leave_job
 
     step, settings = _make_step({"stage": 0}, (*overrides, "step.micro_batches=1"))
     key = list(step.engine.module.key_encoder.parameters())
@@ -54,6 +55,7 @@ def update_milliseconds(repeats: int, overrides: Sequence[str], pixels: int) -> 
     }
     seconds = median_seconds(works, repeats)
     step.engine.destroy()
+    leave_job()
     return {name: 1000 * value for name, value in seconds.items()}
 
 
@@ -65,12 +67,15 @@ def published_update(key: Iterable[Parameter], query: Iterable[Parameter], momen
 
 def held_bytes(threshold: int, overrides: Sequence[str]) -> int:
     """Bytes that this rank holds of the key encoder's weights at stage 3."""
+    from paco_ds.distributed import leave_job
+
     zero = {"stage": 3, "stage3_param_persistence_threshold": threshold}
     step, settings = _make_step(zero, overrides)
     images = torch.zeros(2, 3, settings.views.key.size, settings.views.key.size, dtype=torch.uint8)
     step.engine(images, keys=True)
     held = sum(map(_bytes_of, step.engine.module.key_encoder.parameters()))
     step.engine.destroy()
+    leave_job()
     return held
 
 

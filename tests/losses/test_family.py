@@ -47,7 +47,8 @@ def test_gpaco_has_both_views_as_anchors():
         row_labels = torch.cat([both[torch.arange(8) != i], queue_labels])
         z = logits[i] + class_prior(COUNTS).double()
         log_p = torch.cat([z, rows @ torch.cat([q, k])[i] / 0.2]).log_softmax(0)
-        weight = torch.cat([torch.full((CLASSES,), 0.1 / (CLASSES - 1)), 0.05 * (row_labels == both[i])]).double()
+        centers = torch.full((CLASSES,), 0.1 / (CLASSES - 1), dtype=torch.float64)
+        weight = torch.cat([centers, 0.05 * (row_labels == both[i]).double()])
         weight[both[i]] = 0.9
         total = total - (weight * log_p).sum() / weight.sum() / 8
     inputs = (q, k, logits)

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from paco_ds.losses import queue_attention as module
@@ -108,6 +109,14 @@ def chosen_anew():
 
 def test_the_fused_kernel_is_chosen_on_the_cpu(chosen_anew):
     """It answers the question it is asked before use."""
+    assert module._chosen("cpu", torch.float32) is attend_flash_cpu
+
+
+def test_tracing_on_fake_tensors_does_not_spoil_the_choice(chosen_anew):
+    """Planning runs the loss without numbers, and may be the first to ask."""
+    with FakeTensorMode():
+        output_EBD, lse_EB = queue_attention(torch.empty(2, 4, 8), torch.empty(2, 1030, 8), 0.2)
+    assert (output_EBD.shape, lse_EB.shape) == ((2, 4, 8), (2, 4))
     assert module._chosen("cpu", torch.float32) is attend_flash_cpu
 
 

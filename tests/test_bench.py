@@ -15,6 +15,9 @@ import key_encoder
 import key_queue
 import loss
 import report
+import watching
+
+from paco_ds.losses import ParametricContrastiveLoss
 
 TINY = loss.Size(6, 9, 40, times_as_fast=1e9, share_of_floor=1e-9, share_of_memory=2.0)
 KEYS = ["name", "ours", "rival", "floor", "ratio", "bar", "holds"]
@@ -129,3 +132,31 @@ def test_bars_hold_at_their_limit(ratio, upper, lower):
     """Both directions, the limit included."""
     assert report.at_most("a", ratio, 2, ours=ratio).holds is upper
     assert report.at_least("a", ratio, 2, ours=ratio, rival=1.0).holds is lower
+
+
+class TestWatching:
+    def test_what_is_timed_gives_the_values_of_the_loss(self):
+        """Otherwise the bench would time something else; an anchor without a positive included."""
+        case = loss.make_case(TINY)
+        published = ParametricContrastiveLoss(alpha=loss.ALPHA, temperature=loss.TAU, log_prior_C=case.log_prior_C)
+        inputs = [case.labels_B, case.logits_BC, case.query_BD, case.key_BD, case.snapshot()]
+        output = published(*inputs)
+        expected = (
+            output.center_probability_B,
+            output.center_optimum_B,
+            output.positive_probability_B,
+            output.positive_optimum_B,
+        )
+        for ours, value in zip(watching.anchor_terms(published, inputs).values(published), expected, strict=True):
+            torch.testing.assert_close(ours, value, rtol=1e-4, atol=1e-7)
+
+    def test_added_is_computing_and_what_the_rest_takes_more_than_without(self, capsys, monkeypatch):
+        """The bar compares it with the step; lines end the output."""
+        figures = watching.Figures(100.0, 0.1, 0.5, 0.2, 0.06, 0.05, 0.04, 0.01)
+        assert figures.added_ms == pytest.approx(0.44)
+        monkeypatch.setattr(watching, "run_ranks", lambda ranks, repeats, sizes: [figures] * len(sizes))
+        assert watching.main(["--json"]) == 0
+        bars = [json.loads(line) for line in capsys.readouterr().out.splitlines()[-2:]]
+        assert [list(bar) for bar in bars] == [KEYS] * 2
+        assert [bar["ratio"] for bar in bars] == pytest.approx([0.0044] * 2)
+        assert [(bar["bar"], bar["holds"]) for bar in bars] == [("<= 0.01", True)] * 2

@@ -16,6 +16,7 @@ from deepspeed.accelerator import get_accelerator
 
 from paco_ds.distributed import MicroBatchLayout, Ranks, environment_ranks, join_job
 from paco_ds.errors import RecipeError, UserError
+from paco_ds.models.execution import prepare
 from paco_ds.models.recogniser import Recogniser
 from paco_ds.optimizer import GuardedSGD
 from paco_ds.recipe import Recipe
@@ -145,6 +146,7 @@ def initialise(
     """(DeepSpeed engine around the model, the optimizer inside it). Weights must stand in the model before."""
     stage = config.get("zero_optimization", {}).get("stage", 0)
     settings = recipe.optimizer
+    prepare(model, recipe.engine, stage)
     optimizer = GuardedSGD(
         [p for p in model.parameters() if p.requires_grad],
         recipe.lr,

@@ -207,6 +207,19 @@ class EngineSettings(Section):
     threads: Count | None = Field(None, description="CPU threads of a rank; cores / ranks on the host by default")
     max_refused: Count = Field(50, description="steps in a row that may change nothing, something not being finite")
     digest_every: Natural = Field(100, description="steps between proofs that ranks hold equal queues; 0: never")
+    channels_last: bool = Field(False, description="keep images and activations as N, H, W, C in memory")
+    activation_checkpointing: bool = Field(
+        False, description="keep only the inputs of residual blocks for backward and run the blocks again there"
+    )
+    compile: bool = Field(False, description="compile the encoders (torch.compile); ZeRO stages 0 to 2")
+
+    @model_validator(mode="after")
+    def _one_decides_what_is_recomputed(self) -> Self:
+        if self.compile and self.activation_checkpointing:
+            raise ValueError(
+                "compile and activation_checkpointing both decide what backward computes again; set one to false"
+            )
+        return self
 
 
 class CheckpointSettings(Section):

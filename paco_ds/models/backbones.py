@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from paco_ds.recipe import ModelSettings
 
@@ -20,6 +21,10 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)
+
+    def blocks(self) -> list[nn.Module]:
+        """The residual blocks, in order: the units of which activation checkpointing keeps the input alone."""
+        return [m for m in self.modules() if isinstance(m, (BasicBlock, Bottleneck, _BasicBlock))]
 
 
 def make_backbone(settings: ModelSettings) -> Backbone:

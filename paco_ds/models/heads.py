@@ -26,15 +26,19 @@ class Projection(nn.Sequential):
 
 
 class Normalize(nn.Module):
-    """uint8 images [B, 3, H, W] to float32 with the data set's channel mean and deviation (of the 0-1 range)."""
+    """uint8 images [B, 3, H, W] to float32 with the data set's channel mean and deviation (of the 0-1 range).
+
+    `memory_format` is that of the result; what follows keeps it.
+    """
 
     mean: Tensor
     std: Tensor
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
+        self.memory_format = torch.contiguous_format
         for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, 255 * torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        return (images.float() - self.mean) / self.std
+        return (images.contiguous(memory_format=self.memory_format).float() - self.mean) / self.std

@@ -12,7 +12,7 @@ from torch import Tensor
 from paco_ds import engine as ds
 from paco_ds.data.stream import MicroBatch
 from paco_ds.distributed import ByteCounter, MicroBatchLayout, Ranks
-from paco_ds.errors import TrainingError
+from paco_ds.errors import RecipeError, TrainingError
 from paco_ds.key_encoder import make_key_encoder
 from paco_ds.key_queue import KeyQueue
 from paco_ds.losses import make_loss
@@ -169,6 +169,15 @@ def message_after_a_flipped_bit(ranks: Ranks, what: str, rank: int) -> str:
         return str(error)
     finally:
         step.engine.destroy()
+    return ""
+
+
+def error_of_compile_at_stage_3(ranks: Ranks) -> str:
+    """What making a step says to compiled encoders at stage 3."""
+    try:
+        make_step(ranks, tiny_recipe("engine.compile=true"), deepspeed_config(3, autocast=False))
+    except RecipeError as error:
+        return str(error)
     return ""
 
 

@@ -96,16 +96,21 @@ def peak_extra_bytes(prepare: Callable[..., Callable[[], object]], *arguments: A
 
 def _peak_growth(prepare: Callable[..., Callable[[], object]], arguments: Sequence[Any]) -> int:
     work = prepare(*arguments)
-    # "5" sets VmHWM back to VmRSS (man 5 proc), without which the peak of the imports would hide ours.
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status_bytes("VmRSS")
+    reset_peak()
+    before = status_bytes("VmRSS")
     kept = work()
-    growth = _status_bytes("VmHWM") - before
+    growth = status_bytes("VmHWM") - before
     del kept
     return max(growth, 0)
 
 
-def _status_bytes(field: str) -> int:
+def reset_peak() -> None:
+    """Let this process's peak (VmHWM) begin at what is resident now, or the peak of the imports would hide ours."""
+    Path("/proc/self/clear_refs").write_text("5")  # man 5 proc
+
+
+def status_bytes(field: str) -> int:
+    """A field of /proc/self/status in bytes: VmRSS, resident memory, or VmHWM, its peak."""
     for line in Path("/proc/self/status").read_text().splitlines():
         name, _, value = line.partition(":")
         if name == field:

@@ -1,0 +1,76 @@
+"""How the model is executed, never what it computes: memory format, activation checkpointing, compilation.
+
+Each leaves losses and weights as they are but for rounding, so a run may switch them when it goes on.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from paco_ds.errors import RecipeError
+from paco_ds.models.recogniser import Recogniser
+from paco_ds.recipe import EngineSettings
+
+
+def prepare(model: Recogniser, settings: EngineSettings, stage: int) -> None:
+    """Apply `engine.channels_last`, `engine.activation_checkpointing` and `engine.compile` to a model, in place.
+
+    Names and shapes of parameters and buffers stay, so weights go in and out as ever.
+
+    Raises:
+        RecipeError: `engine.compile` at ZeRO stage 3.
+    """
+    if settings.compile and stage == 3:
+        raise RecipeError(
+            "engine.compile: ZeRO stage 3 gathers and frees the weights of each layer from outside the compiled code, "
+            "which cannot follow; set engine.compile=false, or engine.deepspeed to a file of stage 0, 1 or 2"
+        )
+    if settings.channels_last:
+        # Weights keep their format: ZeRO lays them out flat, and convolutions follow the format of the images.
+        model.normalize.memory_format = torch.channels_last
+    if settings.activation_checkpointing:
+        # Keys are made without gradient: nothing of the key encoder is kept anyway.
+        for block in model.query_encoder.backbone.blocks():
+            block.forward = types.MethodType(_recomputed_in_backward, block)
+    if settings.compile:
+        model.query_encoder.compile()
+        if model.key_encoder is not None:
+            model.key_encoder.compile()
+
+
+def _recomputed_in_backward(block: nn.Module, images: Tensor) -> Tensor:
+    """The block's own forward, of which only the input is kept for backward."""
+    forward = type(block).forward
+    if not torch.is_grad_enabled():
+        return forward(block, images)
+    return checkpoint(forward, block, images, use_reentrant=False, context_fn=partial(_contexts, block))
+
+
+def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """What surrounds the forward and its repetition during backward."""
+    return nullcontext(), _statistics_left_alone(block)
+
+
+@contextmanager
+def _statistics_left_alone(block: nn.Module) -> Iterator[None]:
+    """BatchNorm normalises as before but does not move its running statistics, which have seen this batch.
+
+    Without momentum they are replaced by themselves. Switching them off instead would save other tensors than the
+    forward did, which checkpointing refuses.
+    """
+    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, tracked) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, tracked

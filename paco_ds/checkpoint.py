@@ -121,7 +121,10 @@ class Checkpoints:
         return checkpoint
 
     def _check_meaning(self, checkpoint: Checkpoint) -> None:
-        saved, now = checkpoint.state["meaning"], json.loads(json.dumps(self.recipe.meaning()))
+        now = json.loads(json.dumps(self.recipe.meaning()))
+        # a setting younger than the checkpoint then was what it is by default
+        younger = {key: self.recipe.default(key) for key in now.keys() - checkpoint.state["meaning"].keys()}
+        saved = younger | checkpoint.state["meaning"]
         differences = [
             f"  {key}: {saved.get(key)!r} in the checkpoint, {now.get(key)!r} in this recipe"
             for key in sorted(saved.keys() | now.keys())

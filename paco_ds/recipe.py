@@ -289,6 +289,15 @@ class Recipe(Section):
         """The settings that decide what is learnt, as {dotted key: value}."""
         return dict(_leaves(self, ""))
 
+    def default(self, key: str) -> Any:
+        """What a setting, by its dotted key, is where nobody sets it; None for one that must be set."""
+        *path, name = key.split(".")
+        section: BaseModel = self
+        for part in path:
+            section = getattr(section, part)
+        field = type(section).model_fields[name]
+        return None if field.is_required() else field.get_default(call_default_factory=True)
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 

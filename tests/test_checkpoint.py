@@ -100,6 +100,21 @@ def test_another_recipe_or_other_shards_are_refused(tmp_path):
         Checkpoints(tmp_path, tiny_recipe(), "xyz").latest()
 
 
+def test_a_setting_younger_than_the_checkpoint_was_then_its_default(tmp_path):
+    """A new version goes on with a run of an older one, unless the recipe asks for what that could not do."""
+    save(tmp_path, 1)
+    path = tmp_path / "checkpoints" / "step-00000001" / "state.json"
+    state = json.loads(path.read_text())
+    del state["meaning"]["loss.contrast_scope"]
+    path.write_text(json.dumps(state))
+    assert Checkpoints(tmp_path, tiny_recipe(), "abc").latest().step == 1
+    younger = tiny_recipe("loss.contrast_scope=global_batch")
+    with pytest.raises(
+        CheckpointError, match=r"contrast_scope: 'micro_batch' in the checkpoint, 'global_batch' in this"
+    ):
+        Checkpoints(tmp_path, younger, "abc").latest()
+
+
 def test_a_rank_that_does_not_write_still_walks_through_the_collective(tmp_path):
     """Else the others would wait for it for ever."""
     walked = []

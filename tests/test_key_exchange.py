@@ -19,7 +19,9 @@ def shuffled(M, m, step=0):
 def looped(groups, layout):
     """Rank by rank, as plainly as it can be said."""
     m, W = layout.micro_batch, layout.world_size
-    of_rank = [[lane for j in range(r, layout.micro_batches, W) for lane in range(j * m, (j + 1) * m)] for r in range(W)]
+    of_rank = [
+        [lane for j in range(r, layout.micro_batches, W) for lane in range(j * m, (j + 1) * m)] for r in range(W)
+    ]
     owner = {lane: r for r, lanes in enumerate(of_rank) for lane in lanes}
     wanted = [[int(lane) for g in range(r, layout.micro_batches, W) for lane in groups[g]] for r in range(W)]
     outgoing = [[lane for lane in lanes if owner[lane] == layout.rank] for lanes in wanted]

@@ -158,9 +158,7 @@ def _while_queries_run(
     }
 
 
-def _while_weights_are_updated(
-    trace: StepTrace, layout: MicroBatchLayout, zero: Any, device: Device
-) -> dict[str, int]:
+def _while_weights_are_updated(trace: StepTrace, layout: MicroBatchLayout, zero: Any, device: Device) -> dict[str, int]:
     trained, own = FLOAT * sum(trace.trained), _share(trace.trained, layout.world_size)
     in_bucket = min(trained, FLOAT * zero.reduce_bucket_size)
     if zero.stage == 0:

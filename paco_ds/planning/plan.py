@@ -206,8 +206,8 @@ def _remedies(plan: Plan, config: dict[str, Any], gpu_memory: int) -> list[str]:
         for stage in STAGES:
             if fits(plan_memory(smaller, trace, classes, shape, _small_buckets(config, stage), device).total):
                 return [
-                    f"step.micro_batch={micro_batch} at ZeRO stage {stage} with bfloat16 autocast and reduce_bucket_size "
-                    f"{SMALL_BUCKET} (another model: BatchNorm and contrasts see {micro_batch} images)"
+                    f"step.micro_batch={micro_batch} at ZeRO stage {stage} with bfloat16 autocast and "
+                    f"reduce_bucket_size {SMALL_BUCKET} (another model: BatchNorm and contrasts see {micro_batch})"
                 ]
     return ["nothing here: a smaller backbone, smaller images, or GPUs with more memory"]
 

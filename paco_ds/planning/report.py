@@ -80,7 +80,7 @@ def _settings(plan: Plan) -> Table:
         "legal ranks": f"{legal}; for others --set step.micro_batches=(a multiple of them)",
         "learning rate": f"peak {recipe.lr:g}"
         + (f", {recipe.step.scale:g} x the recipe's: scaled, another model" if recipe.step.scale != 1 else ""),
-        "shards a rank": f"at most {plan.shards_per_rank} in an epoch, read in stretches of {recipe.data.window} images",
+        "shards a rank": f"at most {plan.shards_per_rank} in an epoch, in stretches of {recipe.data.window} images",
         "workers a rank": str(recipe.data.workers) if recipe.data.workers else "none, the rank loads by itself",
         "epoch": f"{plan.steps_per_epoch} steps" + _times(plan),
     }

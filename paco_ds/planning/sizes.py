@@ -21,7 +21,9 @@ def parse_bytes(text: str, setting: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in _UNITS or float(match[1]) == 0:
-        raise UserError(f"{setting} {text!r} is not a size above 0; write for example 80GiB (2^30 bytes) or 80GB (10^9)")
+        raise UserError(
+            f"{setting} {text!r} is not a size above 0; write for example 80GiB (2^30 bytes) or 80GB (10^9)"
+        )
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 

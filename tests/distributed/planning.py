@@ -1,0 +1,93 @@
+"""What the ranks of a pool run to check a plan: memory that a real step takes, bytes that it hands to collectives."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from paco_ds.distributed import Ranks
+from tests.distributed.runs import deepspeed_config, made_micro_batch, make_step
+from tests.recipes import tiny_recipe
+
+M_MMAP_THRESHOLD = -3
+
+
+def growth(ranks: Ranks, overrides: tuple[str, ...], stage: int, autocast: bool = False, give_back: bool = True) -> int:
+    """Peak resident memory over the start while a model is made and takes two steps.
+
+    Args:
+        give_back: the allocator returns blocks of a MiB and more when they are freed, as with
+            MALLOC_MMAP_THRESHOLD_=1048576. By itself glibc keeps what it likes of them for later.
+    """
+    libc = ctypes.CDLL(None)
+    if give_back:
+        assert libc.mallopt(M_MMAP_THRESHOLD, 2**20) == 1
+    gc.collect()
+    libc.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS (man 5 proc)
+    before = _status_bytes("VmRSS")
+    recipe = tiny_recipe(*overrides)
+    step = make_step(ranks, recipe, deepspeed_config(stage, autocast))
+    for number in range(2):
+        step(number, [made_micro_batch(recipe, number, j) for j in step.layout.own], recipe.lr)
+    peak = _status_bytes("VmHWM") - before
+    step.engine.destroy()
+    return peak
+
+
+def collectives(
+    ranks: Ranks, overrides: tuple[str, ...], stage: int, zero: dict[str, Any] | None = None
+) -> dict[str, int]:
+    """Bytes this rank sends in its third step, by collective, as torch's own operations show them."""
+    recipe = tiny_recipe(*overrides)
+    step = make_step(ranks, recipe, deepspeed_config(stage, autocast=False, **(zero or {})))
+    for number in range(3):
+        batches = [made_micro_batch(recipe, number, j) for j in step.layout.own]
+        with Collectives(ranks.world_size) as seen:
+            step(number, batches, recipe.lr)
+    step.engine.destroy()
+    return dict(seen.sent)
+
+
+class Collectives(TorchDispatchMode):
+    """Counts bytes of c10d operations, whoever calls them, by the convention of `Ranks`."""
+
+    def __init__(self, world_size: int) -> None:
+        super().__init__()
+        self.world_size = world_size
+        self.sent: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            name = func._schema.name.removeprefix("c10d::").strip("_")
+            W = self.world_size
+            # (output, input, ...) but for those that work in place
+            first, second = (sum(_bytes(t) for t in tree_leaves(a)) for a in (args[0], args[1]))
+            if "allreduce" in name:
+                self.sent["all_reduce"] += 2 * first * (W - 1) // W
+            elif "allgather" in name:
+                self.sent["all_gather"] += second * (W - 1)
+            elif "reduce_scatter" in name:
+                self.sent["reduce_scatter"] += first * (W - 1)
+            elif "alltoall" not in name:
+                self.sent[name] += first
+        return func(*args, **(kwargs or {}))
+
+
+def _bytes(leaf: Any) -> int:
+    return leaf.nbytes if isinstance(leaf, Tensor) else 0
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return int(value.split()[0]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")

@@ -1,0 +1,165 @@
+"""Owns the bench of what grows with the number of ranks: 1,024 of them simulated, without a model or a network.
+
+    python tools/bench/scale.py [--ranks 1024] [--repeats N] [--json]
+
+What one rank does in Python and on its host in a step, at the size the whole job has: its part of the order, who sends
+which key image to whom, the merging of everybody's keys, the queue. And what the first rank writes once, and every
+rank renders at each scrape, for Prometheus. The rival of the exchange is the same arithmetic as a loop over ranks.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+# The checkout need not be installed. This folder stays on the path, for the module that benches share.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from prometheus_client import generate_latest
+from report import Bar, at_least, at_most, median_seconds, print_bars, print_table
+
+from paco_ds.data.order import EpochOrder
+from paco_ds.distributed import MicroBatchLayout
+from paco_ds.key_encoder import KeyEncoder
+from paco_ds.key_exchange import key_exchange
+from paco_ds.key_queue import KeyQueue
+from paco_ds.metrics.exporter import Exporter, write_targets
+from paco_ds.metrics.log import StepRecord
+from paco_ds.randomness import Stream, permutation
+
+MICRO_BATCH, DIM, CLASSES, WINDOW = 32, 128, 8142, 64
+SHARDS, SAMPLES_PER_SHARD = 10_000, 1_400
+STEP_SECONDS = 0.1  # of one rank's host work in a step; a ResNet-50 step at m = 32 is about .15 s on an H100-class GPU
+
+
+@dataclass
+class Job:
+    """A job of `ranks` ranks as its last rank sees it, one micro-batch each."""
+
+    ranks: int
+
+    def __post_init__(self) -> None:
+        W = self.ranks
+        self.layout = MicroBatchLayout(MICRO_BATCH, W, W - 1, W)
+        self.groups = permutation(self.layout.global_batch, Stream.KEY_GROUPS, 1, 0).reshape(W, MICRO_BATCH)
+        counts = [SAMPLES_PER_SHARD] * max(SHARDS, -(-self.layout.global_batch // SAMPLES_PER_SHARD))
+        self.order = EpochOrder(counts, self.layout.global_batch, seed=1, epoch=0, window=WINDOW)
+        self.counts = counts
+        generator = torch.Generator().manual_seed(0)
+        self.packed = torch.randn(W, MICRO_BATCH * (DIM + 1) + 1, generator=generator)
+        labels = torch.randint(CLASSES, (W, MICRO_BATCH), generator=generator, dtype=torch.int32)
+        self.packed[:, MICRO_BATCH * DIM : -1] = labels.view(torch.float32)
+        self.queue = KeyQueue(4 * self.layout.global_batch, DIM)
+        self.encoder = KeyEncoder(
+            SimpleNamespace(module=SimpleNamespace(query_encoder=nn.Linear(1, 1), key_encoder=nn.Linear(1, 1))),
+            self.layout,
+            SimpleNamespace(rank=W - 1, world_size=W, device=torch.device("cpu"), gather=lambda rows: self.packed),  # type: ignore[arg-type]
+            momentum=0.999,
+            batch_norm="shuffle",
+            seed=1,
+        )
+        self.keys = self.merge()
+
+    def merge(self) -> tuple[Tensor, Tensor]:
+        """Everybody's keys and labels in lane order."""
+        own = torch.zeros(MICRO_BATCH, DIM), torch.zeros(MICRO_BATCH, dtype=torch.int64)
+        keys = self.encoder._collect(*own, self.groups)
+        return keys.keys_GD, keys.labels_G
+
+    def exchange_in_a_loop(self) -> tuple[np.ndarray, list[int], list[int]]:
+        """What :func:`key_exchange` gives, by a loop over all ranks."""
+        layout, groups, W = self.layout, self.groups, self.ranks
+        owner = np.arange(layout.global_batch) // layout.micro_batch % W
+        place = np.empty(layout.global_batch, dtype=np.int64)
+        for rank in range(W):
+            place[owner == rank] = np.arange(layout.accumulation * layout.micro_batch)
+        wanted = [groups[list(layout.owned_by(rank))].ravel() for rank in range(W)]
+        outgoing = [lanes[owner[lanes] == layout.rank] for lanes in wanted]
+        source = owner[wanted[layout.rank]]
+        receive = [int((source == rank).sum()) for rank in range(W)]
+        return place[np.concatenate(outgoing)], [len(lanes) for lanes in outgoing], receive
+
+
+def works(job: Job, folder: Path) -> dict[str, Callable[[], Any]]:
+    """Everything that is timed, by name."""
+    layout, W = job.layout, job.ranks
+    lanes = [lane for j in layout.own for lane in layout.lanes(j)]
+    exporter = _exporter()
+    addresses = [f"10.0.{rank // 256}.{rank % 256}:9400" for rank in range(W)]
+    return {
+        "order: an epoch made": lambda: EpochOrder(job.counts, layout.global_batch, seed=1, epoch=1, window=WINDOW),
+        "order: a window of 64 steps, one rank": lambda: job.order.window_ids(0, lanes),
+        "order: the same for all ranks' lanes": lambda: job.order.window_ids(0, range(layout.global_batch)),
+        "key groups drawn": lambda: permutation(layout.global_batch, Stream.KEY_GROUPS, 1, 1),
+        "exchange": lambda: key_exchange(job.groups, layout),
+        "exchange, a loop over ranks": job.exchange_in_a_loop,
+        "merging of gathered keys": job.merge,
+        "queue push": lambda: job.queue.push(*job.keys),
+        "queue snapshot": lambda: job.queue.snapshot(CLASSES),
+        "metrics_targets.json": lambda: write_targets(folder / "metrics_targets.json", addresses, "run"),
+        "/metrics rendered, one rank": lambda: generate_latest(exporter.registry),
+    }
+
+
+def _exporter() -> Exporter:
+    exporter = Exporter()
+    for reason in ("undecodable", "checksum"):
+        exporter.observe_bad_sample(reason)
+    for op in ("all_reduce", "all_gather", "all_to_all"):
+        exporter.add_collective_bytes(op, 1)
+    shots = {"many": 0.5, "medium": 0.5, "few": 0.5}
+    figures: dict[str, Any] = dict.fromkeys(StepRecord.__dataclass_fields__, 1.0)
+    figures |= {"center_probability": shots, "center_probability_optimum": shots}
+    exporter.observe_step(StepRecord(**figures), 32)
+    return exporter
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run, print, and return the exit status: a bench reports, it does not judge."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=1024)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", action="store_true", help="end with one JSON line per bar")
+    arguments = parser.parse_args(argv)
+    job = Job(arguments.ranks)
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = median_seconds(works(job, Path(folder)), arguments.repeats)
+    print_table(
+        f"{job.ranks} ranks, m = {MICRO_BATCH}, G = {job.layout.global_batch}, {sum(job.counts)} images in "
+        f"{len(job.counts)} shards, queue {len(job.queue.keys_KD)}",
+        ["what", "ms"],
+        [[name, f"{1000 * value:.2f}"] for name, value in seconds.items()],
+        caption="median; on the CPU, one rank's work unless said otherwise",
+    )
+    print_bars(bars(job.ranks, seconds), as_json=arguments.json)
+    return 0
+
+
+def bars(ranks: int, seconds: dict[str, float]) -> list[Bar]:
+    """A rank's host work of a step in total, and the exchange against the loop."""
+    window = seconds["order: a window of 64 steps, one rank"] / WINDOW
+    parts = ("key groups drawn", "exchange", "merging of gathered keys", "queue push", "queue snapshot")
+    step = window + sum(seconds[part] for part in parts)
+    ours, loop = seconds["exchange"], seconds["exchange, a loop over ranks"]
+    return [
+        at_most(f"a rank's host work of a step at {ranks} ranks, s", step, STEP_SECONDS, ours=step),
+        at_least(f"exchange at {ranks} ranks, times as fast as a loop", loop / ours, 10, ours=ours, rival=loop),
+        at_most(
+            f"all {ranks} ranks' windows of 64 steps, s",
+            seconds["order: the same for all ranks' lanes"],
+            5,
+            ours=seconds["order: the same for all ranks' lanes"],
+        ),
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -184,4 +184,6 @@ def _merged(output_SEBD: Tensor, lse_SEB: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over all keys from attention over each part of them."""
     if len(lse_SEB) == 1:
         return output_SEBD[0], lse_SEB[0]
-    return (lse_SEB.softmax(0)[..., None] * output_SEBD).sum(0), lse_SEB.logsumexp(0)
+    lse_EB = lse_SEB.logsumexp(0)
+    # Not softmax(0), whose bits depend on the number of threads.
+    return ((lse_SEB - lse_EB).exp()[..., None] * output_SEBD).sum(0), lse_EB

@@ -16,4 +16,4 @@ def test_loss_and_queue_serve_a_loop_without_deepspeed_or_shards():
     assert not {"deepspeed", "webdataset"} & set(vars(loop))
     chance, untrained = 0.1, loop.train(steps=0)
     assert untrained < 2.5 * chance
-    assert loop.train(steps=100) > 0.7
+    assert loop.train(steps=100) > 5 * chance

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paco_ds.models.backbones import make_backbone
+from paco_ds.models.backbones import Backbone, make_backbone
 from paco_ds.models.heads import Normalize, Projection
 from paco_ds.recipe import Recipe
 
@@ -21,7 +21,7 @@ from paco_ds.recipe import Recipe
 class Encoder(nn.Module):
     """Backbone and, where contrasts are made, projection: [B, 3, H, W] -> feature [B, F] and unit rows [B, D]."""
 
-    def __init__(self, backbone: nn.Module, projection: Projection | None) -> None:
+    def __init__(self, backbone: Backbone, projection: Projection | None) -> None:
         super().__init__()
         self.backbone, self.projection = backbone, projection
 

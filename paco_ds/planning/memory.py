@@ -112,15 +112,19 @@ def _static(
     parts["input images"] = images * (views * layout.accumulation if device == "cpu" else 1)
     if recipe.loss.contrast:
         dim, row = recipe.model.projection_dim, FLOAT * recipe.model.projection_dim + 8
-        queue = 2 * recipe.queue.length * row  # the ring, and the copy that a step holds against
-        parts["queue and keys"] = queue + classes * (FLOAT * dim + 8) + layout.global_batch * row
+        ring = recipe.queue.length * row
+        # with the keys of the whole step a step holds against a copy; else against the ring itself
+        copy = ring + layout.global_batch * row if recipe.loss.contrast_scope == "global_batch" else 0
+        present = min(classes, recipe.queue.length)
+        sums = (present + 1) * FLOAT * dim + classes * 16  # and each class's count and row
+        parts["queue and keys"] = ring + copy + sums + layout.global_batch * row
     return parts
 
 
 def _while_keys_are_made(
     recipe: Recipe, trace: StepTrace, layout: MicroBatchLayout, zero: Any, device: Device
 ) -> dict[str, int]:
-    if not recipe.loss.contrast:
+    if not recipe.loss.contrast or recipe.key_encoder is None:
         return {}
     moving = 0
     if recipe.key_encoder.batch_norm == "shuffle":

@@ -69,21 +69,25 @@ def trace_step(recipe: Recipe, class_counts: tuple[int, ...], autocast: bool) ->
     }
     loss = make_loss(recipe.loss, class_counts)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        return StepTrace(**sizes, **_run(model.to_empty(device="cpu"), loss.to_empty(device="cpu"), recipe, autocast))
+        parts: dict[str, Any] = _run(model.to_empty(device="cpu"), loss.to_empty(device="cpu"), recipe, autocast)
+    return StepTrace(**sizes, **parts)
 
 
 def _run(model: Recogniser, loss: ParametricContrastiveLoss, recipe: Recipe, autocast: bool) -> dict[str, int]:
     m, size, dim = recipe.step.micro_batch, recipe.views.query.size, recipe.model.projection_dim
     images, labels = torch.empty(m, 3, size, size, dtype=torch.uint8), torch.zeros(m, dtype=torch.int64)
     keys = queue = None
+    one_encoder = recipe.loss.contrast and recipe.key_encoder is None
     if recipe.loss.contrast:
-        keys = torch.empty(m, dim)
+        keys = None if one_encoder else torch.empty(m, dim)
         length, classes = recipe.queue.length, model.centers.out_features
         queue = QueueSnapshot(
             torch.empty(length, dim),
             torch.zeros(length, dtype=torch.int64),
-            torch.empty(classes, dim),
-            torch.zeros(classes, dtype=torch.int64),
+            class_count_C=torch.zeros(classes, dtype=torch.int64),
+            present_sum_RD=torch.empty(min(classes, length) + 1, dim),
+            row_C=torch.zeros(classes, dtype=torch.int64),
+            version=None,
         )
     held = [*model.parameters(), *model.buffers(), *loss.buffers(), images, labels]
     held += [t for t in (keys, *(vars(queue).values() if queue else ())) if t is not None]
@@ -91,16 +95,16 @@ def _run(model: Recogniser, loss: ParametricContrastiveLoss, recipe: Recipe, aut
     cast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast)
     found = {"key_peak": 0}
     with live:
-        if recipe.loss.contrast:
+        if recipe.loss.contrast and not one_encoder:
             with cast:
                 model(images, keys=True)
             found["key_peak"] = live.peak
             live.restart()
         with torch.autograd.graph.saved_tensors_hooks(live.save, lambda tensor: tensor):
             with cast:
-                logits, query = model(images)
+                logits, query = model(images, images) if one_encoder else model(images)
             in_model = live.saved
-            output = loss(labels, logits, query, keys, queue).loss
+            output = loss(labels.repeat(len(logits) // m), logits, query, keys, queue).loss
             found |= {"saved": live.saved, "logits": live.saved - in_model}
         del logits, query
         for parameter in model.parameters():

@@ -62,7 +62,7 @@ def _own(recipe: Recipe, trace: StepTrace, layout: MicroBatchLayout, step: int) 
     W, m, A = layout.world_size, layout.micro_batch, layout.accumulation
     rows = []
     if recipe.loss.contrast:
-        if recipe.key_encoder.batch_norm == "shuffle":
+        if recipe.key_encoder is not None and recipe.key_encoder.batch_norm == "shuffle":
             lanes = permutation(layout.global_batch, Stream.KEY_GROUPS, recipe.seed, step)
             exchange = key_exchange(lanes.reshape(layout.micro_batches, m), layout)
             leaving = int(np.sum(exchange.send)) - exchange.send[layout.rank]

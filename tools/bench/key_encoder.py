@@ -44,9 +44,9 @@ def update_milliseconds(repeats: int, overrides: Sequence[str], pixels: int) -> 
     flat = [torch.cat([p.detach().flatten() for p in parameters]) for parameters in (key, query)]
     m = settings.step.micro_batch
     generator = torch.Generator().manual_seed(0)
-    views = [torch.randint(0, 256, (m, 3, pixels, pixels), generator=generator, dtype=torch.uint8) for _ in range(2)]
+    query_view, key_view = torch.randint(0, 256, (2, m, 3, pixels, pixels), generator=generator, dtype=torch.uint8)
     labels = torch.randint(0, CLASSES, (m,), generator=generator)
-    micro_batch = MicroBatch(*views, labels, torch.arange(m), torch.ones(m, dtype=torch.bool))
+    micro_batch = MicroBatch(query_view, key_view, labels, torch.arange(m), torch.ones(m, dtype=torch.bool))
     works: dict[str, Callable[[], object]] = {
         "ours": lambda: step.key_encoder.update(0),
         "published": lambda: published_update(key, query, 0.999),

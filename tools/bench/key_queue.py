@@ -36,7 +36,7 @@ from report import MIB, Bar, at_most, median_seconds, peak_extra_bytes, print_ba
 from paco_ds.distributed import ByteCounter, MicroBatchLayout, Ranks, join_job, leave_job
 from paco_ds.key_encoder import gather_keys
 from paco_ds.key_queue import KeyQueue
-from paco_ds.losses.queue_attention import queue_logsumexp
+from paco_ds.losses.queue_attention import queue_attention
 
 DIM, CLASSES, TAU, MICRO_BATCH, MICRO_BATCHES = 128, 8142, 0.2, 32, 4
 WORLD_SIZES = (2, 4)
@@ -86,23 +86,28 @@ def anchors(count: int) -> Tensor:
     return F.normalize(torch.randn(count, DIM, generator=torch.Generator().manual_seed(1)))
 
 
+def attend(query_BD: Tensor, keys_KD: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp over the queue and its gradient."""
+    return queue_attention(query_BD[None], keys_KD[None], TAU)
+
+
 def times_of_a_rank(keys: int, repeats: int) -> Times:
     ranks = join_job(threads=1)
     W = ranks.world_size
     layout = MicroBatchLayout(MICRO_BATCH, MICRO_BATCHES, ranks.rank, W)
     queue, shard = full_queue(keys), full_queue(keys // W)
-    own, of_all = anchors(MICRO_BATCH).requires_grad_(), anchors(W * MICRO_BATCH).requires_grad_()
+    own, of_all = anchors(MICRO_BATCH), anchors(W * MICRO_BATCH)
     rows = anchors(layout.accumulation * MICRO_BATCH)
     labels = torch.zeros(len(rows), dtype=torch.int64)
     new_keys, new_labels = anchors(layout.global_batch), torch.zeros(layout.global_batch, dtype=torch.int64)
     works: dict[str, Callable[[], object]] = {
         "class_sums": lambda: queue.snapshot(CLASSES),
-        "logsumexp": lambda: queue_logsumexp(own, queue.keys_KD, TAU).sum().backward(),
+        "logsumexp": lambda: attend(own, queue.keys_KD),
         "push": lambda: queue.push(new_keys, new_labels),
         "digest": queue.digest,
         "shard_class_sums": lambda: shard.snapshot(CLASSES),
-        "shard_logsumexp": lambda: queue_logsumexp(of_all, shard.keys_KD, TAU).sum().backward(),
-        "collectives": lambda: exchange_of_shards(ranks, own.detach()),
+        "shard_logsumexp": lambda: attend(of_all, shard.keys_KD),
+        "collectives": lambda: exchange_of_shards(ranks, own),
         "gather": lambda: gather_keys(layout, ranks, rows, labels),
     }
     together = {name: _after_all(ranks, work) for name, work in works.items()}
@@ -142,12 +147,12 @@ def prepare_queue(keys: int) -> Callable[[], object]:
 
 def prepare_step(keys: int) -> Callable[[], object]:
     """What a step needs beside the queue: class sums, log-sum-exp and its gradient, push, and a digest."""
-    queue, query_BD = full_queue(keys), anchors(MICRO_BATCH).requires_grad_()
-    queue_logsumexp(query_BD, queue.keys_KD[:64], TAU).sum().backward()  # the threads are started
+    queue, query_BD = full_queue(keys), anchors(MICRO_BATCH)
+    attend(query_BD, queue.keys_KD[:64])  # the threads are started
 
     def step() -> object:
         snapshot = queue.snapshot(CLASSES)
-        queue_logsumexp(query_BD, snapshot.keys_ND, TAU).sum().backward()
+        attend(query_BD, snapshot.keys_ND)
         queue.push(anchors(MICRO_BATCH), torch.zeros(MICRO_BATCH, dtype=torch.int64))
         return queue.digest()
 

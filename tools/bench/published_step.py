@@ -39,6 +39,7 @@ class PublishedPaCo(nn.Module):
         super().__init__()
         self.encoder_q, self.linear = model.query_encoder, model.centers
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
+        assert recipe.key_encoder is not None
         self.momentum, self.seed, self.parts = recipe.key_encoder.momentum, recipe.seed, parts
         self.register_buffer("queue", queue_KD.clone())
         self.register_buffer("queue_labels", labels_K.clone())

@@ -7,7 +7,6 @@ import socket
 import sys
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ class Parts:
     """Wall seconds by part of a step. A part that runs inside another counts for itself alone."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = {}
         self._running: list[str] = []
         self._since = 0.0
 
@@ -49,13 +48,14 @@ class Parts:
 
     def take(self) -> dict[str, float]:
         """The seconds since the last call."""
-        taken, self.seconds = dict(self.seconds), Counter()
+        taken, self.seconds = self.seconds, {}
         return taken
 
     def _settle(self) -> None:
         now = time.perf_counter()
         if self._running:
-            self.seconds[self._running[-1]] += now - self._since
+            part = self._running[-1]
+            self.seconds[part] = self.seconds.get(part, 0.0) + now - self._since
         self._since = now
 
 
@@ -102,7 +102,8 @@ class RankGroup:
                 process.join()
 
     def _answers(self, what: str) -> list[Any]:
-        answers, problems = [], []
+        answers: list[Any] = []
+        problems: list[str] = []
         for rank, (_, pipe) in enumerate(self._ranks):
             if problems and not pipe.poll(10):  # it may wait for the one that failed
                 continue

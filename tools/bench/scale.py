@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 # The checkout need not be installed. This folder stays on the path, for the module that benches share.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -28,7 +28,7 @@ from report import Bar, at_least, at_most, median_seconds, print_bars, print_tab
 
 from paco_ds.data.order import EpochOrder
 from paco_ds.distributed import MicroBatchLayout
-from paco_ds.key_encoder import KeyEncoder
+from paco_ds.key_encoder import gather_keys
 from paco_ds.key_exchange import key_exchange
 from paco_ds.key_queue import KeyQueue
 from paco_ds.metrics.exporter import Exporter, write_targets
@@ -58,20 +58,13 @@ class Job:
         labels = torch.randint(CLASSES, (W, MICRO_BATCH), generator=generator, dtype=torch.int32)
         self.packed[:, MICRO_BATCH * DIM : -1] = labels.view(torch.float32)
         self.queue = KeyQueue(4 * self.layout.global_batch, DIM)
-        self.encoder = KeyEncoder(
-            SimpleNamespace(module=SimpleNamespace(query_encoder=nn.Linear(1, 1), key_encoder=nn.Linear(1, 1))),
-            self.layout,
-            SimpleNamespace(rank=W - 1, world_size=W, device=torch.device("cpu"), gather=lambda rows: self.packed),  # type: ignore[arg-type]
-            momentum=0.999,
-            batch_norm="shuffle",
-            seed=1,
-        )
+        self.ranks_of_job: Any = SimpleNamespace(gather=lambda rows: self.packed)
         self.keys = self.merge()
 
     def merge(self) -> tuple[Tensor, Tensor]:
         """Everybody's keys and labels in lane order."""
         own = torch.zeros(MICRO_BATCH, DIM), torch.zeros(MICRO_BATCH, dtype=torch.int64)
-        keys = self.encoder._collect(*own, self.groups)
+        keys = gather_keys(self.layout, self.ranks_of_job, *own, self.groups)
         return keys.keys_GD, keys.labels_G
 
     def exchange_in_a_loop(self) -> tuple[np.ndarray, list[int], list[int]]:

@@ -37,7 +37,7 @@ from paco_ds import engine as ds
 from paco_ds.data.manifest import SHOTS
 from paco_ds.data.stream import MicroBatch
 from paco_ds.distributed import MicroBatchLayout, Ranks, leave_job
-from paco_ds.key_encoder import KeyEncoder
+from paco_ds.key_encoder import make_key_encoder
 from paco_ds.key_queue import KeyQueue
 from paco_ds.losses import make_loss
 from paco_ds.losses.paco import LossOutput, ParametricContrastiveLoss
@@ -145,7 +145,6 @@ def make_step(recipe: Recipe, classes: int, ranks: Ranks) -> Step:
     layout = MicroBatchLayout(recipe.step.micro_batch, recipe.step.micro_batches, ranks.rank, ranks.world_size)
     model = make_recogniser(recipe, classes, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     engine, optimizer = ds.initialise(model, recipe, {"zero_optimization": {"stage": 1}}, layout)
-    encoder = recipe.key_encoder
     return Step(
         engine,
         optimizer,
@@ -153,7 +152,7 @@ def make_step(recipe: Recipe, classes: int, ranks: Ranks) -> Step:
         layout,
         ranks,
         [SHOTS[0] if count > 100 else SHOTS[2] if count < 20 else SHOTS[1] for count in counts],
-        KeyEncoder(engine, layout, ranks, momentum=encoder.momentum, batch_norm=encoder.batch_norm, seed=recipe.seed),
+        make_key_encoder(engine, recipe, layout, ranks, total_steps=1000),
         KeyQueue(recipe.queue.length, recipe.model.projection_dim, ranks.device),
     )
 
@@ -210,7 +209,8 @@ def small_works(
     exporter, log = Exporter(), MetricsLog(log_path)
     by_shot = {name: getattr(result, name) for name in asdict(result) if "probability" in name}
     record = StepRecord(1, 0, result.loss, 0.1, result.grad_norm, 400.0, 0.0, 0.1, 1.0, **by_shot)
-    quiet = replace(record, **{name: {} for name in by_shot})
+    nothing: dict[str, Any] = {name: {} for name in by_shot}
+    quiet = replace(record, **nothing)
 
     def add(outputs: LossOutput) -> None:
         totals = _Totals(device)

@@ -40,6 +40,7 @@ KEEPALIVE_IDLE, KEEPALIVE_INTERVAL, KEEPALIVE_PROBES = 10, 10, 3
 SETTLE = 1.0  # seconds: ranks of one host die one after the other, and belong into one message
 HEARSAY = 3.0  # seconds a rank whose collective failed waits to hear who was lost; more than SETTLE
 GRACE = 5.0  # seconds a rank that knows of a loss has to end by itself
+LINGER = 60.0  # seconds a rank 0 that fails stays for ranks that start later, to tell them
 PATIENCE = 60.0  # seconds between lines about ranks that have not come yet
 _KEY = "paco_ds/rank_watchdog"  # in the store: where rank 0 listens
 
@@ -64,6 +65,7 @@ class RankWatchdog:
         self._over: set[int] = set()  # ranks that have left in good order
         self._lost: dict[_Link, str] = {}  # links of ranks that went, and how; empty but while a loss settles
         self._status: int | None = None  # set once the job is to end
+        self._farewell: dict[str, Any] | None = None  # what a rank 0 that failed has to say, also to late ranks
         self._verdict, self._closing = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -89,7 +91,9 @@ class RankWatchdog:
         elif self.rank:
             self._tell({"failed": _reason(error)})
         else:
-            self._tell({"end": f"{self._describe([self.rank])} failed: {_reason(error)}", "status": 1})
+            self._farewell = {"end": f"{self._describe([self.rank])} failed: {_reason(error)}", "status": 1}
+            self._tell(self._farewell)
+            self._linger()
         self._closing.set()
         self._wake.send(b"x")
         self._thread.join()
@@ -149,6 +153,14 @@ class RankWatchdog:
         if self._status is not None and not self._closing.wait(GRACE):
             self._end_process()
 
+    def _linger(self) -> None:
+        """Ranks that are still on their way would look for rank 0 until their store's timeout, minutes."""
+        if self._awaited() and self._farewell is not None:
+            self._say(f"{self._farewell['end']} (telling {_ranks(self._awaited())}, for {LINGER:.0f} s at most)")
+        deadline = time.monotonic() + LINGER
+        while self._status is None and self._awaited() and time.monotonic() < deadline:
+            time.sleep(0.05)
+
     def _awaited(self) -> list[int]:
         """Ranks that rank 0 has not heard of yet."""
         if self.rank:
@@ -196,6 +208,8 @@ class RankWatchdog:
             return False
         link.rank, link.host = rank, str(message.get("host"))
         self._links[rank] = link
+        if self._farewell is not None:
+            link.send(self._farewell)
         return True
 
     def _conclude(self) -> None:

@@ -17,8 +17,6 @@ import loss
 import report
 import watching
 
-from paco_ds.losses import ParametricContrastiveLoss
-
 TINY = loss.Size(6, 9, 40, times_as_fast=1e9, share_of_floor=1e-9, share_of_memory=2.0)
 KEYS = ["name", "ours", "rival", "floor", "ratio", "bar", "holds"]
 
@@ -138,7 +136,7 @@ class TestWatching:
     def test_what_is_timed_gives_the_values_of_the_loss(self):
         """Otherwise the bench would time something else; an anchor without a positive included."""
         case = loss.make_case(TINY)
-        published = ParametricContrastiveLoss(alpha=loss.ALPHA, temperature=loss.TAU, log_prior_C=case.log_prior_C)
+        published = case.loss
         inputs = [case.labels_B, case.logits_BC, case.query_BD, case.key_BD, case.snapshot()]
         output = published(*inputs)
         expected = (

@@ -1,5 +1,6 @@
 """Plans of runs: sizes, what is counted on fake tensors, legal settings, verdicts, and what bad input is told."""
 
+import functools
 import json
 
 import pytest
@@ -105,7 +106,7 @@ def test_saved_bytes_on_fake_tensors_are_those_of_a_real_forward():
 
 def test_activations_grow_with_the_micro_batch_and_autocast_halves_most_of_them():
     """Proportional to m; bfloat16 has half the bytes, but for what stays float32."""
-    small, large = (trace_step(tiny_recipe(f"step.micro_batch={m}"), COUNTS, False) for m in (8, 16))
+    small, large = tiny_trace(), trace_step(tiny_recipe("step.micro_batch=16"), COUNTS, False)
     assert large.saved == pytest.approx(2 * small.saved, rel=0.02)
     half = trace_step(tiny_recipe("step.micro_batch=16"), COUNTS, True)
     assert 0.4 < half.saved / large.saved < 0.8
@@ -126,9 +127,14 @@ def _must_be_meta(tensor, *arguments, **named):
     return tensor
 
 
+@functools.cache
+def tiny_trace():
+    return trace_step(tiny_recipe(), COUNTS, False)
+
+
 def memory_of(stage, world_size, device="cpu", **zero):
     recipe = tiny_recipe("step.micro_batches=8")
-    trace = trace_step(recipe, COUNTS, False)
+    trace = tiny_trace()
     settings = zero_settings({"zero_optimization": {"stage": stage, **zero}})
     layout = MicroBatchLayout(8, 8, 0, world_size)
     return trace, plan_memory(recipe, trace, len(COUNTS), layout, settings, device)
@@ -155,9 +161,7 @@ def test_buckets_are_allocated_whole_on_a_gpu_and_resident_as_far_as_they_are_us
 
 def test_one_rank_sends_nothing():
     """And no part of the traffic divides by zero."""
-    recipe = tiny_recipe()
-    trace = trace_step(recipe, COUNTS, False)
-    assert plan_traffic(recipe, trace, MicroBatchLayout(8, 4, 0, 1), zero_settings({})) == []
+    assert plan_traffic(tiny_recipe(), tiny_trace(), MicroBatchLayout(8, 4, 0, 1), zero_settings({})) == []
 
 
 @pytest.mark.parametrize(
@@ -200,6 +204,13 @@ def test_ranks_that_do_not_divide_the_step_are_refused_with_the_legal_ones(zero1
     recipe = tiny_recipe(zero1)
     with pytest.raises(RecipeError, match=r"3 ranks .*legal numbers of ranks: 1, 2, 4.*step.micro_batches=6"):
         make_plan(recipe, 3, find_data(recipe, 1000, 10))
+
+
+def test_a_micro_batch_of_one_is_refused(zero1):
+    """BatchNorm would end the run at its first step."""
+    recipe = tiny_recipe(zero1, "step.micro_batch=1")
+    with pytest.raises(RecipeError, match=r"step.micro_batch is 1"):
+        make_plan(recipe, 1, find_data(recipe, 1000, 10))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from paco_ds.data.manifest import Manifest, load_manifest
 from paco_ds.data.order import EpochOrder
 from paco_ds.distributed import MicroBatchLayout
 from paco_ds.engine import read_deepspeed_config
-from paco_ds.errors import DataError, UserError
+from paco_ds.errors import DataError, RecipeError, UserError
 from paco_ds.planning.memory import Device, Memory, plan_memory, zero_settings
 from paco_ds.planning.trace import StepTrace, trace_step
 from paco_ds.planning.traffic import Traffic, plan_traffic
@@ -117,6 +117,8 @@ def make_plan(
         raise UserError(f"--ranks {ranks}: there must be at least one")
     if images_per_second is not None and not images_per_second > 0:
         raise UserError(f"--images-per-second {images_per_second:g}: it must be above 0")
+    if recipe.step.micro_batch < 2:
+        raise RecipeError("step.micro_batch is 1: BatchNorm has nothing to normalise over; give it at least 2 images")
     layout = MicroBatchLayout(recipe.step.micro_batch, recipe.step.micro_batches, 0, ranks)
     config = read_deepspeed_config(recipe.engine.deepspeed)
     order = EpochOrder(data.shards, layout.global_batch, seed=recipe.seed, epoch=0, window=recipe.data.window)
@@ -197,7 +199,7 @@ def _remedies(plan: Plan, config: dict[str, Any], gpu_memory: int) -> list[str]:
                     f"with reduce_bucket_size {SMALL_BUCKET}"
                 ]
     micro_batch = recipe.step.micro_batch
-    while micro_batch > 1:
+    while micro_batch > 2:  # BatchNorm of one image is nothing
         micro_batch = (micro_batch + 1) // 2
         step = recipe.step.model_copy(update={"micro_batch": micro_batch})
         smaller = recipe.model_copy(update={"step": step})

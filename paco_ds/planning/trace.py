@@ -73,7 +73,7 @@ def trace_step(recipe: Recipe, class_counts: tuple[int, ...], autocast: bool) ->
     return StepTrace(**sizes, **parts)
 
 
-def _run(model: Recogniser, loss: ParametricContrastiveLoss, recipe: Recipe, autocast: bool) -> dict[str, int]:
+def _run(model: Recogniser, loss: ParametricContrastiveLoss, recipe: Recipe, autocast: bool) -> dict[str, Any]:
     m, size, dim = recipe.step.micro_batch, recipe.views.query.size, recipe.model.projection_dim
     images, labels = torch.empty(m, 3, size, size, dtype=torch.uint8), torch.zeros(m, dtype=torch.int64)
     keys = queue = None

@@ -90,17 +90,13 @@ def _deepspeed(trace: StepTrace, layout: MicroBatchLayout, zero: Any) -> list[Tr
             Traffic("gradients", "all_reduce", times * _ring(2 * trained, W), "DeepSpeed"),
             Traffic("updated weights", "all_gather", own * (W - 1), "DeepSpeed"),
         ]
-    scattered = sum(-(-n // W) for n in trace.trained) * FLOAT * (W - 1)
-    gathered = {
-        kind: sum(-(-n // W) for n in parameters if n >= zero.param_persistence_threshold) * FLOAT * (W - 1)
-        for kind, parameters in (("query", trace.trained), ("key", trace.followed))
-    }
-    kept = sum(-(-n // W) for n in trace.trained if n < zero.param_persistence_threshold) * FLOAT * (W - 1)
+    # DeepSpeed gathers for every forward and backward, whatever the persistence threshold, and once more where its
+    # trace of the modules does not hold, which three kinds of forward in a step see to; less if it keeps some
+    query, key = (sum(-(-n // W) for n in each) * FLOAT * (W - 1) for each in (trace.trained, trace.followed))
     return [
-        Traffic("gradients", "reduce_scatter", A * scattered, "DeepSpeed"),
-        Traffic("weights of the key encoder", "all_gather", A * gathered["key"], "DeepSpeed"),
-        Traffic("weights for forward and backward", "all_gather", 2 * A * gathered["query"], "DeepSpeed"),
-        Traffic("small weights after the update", "all_gather", kept, "DeepSpeed"),
+        Traffic("gradients", "reduce_scatter", A * query, "DeepSpeed"),
+        Traffic("weights of the key encoder, at most", "all_gather", (A + 1) * key, "DeepSpeed"),
+        Traffic("weights for forward and backward, at most", "all_gather", (2 * A + 1) * query, "DeepSpeed"),
     ]
 
 

@@ -43,17 +43,19 @@ def growth(ranks: Ranks, overrides: tuple[str, ...], stage: int, autocast: bool 
 
 
 def collectives(
-    ranks: Ranks, overrides: tuple[str, ...], stage: int, zero: dict[str, Any] | None = None
-) -> dict[str, int]:
-    """Bytes this rank sends in its third step, by collective, as torch's own operations show them."""
+    ranks: Ranks, overrides: tuple[str, ...], stage: int, zero: dict[str, Any] | None = None, steps: int = 3
+) -> list[dict[str, int]]:
+    """Bytes this rank sends in each step, by collective, as torch's own operations show them."""
     recipe = tiny_recipe(*overrides)
     step = make_step(ranks, recipe, deepspeed_config(stage, autocast=False, **(zero or {})))
-    for number in range(3):
+    sent = []
+    for number in range(steps):
         batches = [made_micro_batch(recipe, number, j) for j in step.layout.own]
         with Collectives(ranks.world_size) as seen:
             step(number, batches, recipe.lr)
+        sent.append(dict(seen.sent))
     step.engine.destroy()
-    return dict(seen.sent)
+    return sent
 
 
 class Collectives(TorchDispatchMode):

@@ -47,18 +47,21 @@ def test_planned_bytes_are_those_of_the_counters(pool, world_size, overrides):
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_planned_bytes_of_deepspeed_are_those_it_sends(pool, stage):
-    """Two ranks, two micro-batches each; DeepSpeed's flags and norms, under a kilobyte, are not planned."""
-    zero = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
+    """Two ranks, two micro-batches each. DeepSpeed's flags and norms, a few bytes, are not planned; its gathers at
+    stage 3 are planned as a bound."""
     recipe = tiny_recipe()
-    seen = pool(2).run("tests.distributed.planning:collectives", overrides=(), stage=stage, zero=zero)
-    settings = zero_settings(deepspeed_config(stage, False, **zero))
-    for rank, sent in enumerate(seen):
-        planned = dict.fromkeys(sent, 0)
+    seen = pool(2).run("tests.distributed.planning:collectives", overrides=(), stage=stage)
+    settings = zero_settings(deepspeed_config(stage, False))
+    for rank, (*_, sent) in enumerate(seen):
+        planned: dict[str, int] = {}
         for row in plan_traffic(recipe, trace(), layout_of(recipe, rank, 2), settings, step=STEPS - 1):
-            if row.op != "all_to_all":
-                planned[row.op] = planned.get(row.op, 0) + row.bytes
-        for op in planned:
-            assert planned[op] == pytest.approx(sent.get(op, 0), abs=1024), (op, planned, sent)
+            planned[row.op] = planned.get(row.op, 0) + row.bytes
+        del planned["all_to_all"]  # known from the counters
+        for op, count in planned.items():
+            if (stage, op) == (3, "all_gather"):
+                assert count / 1.5 < sent[op] <= count
+            else:
+                assert count <= sent[op] <= count + 64, (op, planned, sent)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -264,7 +264,7 @@ class OptimaPage:
 
 
 @styled
-def _save(path: Path, charts: list[tuple[Callable[[FigureBase], None], float]]) -> None:
+def _save(path: Path, charts: Sequence[tuple[Callable[[FigureBase], None], float]]) -> None:
     """Charts, each a function that draws it and its height in inches, one above the other."""
     heights = [height for _, height in charts]
     figure = Figure(figsize=(FULL, sum(heights)))

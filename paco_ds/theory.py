@@ -172,7 +172,7 @@ def mean_optima(prior_C: Floats, alphas_A: Floats, queue_length: int, micro_batc
         K, probability = positives_distribution(float(prior), queue_length, micro_batch)
         positives.append(K @ probability)
         supcon.append(supcon_optimum(K) @ probability)
-        center.append(np.array([paco_optimum(K, float(alpha))[1] @ probability for alpha in alphas_A]))
+        center.append((1 / (1 + alphas_A1 * K)) @ probability)
     center_AC = np.stack(center, axis=1)[:, class_of]
     return Optima(np.array(positives)[class_of], np.array(supcon)[class_of], alphas_A1 * center_AC, center_AC)
 

@@ -161,8 +161,8 @@ def probability_chart(
         _curve(axes, x, optimum[shot], MUTED, dashes=(4, 2.5))
         _curve(axes, x, seen[shot], GROUP_COLORS[shot], band=True)
         axes.set_title(shot.capitalize(), color=GROUP_COLORS[shot], weight="bold", fontsize=9)
-        axes.set_ylim(0, top)
         axes.set_xlabel(x_label)
+    panels[0].set_ylim(0, top)  # of all panels, after the last: it ends where the greatest value asks for it
     panels[0].set_ylabel("probability")
     return figure
 

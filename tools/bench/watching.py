@@ -207,10 +207,14 @@ def small_works(
     shots_B = step._shots_C[labels_B]
     vector = _Totals(device).vector
     exporter, log = Exporter(), MetricsLog(log_path)
-    by_shot = {name: getattr(result, name) for name in asdict(result) if "probability" in name}
-    record = StepRecord(1, 0, result.loss, 0.1, result.grad_norm, 400.0, 0.0, 0.1, 1.0, **by_shot)
-    nothing: dict[str, Any] = {name: {} for name in by_shot}
-    quiet = replace(record, **nothing)
+    quiet = StepRecord(1, 0, result.loss, 0.1, result.grad_norm, 400.0, 0.0, 0.1, 1.0)
+    record = replace(
+        quiet,
+        center_probability=result.center_probability,
+        center_probability_optimum=result.center_probability_optimum,
+        positive_probability=result.positive_probability,
+        positive_probability_optimum=result.positive_probability_optimum,
+    )
 
     def add(outputs: LossOutput) -> None:
         totals = _Totals(device)

@@ -6,7 +6,7 @@ ever (NCCL), or end with an error that names nobody (gloo), and pdsh waits for t
 Every rank holds one TCP connection to rank 0, on which nothing is said while all is well. When a process dies, its
 kernel closes the connection; when a host vanishes, rank 0's kernel misses the answers to its keepalive probes. No
 process has to prove that it lives: a long evaluation, checkpoint or compilation cannot be mistaken for death, and a
-step costs nothing. Rank 0 tells the others; they notice by themselves when it is rank 0 that died.
+step sends nothing. Rank 0 tells the others; they notice by themselves when it is rank 0 that died.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ class RankWatchdog:
         self.rank, self.world_size, self._local_rank = environment_ranks()
         self._links: dict[int, _Link] = {}  # rank at the other end -> link
         self._over: set[int] = set()  # ranks that have left in good order
-        self._lost: dict[_Link, str] = {}  # links of ranks that went, and how; empty but while a loss settles
-        self._status: int | None = None  # set once the job is to end
-        self._farewell: dict[str, Any] | None = None  # what a rank 0 that failed has to say, also to late ranks
-        self._verdict, self._closing = threading.Event(), threading.Event()
+        self._lost: dict[_Link, str] = {}  # links of ranks that went, and how
+        self._known_at = 0.0  # time of the first loss, then of the verdict
+        self._end_of_job: dict[str, Any] = {}  # the message to the others, once the job is to end
+        self._verdict, self._closing, self._all_here = threading.Event(), threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> RankWatchdog:
@@ -75,6 +75,11 @@ class RankWatchdog:
             self._connect()
             self._thread = threading.Thread(target=self._watch, name="rank-watchdog", daemon=True)
             self._thread.start()
+            try:
+                self._wait_for_all()
+            except BaseException as error:
+                self.__exit__(type(error), error, error.__traceback__)
+                raise
         return self
 
     def __exit__(
@@ -132,26 +137,38 @@ class RankWatchdog:
             self._links[0] = link
             self._selector.register(first, selectors.EVENT_READ, link)
 
+    def _wait_for_all(self) -> None:
+        """Rank 0 goes on once it has heard of every rank: one that fails early can then be told to all.
+
+        Raises:
+            UserError: some did not come; they are named.
+        """
+        if self.rank == 0 and not self._all_here.wait(timeout := _start_timeout()):
+            raise UserError(
+                f"{_ranks(self._awaited())} of {self.world_size} did not start within {timeout / 60:g} minutes "
+                f"(DEEPSPEED_TIMEOUT): look for messages of those hosts above, and whether ssh reaches them"
+            )
+
     def _watch(self) -> None:
-        """Sleep until a connection has something to say; in a thread of its own."""
-        lost_at = said_at = time.monotonic()
-        while self._status is None and not self._closing.is_set():
-            timeout = SETTLE if self._lost else PATIENCE if self._awaited() else None
-            for key, _ in self._selector.select(timeout):
+        """Listen to all connections; in a thread of its own, which sleeps but for a look at the clock a second."""
+        said_at = time.monotonic()
+        while not self._closing.is_set():
+            for key, _ in self._selector.select(SETTLE):
                 if key.fileobj is self._listener:
                     self._accept()
                 elif key.data is not None:
                     self._hear(key.data)
-            now = time.monotonic()
-            if not self._lost:
-                lost_at = now
-            elif now - lost_at >= SETTLE:
+            now, awaited = time.monotonic(), self._awaited()
+            if self._verdict.is_set():
+                # those still to come would look for rank 0 in vain
+                if now - self._known_at >= (PATIENCE if awaited else GRACE):
+                    self._end_process()
+                    return
+            elif self._lost and now - self._known_at >= SETTLE:
                 self._conclude()
-            if self._awaited() and now - said_at >= PATIENCE:
+            elif awaited and now - said_at >= PATIENCE:
                 said_at = now
-                self._say(f"still waiting for {_ranks(self._awaited())} of {self.world_size} to start")
-        if self._status is not None and not self._closing.wait(GRACE):
-            self._end_process()
+                self._say(f"still waiting for {_ranks(awaited)} of {self.world_size} to start")
 
     def _linger(self) -> None:
         """Ranks that are still on their way would look for rank 0 until their store's timeout, minutes."""
@@ -181,6 +198,7 @@ class RankWatchdog:
             if link.rank is None:  # not one of ours
                 link.socket.close()
             elif link.rank not in self._over:
+                self._known_at = self._known_at or time.monotonic()
                 self._lost.setdefault(link, _how(error))
             return
         for message in messages:
@@ -208,8 +226,10 @@ class RankWatchdog:
             return False
         link.rank, link.host = rank, str(message.get("host"))
         self._links[rank] = link
-        if self._farewell is not None:
-            link.send(self._farewell)
+        if self._end_of_job:
+            link.send(self._end_of_job)
+        if not self._awaited():
+            self._all_here.set()
         return True
 
     def _conclude(self) -> None:
@@ -222,11 +242,11 @@ class RankWatchdog:
 
     def _finish(self, message: str, status: int, alone: bool = False) -> None:
         """The job is to end; `alone`: nobody else on this host may have heard why."""
-        if self._status is not None:
+        if self._verdict.is_set():
             return
-        self._status = status
+        self._end_of_job, self._known_at = {"end": message, "status": status}, time.monotonic()
         if self.rank == 0:
-            self._tell({"end": message, "status": status})
+            self._tell(self._end_of_job)
         if self._local_rank == 0 or alone:  # once a host is enough
             self._say(message)
         self._verdict.set()
@@ -259,7 +279,7 @@ class RankWatchdog:
             with suppress(Exception):
                 stream.flush()
         # not sys.exit: the destructors of a process group whose member is gone may wait for it
-        self._end(self._status or LOST_STATUS)
+        self._end(self._end_of_job["status"])
 
 
 class _Link:
@@ -311,25 +331,27 @@ def _store_of_the_job(rank: int, world_size: int) -> TCPStore:
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun serves it
-    minutes = int(os.environ.get("DEEPSPEED_TIMEOUT", 10))
     try:
         return TCPStore(
             address,
             port,
             world_size,
             is_master=rank == 0 and not agent,
-            timeout=timedelta(minutes=minutes),
+            timeout=timedelta(seconds=_start_timeout()),
             wait_for_workers=False,
             multi_tenant=True,
         )
     except DistError as error:
-        remedy = (
-            "give another --master_port, if another job has this one"
-            if rank == 0
-            else f"look for rank 0's own message (waited {minutes} minutes, DEEPSPEED_TIMEOUT), and whether this host "
-            f"reaches {address}"
-        )
+        remedy = "give another --master_port, if another job has this one"
+        if rank:
+            waited = f"waited {_start_timeout() / 60:g} minutes, DEEPSPEED_TIMEOUT"
+            remedy = f"look for rank 0's own message ({waited}), and whether this host reaches {address}"
         raise UserError(f"no store of the job at {address}, TCP port {port}: {remedy}. {error}") from None
+
+
+def _start_timeout() -> float:
+    """Seconds until ranks that do not come are given up; DeepSpeed's own setting and default."""
+    return 60.0 * int(os.environ.get("DEEPSPEED_TIMEOUT", 10))
 
 
 def _listen(world_size: int) -> socket.socket:

@@ -1,5 +1,6 @@
 """The rank watchdog's talk between ranks, in one process: real sockets and store, ends that are only noted."""
 
+import json
 import socket
 import threading
 import time
@@ -19,19 +20,28 @@ class Job:
 
     def __init__(self, monkeypatch, world_size=4, started=None):
         monkeypatch.setattr(rank_watchdog, "SETTLE", 0.3)
-        monkeypatch.setattr(rank_watchdog, "HEARSAY", 1.0)
+        monkeypatch.setattr(rank_watchdog, "HEARSAY", 2.0)
         monkeypatch.setattr(rank_watchdog, "GRACE", 0.2)
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(_free_port()))
         monkeypatch.setenv("WORLD_SIZE", str(world_size))
-        self.ends = []
-        self.watchdogs = []
+        self.ends, self.watchdogs, self.errors = [], [], []
         for rank in range(world_size if started is None else started):
             monkeypatch.setenv("RANK", str(rank))
             monkeypatch.setenv("LOCAL_RANK", str(rank % 2))
             end = lambda status, rank=rank: self.ends.append((rank, status))  # noqa: E731
-            self.watchdogs.append(RankWatchdog(lambda: "Go on from step 7", end).__enter__())
-        eventually(lambda: len(self.watchdogs[0]._links) == len(self.watchdogs) - 1)
+            self.watchdogs.append(RankWatchdog(lambda: "Go on from step 7", end))
+        self.starts = [threading.Thread(target=self._enter, args=(each,)) for each in self.watchdogs]
+        for start in self.starts:
+            start.start()
+        for start in self.starts[0 if started is None else 1 :]:  # rank 0 waits for all
+            start.join()
+
+    def _enter(self, watchdog):
+        try:
+            watchdog.__enter__()
+        except UserError as error:
+            self.errors.append(str(error))
 
     def kill(self, rank):
         """What the kernel does with the connections of a process that is gone."""
@@ -143,6 +153,7 @@ def test_strangers_and_doubles_are_sent_away(monkeypatch, capfd):
         with socket.create_connection(("127.0.0.1", port)) as stranger:
             stranger.sendall(hello)
             assert stranger.recv(10) == b""
+    monkeypatch.setenv("RANK", "1")
     double = RankWatchdog(end=lambda status: job.ends.append(("double", status))).__enter__()
     eventually(lambda: job.ends == [("double", 1)])
     assert "takes part already: does another job use --master_port" in capfd.readouterr().err
@@ -153,28 +164,45 @@ def test_strangers_and_doubles_are_sent_away(monkeypatch, capfd):
 
 
 def test_ranks_that_do_not_come_are_named(monkeypatch, capfd):
-    """While the process group waits in silence."""
-    monkeypatch.setattr(rank_watchdog, "PATIENCE", 0.2)
+    """First while they are waited for, then as the reason for which the job ends."""
+    monkeypatch.setattr(rank_watchdog, "PATIENCE", 0.4)
+    monkeypatch.setattr(rank_watchdog, "_start_timeout", lambda: 2.0)
     job = Job(monkeypatch, world_size=9, started=2)
-    said = []
-    eventually(lambda: said.append(capfd.readouterr().err) or "still waiting for ranks 2-8 of 9" in "".join(said))
-    job.close()
+    job.starts[0].join()
+    assert job.errors[0].startswith("ranks 2-8 of 9 did not start within 0.0333333 minutes (DEEPSPEED_TIMEOUT)")
+    assert "still waiting for ranks 2-8 of 9 to start" in capfd.readouterr().err
+    eventually(lambda: job.ends == [(1, 1)])
+    job.close(1)
+
+
+def test_a_rank_that_comes_when_all_is_over_is_told(monkeypatch):
+    """Else it would look for rank 0 for ten minutes."""
+    monkeypatch.setattr(rank_watchdog, "PATIENCE", 20.0)
+    job = Job(monkeypatch, world_size=3, started=2)
+    job.watchdogs[1].__exit__(UserError, UserError("no shards here"), None)
+    eventually(job.watchdogs[0]._verdict.is_set)
+    time.sleep(0.6)
+    assert job.ends == []  # rank 0 stays for the third
+    monkeypatch.setenv("RANK", "2")
+    late = RankWatchdog(end=lambda status: job.ends.append((2, status))).__enter__()
+    eventually(lambda: sorted(set(job.ends)) == [(0, 1), (2, 1)])
+    late.__exit__(None, None, None)
+    job.close(0)
 
 
 def test_a_thousand_ranks(monkeypatch, capfd):
     """Rank 0 holds a connection to each; the loss of a host of 8 is one line."""
-    monkeypatch.setattr(rank_watchdog, "PATIENCE", 60.0)
     job = Job(monkeypatch, world_size=1024, started=1)
     first = job.watchdogs[0]
+    eventually(lambda: first._thread)
     port = first._listener.getsockname()[1]
     with ExitStack() as stack:
         others = {}
         for rank in range(1, 1024):
             others[rank] = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
-            others[rank].sendall(
-                b'{"rank": %d, "token": "%s", "host": "node%d"}\n' % (rank, first._token.encode(), rank // 8)
-            )
-        eventually(lambda: len(first._links) == 1023)
+            about = {"rank": rank, "token": first._token, "host": f"node{rank // 8}"}
+            others[rank].sendall(json.dumps(about).encode() + b"\n")
+        job.starts[0].join()
         for rank in range(800, 808):
             others[rank].close()
         eventually(lambda: job.ends)

@@ -40,7 +40,6 @@ KEEPALIVE_IDLE, KEEPALIVE_INTERVAL, KEEPALIVE_PROBES = 10, 10, 3
 SETTLE = 1.0  # seconds: ranks of one host die one after the other, and belong into one message
 HEARSAY = 3.0  # seconds a rank whose collective failed waits to hear who was lost; more than SETTLE
 GRACE = 5.0  # seconds a rank that knows of a loss has to end by itself
-LINGER = 60.0  # seconds a rank 0 that fails stays for ranks that start later, to tell them
 PATIENCE = 60.0  # seconds between lines about ranks that have not come yet
 _KEY = "paco_ds/rank_watchdog"  # in the store: where rank 0 listens
 
@@ -96,9 +95,7 @@ class RankWatchdog:
         elif self.rank:
             self._tell({"failed": _reason(error)})
         else:
-            self._farewell = {"end": f"{self._describe([self.rank])} failed: {_reason(error)}", "status": 1}
-            self._tell(self._farewell)
-            self._linger()
+            self._tell({"end": f"{self._describe([self.rank])} failed: {_reason(error)}", "status": 1})
         self._closing.set()
         self._wake.send(b"x")
         self._thread.join()
@@ -169,14 +166,6 @@ class RankWatchdog:
             elif awaited and now - said_at >= PATIENCE:
                 said_at = now
                 self._say(f"still waiting for {_ranks(awaited)} of {self.world_size} to start")
-
-    def _linger(self) -> None:
-        """Ranks that are still on their way would look for rank 0 until their store's timeout, minutes."""
-        if self._awaited() and self._farewell is not None:
-            self._say(f"{self._farewell['end']} (telling {_ranks(self._awaited())}, for {LINGER:.0f} s at most)")
-        deadline = time.monotonic() + LINGER
-        while self._status is None and self._awaited() and time.monotonic() < deadline:
-            time.sleep(0.05)
 
     def _awaited(self) -> list[int]:
         """Ranks that rank 0 has not heard of yet."""

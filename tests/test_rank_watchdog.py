@@ -119,21 +119,6 @@ def test_a_rank_that_fails_gives_its_reason_to_all(monkeypatch, capfd, culprit):
     assert "lost" not in said
 
 
-def test_a_rank_that_starts_after_rank_0_has_failed_is_told(monkeypatch, capfd):
-    """Its host took longer; else it would look for rank 0 until the store's timeout, ten minutes."""
-    job = Job(monkeypatch, world_size=2, started=1)
-    error = UserError("no such interface")
-    leaving = threading.Thread(target=job.watchdogs[0].__exit__, args=(UserError, error, None))
-    leaving.start()
-    eventually(lambda: "no such interface (telling rank 1" in capfd.readouterr().err)
-    monkeypatch.setenv("RANK", "1")
-    late = RankWatchdog(end=lambda status: job.ends.append((1, status))).__enter__()
-    eventually(lambda: job.ends == [(1, 1)])
-    leaving.join(5)
-    assert not leaving.is_alive()
-    late.__exit__(None, None, None)
-
-
 def test_a_collective_that_fails_because_of_a_loss_is_explained_by_it(monkeypatch):
     """gloo's own error names nobody; the rank waits for the verdict instead of showing it."""
     job = Job(monkeypatch)

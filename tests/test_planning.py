@@ -181,7 +181,7 @@ def test_a_plan_says_steps_rate_and_time(zero1):
     assert said["legal_ranks"] == [1, 2, 4, 8]
     assert (said["accumulation"], said["steps_per_epoch"]) == (2, 1000 // 64)
     assert said["seconds_per_epoch"] == pytest.approx(15 * 64 / 32)
-    assert said["shards_per_rank"] == 1
+    assert said["shards_per_rank"] is None
     for memory in plan.memory.values():
         assert set(memory.parts) == set(PARTS)
         assert memory.total == sum(memory.parts.values())

@@ -25,19 +25,19 @@ FLOAT = 4
 Device = Literal["cuda", "cpu"]
 
 PARTS = (
-    "query encoder and centers",
+    "query encoder, centers",
     "key encoder",
-    "weights gathered in use",
-    "copy of the own weights",
+    "weights gathered",
+    "own weights, copy",
     "momentum",
     "gradients",
     "reduction buckets",
     "update",
     "queue and keys",
     "input images",
-    "activations for backward",
+    "saved for backward",
     "logits and contrasts",
-    "forward and backward beside them",
+    "working memory",
     "buffers",
 )
 
@@ -93,19 +93,19 @@ def _static(
     own = _share(trace.trained, W)
     parts = {"buffers": trace.buffers + 2 * FLOAT * trace.statistics, "momentum": trained if zero.stage == 0 else own}
     if zero.stage < 3:
-        parts |= {"query encoder and centers": trained, "key encoder": followed}
+        parts |= {"query encoder, centers": trained, "key encoder": followed}
     else:
         persistent = sum(n for n in trace.trained + trace.followed if n < zero.param_persistence_threshold)
         parts |= {
-            "query encoder and centers": own,
+            "query encoder, centers": own,
             "key encoder": _share(trace.followed, W),
             # on one rank a gathered weight is the partition itself
-            "weights gathered in use": FLOAT * persistent if W > 1 else 0,
+            "weights gathered": FLOAT * persistent if W > 1 else 0,
             "gradients": own,
             "reduction buckets": _bucket(trained, zero, device),
         }
     if zero.stage in (1, 2):
-        parts["copy of the own weights"] = own
+        parts["own weights, copy"] = own
     images = _image_bytes(recipe)
     views = 2 if recipe.loss.contrast else 1
     # on CUDA the images of a step wait on the host
@@ -132,8 +132,8 @@ def _while_keys_are_made(
         moving = (3 if layout.world_size > 1 else 2) * layout.accumulation * _image_bytes(recipe)
     return {
         "input images": moving,
-        "forward and backward beside them": trace.key_peak,
-        "weights gathered in use": _gathered(trace.followed, layout, zero),
+        "working memory": trace.key_peak,
+        "weights gathered": _gathered(trace.followed, layout, zero),
     }
 
 
@@ -155,10 +155,10 @@ def _while_queries_run(
     return {
         "gradients": gradients,
         "reduction buckets": buckets,
-        "weights gathered in use": _gathered(trace.trained, layout, zero),
-        "activations for backward": trace.saved - trace.logits,
+        "weights gathered": _gathered(trace.trained, layout, zero),
+        "saved for backward": trace.saved - trace.logits,
         "logits and contrasts": trace.logits,
-        "forward and backward beside them": max(peak - trace.saved, 0),
+        "working memory": max(peak - trace.saved, 0),
     }
 
 
@@ -174,7 +174,7 @@ def _while_weights_are_updated(trace: StepTrace, layout: MicroBatchLayout, zero:
         "gradients": held,
         "reduction buckets": in_bucket if zero.stage == 3 else _bucket(trained, zero, device) + in_bucket,
         "update": max(2 * own - in_bucket, 0),
-        "weights gathered in use": _gathered(trace.trained, layout, zero),
+        "weights gathered": _gathered(trace.trained, layout, zero),
     }
 
 

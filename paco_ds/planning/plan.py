@@ -27,10 +27,11 @@ class Data:
     """The training images: of a manifest, or as stated.
 
     Attributes:
-        shards: samples of each shard; one of all images where there is no manifest.
+        shards: samples of each shard; one of all images where none are built.
+        built: whether there are shards.
     """
 
-    source: str
+    built: bool
     class_counts: tuple[int, ...]
     shards: tuple[int, ...]
 
@@ -60,7 +61,7 @@ class Plan:
     memory: dict[int, Memory]
     traffic: dict[int, list[Traffic]]
     steps_per_epoch: int
-    shards_per_rank: int
+    shards_per_rank: int | None
     legal_ranks: tuple[int, ...]
     images_per_second: float | None = None
     gpu_memory: int | None = None
@@ -87,14 +88,14 @@ def find_data(recipe: Recipe, images: int | None, classes: int | None) -> Data:
         except DataError as error:
             raise DataError(f"{error}. To plan without shards give --images N and --classes C") from None
         split = manifest.split(recipe.data.train_split)
-        return Data(str(manifest.directory), split.class_counts, tuple(s.samples for s in split.shards))
+        return Data(True, split.class_counts, tuple(s.samples for s in split.shards))
     if images is None or classes is None:
         missing = "--images" if images is None else "--classes"
         raise UserError(f"{missing} is missing: planning without shards takes both --images N and --classes C")
     if classes < 1 or images < classes:
         raise UserError(f"--images {images} and --classes {classes}: there must be a class, and an image of each")
     counts = tuple(images // classes + (label < images % classes) for label in range(classes))
-    return Data(f"stated: {images} images of {classes} classes", counts, (images,))
+    return Data(False, counts, (images,))
 
 
 def make_plan(
@@ -159,8 +160,10 @@ def judge(total: int, gpu_memory: int, device: Device = "cuda") -> str:
     return "tight" if total * (1 + MARGIN) > there else "fits"
 
 
-def _shards_per_rank(data: Data, layout: MicroBatchLayout, steps: int) -> int:
+def _shards_per_rank(data: Data, layout: MicroBatchLayout, steps: int) -> int | None:
     """At most this many shards are read by a rank in an epoch: each micro-batch's lanes are one stretch of ids."""
+    if not data.built:
+        return None
     in_shard = data.images / len(data.shards)
     stretch = math.ceil(layout.micro_batch * steps / in_shard) + 1
     return min(len(data.shards), layout.accumulation * stretch)

@@ -50,7 +50,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "lr_scale": recipe.step.scale,
         "images": plan.data.images,
         "classes": len(plan.data.class_counts),
-        "shards": len(plan.data.shards),
+        "shards": len(plan.data.shards) if plan.data.built else None,
         "shards_per_rank": plan.shards_per_rank,
         "workers_per_rank": recipe.data.workers,
         "steps_per_epoch": plan.steps_per_epoch,
@@ -74,13 +74,16 @@ def _settings(plan: Plan) -> Table:
     table = Table(title=f"{recipe.name} on {layout.world_size} ranks", show_header=False, title_justify="left")
     legal = ", ".join(map(str, plan.legal_ranks))
     rows = {
-        "data": f"{data.images} images of {len(data.class_counts)} classes in {len(data.shards)} shards",
+        "data": f"{data.images} images of {len(data.class_counts)} classes, "
+        + (f"{len(data.shards)} shards" if data.built else "as stated: no shards are built"),
         "step": f"{layout.micro_batches} micro-batches of {layout.micro_batch}, {layout.accumulation} a rank: "
         f"{layout.global_batch} images",
         "legal ranks": f"{legal}; for others --set step.micro_batches=(a multiple of them)",
         "learning rate": f"peak {recipe.lr:g}"
         + (f", {recipe.step.scale:g} x the recipe's: scaled, another model" if recipe.step.scale != 1 else ""),
-        "shards a rank": f"at most {plan.shards_per_rank} in an epoch, in stretches of {recipe.data.window} images",
+        "shards a rank": f"at most {plan.shards_per_rank} in an epoch, in stretches of {recipe.data.window} images"
+        if data.built
+        else "known when shards are built",
         "workers a rank": str(recipe.data.workers) if recipe.data.workers else "none, the rank loads by itself",
         "epoch": f"{plan.steps_per_epoch} steps" + _times(plan),
     }

@@ -95,8 +95,8 @@ def _deepspeed(trace: StepTrace, layout: MicroBatchLayout, zero: Any) -> list[Tr
     query, key = (sum(-(-n // W) for n in each) * FLOAT * (W - 1) for each in (trace.trained, trace.followed))
     return [
         Traffic("gradients", "reduce_scatter", A * query, "DeepSpeed"),
-        Traffic("weights of the key encoder, at most", "all_gather", (A + 1) * key, "DeepSpeed"),
-        Traffic("weights for forward and backward, at most", "all_gather", (2 * A + 1) * query, "DeepSpeed"),
+        Traffic("key weights, at most", "all_gather", (A + 1) * key, "DeepSpeed"),
+        Traffic("query weights, at most", "all_gather", (2 * A + 1) * query, "DeepSpeed"),
     ]
 
 

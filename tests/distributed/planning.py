@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from paco_ds.distributed import Ranks
+from paco_ds.recipe import Recipe
+from paco_ds.step import Step
 from tests.distributed.runs import deepspeed_config, made_micro_batch, make_step
 from tests.recipes import tiny_recipe
 
@@ -26,6 +28,8 @@ def growth(ranks: Ranks, overrides: tuple[str, ...], stage: int, autocast: bool 
         give_back: the allocator returns blocks of a MiB and more when they are freed, as with
             MALLOC_MMAP_THRESHOLD_=1048576. By itself glibc keeps what it likes of them for later.
     """
+    # what a first step loads and starts (kernels, threads, bucket of a first engine) belongs to no plan
+    _two_steps(ranks, tiny_recipe(), stage, autocast).engine.destroy()
     libc = ctypes.CDLL(None)
     if give_back:
         assert libc.mallopt(M_MMAP_THRESHOLD, 2**20) == 1
@@ -33,13 +37,17 @@ def growth(ranks: Ranks, overrides: tuple[str, ...], stage: int, autocast: bool 
     libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS (man 5 proc)
     before = _status_bytes("VmRSS")
-    recipe = tiny_recipe(*overrides)
-    step = make_step(ranks, recipe, deepspeed_config(stage, autocast))
-    for number in range(2):
-        step(number, [made_micro_batch(recipe, number, j) for j in step.layout.own], recipe.lr)
+    step = _two_steps(ranks, tiny_recipe(*overrides), stage, autocast)
     peak = _status_bytes("VmHWM") - before
     step.engine.destroy()
     return peak
+
+
+def _two_steps(ranks: Ranks, recipe: Recipe, stage: int, autocast: bool) -> Step:
+    step = make_step(ranks, recipe, deepspeed_config(stage, autocast))
+    for number in range(2):
+        step(number, [made_micro_batch(recipe, number, j) for j in step.layout.own], recipe.lr)
+    return step
 
 
 def collectives(

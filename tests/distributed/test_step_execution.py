@@ -5,6 +5,9 @@ import torch
 
 from tests.distributed.test_step import FLOAT32, STEPS, check, reference
 
+# generated code sums in another order in every layer, not only between ranks: 2.7e-3 of the update after three steps
+COMPILED = FLOAT32 | {"update": 5e-3}
+
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("setting", ["channels_last", "activation_checkpointing"])
@@ -42,7 +45,7 @@ def test_compiled_encoders_take_the_step_of_one_process(pool, stage):
         "tests.distributed.runs:run_steps", timeout=600, stage=stage, steps=STEPS, overrides=overrides
     )
     for outcome in outcomes:
-        check(outcome, reference(), FLOAT32)
+        check(outcome, reference(), COMPILED)
 
 
 def test_compile_is_refused_at_stage_3_on_every_rank(pool):

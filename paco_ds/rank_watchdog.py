@@ -261,7 +261,8 @@ class RankWatchdog:
 
     def _say(self, what: str) -> None:
         with suppress(OSError):  # nobody may listen any more
-            print(f"watchdog (rank {self.rank} of {self.world_size}): {what}", file=sys.stderr, flush=True)
+            # in one write: lines of ranks that speak together stay lines
+            print(f"watchdog (rank {self.rank} of {self.world_size}): {what}\n", end="", file=sys.stderr, flush=True)
 
     def _end_process(self) -> None:
         for stream in (sys.stdout, sys.stderr):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,8 @@ class TestWatching:
         """The bar compares it with the step; lines end the output."""
         figures = watching.Figures(100.0, 0.1, 0.5, 0.2, 0.06, 0.05, 0.04, 0.01)
         assert figures.added_ms == pytest.approx(0.44)
+        faster = replace(figures, reducing_ms=0.01)
+        assert faster.added_ms == pytest.approx(0.43)  # noise takes nothing off the others
         monkeypatch.setattr(watching, "run_ranks", lambda ranks, repeats, sizes: [figures] * len(sizes))
         assert watching.main(["--json"]) == 0
         bars = [json.loads(line) for line in capsys.readouterr().out.splitlines()[-2:]]

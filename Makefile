@@ -57,7 +57,11 @@ format: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python tools/bench/loss.py
 	$(BIN)/python tools/bench/key_encoder.py
+	$(BIN)/python tools/bench/centers.py
 	$(BIN)/python tools/bench/key_queue.py
+	$(BIN)/python tools/bench/watching.py
+	$(BIN)/python tools/bench/scale.py
+	$(BIN)/python tools/bench/step.py
 
 clean:
 	rm -rf .venv data runs

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from paco_ds.errors import RecipeError
+from paco_ds.models.backbones import Backbone
 from paco_ds.models.recogniser import Recogniser
 from paco_ds.recipe import EngineSettings
 
@@ -37,7 +38,9 @@ def prepare(model: Recogniser, settings: EngineSettings, stage: int) -> None:
         model.normalize.memory_format = torch.channels_last
     if settings.activation_checkpointing:
         # Keys are made without gradient: nothing of the key encoder is kept anyway.
-        for block in model.query_encoder.backbone.blocks():
+        backbone = model.query_encoder.backbone
+        assert isinstance(backbone, Backbone)
+        for block in backbone.blocks():
             block.forward = types.MethodType(_recomputed_in_backward, block)
     if settings.compile:
         model.query_encoder.compile()

@@ -7,7 +7,7 @@ import socket
 import sys
 import time
 import traceback
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
@@ -21,7 +21,7 @@ class Parts:
     """Wall seconds by part of a step. A part that runs inside another counts for itself alone."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)
         self._running: list[str] = []
         self._since = 0.0
 
@@ -48,7 +48,7 @@ class Parts:
 
     def take(self) -> dict[str, float]:
         """The seconds since the last call."""
-        taken, self.seconds = dict(self.seconds), Counter()
+        taken, self.seconds = dict(self.seconds), defaultdict(float)
         return taken
 
     def _settle(self) -> None:

@@ -17,12 +17,13 @@ import os
 import resource
 import secrets
 import selectors
+import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Literal
@@ -35,8 +36,8 @@ from paco_ds.errors import UserError
 LOST_STATUS = os.EX_TEMPFAIL
 """Exit status of ranks that end because another was lost: the same command, run again, goes on."""
 
-# A host that vanished is known after IDLE + PROBES * INTERVAL = 40 seconds
-KEEPALIVE_IDLE, KEEPALIVE_INTERVAL, KEEPALIVE_PROBES = 10, 10, 3
+# A host that vanished is known after IDLE + PROBES * INTERVAL = 30 seconds
+KEEPALIVE_IDLE, KEEPALIVE_INTERVAL, KEEPALIVE_PROBES = 10, 5, 4
 SETTLE = 1.0  # seconds: ranks of one host die one after the other, and belong into one message
 HEARSAY = 3.0  # seconds a rank whose collective failed waits to hear who was lost; more than SETTLE
 GRACE = 5.0  # seconds a rank that knows of a loss has to end by itself
@@ -88,8 +89,10 @@ class RankWatchdog:
             return False
         in_good_order = error is None or (isinstance(error, SystemExit) and not error.code)
         unexplained = isinstance(error, Exception) and not isinstance(error, UserError)
-        if unexplained and self._verdict.wait(HEARSAY):  # most likely a collective that the lost rank left
-            self._end_process()
+        if unexplained:  # most likely a collective that the lost rank left
+            with _sigterm_ignored():  # the launcher of its host sends it to this rank, which is about to say why
+                if self._verdict.wait(HEARSAY):
+                    self._end_process()
         if in_good_order:
             self._tell({"over": True})
         elif self.rank:
@@ -311,6 +314,18 @@ class _Link:
         if not all(isinstance(message, dict) for message in messages):
             raise ValueError("not a message")
         return messages
+
+
+@contextmanager
+def _sigterm_ignored() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _store_of_the_job(rank: int, world_size: int) -> TCPStore:

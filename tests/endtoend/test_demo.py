@@ -121,24 +121,23 @@ def test_a_rank_that_dies_ends_the_job(shards, tmp_path):
     assert "sample val-00000000 of val-00000.tar cannot be evaluated (crc_mismatch)" in run.stderr
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_ends_the_job_and_is_named(shards, tmp_path, victim):
-    """As the kernel does when memory runs out; nothing is left behind, and the message says how to go on."""
+def test_a_killed_rank_ends_the_job_and_is_named(shards, tmp_path):
+    """Even the first, as the kernel does when memory runs out; nothing is left behind, and it is said how to go on."""
     run = tmp_path / "run"
     overrides = ("metrics.serve=false", f"data.shards={shards}", "data.workers=1", "checkpoint.every_steps=2")
     launch = (DEEPSPEED, "--num_gpus", 2, "--master_port", 29615, ROOT / "paco_ds" / "train.py", "--config", RECIPE)
     words = [*launch, "--output", run, *(f"--set={s}" for s in overrides)]
     job = subprocess.Popen([str(w) for w in words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    log = run / "metrics.jsonl"
     deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") > 3):
+    while not list(run.glob("checkpoints/step-*")):
+        assert time.monotonic() < deadline, "no checkpoint in time"
         time.sleep(0.2)
     processes = psutil.Process(job.pid).children(recursive=True)
-    (rank,) = [p for p in processes if f"--local_rank={victim}" in p.cmdline()[:4]]
+    (rank,) = [p for p in processes if "--local_rank=0" in p.cmdline()[:4]]
     rank.kill()
     output = job.communicate(timeout=60)[0]
     assert job.returncode != 0
-    assert f"rank {victim} on host {socket.gethostname()} (127.0.0.1) was lost: its process died" in output, output
+    assert f"rank 0 on host {socket.gethostname()} (127.0.0.1) was lost: its process died" in output, output
     assert f"Run the same command again to go on from step {newest_checkpoint(run).step}" in output
     assert psutil.wait_procs(processes, timeout=5)[1] == []
 

@@ -63,34 +63,45 @@ class ClosedForm(torch.autograd.Function):
         contrast = None if query_EBD is None else _Contrast(query_EBD, key_EBD, labels_B, queue, form)
         terms = [centers.lse_EB] if centers else []
         if contrast and form.gamma > 0:
-            terms += [lse_EB + math.log(form.gamma) for lse_EB in contrast.lses_EB()]
+            terms += [_plus(math.log(form.gamma), lse_EB) for lse_EB in contrast.lses_EB()]
         if not terms:
             raise ValueError("SupCon got one image, no key and an empty queue: there is nothing to contrast")
         lse_EB = functools.reduce(torch.logaddexp, terms)
-        weight_B, pull_EB = torch.zeros_like(lse_EB[0]), torch.zeros_like(lse_EB)
-        if centers:
-            weight_B, pull_EB = weight_B + form.beta, pull_EB + form.beta * centers.pull_EB
         if contrast:
-            weight_B, pull_EB = weight_B + form.alpha * contrast.positives_B, pull_EB + form.alpha * contrast.pull_EB
+            weight_B = _plus(form.beta, form.alpha * contrast.positives_B)
+            pull_EB = form.alpha * contrast.pull_EB
+            if centers:
+                pull_EB += _times(form.beta, centers.pull_EB)
+        else:
+            assert centers is not None
+            weight_B, pull_EB = torch.full_like(lse_EB[0], form.beta), _times(form.beta, centers.pull_EB)
 
-        factor_B = torch.full_like(weight_B, 1 / lse_EB.numel())
+        push_B = torch.full_like(weight_B, 1 / lse_EB.numel())  # r W
         if form.class_weight_C is not None:
-            factor_B = factor_B * form.class_weight_C[labels_B]
+            push_B *= form.class_weight_C[labels_B]
         if form.divide_by_weight:
-            factor_B = (factor_B / weight_B).masked_fill_(weight_B == 0, 0.0)
-        loss = (factor_B * (weight_B * lse_EB - pull_EB)).sum()
-        push_EB = (factor_B * weight_B).expand_as(lse_EB)
+            factor_B = push_B / weight_B
+            if form.beta == 0:
+                push_B, factor_B = (t.masked_fill(weight_B == 0, 0.0) for t in (push_B, factor_B))
+        else:
+            push_B, factor_B = push_B * weight_B, push_B
+        loss = (push_B * lse_EB - factor_B * pull_EB).sum()
+        push_EB = push_B.expand_as(lse_EB)
 
         softmax_EBC = center_push_EB = query_grad_EBD = key_grad_EBD = None
         if centers and ctx.needs_input_grad[0]:
             softmax_EBC, center_push_EB = centers.softmax_EBC, push_EB * (centers.lse_EB - lse_EB).exp()
         if contrast and any(ctx.needs_input_grad[1:3]):
             query_grad_EBD, key_grad_EBD = contrast.gradients(
-                form.gamma * push_EB if form.gamma > 0 else None, form.alpha * factor_B, lse_EB, ctx.needs_input_grad[2]
+                _times(form.gamma, push_EB) if form.gamma > 0 else None,
+                form.alpha * factor_B,
+                lse_EB,
+                ctx.needs_input_grad[2],
             )
         ctx.form = form
         ctx.set_materialize_grads(False)  # the probabilities' are always None
-        ctx.save_for_backward(softmax_EBC, center_push_EB, form.beta * factor_B, labels_B, query_grad_EBD, key_grad_EBD)
+        center_pull_B = _times(form.beta, factor_B)
+        ctx.save_for_backward(softmax_EBC, center_push_EB, center_pull_B, labels_B, query_grad_EBD, key_grad_EBD)
 
         center_B = center_optimum_B = positive_B = positive_optimum_B = None
         if centers:
@@ -98,8 +109,8 @@ class ClosedForm(torch.autograd.Function):
             center_optimum_B = form.beta * (1 - form.smoothing) / weight_B
         if contrast:
             # 0 / 0 where there is no positive: nan, as documented.
-            positive_B = form.gamma * (contrast.pull_EB / contrast.positives_B - lse_EB).exp().mean(0)
-            positive_optimum_B = (form.alpha / weight_B).where(contrast.positives_B > 0, math.nan)
+            positive_B = _times(form.gamma, (contrast.pull_EB / contrast.positives_B - lse_EB).exp().mean(0))
+            positive_optimum_B = (form.alpha / weight_B).masked_fill_(contrast.positives_B == 0, math.nan)
         probabilities = (center_B, center_optimum_B, positive_B, positive_optimum_B)
         ctx.mark_non_differentiable(*(p for p in probabilities if p is not None))
         return loss, *probabilities
@@ -112,7 +123,8 @@ class ClosedForm(torch.autograd.Function):
         softmax_EBC, center_push_EB, center_pull_B, labels_B, query_grad_EBD, key_grad_EBD = ctx.saved_tensors
         logits_grad_EBC = None
         if softmax_EBC is not None:
-            push_EB, pull_B = grad / ctx.form.supt * center_push_EB, grad / ctx.form.supt * center_pull_B
+            slope = _times(1 / ctx.form.supt, grad)
+            push_EB, pull_B = slope * center_push_EB, slope * center_pull_B
             logits_grad_EBC = softmax_EBC * push_EB[..., None]
             smoothing, classes = ctx.form.smoothing, softmax_EBC.shape[2]
             if smoothing > 0:
@@ -120,7 +132,7 @@ class ClosedForm(torch.autograd.Function):
                 logits_grad_EBC -= elsewhere_B[:, None]
                 pull_B = pull_B * (1 - smoothing) - elsewhere_B
             own_EB1 = labels_B[:, None].expand(*push_EB.shape, 1)
-            logits_grad_EBC.scatter_(2, own_EB1, logits_grad_EBC.gather(2, own_EB1) - pull_B[:, None])
+            logits_grad_EBC.scatter_add_(2, own_EB1, -pull_B[:, None].expand_as(own_EB1))
         needed = ctx.needs_input_grad
         return (
             logits_grad_EBC,
@@ -165,18 +177,23 @@ class _Contrast:
         form: Form,
     ) -> None:
         self.query_EBD, self.key_EBD, self.temperature = query_EBD, key_EBD, form.temperature
-        size, dtype = len(labels_B), query_EBD.dtype
-        others_EOD = query_EBD if key_EBD is None else torch.cat([query_EBD, key_EBD], 1)
-        labels_O = labels_B.repeat(others_EOD.shape[1] // size)
+        dtype = query_EBD.dtype
+        scaled_EBD = query_EBD / form.temperature
         bias_C = None if form.contrast_bias_C is None else form.contrast_bias_C.to(dtype)
-        score_EBO = query_EBD @ others_EOD.mT / form.temperature
+        self.others_EOD = query_EBD if key_EBD is None else torch.cat([query_EBD, key_EBD], 1)
+        score_EBO = scaled_EBD @ self.others_EOD.mT
+        same_BB = (labels_B[:, None] == labels_B).to(dtype)
+        if key_EBD is None:
+            self.positive_BO = same_BB.fill_diagonal_(0)
+        else:
+            self.positive_BO = torch.cat([same_BB, same_BB], 1)
+            self.positive_BO.fill_diagonal_(0)
         if bias_C is not None:
-            score_EBO += bias_C[labels_O]
-        self.positive_BO = (labels_B[:, None] == labels_O).to(dtype).fill_diagonal_(0)
+            score_EBO += bias_C[labels_B.repeat(self.others_EOD.shape[1] // len(labels_B))]
         self.pull_EB = (score_EBO * self.positive_BO).sum(2)
         self.positives_B = self.positive_BO.sum(1)
         # A batch of one image without a key holds nothing but the anchor itself.
-        self.among_batch = len(labels_O) > 1
+        self.among_batch = score_EBO.shape[2] > 1
         if self.among_batch:
             score_EBO.diagonal(dim1=1, dim2=2).fill_(-math.inf)
             self.softmax_EBO, self.batch_lse_EB = _softmax_and_logsumexp(score_EBO)
@@ -189,10 +206,10 @@ class _Contrast:
             self.attended_EBD, self.queue_lse_EB = queue_attention(query_EBD, keys_END, form.temperature, bias_N)
             self.class_sum_EBD = queue.class_sums(labels_B).to(dtype)
             count_B = queue.class_count_C[labels_B].to(dtype)
-            self.pull_EB = self.pull_EB + (query_EBD * self.class_sum_EBD).sum(2) / form.temperature
+            self.pull_EB += (scaled_EBD * self.class_sum_EBD).sum(2)
             if bias_C is not None:
-                self.pull_EB = self.pull_EB + count_B * bias_C[labels_B]
-            self.positives_B = self.positives_B + count_B
+                self.pull_EB += count_B * bias_C[labels_B]
+            self.positives_B += count_B
 
     def lses_EB(self) -> list[Tensor]:
         """Logsumexp over the batch and over the queue, those that hold anything."""
@@ -209,14 +226,24 @@ class _Contrast:
         size, pull_B1 = len(pull_B), pull_B[:, None]
         slope_EBO = (-pull_B1 * self.positive_BO).expand(len(lse_EB), -1, -1)
         if push_EB is not None and self.among_batch:
-            slope_EBO = slope_EBO + (push_EB * (self.batch_lse_EB - lse_EB).exp())[..., None] * self.softmax_EBO
-        among_EBB, to_keys_EBB = slope_EBO[..., :size], slope_EBO[..., size:]
-        query_grad_EBD = (among_EBB + among_EBB.mT) @ self.query_EBD
-        if self.key_EBD is not None:
-            query_grad_EBD += to_keys_EBB @ self.key_EBD
+            weight_EB = push_EB * (self.batch_lse_EB - lse_EB).exp_()
+            slope_EBO = torch.addcmul(slope_EBO, weight_EB[..., None], self.softmax_EBO)
+        query_grad_EBD = slope_EBO @ self.others_EOD
+        query_grad_EBD.baddbmm_(slope_EBO[..., :size].mT, self.query_EBD)
         if self.attended_EBD is not None and self.class_sum_EBD is not None:
-            query_grad_EBD -= pull_B1 * self.class_sum_EBD
+            query_grad_EBD.addcmul_(pull_B1, self.class_sum_EBD, value=-1)
             if push_EB is not None:
-                query_grad_EBD += (push_EB * (self.queue_lse_EB - lse_EB).exp())[..., None] * self.attended_EBD
-        key_grad_EBD = to_keys_EBB.mT @ self.query_EBD / self.temperature if want_keys else None
-        return query_grad_EBD / self.temperature, key_grad_EBD
+                weight_EB = push_EB * (self.queue_lse_EB - lse_EB).exp_()
+                query_grad_EBD.addcmul_(weight_EB[..., None], self.attended_EBD)
+        key_grad_EBD = slope_EBO[..., size:].mT @ self.query_EBD / self.temperature if want_keys else None
+        return query_grad_EBD.div_(self.temperature), key_grad_EBD
+
+
+def _times(factor: float, tensor: Tensor) -> Tensor:
+    """Their product. An operation on a few anchors costs microseconds whatever it does: none for a factor of 1."""
+    return tensor if factor == 1 else factor * tensor
+
+
+def _plus(number: float, tensor: Tensor) -> Tensor:
+    """Their sum; no operation for 0."""
+    return tensor if number == 0 else number + tensor

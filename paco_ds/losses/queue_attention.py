@@ -184,6 +184,9 @@ def _merged(output_SEBD: Tensor, lse_SEB: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over all keys from attention over each part of them."""
     if len(lse_SEB) == 1:
         return output_SEBD[0], lse_SEB[0]
-    lse_EB = lse_SEB.logsumexp(0)
-    # Not softmax(0), whose bits depend on the number of threads.
-    return ((lse_SEB - lse_EB).exp()[..., None] * output_SEBD).sum(0), lse_EB
+    # Not logsumexp and softmax over parts: slower for a few anchors, and bits that depend on the number of threads.
+    top_EB = lse_SEB.amax(0)
+    weight_SEB = (lse_SEB - top_EB).exp_()
+    total_EB = weight_SEB.sum(0)
+    output_EBD = (weight_SEB[..., None] * output_SEBD).sum(0)
+    return output_EBD.div_(total_EB[..., None]), total_EB.log_().add_(top_EB)

@@ -32,7 +32,8 @@ from paco_ds.key_queue import KeyQueue, QueueSnapshot
 from paco_ds.losses import ParametricContrastiveLoss
 from paco_ds.losses.paco import LossOutput, class_prior
 
-ALPHA, TAU, DIM, MICRO_BATCHES = 0.05, 0.2, 128, 4
+ALPHA, BETA, GAMMA, SUPT, TAU = 0.05, 1.0, 1.0, 1.0, 0.2
+DIM, MICRO_BATCHES = 128, 4
 SIZE_COLUMN = "anchors/classes/queue"
 
 
@@ -128,19 +129,22 @@ def published_loss(
     queue_labels_K: Tensor,
     log_prior_C: Tensor,
 ) -> Tensor:
-    """Eq. (4) as the paper's code writes it: logits against everything, a weight and a mask for each of them."""
+    """Eq. (4) operation by operation as the paper's code writes it: its model puts features together from a clone of
+    the queue for every micro-batch, its loss makes logits of everything, and a weight and a mask for each of them."""
     size, classes = logits_BC.shape
-    features_AD = torch.cat([query_BD, key_BD, queue_KD])
-    labels_A = torch.cat([labels_B, labels_B, queue_labels_K])
-    same_BA = (labels_B[:, None] == labels_A).to(query_BD.dtype)
-    contrast_BA = query_BD @ features_AD.T / TAU
-    all_logits = torch.cat([logits_BC + log_prior_C, contrast_BA], 1)
-    all_logits = all_logits - all_logits.amax(1, keepdim=True).detach()
-    not_itself_BA = torch.ones_like(same_BA).scatter_(1, torch.arange(size)[:, None], 0)
+    features_AD = torch.cat([query_BD, key_BD, queue_KD.clone().detach()])
+    labels_A1 = torch.cat([labels_B, labels_B, queue_labels_K.clone().detach()]).view(-1, 1)
+    mask_BA = torch.eq(labels_A1[:size], labels_A1.T).to(query_BD.dtype)
+    contrast_BA = torch.div(features_AD[:size] @ features_AD.T, TAU)
+    all_logits = torch.cat([(logits_BC + log_prior_C) / SUPT, contrast_BA], 1)
+    largest_B1, _ = torch.max(all_logits, dim=1, keepdim=True)
+    all_logits = all_logits - largest_B1.detach()
+    not_itself_BA = torch.scatter(torch.ones_like(mask_BA), 1, torch.arange(size).view(-1, 1), 0)
+    mask_BA = mask_BA * not_itself_BA
     one_hot_BC = F.one_hot(labels_B, classes).to(query_BD.dtype)
-    weights = torch.cat([one_hot_BC, ALPHA * same_BA * not_itself_BA], 1)
-    mask = torch.cat([torch.ones_like(one_hot_BC), not_itself_BA], 1)
-    log_probability = all_logits - (all_logits.exp() * mask).sum(1, keepdim=True).log()
+    weights = torch.cat([one_hot_BC * BETA, mask_BA * ALPHA], 1)
+    terms = torch.cat([torch.ones(size, classes, dtype=query_BD.dtype), GAMMA * not_itself_BA], 1)
+    log_probability = all_logits - torch.log((torch.exp(all_logits) * terms).sum(1, keepdim=True))
     return -((weights * log_probability).sum(1) / weights.sum(1)).mean()
 
 

@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
 
 MIB = 2**20
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,17 @@ def peak_extra_bytes(prepare: Callable[..., Callable[[], object]], *arguments: A
     Raises:
         OSError: the kernel does not let a process reset its own peak (`/proc/self/clear_refs`).
     """
+    return in_own_process(_peak_growth, prepare, arguments)
+
+
+def in_own_process(function: Callable[..., Result], *arguments: Any) -> Result:
+    """What a function at the top of a module returns, called in a process that has done nothing before: neither
+    the peak nor the allocator's memory of earlier work shows in its figures."""
     # A fork server that has torch loaded but has run none of it: 60 ms a process instead of 3 s.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_peak_growth, prepare, arguments).result()
+        return pool.submit(function, *arguments).result()
 
 
 def _peak_growth(prepare: Callable[..., Callable[[], object]], arguments: Sequence[Any]) -> int:

@@ -107,7 +107,13 @@ class ViewSettings(Section):
 class ModelSettings(Section):
     """Backbone and projection head; the centers have the backbone's feature dimension (F(x), Eq. 4)."""
 
-    backbone: Literal["resnet18", "resnet50", "cifar_resnet20", "cifar_resnet32"]
+    backbone: str = Field(description="cifar_resnetN, a classifier of torchvision by its name, or timm:NAME")
+    experts: Count | None = Field(None, le=8, description="branches of RIDE, from the last but one stage on")
+    expert_width: Literal["full", "reduced"] = Field(
+        "full", description="channels of the experts' stages; reduced: three quarters, as RIDE is published"
+    )
+    centers: Literal["linear", "cosine"] = Field("linear", description="classifier; cosine: LDAM's and RIDE's")
+    centers_scale: Positive = Field(30.0, description="of cosine centers")
     width: Count = Field(16, description="channels of a CIFAR ResNet's first stage; others have their own")
     projection_hidden: Count | None = Field(None, description="hidden width; the feature dimension by default")
     projection: Literal["two_layer", "three_layer"] = Field(
@@ -115,6 +121,11 @@ class ModelSettings(Section):
         description="Linear-BatchNorm-ReLU-Linear (PaCo), or Linear-ReLU-Linear-ReLU-Linear (GPaCo)",
     )
     projection_dim: Count = 128
+
+    @property
+    def key_dim(self) -> int:
+        """Numbers of one key: those of all experts beside each other."""
+        return self.projection_dim * (self.experts or 1)
 
 
 class LossSettings(Section):

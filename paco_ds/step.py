@@ -30,6 +30,7 @@ from paco_ds.errors import TrainingError
 from paco_ds.key_encoder import KeyEncoder, Keys, gather_keys
 from paco_ds.key_queue import KeyQueue, QueueSnapshot, digest
 from paco_ds.losses.paco import LossOutput, ParametricContrastiveLoss
+from paco_ds.models.recogniser import beside_each_other, by_expert
 from paco_ds.models.statistics import RunningStatistics
 from paco_ds.optimizer import GuardedSGD
 
@@ -112,6 +113,7 @@ class Step:
         queue: None for methods without contrast.
         contrast_scope: "global_batch" holds a query against the keys of the whole step, "micro_batch" (published)
             against those of its own micro-batch.
+        experts: how many the model has, None of a model without.
         stop_requested: asked once a step; if any rank says True, all learn of it in `StepResult.stop`.
     """
 
@@ -127,10 +129,12 @@ class Step:
         queue: KeyQueue | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
         contrast_scope: Literal["micro_batch", "global_batch"] = "micro_batch",
+        experts: int | None = None,
     ) -> None:
         self.engine, self.optimizer, self.loss = engine, optimizer, loss
         self.layout, self.ranks = layout, ranks
         self.key_encoder, self.queue, self.contrast_scope = key_encoder, queue, contrast_scope
+        self.experts = experts
         self.statistics = RunningStatistics(engine.module)
         self.stop_requested = stop_requested
         self._shots_C = torch.tensor([SHOTS.index(s) for s in shots_of_classes], device=ranks.device)
@@ -193,7 +197,8 @@ class Step:
         if self.queue is None:
             return None
         newest = None if keys is None or self.contrast_scope == "micro_batch" else (keys.keys_GD, keys.labels_G)
-        return self.queue.snapshot(len(self._shots_C), newest)
+        snapshot = self.queue.snapshot(len(self._shots_C), newest)
+        return snapshot if self.experts is None else snapshot.experts(self.experts)
 
     def _query_loss(
         self, j: int, micro_batch: MicroBatch, keys: Keys | None, queue: QueueSnapshot | None, totals: _Totals
@@ -208,12 +213,12 @@ class Step:
             # anchor i then meets the 2 m - 1 other rows of both views, which is what the loss makes of queries alone
             labels = labels.repeat(2)
             logits, query = self.engine(images, micro_batch.key.to(device, non_blocking=True))
-            second_rows = query[len(images) :].detach()
+            second_rows = beside_each_other(query[..., len(images) :, :]).detach()
         else:
             logits, query = self.engine(images)
             if keys is not None and self.contrast_scope == "micro_batch":
                 lanes = self.layout.lanes(j)
-                own_keys = keys.keys_GD[lanes.start : lanes.stop]
+                own_keys = by_expert(keys.keys_GD[lanes.start : lanes.stop], self.experts)
         output: LossOutput = self.loss(labels, logits, query, own_keys, queue)
         totals.add(output, self._shots_C[labels])
         return output.loss, second_rows

@@ -182,7 +182,7 @@ class Trainer:
         recipe, manifest = self.recipe, self.manifest
         queue, key_encoder = None, None
         if recipe.loss.contrast:
-            queue = KeyQueue(recipe.queue.length, recipe.model.projection_dim, self.ranks.device)
+            queue = KeyQueue(recipe.queue.length, recipe.model.key_dim, self.ranks.device)
             key_encoder = make_key_encoder(self.engine, recipe, self.layout, self.ranks, self.total_steps)
         train_split = recipe.data.train_split
         step = Step(
@@ -196,6 +196,7 @@ class Trainer:
             queue,
             stop_requested=self.stop_request,
             contrast_scope=recipe.loss.contrast_scope,
+            experts=recipe.model.experts,
         )
         return queue, step
 

@@ -32,6 +32,8 @@ def evaluate(
     module.eval()
     for batch in evaluation_stream(recipe, manifest, split, ranks.rank, ranks.world_size):
         logits, _ = model(batch.query.to(ranks.device))
+        if logits.ndim == 3:  # of experts, whose mean is the model's answer
+            logits = logits.mean(0)
         counts.add(logits, batch.labels.to(ranks.device), batch.valid.to(ranks.device))
     module.train(was_training)
     total = ClassCounts.from_tensor(ranks.sum(counts.as_tensor()))

@@ -1,19 +1,34 @@
-"""Backbones: images to pooled features. Each returns [B, feature_dim] and says its `feature_dim`."""
+"""Backbones by name: images to pooled features [B, feature_dim], or [E, B, feature_dim] of experts.
+
+A name is one of ours (`cifar_resnet32`, `resnet200`, `resnext101_32x4d`), any classifier of torchvision
+(`resnet152`), or `timm:NAME` where timm is installed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import difflib
+import importlib.util
+import re
 
-import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from paco_ds.errors import RecipeError
+from paco_ds.models.cifar import CifarBlock, CifarResNet
+from paco_ds.models.experts import make_experts
 from paco_ds.recipe import ModelSettings
+
+# ResNets of the paper that torchvision has the blocks for, but no name: blocks of each stage, groups, width of a group.
+_COMPOSED = {
+    "resnet200": ([3, 24, 36, 3], 1, 64),
+    "resnext101_32x4d": ([3, 4, 23, 3], 32, 4),
+}
+_CIFAR = re.compile(r"cifar_resnet(\d+)")
 
 
 class Backbone(nn.Module):
-    """A network that ends in its pooled feature F(x) [B, feature_dim]."""
+    """A network that ends in its pooled feature F(x): [B, feature_dim], or [E, B, feature_dim] of experts."""
 
     def __init__(self, network: nn.Module, feature_dim: int) -> None:
         super().__init__()
@@ -24,83 +39,65 @@ class Backbone(nn.Module):
 
     def blocks(self) -> list[nn.Module]:
         """The residual blocks, in order: the units of which activation checkpointing keeps the input alone."""
-        return [m for m in self.modules() if isinstance(m, (BasicBlock, Bottleneck, _BasicBlock))]
+        return [m for m in self.modules() if isinstance(m, (BasicBlock, Bottleneck, CifarBlock))]
 
 
 def make_backbone(settings: ModelSettings) -> Backbone:
-    """The backbone a recipe names, randomly initialised."""
-    return _BACKBONES[settings.backbone](settings)
+    """The backbone a recipe names, randomly initialised.
 
-
-def _torchvision(name: str) -> Callable[[ModelSettings], Backbone]:
-    def make(settings: ModelSettings) -> Backbone:
-        network = torchvision.models.get_model(name, weights=None)
-        feature_dim = network.fc.in_features
-        network.fc = nn.Identity()
-        return Backbone(network, feature_dim)
-
-    return make
-
-
-def _cifar(depth: int) -> Callable[[ModelSettings], Backbone]:
-    def make(settings: ModelSettings) -> Backbone:
-        return Backbone(CifarResNet(depth, settings.width), 4 * settings.width)
-
-    return make
-
-
-_BACKBONES: dict[str, Callable[[ModelSettings], Backbone]] = {
-    "resnet18": _torchvision("resnet18"),
-    "resnet50": _torchvision("resnet50"),
-    "cifar_resnet20": _cifar(20),
-    "cifar_resnet32": _cifar(32),
-}
-
-
-class CifarResNet(nn.Module):
-    """The 6n+2-layer ResNet for small images (He et al. 2016, section 4.2), shortcuts without parameters (A).
-
-    Args:
-        depth: 6n+2.
-        width: channels of the first stage (16 in the paper); the feature has 4 x width.
+    Raises:
+        RecipeError: a name that is not known, a network without one linear classifier at its end, or experts of a
+            network that has no stages to branch at.
     """
-
-    def __init__(self, depth: int, width: int = 16) -> None:
-        super().__init__()
-        blocks = (depth - 2) // 6
-        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        stages, channels = [], width
-        for stage in range(3):
-            for block in range(blocks):
-                out = width * 2**stage
-                stages.append(_BasicBlock(channels, out, stride=2 if stage and not block else 1))
-                channels = out
-        self.blocks = nn.Sequential(*stages)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(self, images: Tensor) -> Tensor:
-        features = self.blocks(F.relu(self.bn1(self.conv1(images))))
-        return features.mean((2, 3))
+    network, feature_dim = _make_network(settings)
+    if settings.experts is not None:
+        experts = make_experts(network, settings.backbone, settings.experts, settings.expert_width)
+        return Backbone(experts, experts.feature_dim)
+    return Backbone(network, feature_dim)
 
 
-class _BasicBlock(nn.Module):
-    def __init__(self, channels: int, out: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, out, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(out)
-        self.conv2 = nn.Conv2d(out, out, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(out)
-        self.stride, self.added = stride, out - channels
+def _make_network(settings: ModelSettings) -> tuple[nn.Module, int]:
+    """(network without its classifier, dimension of its feature)."""
+    name = settings.backbone
+    if cifar := _CIFAR.fullmatch(name):
+        try:
+            return CifarResNet(int(cifar[1]), settings.width), 4 * settings.width
+        except ValueError as error:
+            raise RecipeError(f"model.backbone {name}: {error}") from None
+    if name.startswith("timm:"):
+        return _of_timm(name.removeprefix("timm:"))
+    if name in _COMPOSED:
+        layers, groups, width = _COMPOSED[name]
+        network: nn.Module = ResNet(Bottleneck, layers, groups=groups, width_per_group=width)
+    elif name in (known := torchvision.models.list_models(module=torchvision.models)):
+        network = torchvision.models.get_model(name, weights=None)
+    else:
+        names = [*known, *_COMPOSED, "cifar_resnet20", "cifar_resnet32"]
+        near = difflib.get_close_matches(name, names, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see docs/methods.md for the names"
+        raise RecipeError(f"model.backbone {name!r} is not known; {hint}")
+    return network, _take_classifier(network, name)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
-        if self.added:  # shortcut A: every second pixel, new channels are zero
-            x = F.pad(
-                x[:, :, :: self.stride, :: self.stride],
-                (0, 0, 0, 0, self.added // 2, self.added - self.added // 2),
-            )
-        return F.relu(y + x)
+
+def _take_classifier(network: nn.Module, name: str) -> int:
+    """Replace the classifier of 1000 classes by nothing, and return the dimension of what it was given."""
+    found = [(path, m) for path, m in network.named_modules() if isinstance(m, nn.Linear) and m.out_features == 1000]
+    if len(found) != 1:
+        raise RecipeError(
+            f"model.backbone {name} has {len(found)} linear classifiers where one is needed: choose another network"
+        )
+    path, classifier = found[0]
+    network.set_submodule(path, nn.Identity())
+    return classifier.in_features
+
+
+def _of_timm(name: str) -> tuple[nn.Module, int]:
+    if importlib.util.find_spec("timm") is None:
+        raise RecipeError(f"model.backbone timm:{name} needs timm: pip install timm")
+    import timm
+
+    if name not in timm.list_models():
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise RecipeError(f"model.backbone timm:{name} is not one of timm's; did you mean {' or '.join(near)}?")
+    network = timm.create_model(name, pretrained=False, num_classes=0)
+    return network, network.num_features

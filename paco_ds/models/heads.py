@@ -1,11 +1,16 @@
-"""Heads on the pooled feature: the projection that contrasts use and the normalisation before the backbone."""
+"""Heads on the pooled feature: projection and centers, of one network or of experts, and the normalisation before.
+
+Shapes: E experts, B images, F feature dimension, D dimension of a projection, C classes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -23,6 +28,33 @@ class Projection(nn.Sequential):
         else:
             inner = [nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
         super().__init__(nn.Linear(feature_dim, hidden), *inner, nn.Linear(hidden, dim))
+
+
+class CosineCenters(nn.Module):
+    """scale x cosine of feature and center, [B, F] -> [B, C], no bias: the classifier of LDAM (Cao et al. 2019) and RIDE.
+
+    Args:
+        scale: s, 30 in both papers.
+    """
+
+    def __init__(self, feature_dim: int, classes: int, scale: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(classes, feature_dim))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        self.out_features, self.scale = classes, scale
+
+    def forward(self, feature_BF: Tensor) -> Tensor:
+        return self.scale * F.normalize(feature_BF.float(), dim=1) @ F.normalize(self.weight, dim=1).T
+
+
+class PerExpert(nn.ModuleList):
+    """A head for each expert: [E, B, in] -> [E, B, out]."""
+
+    def __init__(self, experts: int, make_head: Callable[[], nn.Module]) -> None:
+        super().__init__(make_head() for _ in range(experts))
+
+    def forward(self, features_EBF: Tensor) -> Tensor:
+        return torch.stack([head(feature) for head, feature in zip(self, features_EBF.unbind(), strict=True)])
 
 
 class Normalize(nn.Module):

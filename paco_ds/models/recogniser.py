@@ -7,21 +7,24 @@ runs is an argument.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paco_ds.models.backbones import Backbone, make_backbone
-from paco_ds.models.heads import Normalize, Projection
-from paco_ds.recipe import Recipe
+from paco_ds.models.heads import CosineCenters, Normalize, PerExpert, Projection
+from paco_ds.recipe import ModelSettings, Recipe
 
 
 class Encoder(nn.Module):
-    """Backbone and, where contrasts are made, projection: [B, 3, H, W] -> feature [B, F] and unit rows [B, D]."""
+    """Backbone and, where contrasts are made, projection: [B, 3, H, W] -> feature [B, F] and unit rows [B, D].
 
-    def __init__(self, backbone: Backbone, projection: Projection | None) -> None:
+    Of experts both are [E, B, .].
+    """
+
+    def __init__(self, backbone: Backbone, projection: nn.Module | None) -> None:
         super().__init__()
         self.backbone, self.projection = backbone, projection
 
@@ -29,7 +32,7 @@ class Encoder(nn.Module):
         feature = self.backbone(images)
         if self.projection is None:
             return feature, None
-        return feature, F.normalize(self.projection(feature).float(), dim=1)
+        return feature, F.normalize(self.projection(feature).float(), dim=-1)
 
 
 class Recogniser(nn.Module):
@@ -40,15 +43,16 @@ class Recogniser(nn.Module):
     in one micro-batch: BatchNorm normalises each view by itself;
     `forward(images, keys=True)` gives keys [B, D], float32 unit rows without gradient. Plain tuples, since ZeRO-3
     finds the tensors whose backward it must prepare only in those.
+
+    Of E experts, logits are [E, B, C] and queries [E, B, D], as the losses take them; keys are [B, E D], an expert's
+    beside the next one's, as the queue keeps them.
     """
 
-    def __init__(
-        self, encoder: Encoder, feature_dim: int, classes: int, normalize: Normalize, with_key_encoder: bool
-    ) -> None:
+    def __init__(self, encoder: Encoder, centers: nn.Module, normalize: Normalize, with_key_encoder: bool) -> None:
         super().__init__()
         self.normalize = normalize
         self.query_encoder = encoder
-        self.centers = nn.Linear(feature_dim, classes)
+        self.centers = centers
         self.key_encoder = _as_key_encoder(encoder) if with_key_encoder else None
 
     def forward(
@@ -57,12 +61,22 @@ class Recogniser(nn.Module):
         if keys:
             assert self.key_encoder is not None
             with torch.no_grad():
-                return self.key_encoder(self.normalize(images))[1]
+                return beside_each_other(self.key_encoder(self.normalize(images))[1])
         feature, query = self.query_encoder(self.normalize(images))
         if second_view is not None:
             second_feature, second_query = self.query_encoder(self.normalize(second_view))
-            feature, query = torch.cat([feature, second_feature]), torch.cat([query, second_query])
+            feature, query = torch.cat([feature, second_feature], -2), torch.cat([query, second_query], -2)
         return self.centers(feature).float(), query
+
+
+def beside_each_other(rows: Tensor) -> Tensor:
+    """[E, B, D] of experts as [B, E D], an expert's beside the next one's; [B, D] as it is."""
+    return rows if rows.ndim == 2 else rows.transpose(0, 1).flatten(1)
+
+
+def by_expert(rows: Tensor, experts: int | None) -> Tensor:
+    """[B, E D] as [E, B, D] again; as it is without experts (None)."""
+    return rows if experts is None else rows.unflatten(1, (experts, -1)).transpose(0, 1)
 
 
 def _as_key_encoder(encoder: Encoder) -> Encoder:
@@ -79,12 +93,25 @@ def make_recogniser(recipe: Recipe, classes: int, mean: Sequence[float], std: Se
     """The model of a recipe for shards with this many classes; initialised from the recipe's seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        backbone = make_backbone(recipe.model)
-        contrast = recipe.loss.contrast
+        settings = recipe.model
+        backbone = make_backbone(settings)
+        dim = backbone.feature_dim
         projection = None
-        if contrast:
-            hidden = recipe.model.projection_hidden or backbone.feature_dim
-            projection = Projection(backbone.feature_dim, hidden, recipe.model.projection_dim, recipe.model.projection)
-        with_key_encoder = contrast and recipe.key_encoder is not None
-        normalize = Normalize(mean, std)
-        return Recogniser(Encoder(backbone, projection), backbone.feature_dim, classes, normalize, with_key_encoder)
+        if recipe.loss.contrast:
+            hidden = settings.projection_hidden or dim
+            projection = _of_each_expert(
+                settings, lambda: Projection(dim, hidden, settings.projection_dim, settings.projection)
+            )
+        centers = _of_each_expert(settings, lambda: _centers(settings, dim, classes))
+        with_key_encoder = recipe.loss.contrast and recipe.key_encoder is not None
+        return Recogniser(Encoder(backbone, projection), centers, Normalize(mean, std), with_key_encoder)
+
+
+def _of_each_expert(settings: ModelSettings, make_head: Callable[[], nn.Module]) -> nn.Module:
+    return make_head() if settings.experts is None else PerExpert(settings.experts, make_head)
+
+
+def _centers(settings: ModelSettings, feature_dim: int, classes: int) -> nn.Module:
+    if settings.centers == "cosine":
+        return CosineCenters(feature_dim, classes, settings.centers_scale)
+    return nn.Linear(feature_dim, classes)

@@ -111,7 +111,7 @@ def _static(
     # on CUDA the images of a step wait on the host
     parts["input images"] = images * (views * layout.accumulation if device == "cpu" else 1)
     if recipe.loss.contrast:
-        dim, row = recipe.model.projection_dim, FLOAT * recipe.model.projection_dim + 8
+        dim, row = recipe.model.key_dim, FLOAT * recipe.model.key_dim + 8
         ring = recipe.queue.length * row
         # with the keys of the whole step a step holds against a copy; else against the ring itself
         copy = ring + layout.global_batch * row if recipe.loss.contrast_scope == "global_batch" else 0

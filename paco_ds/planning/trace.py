@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from paco_ds.key_queue import QueueSnapshot
 from paco_ds.losses import make_loss
 from paco_ds.losses.paco import ParametricContrastiveLoss
-from paco_ds.models.recogniser import Recogniser, make_recogniser
+from paco_ds.models.recogniser import Recogniser, by_expert, make_recogniser
 from paco_ds.models.statistics import RunningStatistics
 from paco_ds.recipe import Recipe
 
@@ -69,18 +69,23 @@ def trace_step(recipe: Recipe, class_counts: tuple[int, ...], autocast: bool) ->
     }
     loss = make_loss(recipe.loss, class_counts)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        parts: dict[str, Any] = _run(model.to_empty(device="cpu"), loss.to_empty(device="cpu"), recipe, autocast)
+        parts: dict[str, Any] = _run(
+            model.to_empty(device="cpu"), loss.to_empty(device="cpu"), recipe, len(class_counts), autocast
+        )
     return StepTrace(**sizes, **parts)
 
 
-def _run(model: Recogniser, loss: ParametricContrastiveLoss, recipe: Recipe, autocast: bool) -> dict[str, Any]:
-    m, size, dim = recipe.step.micro_batch, recipe.views.query.size, recipe.model.projection_dim
+def _run(
+    model: Recogniser, loss: ParametricContrastiveLoss, recipe: Recipe, classes: int, autocast: bool
+) -> dict[str, Any]:
+    m, size, dim = recipe.step.micro_batch, recipe.views.query.size, recipe.model.key_dim
     images, labels = torch.empty(m, 3, size, size, dtype=torch.uint8), torch.zeros(m, dtype=torch.int64)
     keys = queue = None
+    experts = recipe.model.experts
     one_encoder = recipe.loss.contrast and recipe.key_encoder is None
     if recipe.loss.contrast:
         keys = None if one_encoder else torch.empty(m, dim)
-        length, classes = recipe.queue.length, model.centers.out_features
+        length = recipe.queue.length
         queue = QueueSnapshot(
             torch.empty(length, dim),
             torch.zeros(length, dtype=torch.int64),
@@ -104,7 +109,9 @@ def _run(model: Recogniser, loss: ParametricContrastiveLoss, recipe: Recipe, aut
             with cast:
                 logits, query = model(images, images) if one_encoder else model(images)
             in_model = live.saved
-            output = loss(labels.repeat(len(logits) // m), logits, query, keys, queue).loss
+            if experts is not None and queue is not None:
+                keys, queue = None if keys is None else by_expert(keys, experts), queue.experts(experts)
+            output = loss(labels.repeat(logits.shape[-2] // m), logits, query, keys, queue).loss
             found |= {"saved": live.saved, "logits": live.saved - in_model}
         del logits, query
         for parameter in model.parameters():

@@ -73,7 +73,7 @@ def published_key_bytes(ranks: Ranks, overrides: tuple[str, ...]) -> dict[str, i
     ranks.gather(torch.zeros(own, 3, size, size))
     images = counter.sent["all_gather"]
     for _ in range(2):
-        ranks.gather(torch.zeros(own, recipe.model.projection_dim))
+        ranks.gather(torch.zeros(own, recipe.model.key_dim))
     ranks.gather(torch.zeros(own, dtype=torch.int64))
     ranks.on_bytes = ByteCounter()
     return {"images": images, "keys": counter.sent["all_gather"] - images}

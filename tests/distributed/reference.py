@@ -26,7 +26,7 @@ def plain_steps(recipe: Recipe, steps: int, lr: float) -> Outcome:
     trained = [p for p in model.parameters() if p.requires_grad]
     velocity = [torch.zeros_like(p) for p in trained]
     norms = [m for m in model.query_encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    queue_keys, queue_labels = torch.empty(0, recipe.model.projection_dim), torch.empty(0, dtype=torch.long)
+    queue_keys, queue_labels = torch.empty(0, recipe.model.key_dim), torch.empty(0, dtype=torch.long)
     losses = []
     for step in range(steps):
         batches = [made_micro_batch(recipe, step, j) for j in range(recipe.step.micro_batches)]
@@ -47,14 +47,14 @@ def plain_steps(recipe: Recipe, steps: int, lr: float) -> Outcome:
             logits, query = model(batch.query)
             if keys is None:
                 second_logits, own = model(batch.key)
-                second_rows.append(own.detach())
+                second_rows.append(_beside(own.detach()))
                 loss = _loss_of_both_views(
                     recipe, batch.labels, logits, second_logits, query, own, queue_keys, queue_labels
                 )
             elif recipe.loss.contrast_scope == "global_batch":
                 loss = _loss(recipe, batch.labels, logits, query, keys, labels, queue_keys, queue_labels)
             else:
-                own = keys[j * len(query) : (j + 1) * len(query)]
+                own = keys[j * len(batch.labels) : (j + 1) * len(batch.labels)]
                 loss = _loss(recipe, batch.labels, logits, query, own, batch.labels, queue_keys, queue_labels)
             loss = loss / len(batches)
             loss.backward()
@@ -86,7 +86,7 @@ def _keys(model: Recogniser, recipe: Recipe, batches: list[MicroBatch], step: in
     lanes = np.arange(len(views))
     if recipe.key_encoder.batch_norm == "shuffle":
         lanes = permutation(len(lanes), Stream.KEY_GROUPS, recipe.seed, step)
-    keys = torch.empty(len(views), recipe.model.projection_dim)
+    keys = torch.empty(len(views), recipe.model.key_dim)
     for group in lanes.reshape(recipe.step.micro_batches, -1):
         keys[group] = model(views[group], keys=True)
     return keys
@@ -102,7 +102,11 @@ def _loss(
     queue: Tensor,
     queue_labels: Tensor,
 ) -> Tensor:
-    """Eq. (4), normalised as published, anchor by anchor."""
+    """Eq. (4), normalised as published, anchor by anchor; of experts the mean of their losses."""
+    if logits.ndim == 3:
+        parts = zip(logits, query, keys.chunk(len(logits), 1), queue.chunk(len(logits), 1), strict=True)
+        of_each = [_loss(recipe, labels, z, q, k, key_labels, rows, queue_labels) for z, q, k, rows in parts]
+        return torch.stack(of_each).mean()
     total = torch.zeros(())
     for i, label in enumerate(labels):
         others = torch.arange(len(labels)) != i
@@ -123,6 +127,10 @@ def _loss_of_both_views(
     queue_labels: Tensor,
 ) -> Tensor:
     """GPaCo: the 2 m rows of both views are anchors in turn, the 2 m - 1 others and the queue what each meets."""
+    if first_logits.ndim == 3:
+        parts = zip(first_logits, second_logits, first, second, queue.chunk(len(first), 1), strict=True)
+        of_each = [_loss_of_both_views(recipe, labels, *part, queue_labels) for part in parts]
+        return torch.stack(of_each).mean()
     total, m = torch.zeros(()), len(labels)
     for logits, view, other_view in ((first_logits, first, second), (second_logits, second, first)):
         for i, label in enumerate(labels):
@@ -131,6 +139,11 @@ def _loss_of_both_views(
             same = torch.cat([labels[others], labels, queue_labels]) == label
             total = total + _anchor_loss(recipe, label, logits[i], view[i], rows, same)
     return total / (2 * m)
+
+
+def _beside(rows: Tensor) -> Tensor:
+    """Rows of experts beside each other, as the queue keeps them."""
+    return rows if rows.ndim == 2 else torch.cat(list(rows), 1)
 
 
 def _anchor_loss(recipe: Recipe, label: Tensor, logits: Tensor, anchor: Tensor, rows: Tensor, same: Tensor) -> Tensor:

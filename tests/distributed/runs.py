@@ -74,11 +74,21 @@ def make_step(ranks: Ranks, recipe: Recipe, config: dict[str, Any], state: dict[
     engine, optimizer = ds.initialise(model, recipe, config, layout)
     loss = make_loss(recipe.loss, CLASS_COUNTS).to(ranks.device)
     if not recipe.loss.contrast:
-        return Step(engine, optimizer, loss, layout, ranks, SHOTS)
+        return Step(engine, optimizer, loss, layout, ranks, SHOTS, experts=recipe.model.experts)
     key_encoder = make_key_encoder(engine, recipe, layout, ranks, TOTAL_STEPS)
-    queue = KeyQueue(recipe.queue.length, recipe.model.projection_dim, ranks.device)
-    scope = recipe.loss.contrast_scope
-    return Step(engine, optimizer, loss, layout, ranks, SHOTS, key_encoder, queue, contrast_scope=scope)
+    queue = KeyQueue(recipe.queue.length, recipe.model.key_dim, ranks.device)
+    return Step(
+        engine,
+        optimizer,
+        loss,
+        layout,
+        ranks,
+        SHOTS,
+        key_encoder,
+        queue,
+        contrast_scope=recipe.loss.contrast_scope,
+        experts=recipe.model.experts,
+    )
 
 
 def _on_cpu(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:

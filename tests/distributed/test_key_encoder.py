@@ -135,7 +135,7 @@ def test_a_key_view_crosses_at_most_once_and_the_queue_needs_no_collective_of_it
     """Each rank sends the images that another rank's groups hold, once, as bytes; keys, labels and a flag in one
     gather. As published, every rank would send all its images as float32 to every other."""
     recipe, number = tiny_recipe("step.micro_batches=4"), 5
-    m, M, size, dim = recipe.step.micro_batch, 4, recipe.views.key.size, recipe.model.projection_dim
+    m, M, size, dim = recipe.step.micro_batch, 4, recipe.views.key.size, recipe.model.key_dim
     groups = permutation(m * M, Stream.KEY_GROUPS, recipe.seed, number).reshape(M, m)
     arguments = {"overrides": micro_batches(4)}
     ours = pool(world_size).run("tests.distributed.key_runs:key_bytes", number=number, **arguments)

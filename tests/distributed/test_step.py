@@ -58,6 +58,19 @@ def test_any_ranks_and_stage_take_the_step_of_one_process(pool, world_size, stag
             assert torch.equal(value, outcomes[0].after[name]), name
 
 
+EXPERTS = ("model.experts=2", "model.expert_width=reduced", "step.micro_batch=4")
+
+
+@pytest.mark.parametrize(("world_size", "stage"), [(1, 0), (2, 3), (4, 1)])
+@pytest.mark.parametrize("key_encoder", ["momentum", "none"])
+def test_experts_are_heads_of_the_same_step(pool, world_size, stage, key_encoder):
+    """PaCo and GPaCo on two experts: keys cross ranks beside each other, the loss is the mean over experts."""
+    overrides = (*EXPERTS, "key_encoder=none", "model.projection=three_layer") if key_encoder == "none" else EXPERTS
+    outcomes = pool(world_size).run("tests.distributed.runs:run_steps", overrides=overrides, stage=stage, steps=STEPS)
+    check(outcomes[0], reference(*overrides), FLOAT32)
+    assert outcomes[0].queue["keys"].shape[1] == 2 * 8
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_autocast_takes_the_step_of_one_rank_within_bfloat16_rounding(pool, stage):
     """Every stage agrees with one rank under autocast; weights and momentum stay float32, losses near float32's."""

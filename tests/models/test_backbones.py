@@ -1,0 +1,114 @@
+"""Backbones by name, and experts: sizes on paper, and what is refused."""
+
+import pytest
+import torch
+import torchvision
+
+from paco_ds.errors import RecipeError
+from paco_ds.models.backbones import make_backbone
+from paco_ds.recipe import ModelSettings
+
+
+def made(backbone, **settings):
+    with torch.device("meta"):
+        return make_backbone(ModelSettings(backbone=backbone, **settings))
+
+
+def parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "feature_dim"),
+    [("resnet18", 512), ("resnet101", 2048), ("resnet152", 2048), ("resnext50_32x4d", 2048), ("vit_b_16", 768)],
+)
+def test_torchvision_classifiers_end_in_their_feature(name, feature_dim):
+    """torchvision's own networks but for the classifier."""
+    with torch.device("meta"):
+        theirs = torchvision.models.get_model(name)
+    backbone = made(name)
+    assert parameters(backbone) == parameters(theirs) - 1000 * (feature_dim + 1)
+    assert backbone.feature_dim == feature_dim
+    assert backbone(torch.zeros(2, 3, 224, 224, device="meta")).shape == (2, feature_dim)
+
+
+@pytest.mark.parametrize(("name", "millions"), [("resnet200", 62.6), ("resnext101_32x4d", 42.1)])
+def test_networks_of_the_paper_that_torchvision_does_not_name(name, millions):
+    """64.7 M (He et al. 2016, identity mappings) and 44.2 M (Xie et al. 2017) with their classifiers of 2.05 M."""
+    assert parameters(made(name)) / 1e6 == pytest.approx(millions, abs=0.05)
+    assert made(name)(torch.zeros(2, 3, 64, 64, device="meta")).shape == (2, 2048)
+
+
+def resnet50_stages(third, fourth):
+    """Parameters of the last two stages of a ResNet-50, counted on paper."""
+
+    def stage(channels, planes, blocks):
+        out = 4 * planes
+        first = channels * planes + 9 * planes**2 + planes * out + channels * out + 4 * planes + 4 * out
+        other = out * planes + 9 * planes**2 + planes * out + 4 * planes + 2 * out
+        return first + (blocks - 1) * other
+
+    return stage(512, third, 6) + stage(4 * third, fourth, 3)
+
+
+@pytest.mark.parametrize(
+    ("width", "planes", "feature_dim"), [("full", (256, 512), 2048), ("reduced", (192, 384), 1536)]
+)
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_experts_share_all_but_the_last_two_stages(count, width, planes, feature_dim):
+    """RIDE ResNet-50: stem and two stages once, two stages for each expert."""
+    shared = parameters(made("resnet50")) - resnet50_stages(256, 512)
+    experts = made("resnet50", experts=count, expert_width=width)
+    assert parameters(experts) == shared + count * resnet50_stages(*planes)
+    assert experts(torch.zeros(2, 3, 64, 64, device="meta")).shape == (count, 2, feature_dim)
+
+
+@pytest.mark.parametrize(("name", "feature_dim"), [("resnext50_32x4d", 1536), ("resnext101_32x4d", 1536)])
+def test_experts_of_a_resnext_keep_its_groups(name, feature_dim):
+    """Reduced width divides among 32 groups."""
+    experts = made(name, experts=3, expert_width="reduced")
+    assert {m.groups for m in experts.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)} == {32}
+    assert experts(torch.zeros(2, 3, 64, 64, device="meta")).shape == (3, 2, feature_dim)
+
+
+def test_one_full_expert_is_the_network_itself():
+    """Same layers in the same order: its weights fit, and give the same features."""
+    plain = make_backbone(ModelSettings(backbone="cifar_resnet20", width=4)).eval()
+    expert = make_backbone(ModelSettings(backbone="cifar_resnet20", width=4, experts=1)).eval()
+    expert.load_state_dict(dict(zip(expert.state_dict(), plain.state_dict().values(), strict=True)))
+    images = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(expert(images), plain(images)[None])
+
+
+def test_experts_differ_from_each_other():
+    """Each is initialised by itself."""
+    first, second = make_backbone(ModelSettings(backbone="cifar_resnet20", width=4, experts=2))(torch.randn(2, 3, 8, 8))
+    assert not torch.allclose(first, second)
+
+
+def test_timm_networks_end_in_their_feature():
+    """By name, where timm is installed."""
+    pytest.importorskip("timm")
+    assert made("timm:resnet10t")(torch.zeros(2, 3, 64, 64, device="meta")).shape == (2, 512)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"backbone": "resnet5"}, "did you mean resnet50"),
+        ({"backbone": "squeezenet1_0"}, "0 linear classifiers"),
+        ({"backbone": "cifar_resnet33"}, "6n\\+2 layers"),
+        ({"backbone": "vit_b_16", "experts": 3}, "no stages to branch at"),
+    ],
+)
+def test_what_cannot_be_a_backbone_is_refused_in_words(settings, message):
+    """The name, and what to write instead."""
+    with pytest.raises(RecipeError, match=message):
+        made(**settings)
+
+
+def test_timm_that_is_not_installed_is_named(monkeypatch):
+    """And how to install it."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match="pip install timm"):
+        made("timm:resnet10t")

@@ -88,7 +88,7 @@ def _take_classifier(network: nn.Module, name: str) -> int:
         )
     path, classifier = found[0]
     network.set_submodule(path, nn.Identity())
-    return classifier.in_features
+    return int(classifier.in_features)
 
 
 def _of_timm(name: str) -> tuple[nn.Module, int]:
@@ -100,4 +100,4 @@ def _of_timm(name: str) -> tuple[nn.Module, int]:
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise RecipeError(f"model.backbone timm:{name} is not one of timm's; did you mean {' or '.join(near)}?")
     network = timm.create_model(name, pretrained=False, num_classes=0)
-    return network, network.num_features
+    return network, int(network.num_features)

@@ -31,7 +31,7 @@ class Projection(nn.Sequential):
 
 
 class CosineCenters(nn.Module):
-    """scale x cosine of feature and center, [B, F] -> [B, C], no bias: the classifier of LDAM (Cao et al. 2019) and RIDE.
+    """scale x cosine of feature and center, [B, F] -> [B, C], no bias, as in LDAM (Cao et al. 2019) and RIDE.
 
     Args:
         scale: s, 30 in both papers.

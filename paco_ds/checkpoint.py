@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = "paco_ds checkpoint"
 VERSION = 1
+BEST = "best"  # folder of the weights that were best on the validation split
 MODEL, MOMENTUM, QUEUE, STATE = "model.safetensors", "momentum.safetensors", "queue.safetensors", "state.json"
 
 
@@ -97,16 +98,41 @@ class Checkpoints:
             files[QUEUE] = _kept(queue.items(), write)
         if not write:
             return
-        state = {
+        self._write(f"step-{step:08d}", files, self._state(step) | dict(about))
+        self._prune(step)
+
+    def _state(self, step: int) -> dict[str, Any]:
+        return {
             "format": FORMAT,
             "version": VERSION,
             "step": step,
             "meaning": self.recipe.meaning(),
             "manifest_sha256": self.manifest_sha256,
-            **about,
         }
-        self._write(f"step-{step:08d}", files, state)
-        self._prune(step)
+
+    def save_best(
+        self, step: int, model: Iterable[tuple[str, Tensor]], about: Mapping[str, Any], write: bool = True
+    ) -> None:
+        """Keep the weights after `step` steps as the best so far, in place of the ones before; as `save`, without
+        momentum and queue, since nothing goes on from them."""
+        files = {MODEL: _kept(model, write)}
+        if write:
+            self._write(BEST, files, self._state(step) | dict(about))
+
+    def best(self, until: int) -> Checkpoint | None:
+        """The best weights of this run among its first `until` steps, or None. Those of a later step belong to a
+        part of the run that a resumed one takes again.
+
+        Raises:
+            CheckpointError: damaged, or of other meaning or other data.
+        """
+        if not (self.folder / BEST).exists():
+            return None
+        checkpoint = read_checkpoint(self.folder / BEST)
+        if checkpoint.step > until:
+            return None
+        self._check_meaning(checkpoint)
+        return checkpoint
 
     def latest(self) -> Checkpoint | None:
         """The newest whole checkpoint of this run, or None if there is none.
@@ -206,6 +232,18 @@ def newest_checkpoint(run: Path) -> Checkpoint:
             + f"\nRestore one, or move {run / 'checkpoints'} away to start again"
         )
     raise CheckpointError(f"no checkpoint under {run / 'checkpoints'}: train with --output {run} first")
+
+
+def chosen_checkpoint(run: Path, recipe: Recipe) -> Checkpoint:
+    """The weights that stand for a run: the newest, or the best if its recipe says so and they are there.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    best = run / "checkpoints" / BEST
+    if recipe.evaluation.checkpoint != "last" and best.exists():
+        return read_checkpoint(best)
+    return newest_checkpoint(run)
 
 
 def how_to_go_on(run: Path) -> str:

@@ -1,7 +1,8 @@
 """Evaluate a run: `python paco_ds/evaluate.py --run RUN` (or `deepspeed paco_ds/evaluate.py --run RUN` on many ranks).
 
 Prints Many / Medium / Few / All, top-1 and top-5, and writes RUN/metrics.json. Reads the portable checkpoint; no
-DeepSpeed engine is needed, and every image is counted once on any number of ranks.
+DeepSpeed engine is needed, and every image is counted once on any number of ranks. Several --run are an ensemble:
+their probabilities are averaged.
 """
 
 from __future__ import annotations
@@ -19,48 +20,52 @@ from paco_ds.command import report_user_errors
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if len(arguments.run) > 1 and arguments.output is None:
+        parser.error("an ensemble belongs to no run: say with --output FILE.json where its figures go")
     # not at the top: loader processes read this file again, and need none of it
-    import torch
     from rich.console import Console
 
-    from paco_ds.checkpoint import newest_checkpoint
+    from paco_ds.checkpoint import chosen_checkpoint
     from paco_ds.data.manifest import open_data
     from paco_ds.distributed import join_job, leave_job
     from paco_ds.evaluation.results import now, write_results
-    from paco_ds.evaluation.runner import evaluate
-    from paco_ds.models.recogniser import make_recogniser
+    from paco_ds.evaluation.runner import Ensemble, evaluate, load_recogniser
     from paco_ds.rank_watchdog import RankWatchdog
     from paco_ds.recipe_file import load_recipe
 
     with report_user_errors(), RankWatchdog():
         started = now()
-        checkpoint = newest_checkpoint(arguments.run)
-        recipe = load_recipe(arguments.run / "recipe.yaml", arguments.set)
+        runs = arguments.run
+        recipes = [load_recipe(run / "recipe.yaml", arguments.set) for run in runs]
+        recipe = recipes[0]
         split = arguments.split or recipe.evaluation.test_split
         manifest = open_data(recipe, [split])
-        checkpoint.check_data(manifest.sha256)
+        members, steps = [], []
+        for run, its_recipe in zip(runs, recipes, strict=True):
+            checkpoint = chosen_checkpoint(run, its_recipe)
+            checkpoint.check_data(manifest.sha256)
+            members.append((load_recogniser(checkpoint, its_recipe, manifest), checkpoint.state["autocast"]))
+            steps.append(checkpoint.step)
         ranks = join_job(recipe.engine.threads)
-        model = make_recogniser(recipe, len(manifest.classes), manifest.mean, manifest.std)
-        model.load_state_dict(checkpoint.model())
-        model.to(ranks.device)
-        # the precision it was trained with, so that its figures come out again
-        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=checkpoint.state["autocast"]):
-            accuracy = evaluate(model, model, recipe, manifest, split, ranks)
+        model = Ensemble(members).to(ranks.device)
+        accuracy = evaluate(model, model, recipe, manifest, split, ranks)
         if ranks.first:
-            Console().print(accuracy.table(f"{recipe.name}, step {checkpoint.step}, on {split}"))
-            target = arguments.run / (
-                "metrics.json" if split == recipe.evaluation.test_split else f"metrics-{split}.json"
-            )
+            what = f"{recipe.name}, step {steps[0]}" if len(runs) == 1 else f"ensemble of {len(runs)} runs"
+            Console().print(accuracy.table(f"{what}, on {split}"))
+            name = "metrics.json" if split == recipe.evaluation.test_split else f"metrics-{split}.json"
+            target = arguments.output or runs[0] / name
             write_results(
                 target,
                 accuracy,
                 recipe,
                 manifest,
                 split=split,
-                step=checkpoint.step,
+                step=steps[0],
                 world_size=ranks.world_size,
                 started=started,
+                ensemble=[str(run) for run in runs] if len(runs) > 1 else None,
             )
             print(f"written: {target}")
         leave_job()
@@ -69,7 +74,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True, type=Path, help="run directory of a training")
+    parser.add_argument(
+        "--run",
+        required=True,
+        type=Path,
+        action="append",
+        help="run directory of a training; several of one data set are evaluated as an ensemble",
+    )
+    parser.add_argument("--output", type=Path, help="where to write; RUN/metrics.json by default, needed for several")
     parser.add_argument("--split", help="split to evaluate; the recipe's evaluation.test_split by default")
     parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a setting")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the launcher

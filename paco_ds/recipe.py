@@ -248,6 +248,18 @@ class EvaluationSettings(Section):
     split: str | None = Field("val", description="watched during training, settings are chosen on it; null: none")
     test_split: str = Field("test", description="measured once, at the end")
     batch: Count = 256
+    checkpoint: Literal["last", "best_all", "best_balanced"] = Field(
+        "last", description="which weights the test split is given: the last, or the best on `split`, never on test"
+    )
+
+    @model_validator(mode="after")
+    def _best_is_judged_on_something(self) -> Self:
+        if self.checkpoint != "last" and (self.split is None or self.every_epochs == 0):
+            raise ValueError(
+                f"checkpoint {self.checkpoint} is chosen on a validation split during training: set split and "
+                f"every_epochs, or checkpoint last"
+            )
+        return self
 
 
 class MetricsSettings(Section):

@@ -19,7 +19,7 @@ from paco_ds.distributed import MicroBatchLayout, Ranks
 from paco_ds.errors import RecipeError, TrainingError
 from paco_ds.evaluation.accuracy import ShotAccuracy
 from paco_ds.evaluation.results import now, versions, write_results
-from paco_ds.evaluation.runner import evaluate
+from paco_ds.evaluation.runner import evaluate, load_recogniser
 from paco_ds.key_encoder import make_key_encoder
 from paco_ds.key_queue import KeyQueue
 from paco_ds.losses import make_loss
@@ -55,6 +55,8 @@ class Trainer:
         checkpoint = self._agreed(self.checkpoints.latest())
 
         self.steps_done = checkpoint.step if checkpoint else 0
+        best = self.checkpoints.best(until=self.steps_done)
+        self.best_score = best.state["score"] if best else -1.0
         self.refused_in_a_row = 0
         self.stop_request, self.stop_agreed = StopRequest(), False
         # loader processes start here, before DeepSpeed's and the metrics' threads do
@@ -130,6 +132,13 @@ class Trainer:
     def evaluate(self, split: str) -> ShotAccuracy:
         """Accuracy of the weights as they stand."""
         return evaluate(self.engine, self.engine.module, self.recipe, self.manifest, split, self.ranks)
+
+    def _evaluate_checkpoint(self, checkpoint: Checkpoint, split: str) -> ShotAccuracy:
+        """Accuracy of saved weights, in the precision they were trained with."""
+        recipe, manifest, device = self.recipe, self.manifest, self.ranks.device
+        model = load_recogniser(checkpoint, recipe, manifest).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=checkpoint.state["autocast"]):
+            return evaluate(model, model, recipe, manifest, split, self.ranks)
 
     def save(self) -> None:
         """Write a checkpoint of the run as it stands."""
@@ -229,6 +238,21 @@ class Trainer:
             accuracy = self.evaluate(settings.split)
             self.watch.evaluation(self.steps_done, epoch, settings.split, accuracy)
             self.watch.say(f"epoch {epoch}, {settings.split}: {_one_line(accuracy)}")
+            self._keep_if_best(accuracy)
+
+    def _keep_if_best(self, accuracy: ShotAccuracy) -> None:
+        criterion = self.recipe.evaluation.checkpoint
+        if criterion == "last":
+            return
+        assert accuracy.detail is not None
+        score = accuracy.all if criterion == "best_all" else accuracy.detail.balanced
+        if score is not None and score > self.best_score:
+            self.best_score = score
+            autocast = bool(self.engine.torch_autocast_enabled())
+            self.checkpoints.save_best(
+                self.steps_done, whole_model(self.engine), {"score": score, "autocast": autocast}, self.ranks.first
+            )
+            self.ranks.wait_for_all()
 
     def _refuse_to_go_on_for_ever(self, result: StepResult) -> None:
         self.refused_in_a_row = self.refused_in_a_row + 1 if result.refused else 0
@@ -246,8 +270,14 @@ class Trainer:
         return at_epoch_end and (self.steps_done // self.steps_per_epoch) % settings.every_epochs == 0
 
     def _finish(self) -> ShotAccuracy:
-        split = self.recipe.evaluation.test_split
-        accuracy = self.evaluate(split)
+        split, step = self.recipe.evaluation.test_split, self.steps_done
+        best = self.checkpoints.best(until=step)
+        if best is None:
+            accuracy = self.evaluate(split)
+        else:
+            step = best.step
+            self.watch.say(f"{split} is given the weights of step {step}, the best on {self.recipe.evaluation.split}")
+            accuracy = self._evaluate_checkpoint(best, split)
         self.watch.metrics.observe_accuracy(accuracy)
         if self.ranks.first:
             write_results(
@@ -256,7 +286,7 @@ class Trainer:
                 self.recipe,
                 self.manifest,
                 split=split,
-                step=self.steps_done,
+                step=step,
                 world_size=self.ranks.world_size,
                 started=self.started,
             )

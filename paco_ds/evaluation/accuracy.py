@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from paco_ds.data.manifest import SHOTS
+from paco_ds.evaluation.predictions import Detail
 
 GROUPS = (*SHOTS, "all")
 TOP_K = 5
@@ -89,6 +90,7 @@ class ShotAccuracy:
         all: top-1 accuracy over images.
         top5: the same four figures for the five largest logits, by name.
         per_class: top-1 accuracy of each class, None for a class without images.
+        detail: what single predictions tell beyond this, where they were kept.
     """
 
     many: float | None
@@ -97,6 +99,7 @@ class ShotAccuracy:
     all: float | None
     top5: Mapping[str, float | None]
     per_class: Sequence[float | None]
+    detail: Detail | None = None
 
     def top1(self) -> dict[str, float | None]:
         """The four top-1 figures by name."""
@@ -149,4 +152,5 @@ def shot_accuracy(counts: ClassCounts, shots_of_classes: Sequence[str]) -> ShotA
 
     top1, per_class = figures(counts.correct1_C.tolist())
     top5, _ = figures(counts.correct5_C.tolist())
-    return ShotAccuracy(**top1, top5=top5, per_class=per_class)
+    many, medium, few, overall = (top1[group] for group in GROUPS)
+    return ShotAccuracy(many, medium, few, overall, top5=top5, per_class=per_class)

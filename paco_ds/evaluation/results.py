@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -41,11 +42,13 @@ def write_results(
     step: int,
     world_size: int,
     started: str,
+    ensemble: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Write metrics.json as a whole or not at all; accuracies are fractions."""
     train = recipe.data.train_split
     results = {
         **accuracy.to_json(),
+        **(accuracy.detail.to_json(manifest.classes) if accuracy.detail else {}),
         "run": recipe.name,
         "split": split,
         "step": step,
@@ -59,6 +62,7 @@ def write_results(
         "finished": now(),
         "manifest_sha256": manifest.sha256,
         "versions": versions(),
+        **({"ensemble": list(ensemble)} if ensemble else {}),
     }
     replace_text(path, json.dumps(results, indent=1) + "\n")
     return results

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from paco_ds.checkpoint import Checkpoint
 from paco_ds.data.manifest import Manifest
 from paco_ds.data.stream import evaluation_stream
 from paco_ds.distributed import Ranks
 from paco_ds.evaluation.accuracy import ClassCounts, ShotAccuracy, shot_accuracy
+from paco_ds.evaluation.predictions import Recorder, detail
+from paco_ds.models.recogniser import Recogniser, make_recogniser
 from paco_ds.recipe import Recipe
 
 
@@ -27,17 +31,53 @@ def evaluate(
 
     Every rank runs equally many forwards (uneven ones hang ZeRO-3); padding is masked out.
     """
-    counts = ClassCounts.zeros(len(manifest.classes), ranks.device)
+    counts, recorder = ClassCounts.zeros(len(manifest.classes), ranks.device), Recorder()
     was_training = module.training
     module.eval()
     for batch in evaluation_stream(recipe, manifest, split, ranks.rank, ranks.world_size):
-        logits, _ = model(batch.query.to(ranks.device))
-        if logits.ndim == 3:  # of experts, whose mean is the model's answer
-            logits = logits.mean(0)
-        counts.add(logits, batch.labels.to(ranks.device), batch.valid.to(ranks.device))
+        logits = _answer(model(batch.query.to(ranks.device))[0])
+        labels, valid = batch.labels.to(ranks.device), batch.valid.to(ranks.device)
+        counts.add(logits, labels, valid)
+        recorder.add(logits, labels, valid)
     module.train(was_training)
     total = ClassCounts.from_tensor(ranks.sum(counts.as_tensor()))
-    return shot_accuracy(total, _shots(manifest, recipe))
+    figures = detail(recorder.gather(ranks), manifest.split(recipe.data.train_split).class_counts)
+    return replace(shot_accuracy(total, _shots(manifest, recipe)), detail=figures)
+
+
+def load_recogniser(checkpoint: Checkpoint, recipe: Recipe, manifest: Manifest) -> Recogniser:
+    """The model of a recipe with the weights of a checkpoint, on the CPU."""
+    model = make_recogniser(recipe, len(manifest.classes), manifest.mean, manifest.std)
+    model.load_state_dict(checkpoint.model())
+    return model
+
+
+class Ensemble(nn.Module):
+    """Models of one data set as one: the mean of their probabilities, each model's being those of its experts' mean
+    logits. Of a single model it is that model.
+
+    Args:
+        members: (model, whether it runs under bfloat16 autocast, as it was trained).
+    """
+
+    def __init__(self, members: Sequence[tuple[Recogniser, bool]]) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(model for model, _ in members)
+        self.autocast = [autocast for _, autocast in members]
+
+    def forward(self, images: Tensor) -> tuple[Tensor, None]:
+        of_each = []
+        for model, autocast in zip(self.models, self.autocast, strict=True):
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
+                of_each.append(_answer(model(images)[0]))
+        if len(of_each) == 1:
+            return of_each[0], None
+        return torch.stack([logits.softmax(1) for logits in of_each]).mean(0).log(), None
+
+
+def _answer(logits: Tensor) -> Tensor:
+    """[B, C]; of experts [E, B, C] their mean."""
+    return logits.mean(0) if logits.ndim == 3 else logits
 
 
 def _shots(manifest: Manifest, recipe: Recipe) -> Sequence[str]:

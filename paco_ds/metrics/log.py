@@ -69,12 +69,19 @@ class MetricsLog:
         self._append({"kind": "step", **asdict(record)})
 
     def evaluation(self, step: int, epoch: int, split: str, accuracy: ShotAccuracy) -> None:
-        """Append {"kind": "evaluation", ...} with top-1 and top-5 of the shots and All, flushed.
+        """Append {"kind": "evaluation", ...} with top-1 and top-5 of the shots and All, balanced accuracy, macro F1 and
+        calibration error, flushed.
 
         `epoch` is the number of epochs completed. Accuracies of single classes are left to metrics.json: with
         thousands of classes they would outgrow everything else here.
         """
-        figures = {**accuracy.top1(), "top5": dict(accuracy.top5)}
+        figures: dict[str, Any] = {**accuracy.top1(), "top5": dict(accuracy.top5)}
+        if accuracy.detail is not None:
+            figures |= {
+                "balanced": accuracy.detail.balanced,
+                "macro_f1": accuracy.detail.macro_f1,
+                "calibration_error": accuracy.detail.calibration_error,
+            }
         self._append({"kind": "evaluation", "step": step, "epoch": epoch, "split": split, **figures})
 
     def cut_after(self, step: int) -> None:

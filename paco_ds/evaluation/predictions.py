@@ -1,0 +1,149 @@
+"""What single predictions tell beyond counts of classes: F1, calibration, confusions, other test distributions.
+
+Shapes: N images of a split, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paco_ds.distributed import Ranks
+
+BINS = 15  # of confidence, as Guo et al. 2017
+IMBALANCES = (50, 25, 10, 5, 2)  # of the test distributions of SADE (Zhang et al. 2022)
+MOST_CONFUSIONS = 20
+
+
+class Recorder:
+    """Collects predictions of this rank, batch by batch, and joins those of all ranks."""
+
+    def __init__(self) -> None:
+        self._batches: list[Tensor] = []
+
+    def add(self, logits_BC: Tensor, labels_B: Tensor, valid_B: Tensor) -> None:
+        """Of a batch: floating logits [B, C], int64 labels [B], bool valid [B] (False for padding)."""
+        confidence_B, predicted_B = logits_BC.double().softmax(1).max(1)
+        self._batches.append(torch.stack([labels_B.double(), predicted_B.double(), confidence_B, valid_B.double()], 1))
+
+    def gather(self, ranks: Ranks) -> Predictions:
+        """All images of the split, once. A collective: every rank has equally many batches."""
+        rows = ranks.gather(torch.cat(self._batches)).flatten(0, 1).cpu()
+        rows = rows[rows[:, 3] > 0]
+        return Predictions(rows[:, 0].long(), rows[:, 1].long(), rows[:, 2])
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """int64 labels [N], int64 predicted classes [N] and float64 probabilities given to these [N]."""
+
+    labels_N: Tensor
+    predicted_N: Tensor
+    confidence_N: Tensor
+
+
+@dataclass(frozen=True)
+class Detail:
+    """Figures of a split as fractions; those without images to judge are None.
+
+    Attributes:
+        balanced: mean of the classes' accuracies, over classes with images.
+        macro_f1: mean of the classes' F1, over classes that have images or were predicted (scikit-learn's).
+        calibration_error: expected calibration error, 15 bins of equal width (Guo et al. 2017).
+        confusions: (class, taken for, images, share of the class's images), most images first.
+        test_agnostic: top-1 under long-tailed test distributions of SADE, "forward-50" (as in training), ...,
+            "uniform", ..., "backward-50" (reversed).
+    """
+
+    balanced: float | None
+    macro_f1: float | None
+    calibration_error: float | None
+    confusions: Sequence[tuple[int, int, int, float]]
+    test_agnostic: dict[str, float]
+
+    def to_json(self, class_names: Sequence[str]) -> dict[str, Any]:
+        """Further keys of metrics.json."""
+        return {
+            "balanced": self.balanced,
+            "macro_f1": self.macro_f1,
+            "calibration_error": self.calibration_error,
+            "confusions": [
+                {"class": class_names[own], "taken_for": class_names[other], "images": images, "share": share}
+                for own, other, images, share in self.confusions
+            ],
+            "test_agnostic": self.test_agnostic,
+        }
+
+
+def detail(predictions: Predictions, class_counts: Sequence[int]) -> Detail:
+    """The figures of a split's predictions.
+
+    Args:
+        class_counts: training images of each class, which order the classes head to tail.
+    """
+    labels_N, predicted_N = predictions.labels_N, predictions.predicted_N
+    classes = len(class_counts)
+    total_C, guessed_C = (torch.bincount(t, minlength=classes).double() for t in (labels_N, predicted_N))
+    correct_N = labels_N == predicted_N
+    correct_C = torch.bincount(labels_N[correct_N], minlength=classes).double()
+    present_C, judged_C = total_C > 0, total_C + guessed_C > 0
+    accuracy_C = correct_C / total_C  # nan for a class without images
+    return Detail(
+        balanced=_mean(accuracy_C[present_C]),
+        macro_f1=_mean((2 * correct_C / (total_C + guessed_C))[judged_C]),
+        calibration_error=calibration_error(predictions),
+        confusions=confusions(predictions, classes),
+        test_agnostic=accuracy_by_distribution(accuracy_C, class_counts),
+    )
+
+
+def calibration_error(predictions: Predictions, bins: int = BINS) -> float | None:
+    """sum_b n_b / N |accuracy_b - confidence_b| over bins of confidence ((b - 1) / bins, b / bins]."""
+    if not len(predictions.labels_N):
+        return None
+    bin_N = (predictions.confidence_N * bins).ceil().long().clamp(1, bins) - 1
+    correct_N = (predictions.labels_N == predictions.predicted_N).double()
+    gap_b = torch.zeros(bins, dtype=torch.float64).index_add_(0, bin_N, correct_N - predictions.confidence_N)
+    return float(gap_b.abs().sum() / len(correct_N))
+
+
+def confusions(
+    predictions: Predictions, classes: int, most: int = MOST_CONFUSIONS
+) -> list[tuple[int, int, int, float]]:
+    """(class, taken for, images, share of the class's images) of the pairs that cost most images."""
+    wrong_N = predictions.labels_N != predictions.predicted_N
+    pairs_N = predictions.labels_N[wrong_N] * classes + predictions.predicted_N[wrong_N]
+    pair_P, images_P = pairs_N.unique(return_counts=True)
+    total_C = torch.bincount(predictions.labels_N, minlength=classes)
+    order = torch.sort(images_P, descending=True, stable=True).indices[:MOST_CONFUSIONS]
+    return [
+        (own := pair // classes, pair % classes, images, images / int(total_C[own]))
+        for pair, images in zip(pair_P[order].tolist(), images_P[order].tolist(), strict=True)
+    ]
+
+
+def accuracy_by_distribution(accuracy_C: Tensor, class_counts: Sequence[int]) -> dict[str, float]:
+    """Top-1 where the test images of class c, by rank r_c in training, are as many as rho^(-r_c / (C - 1)), or with
+    the ranks reversed. SADE draws such test sets; this is the accuracy that one expects of them. Classes without test
+    images (nan) take no part."""
+    present_C = ~accuracy_C.isnan()
+    if not present_C.any():
+        return {}
+    rank_C = torch.tensor(class_counts).argsort(descending=True, stable=True).argsort().double()
+    place_C = rank_C / max(len(class_counts) - 1, 1)
+
+    def accuracy(weight_C: Tensor) -> float:
+        weight_P = weight_C[present_C]
+        return float((weight_P * accuracy_C[present_C]).sum() / weight_P.sum())
+
+    forward = {f"forward-{rho}": accuracy(rho**-place_C) for rho in IMBALANCES}
+    backward = {f"backward-{rho}": accuracy(rho ** (place_C - 1)) for rho in reversed(IMBALANCES)}
+    return {**forward, "uniform": accuracy(torch.ones_like(place_C)), **backward}
+
+
+def _mean(values: Tensor) -> float | None:
+    return float(values.mean()) if len(values) else None

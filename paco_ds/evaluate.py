@@ -10,12 +10,19 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 # The launcher puts this folder first on the path, where `paco_ds` itself cannot be imported from.
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from paco_ds.command import report_user_errors
+
+if TYPE_CHECKING:
+    from paco_ds.data.manifest import Manifest
+    from paco_ds.distributed import Ranks
+    from paco_ds.models.recogniser import Recogniser
+    from paco_ds.recipe import Recipe
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,6 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if len(arguments.run) > 1 and arguments.output is None:
         parser.error("an ensemble belongs to no run: say with --output FILE.json where its figures go")
+    if len(arguments.run) > 1 and arguments.tau_normalize is not None:
+        parser.error("--tau-normalize is of one run")
     # not at the top: loader processes read this file again, and need none of it
     from rich.console import Console
 
@@ -49,6 +58,10 @@ def main(argv: list[str] | None = None) -> int:
             members.append((load_recogniser(checkpoint, its_recipe, manifest), checkpoint.state["autocast"]))
             steps.append(checkpoint.step)
         ranks = join_job(recipe.engine.threads)
+        about: dict[str, Any] = {"ensemble": [str(run) for run in runs]} if len(runs) > 1 else {}
+        if arguments.tau_normalize is not None:
+            tau, member = _normalized(arguments.tau_normalize, members[0], recipe, manifest, ranks)
+            members, about = [member], {"tau_normalization": tau}
         model = Ensemble(members).to(ranks.device)
         accuracy = evaluate(model, model, recipe, manifest, split, ranks)
         if ranks.first:
@@ -65,11 +78,31 @@ def main(argv: list[str] | None = None) -> int:
                 step=steps[0],
                 world_size=ranks.world_size,
                 started=started,
-                ensemble=[str(run) for run in runs] if len(runs) > 1 else None,
+                about=about,
             )
             print(f"written: {target}")
         leave_job()
     return 0
+
+
+def _normalized(
+    tau: str, member: tuple[Recogniser, bool], recipe: Recipe, manifest: Manifest, ranks: Ranks
+) -> tuple[float, tuple[Recogniser, bool]]:
+    """(tau, the model with its centers normalised); `auto` chooses tau on the validation split."""
+    from paco_ds.errors import RecipeError
+    from paco_ds.evaluation.tau_normalization import choose_tau, tau_normalized
+
+    model, autocast = member
+    if tau != "auto":
+        return float(tau), (tau_normalized(model, float(tau)), autocast)
+    split = recipe.evaluation.split
+    if split is None:
+        raise RecipeError("--tau-normalize auto chooses tau on evaluation.split, which is null: give a number instead")
+    manifest.check_files(split)
+    chosen, balanced = choose_tau(model.to(ranks.device), recipe, manifest, split, ranks)
+    if ranks.first:
+        print(f"tau {chosen}: balanced accuracy on {split} " + ", ".join(f"{t}: {a:.3f}" for t, a in balanced.items()))
+    return chosen, (tau_normalized(model, chosen), autocast)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,10 +115,22 @@ def _parser() -> argparse.ArgumentParser:
         help="run directory of a training; several of one data set are evaluated as an ensemble",
     )
     parser.add_argument("--output", type=Path, help="where to write; RUN/metrics.json by default, needed for several")
+    parser.add_argument(
+        "--tau-normalize",
+        metavar="TAU",
+        type=_tau,
+        help="normalise the centers of a trained run with this tau, 0 to 1, or `auto`: the best on evaluation.split",
+    )
     parser.add_argument("--split", help="split to evaluate; the recipe's evaluation.test_split by default")
     parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a setting")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the launcher
     return parser
+
+
+def _tau(text: str) -> str:
+    if text != "auto" and not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is neither a number from 0 to 1 nor auto")
+    return text
 
 
 if __name__ == "__main__":

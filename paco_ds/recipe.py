@@ -115,12 +115,28 @@ class ModelSettings(Section):
     centers: Literal["linear", "cosine"] = Field("linear", description="classifier; cosine: LDAM's and RIDE's")
     centers_scale: Positive = Field(30.0, description="of cosine centers")
     width: Count = Field(16, description="channels of a CIFAR ResNet's first stage; others have their own")
+    start_from: str | None = running(
+        None, description="run directory of a first stage, file of weights, or torchvision:NAME; null: random weights"
+    )
+    trained: Literal["all", "last_block", "centers", "center_scales"] = Field(
+        "all",
+        description="last_block: of a ResNet, with all BatchNorm; centers: a new classifier on a frozen backbone (cRT, "
+        "linear evaluation); center_scales: a factor for each center of a frozen classifier (LWS)",
+    )
     projection_hidden: Count | None = Field(None, description="hidden width; the feature dimension by default")
     projection: Literal["two_layer", "three_layer"] = Field(
         "two_layer",
         description="Linear-BatchNorm-ReLU-Linear (PaCo), or Linear-ReLU-Linear-ReLU-Linear (GPaCo)",
     )
     projection_dim: Count = 128
+
+    @model_validator(mode="after")
+    def _what_is_frozen_comes_from_somewhere(self) -> Self:
+        if self.trained != "all" and self.start_from is None:
+            raise ValueError(f"trained {self.trained} leaves random weights as they are: set start_from")
+        if self.trained == "center_scales" and self.centers == "cosine":
+            raise ValueError("trained center_scales scales linear centers: set centers to linear")
+        return self
 
     @property
     def key_dim(self) -> int:
@@ -300,6 +316,15 @@ class Recipe(Section):
             raise ValueError(
                 "loss.contrast_scope global_batch needs keys of the whole step before its first query, which "
                 "key_encoder none does not make; set loss.contrast_scope to micro_batch"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _frozen_encoders_contrast_nothing(self) -> Self:
+        if self.model.trained in ("centers", "center_scales") and self.loss.contrast:
+            raise ValueError(
+                f"model.trained {self.model.trained} freezes the encoder, so {self.loss.method} cannot contrast "
+                f"anything: set loss.method to one without contrast, such as cross_entropy or balanced_softmax"
             )
         return self
 

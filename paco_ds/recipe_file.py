@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from paco_ds.errors import RecipeError
 from paco_ds.recipe import Recipe, RegularView, SmallView
 
-PATH_KEYS = ("data.shards", "engine.deepspeed")
+PATH_KEYS = ("data.shards", "engine.deepspeed", "model.start_from")
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -26,16 +26,14 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         RecipeError: names the key, where it was set, and what is valid there.
     """
     path = Path(path)
-    try:
-        tree = yaml.load(path.read_text(), _UniqueKeys)
-    except FileNotFoundError:
-        raise RecipeError(f"no recipe at {path}; recipes of this project lie in ds_configs/recipes/") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise RecipeError(f"{path} must be a mapping of settings, not {type(tree).__name__}")
-    for key in PATH_KEYS:
-        _anchor_path(tree, key, path.parent)
+    tree = _read(path)
+    if isinstance(base := tree.pop("base", None), str):
+        shared = _read(path.parent / base)
+        if "base" in shared:
+            raise RecipeError(f"{path}: base {base} has a base of its own; recipes share parts by one level")
+        tree = _merged(shared, tree)
+    elif base is not None:
+        raise RecipeError(f"{path}: base is the path of a recipe, relative to this one, not {base!r}")
     reference = _get(tree, "step.micro_batches")
     origin: dict[str, str] = {}
     for override in overrides:
@@ -55,6 +53,32 @@ def validate_recipe(tree: dict[str, Any], place: str, origin: dict[str, str] | N
     except ValidationError as error:
         lines = [_explain(detail, place, origin or {}) for detail in error.errors()]
         raise RecipeError("\n".join(lines)) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The tree of one file, its paths made absolute."""
+    try:
+        tree = yaml.load(path.read_text(), _UniqueKeys)
+    except FileNotFoundError:
+        raise RecipeError(f"no recipe at {path}; recipes of this project lie in ds_configs/recipes/") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path} must be a mapping of settings, not {type(tree).__name__}")
+    for key in PATH_KEYS:
+        _anchor_path(tree, key, path.parent)
+    return tree
+
+
+def _merged(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """`shared` with what `own` says instead; sections are merged, and a view of another name replaces one."""
+    merged = dict(shared)
+    for key, value in own.items():
+        before = merged.get(key)
+        if isinstance(before, dict) and isinstance(value, dict) and value.get("name") in (None, before.get("name")):
+            value = _merged(before, value)
+        merged[key] = value
+    return merged
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -79,7 +103,7 @@ def _get(tree: Any, key: str) -> Any:
 def _anchor_path(tree: dict[str, Any], key: str, base: Path) -> None:
     section, name = key.split(".")
     value = _get(tree, key)
-    if isinstance(value, str) and "://" not in value:
+    if isinstance(value, str) and "://" not in value and not value.startswith("torchvision:"):
         tree[section][name] = str((base / value).resolve())
 
 

@@ -25,6 +25,7 @@ from paco_ds.key_queue import KeyQueue
 from paco_ds.losses import make_loss
 from paco_ds.metrics.log import StepRecord
 from paco_ds.metrics.watch import BadSamples, Watch
+from paco_ds.models.initial_weights import freeze, load_initial_weights
 from paco_ds.models.recogniser import make_recogniser
 from paco_ds.optimizer import learning_rate
 from paco_ds.recipe import Recipe
@@ -64,6 +65,9 @@ class Trainer:
         model = make_recogniser(recipe, len(manifest.classes), manifest.mean, manifest.std)
         if checkpoint:  # before DeepSpeed copies the weights
             model.load_state_dict(checkpoint.model())
+        else:
+            load_initial_weights(model, recipe)
+        freeze(model, recipe.model)
         self.engine, self.optimizer = ds.initialise(model, recipe, config, self.layout)
         self.queue, self.step = self._make_step()
         if checkpoint:

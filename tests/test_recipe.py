@@ -150,3 +150,48 @@ def test_meaning_leaves_out_how_and_where_a_run_is_computed():
     assert {"seed", "loss.alpha", "step.micro_batches", "views.query.cutout", "data.window"} <= meaning.keys()
     assert not [k for k in meaning if k.split(".")[0] in ("engine", "checkpoint", "evaluation", "metrics", "name")]
     assert not {"data.shards", "data.workers", "data.max_bad_share"} & meaning.keys()
+
+
+class TestBase:
+    """Recipes share parts by one level."""
+
+    def write(self, folder, own, shared=None):
+        (folder / "shared.yaml").write_text(tiny_recipe().to_yaml() if shared is None else shared)
+        (folder / "own.yaml").write_text(own)
+        return folder / "own.yaml"
+
+    def test_what_a_recipe_says_stands_over_its_base(self, tmp_path):
+        """Section by section; a view of another kind replaces the base's."""
+        own = "base: shared.yaml\nname: own\nloss: {alpha: 0.5}\nviews: {key: {name: regular, size: 12}}\n"
+        recipe = load_recipe(self.write(tmp_path, own))
+        assert (recipe.name, recipe.loss.alpha, recipe.loss.temperature) == ("own", 0.5, 0.2)
+        assert (recipe.views.key.name, recipe.views.query.name) == ("regular", "small")
+
+    def test_paths_of_the_base_are_relative_to_the_base(self, tmp_path):
+        """And those of the recipe to the recipe."""
+        (tmp_path / "below").mkdir()
+        shared = tiny_recipe().to_yaml().replace("deepspeed: unused", "deepspeed: zero1.json")
+        path = self.write(tmp_path, "", shared)
+        own = tmp_path / "below" / "own.yaml"
+        own.write_text("base: ../shared.yaml\ndata: {shards: mine}\n")
+        recipe = load_recipe(own)
+        assert recipe.engine.deepspeed == str(path.parent / "zero1.json")
+        assert recipe.data.shards == str(tmp_path / "below" / "mine")
+
+    def test_micro_batches_of_the_recipe_are_the_reference_of_its_learning_rate(self, tmp_path):
+        """Not the base's."""
+        recipe = load_recipe(self.write(tmp_path, "base: shared.yaml\nstep: {micro_batches: 8}\n", TINY))
+        assert (recipe.step.reference_micro_batches, recipe.step.scale) == (8, 1.0)
+
+    @pytest.mark.parametrize(
+        ("own", "message"),
+        [
+            ("base: nowhere.yaml\n", "no recipe at .*nowhere.yaml"),
+            ("base: 3\n", "base is the path of a recipe"),
+            ("base: own.yaml\n", "has a base of its own"),
+        ],
+    )
+    def test_a_base_that_cannot_be_is_refused(self, tmp_path, own, message):
+        """Missing, no path, or a chain."""
+        with pytest.raises(RecipeError, match=message):
+            load_recipe(self.write(tmp_path, own))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -42,9 +42,9 @@ def write_results(
     step: int,
     world_size: int,
     started: str,
-    ensemble: Sequence[str] | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write metrics.json as a whole or not at all; accuracies are fractions."""
+    """Write metrics.json as a whole or not at all; accuracies are fractions. `about` holds further keys."""
     train = recipe.data.train_split
     results = {
         **accuracy.to_json(),
@@ -62,7 +62,7 @@ def write_results(
         "finished": now(),
         "manifest_sha256": manifest.sha256,
         "versions": versions(),
-        **({"ensemble": list(ensemble)} if ensemble else {}),
+        **(about or {}),
     }
     replace_text(path, json.dumps(results, indent=1) + "\n")
     return results

@@ -47,6 +47,19 @@ class CosineCenters(nn.Module):
         return self.scale * F.normalize(feature_BF.float(), dim=1) @ F.normalize(self.weight, dim=1).T
 
 
+class ScaledCenters(nn.Module):
+    """Learnable weight scaling (LWS, Kang et al. 2020): a frozen linear classifier whose logits get a trained factor
+    each, [B, F] -> [B, C]."""
+
+    def __init__(self, feature_dim: int, classes: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(feature_dim, classes).requires_grad_(False)
+        self.scale = nn.Parameter(torch.ones(classes))
+
+    def forward(self, feature_BF: Tensor) -> Tensor:
+        return self.scale * self.linear(feature_BF)
+
+
 class PerExpert(nn.ModuleList):
     """A head for each expert: [E, B, in] -> [E, B, out]."""
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paco_ds.models.backbones import Backbone, make_backbone
-from paco_ds.models.heads import CosineCenters, Normalize, PerExpert, Projection
+from paco_ds.models.heads import CosineCenters, Normalize, PerExpert, Projection, ScaledCenters
 from paco_ds.recipe import ModelSettings, Recipe
 
 
@@ -54,6 +54,35 @@ class Recogniser(nn.Module):
         self.query_encoder = encoder
         self.centers = centers
         self.key_encoder = _as_key_encoder(encoder) if with_key_encoder else None
+        self.encoder_is_frozen = False
+
+    @property
+    def has_projection(self) -> bool:
+        """Whether queries are made beside features."""
+        return self.query_encoder.projection is not None
+
+    def freeze_encoder(self) -> None:
+        """Train the centers alone: the query encoder gives what it gave when it was trained, BatchNorm included."""
+        self.query_encoder.requires_grad_(False)
+        self.encoder_is_frozen = True
+        self.train(self.training)
+
+    def restart_key_encoder(self) -> None:
+        """Let the key encoder, if there is one, begin with the query encoder's weights."""
+        if self.key_encoder is not None:
+            self.key_encoder = _as_key_encoder(self.query_encoder)
+
+    def fixed_centers(self) -> nn.Module:
+        """What holds the frozen centers of :class:`ScaledCenters`, one or one for each expert."""
+        if isinstance(self.centers, PerExpert):
+            return nn.ModuleList(head.linear for head in self.centers)  # type: ignore[misc]
+        return self.centers.linear  # type: ignore[return-value]
+
+    def train(self, mode: bool = True) -> Recogniser:
+        super().train(mode)
+        if self.encoder_is_frozen:
+            self.query_encoder.eval()
+        return self
 
     def forward(
         self, images: Tensor, second_view: Tensor | None = None, *, keys: bool = False
@@ -112,6 +141,8 @@ def _of_each_expert(settings: ModelSettings, make_head: Callable[[], nn.Module])
 
 
 def _centers(settings: ModelSettings, feature_dim: int, classes: int) -> nn.Module:
+    if settings.trained == "center_scales":
+        return ScaledCenters(feature_dim, classes)
     if settings.centers == "cosine":
         return CosineCenters(feature_dim, classes, settings.centers_scale)
     return nn.Linear(feature_dim, classes)

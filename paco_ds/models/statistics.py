@@ -13,11 +13,14 @@ from paco_ds.distributed import Ranks
 
 
 class RunningStatistics:
-    """Running means and variances of a module's BatchNorm layers, as one step sees them."""
+    """Running means and variances of a module's BatchNorm layers, as one step sees them; not of layers that are kept
+    in evaluation mode, which are frozen."""
 
     def __init__(self, module: nn.Module) -> None:
         norms = [
-            m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
+            m
+            for m in module.modules()
+            if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats and m.training
         ]
         self.buffers: list[Tensor] = [b for m in norms for b in (m.running_mean, m.running_var) if b is not None]
         self.steps: list[Tensor] = [m.num_batches_tracked for m in norms if m.num_batches_tracked is not None]

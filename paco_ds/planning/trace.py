@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from paco_ds.key_queue import QueueSnapshot
 from paco_ds.losses import make_loss
 from paco_ds.losses.paco import ParametricContrastiveLoss
+from paco_ds.models.initial_weights import freeze
 from paco_ds.models.recogniser import Recogniser, by_expert, make_recogniser
 from paco_ds.models.statistics import RunningStatistics
 from paco_ds.recipe import Recipe
@@ -59,6 +60,7 @@ def trace_step(recipe: Recipe, class_counts: tuple[int, ...], autocast: bool) ->
     """Run one micro-batch of a recipe on fake tensors. Takes seconds, and no memory to speak of."""
     with torch.device("meta"):
         model = make_recogniser(recipe, len(class_counts), _ANY, _ANY)
+        freeze(model, recipe.model)
     trained = [p for p in model.parameters() if p.requires_grad]
     followed = [p for p in model.parameters() if not p.requires_grad]
     sizes: dict[str, Any] = {

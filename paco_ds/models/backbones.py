@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import re
+from typing import cast
 
 import torchvision
 from torch import Tensor, nn
@@ -100,4 +101,4 @@ def _of_timm(name: str) -> tuple[nn.Module, int]:
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise RecipeError(f"model.backbone timm:{name} is not one of timm's; did you mean {' or '.join(near)}?")
     network = timm.create_model(name, pretrained=False, num_classes=0)
-    return network, int(network.num_features)
+    return network, int(cast(int, network.num_features))

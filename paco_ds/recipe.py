@@ -201,6 +201,13 @@ class BclSettings(Section):
     contrast_weight: Positive = Field(0.35, description="of the contrast; ImageNet-LT's")
 
 
+class ProCoSettings(Section):
+    """Of loss.method proco."""
+
+    weight: Positive = Field(1.0, description="of the contrast")
+    max_concentration: Positive = Field(1e5, description="of a class's distribution, reached by a single key")
+
+
 Method = Literal[
     "paco",
     "cross_entropy",
@@ -214,8 +221,9 @@ Method = Literal[
     "ride",
     "balpoe",
     "bcl",
+    "proco",
 ]
-_CONTRASTIVE = ("paco", "supcon", "multi_task", "bcl")
+_CONTRASTIVE = ("paco", "supcon", "multi_task", "bcl", "proco")
 
 
 class LossSettings(Section):
@@ -242,6 +250,7 @@ class LossSettings(Section):
     ride: RideSettings = RideSettings()
     balpoe: BalPoESettings = BalPoESettings()
     bcl: BclSettings = BclSettings()
+    proco: ProCoSettings = ProCoSettings()
 
     @property
     def contrast(self) -> bool:
@@ -436,6 +445,11 @@ class Recipe(Section):
             raise ValueError(
                 f"step.mixup {self.step.mixup:g} mixes labels, of which the contrast of loss.method "
                 f"{self.loss.method} needs one for each image; set step.mixup to 0"
+            )
+        if self.loss.method == "proco" and self.queue.length == 0:
+            raise ValueError(
+                "loss.method proco estimates its classes from the queue; set queue.length above 0, up to the number of "
+                "training images"
             )
         setting, epoch = self.loss.starts_to_reweight
         if epoch is not None and epoch >= self.schedule.epochs:

@@ -116,6 +116,7 @@ class Trainer:
             center_probability_optimum=result.center_probability_optimum,
             positive_probability=result.positive_probability,
             positive_probability_optimum=result.positive_probability_optimum,
+            parts=result.parts,
             skipped=result.refused is not None,
             bad_samples=result.replaced,
         )

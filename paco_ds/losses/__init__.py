@@ -16,6 +16,7 @@ from paco_ds.losses.focal import make_focal
 from paco_ds.losses.ldam import make_ldam
 from paco_ds.losses.multitask import make_multi_task
 from paco_ds.losses.paco import ParametricContrastiveLoss, class_prior, make_paco
+from paco_ds.losses.proco import make_proco
 from paco_ds.losses.ride import make_ride
 from paco_ds.losses.supcon import make_supcon
 from paco_ds.recipe import LossSettings
@@ -35,6 +36,7 @@ METHODS: Mapping[str, Callable[[LossSettings, Sequence[int], Sequence[str] | Non
     "ride": make_ride,
     "balpoe": make_balpoe,
     "bcl": make_bcl,
+    "proco": make_proco,
 }
 """What `loss.method` can be."""
 

@@ -16,6 +16,9 @@ from paco_ds.losses.bcl import BalancedContrastiveLoss
 from paco_ds.losses.focal import FocalLoss
 from paco_ds.losses.ldam import LdamLoss, margins
 from paco_ds.losses.paco import ParametricContrastiveLoss
+from paco_ds.losses.proco import ProCoLoss
+from paco_ds.losses.von_mises_fisher import log_normaliser
+from paco_ds.planning.trace import trace_step
 from paco_ds.recipe import LossSettings, Method, RideSettings
 from tests.recipes import tiny_recipe
 
@@ -172,7 +175,7 @@ class TestRide:
         ride = {"base": base, "diversity": 0.45, "temperature": 1.5, "reweight_epoch": 2, "reweight_factor": 0.3}
         output = loss_of("ride", epoch, ride=ride | {"beta": 0.99})(Y, z)
         check(output.loss, expected, z)
-        assert float(output.parts["base"] - 0.45 * output.parts["diversity"]) == pytest.approx(float(output.loss))
+        assert (output.parts["base"] - 0.45 * output.parts["diversity"]).item() == pytest.approx(output.loss.item())
 
     def test_refuses_a_model_without_experts(self):
         """Logits [B, C] would be one expert that differs from nobody."""
@@ -316,6 +319,102 @@ class TestBcl:
             BalancedContrastiveLoss(ParametricContrastiveLoss(alpha=1, temperature=1), CLASSES, 0.1)
 
 
+def log_bessel(order: float, x: float) -> float:
+    """log I_v(x) by its power series, sum over m of (x / 2)^(2 m + v) / (m! Gamma(m + v + 1))."""
+    logs = [
+        (2 * m + order) * math.log(x / 2) - math.lgamma(m + 1) - math.lgamma(m + order + 1)
+        for m in range(50 + 2 * int(x))
+    ]
+    top = max(logs)
+    return top + math.log(math.fsum(math.exp(v - top) for v in logs))
+
+
+class TestVonMisesFisher:
+    @pytest.mark.parametrize("dim", [2, 3, 8, 32, 128, 1024])
+    def test_log_normaliser_is_that_of_the_power_series(self, dim):
+        """From concentrations near 0, where scipy underflows, to 300, with its derivative by the order above."""
+        order = dim / 2 - 1
+        k = torch.tensor([1e-3, 0.1, 1.0, 5.0, 14.3, 60.0, 300.0], dtype=torch.float64, requires_grad=True)
+        value = log_normaliser(k, dim)
+        expected = [log_bessel(order, x) - order * math.log(x) for x in k.tolist()]
+        assert value.tolist() == pytest.approx(expected, rel=1e-10, abs=1e-10)
+        (slope,) = torch.autograd.grad(value.sum(), k)
+        ratios = [math.exp(log_bessel(order + 1, x) - log_bessel(order, x)) for x in k.tolist()]
+        assert slope.tolist() == pytest.approx(ratios, rel=1e-9)
+
+    def test_three_dimensions_have_a_closed_form(self):
+        """I_{1/2}(k) = sqrt(2 / (pi k)) sinh k, also for a concentration of 1e5."""
+        k = torch.tensor([0.5, 20.0, 1e5], dtype=torch.float64)
+        expected = 0.5 * math.log(2 / math.pi) + k + torch.log1p(-(-2 * k).exp()) - math.log(2) - k.log()
+        torch.testing.assert_close(log_normaliser(k, 3), expected, rtol=1e-12, atol=1e-10)
+
+    def test_zero_is_the_limit(self):
+        """A uniform distribution, with a slope of 0."""
+        k = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+        value = log_normaliser(k, 8)
+        assert value.item() == pytest.approx(-3 * math.log(2) - math.lgamma(4))
+        assert torch.autograd.grad(value, k)[0].item() == pytest.approx(0, abs=1e-12)
+        with pytest.raises(ValueError, match="at least 2 dimensions"):
+            log_normaliser(k, 1)
+
+
+class TestProCo:
+    def test_is_its_equation(self):
+        """Class by class from the queue: a class without keys is uniform, one with a single key is at the limit."""
+        v, z = Views(), logits()
+        queue_labels = torch.tensor([0] * 10 + [1] * 6 + [2] * 3 + [4])
+        queue = QueueSnapshot.of(v.keys, queue_labels, CLASSES)
+        order, tau, total = DIM / 2 - 1, 0.2, 0.0
+        concentration, direction = [], []
+        for c in range(CLASSES):
+            own = [row for row, k in zip(v.keys, queue_labels.tolist(), strict=True) if k == c]
+            mean = sum(own) / len(own) if own else torch.zeros(DIM, dtype=torch.float64)
+            R = float(mean.norm())
+            concentration.append(100.0 if len(own) == 1 else min(100.0, DIM * R / (1 - R * R)))
+            direction.append(mean / R if own else mean)
+        assert concentration[3] == 0
+        for i, y in enumerate(Y.tolist()):
+            s = []
+            for c in range(CLASSES):
+                joint = (concentration[c] * direction[c] + v.q[i].detach() / tau).norm().item()
+                own_g = log_bessel(order, concentration[c] or 1e-9) - order * math.log(concentration[c] or 1e-9)
+                s.append(log_bessel(order, joint) - order * math.log(joint) - own_g + math.log(COUNTS[c] / TOTAL))
+            total -= (s[y] - math.log(sum(math.exp(value) for value in s))) / BATCH
+        output = loss_of("proco", proco={"max_concentration": 100.0, "weight": 0.5})(Y, z, v.q, None, queue)
+        assert output.parts["contrast"].item() == pytest.approx(total, rel=1e-6)
+        assert output.loss.item() == pytest.approx(output.parts["softmax"].item() + 0.5 * total, rel=1e-6)
+
+    def test_is_the_mean_over_experts(self):
+        """Each with its own part of the queue."""
+        q, keys, z = rows(EXPERTS, BATCH, DIM, seed=0), rows(20, EXPERTS * DIM, seed=3), logits(EXPERTS)
+        queue, loss = QueueSnapshot.of(keys, labels(20, 5), CLASSES), loss_of("proco")
+        single = []
+        for e in range(EXPERTS):
+            own = QueueSnapshot.of(keys[:, e * DIM : (e + 1) * DIM].contiguous(), labels(20, 5), CLASSES)
+            single.append(loss(Y, z[e], q[e], None, own).loss)
+        torch.testing.assert_close(loss(Y, z, q, None, queue.experts(EXPERTS)).loss, torch.stack(single).mean())
+
+    def test_an_empty_queue_says_nothing(self):
+        """Every class is uniform: the contrast is the prior's, and moves no query."""
+        v = Views()
+        queue = QueueSnapshot.of(v.keys[:0], v.queue_labels[:0], CLASSES)
+        output = loss_of("proco")(Y, logits(), v.q, None, queue)
+        expected = -sum(math.log(COUNTS[y] / TOTAL) for y in Y.tolist()) / BATCH
+        assert output.parts["contrast"].item() == pytest.approx(expected, rel=1e-6)
+        (grad,) = torch.autograd.grad(output.loss, v.q)
+        assert grad.abs().max() < 1e-6
+
+    def test_refuses_what_does_not_fit(self):
+        """No queue, a queue of another dimension, a softmax term with contrast."""
+        v, loss = Views(), loss_of("proco")
+        with pytest.raises(ValueError, match="needs queries, and a queue"):
+            loss(Y, logits(), v.q, None, None)
+        with pytest.raises(ValueError, match="do not fit the queue"):
+            loss(Y, logits(), rows(BATCH, DIM + 1, seed=0), None, v.queue)
+        with pytest.raises(ValueError, match="contrast=False"):
+            ProCoLoss(ParametricContrastiveLoss(alpha=1, temperature=1), torch.zeros(CLASSES), 0.1)
+
+
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_gradcheck(method):
     """The gradient of every method is that of its value, by finite differences."""
@@ -346,6 +445,15 @@ def test_is_float32_under_autocast(method):
         ).loss
     assert half.dtype == torch.float32
     assert float(half) == pytest.approx(float(whole), rel=0.02)
+
+
+@pytest.mark.parametrize("method", ["bcl", "multi_task", "proco", "ride", "supcon"])
+def test_can_be_planned_on_fake_tensors(method):
+    """No method looks at numbers where the planner has none, and its parts are counted."""
+    experts = ("model.experts=2", "model.centers=cosine") if method == "ride" else ()
+    trace = trace_step(tiny_recipe(f"loss.method={method}", *experts), tuple(COUNTS), autocast=False)
+    assert trace.loss_parts == (0 if method == "supcon" else 2)
+    assert trace.peak > 0
 
 
 NEED_COUNTS = sorted(set(METHODS) - {"cross_entropy", "focal", "supcon"})
@@ -419,6 +527,7 @@ class TestBadInput:
             (["loss.method=ride", "loss.ride.base=cross_entropy"], "model.experts is null"),
             (["loss.method=balpoe"], "model.experts is null"),
             (["loss.method=balpoe", "model.experts=2"], "3 numbers for 2 experts"),
+            (["loss.method=proco", "queue.length=0"], "set queue.length above 0"),
             (["loss.method=paco", "step.mixup=0.4"], "set step.mixup to 0"),
             (
                 ["loss.method=ldam", "model.centers=cosine", "loss.ldam.drw_epoch=2"],

@@ -1,10 +1,16 @@
 """Every method takes its steps on two ranks under DeepSpeed as on one, at every ZeRO stage in turn."""
 
-import pytest
+import json
 
+import pytest
+import torch
+
+from paco_ds.checkpoint import newest_checkpoint
 from paco_ds.losses import METHODS
+from paco_ds.metrics.log import read
 from tests.distributed.runs import Outcome
 from tests.distributed.test_step import FLOAT32, check, update_difference
+from tests.recipes import write_tiny_recipe
 
 STEPS = 2
 SMALL = ("step.micro_batch=4", "step.micro_batches=2")
@@ -82,3 +88,24 @@ def test_the_step_hands_over_what_changes_the_loss(outcome, plain, changed):
     """A later epoch for re-weighting, and mixing, give other losses: the comparisons above could notice them."""
     losses = outcome(1, 0, *plain).losses, outcome(1, 0, *plain, changed).losses
     assert abs(losses[0][0] - losses[1][0]) > 1e-3
+
+
+def test_a_loss_that_changes_over_training_resumes_bit_equal(pool, striped_shards, tmp_path):
+    """Stopped before the epoch of re-weighting, with mixed images: the run without a stop."""
+    (tmp_path / "zero1.json").write_text(json.dumps({"zero_optimization": {"stage": 1}}))
+    method = ("loss.method=ldam", "model.centers=cosine", "loss.ldam.drw_epoch=1", "step.mixup=0.4")
+    data = (f"data.shards={striped_shards}", "engine.deepspeed=zero1.json")
+    write_tiny_recipe(tmp_path / "recipe.yaml", *data, *method)
+    found = []
+    for name, stops in (("straight", (6,)), ("resumed", (3, 6))):
+        for stop in stops:
+            run = tmp_path / name
+            pool(2).run("tests.distributed.training:train", recipe=tmp_path / "recipe.yaml", run=run, stop_at_step=stop)
+        checkpoint = newest_checkpoint(run)
+        losses = [line["loss"] for line in read(run / "metrics.jsonl") if line["kind"] == "step"]
+        found.append((losses, {**checkpoint.model(), **{f"m.{k}": v for k, v in checkpoint.momentum().items()}}))
+    (losses, state), (resumed_losses, resumed_state) = found
+    assert len(losses) == 6
+    assert resumed_losses == losses
+    for name, value in state.items():
+        assert torch.equal(resumed_state[name], value), name

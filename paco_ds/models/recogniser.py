@@ -44,7 +44,8 @@ class Recogniser(nn.Module):
     `forward(images, keys=True)` gives keys [B, D], float32 unit rows without gradient. Plain tuples, since ZeRO-3
     finds the tensors whose backward it must prepare only in those.
 
-    With `prototypes` a further output follows: unit rows [C, D], what this projection makes of the centers.
+    With `prototypes` a further output follows in training: unit rows [C, D], what this projection makes of the
+    centers.
 
     Of E experts, logits are [E, B, C] and queries [E, B, D], as the losses take them; keys are [B, E D], an expert's
     beside the next one's, as the queue keeps them.
@@ -76,7 +77,7 @@ class Recogniser(nn.Module):
         if second_view is not None:
             second_feature, second_query = self.query_encoder(self.normalize(second_view))
             feature, query = torch.cat([feature, second_feature], -2), torch.cat([query, second_query], -2)
-        if self.prototypes is None:
+        if self.prototypes is None or not self.training:
             return self.centers(feature).float(), query
         logits, rows = self.centers(feature, rows=True)
         return logits.float(), query, F.normalize(self.prototypes(rows).float(), dim=-1)

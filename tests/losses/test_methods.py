@@ -267,6 +267,22 @@ def test_multi_task_is_the_sum_that_its_row_names(softmax, contrast):
     assert float(output.parts["contrast"]) == pytest.approx(float(pairs), rel=1e-6)
 
 
+@pytest.mark.parametrize("rebalanced", [True, False])
+def test_paco_with_and_without_center_rebalance(rebalanced):
+    """Eq. (4), normalised as published; log q on the centers, or not, as for balanced data."""
+    v, z, alpha, total = Views(), logits(), 0.05, 0.0
+    for i, y in enumerate(Y.tolist()):
+        members = [(v.q[j], int(Y[j])) for j in range(BATCH) if j != i]
+        members += list(zip(v.k, Y.tolist(), strict=True)) + list(zip(v.keys, v.queue_labels.tolist(), strict=True))
+        s = [v.q[i] @ row / 0.2 for row, _ in members]
+        centers = [z[i, c] + (math.log(COUNTS[c] / TOTAL) if rebalanced else 0) for c in range(CLASSES)]
+        log_denominator = sum(value.exp() for value in (*s, *centers)).log()
+        positives = [score for score, (_, c) in zip(s, members, strict=True) if c == y]
+        weighted = centers[y] - log_denominator + alpha * sum(score - log_denominator for score in positives)
+        total = total - weighted / (1 + alpha * len(positives)) / BATCH
+    check(loss_of("paco", class_prior=rebalanced)(Y, z, v.q, v.k, v.queue).loss, total, v.q, z)
+
+
 class TestBcl:
     @pytest.mark.parametrize("with_keys", [False, True], ids=["as_published", "with_keys_and_queue"])
     def test_is_its_equation(self, with_keys):

@@ -232,6 +232,6 @@ def digest(tensors: Iterable[Tensor]) -> Tensor:
     for tensor in tensors:
         total = total.to(tensor.device)
         for words in tensor.detach().flatten().view(torch.int32).split(_DIGEST_WORDS):
-            total += (words * torch.arange(2 * start + 1, 2 * (start + len(words)), 2, device=words.device)).sum()
+            total += (words * (2 * torch.arange(start, start + len(words), device=words.device) + 1)).sum()
             start += len(words)
     return total

@@ -144,10 +144,109 @@ class ModelSettings(Section):
         return self.projection_dim * (self.experts or 1)
 
 
-class LossSettings(Section):
-    """The general form of the loss, see `losses.paco`. `method` says which of its terms are present."""
+class LogitAdjustmentSettings(Section):
+    """Of loss.method logit_adjustment."""
 
-    method: Literal["paco", "balanced_softmax", "cross_entropy"] = "paco"
+    tau: NotNegative = Field(1.0, description="times log q(y); 1 as published")
+
+
+class ClassBalancedSettings(Section):
+    """Of loss.method class_balanced."""
+
+    beta: Fraction = Field(0.9999, lt=1, description="of the effective number of images (1 - beta^n) / (1 - beta)")
+
+
+class FocalSettings(Section):
+    """Of loss.method focal."""
+
+    gamma: NotNegative = Field(2.0, description="power of 1 - p; 2 as published")
+    class_balanced: bool = Field(False, description="weights of effective numbers too (Cui et al. 2019)")
+    beta: Fraction = Field(0.9999, lt=1, description="of the effective number of images")
+
+
+class LdamSettings(Section):
+    """Of loss.method ldam, which needs model.centers cosine."""
+
+    max_margin: NotNegative = Field(0.5, description="of the rarest class, in cosine")
+    scale: Positive = Field(30.0, description="of the cosine centers; equal to model.centers_scale")
+    drw_epoch: Natural | None = Field(None, description="epochs after which re-weighting sets in (DRW); null: never")
+    beta: Fraction = Field(0.9999, lt=1, description="of the effective number of images")
+
+
+class MultiTaskSettings(Section):
+    """Of loss.method multi_task: softmax + weight x contrast."""
+
+    softmax: Literal["cross_entropy", "balanced_softmax"] = "cross_entropy"
+    contrast: Literal["reweighted", "balanced_softmax", "supcon"] = Field(
+        "reweighted",
+        description="SupCon: each anchor weighted by effective numbers, log q added to contrast logits, or as it is",
+    )
+    weight: Positive = Field(0.1, description="of the contrast; .05 to 1 in Tables 13 and 14")
+    beta: Fraction = Field(0.999, lt=1, description="of the effective number of images, for reweighted")
+
+
+class RideSettings(Section):
+    """Of loss.method ride, which needs model.experts."""
+
+    base: Literal["ldam", "cross_entropy"] = Field("ldam", description="loss of each expert; ldam: cosine centers")
+    max_margin: NotNegative = Field(0.5, description="of the rarest class, in cosine")
+    scale: Positive = Field(30.0, description="of the cosine centers; equal to model.centers_scale")
+    diversity: NotNegative = Field(0.2, description="weight of the experts' divergence from their mean; CIFAR .45")
+    temperature: Positive = Field(1.0, description="of that divergence")
+    reweight_epoch: Natural | None = Field(
+        None, description="epochs after which weights and class-wise temperatures set in; null: never"
+    )
+    reweight_factor: Fraction = Field(
+        0.02, lt=1, description="how far temperatures follow the class counts; iNaturalist .015"
+    )
+    beta: Fraction = Field(0.9999, lt=1, description="of the effective number of images")
+
+
+class BalPoESettings(Section):
+    """Of loss.method balpoe, which needs model.experts."""
+
+    lambdas: tuple[Annotated[float, _Number], ...] = Field(
+        (1.0, 0.0, -1.0), min_length=1, description="bias of each expert; their mean is the bias of the model"
+    )
+
+
+class BclSettings(Section):
+    """Of loss.method bcl."""
+
+    softmax_weight: Positive = Field(1.0, description="of the logit-adjusted cross-entropy")
+    contrast_weight: Positive = Field(0.35, description="of the contrast; ImageNet-LT's")
+
+
+class ProCoSettings(Section):
+    """Of loss.method proco."""
+
+    weight: Positive = Field(1.0, description="of the contrast")
+    max_concentration: Positive = Field(1e5, description="of a class's distribution, reached by a single key")
+
+
+Method = Literal[
+    "paco",
+    "cross_entropy",
+    "balanced_softmax",
+    "logit_adjustment",
+    "class_balanced",
+    "focal",
+    "ldam",
+    "supcon",
+    "multi_task",
+    "ride",
+    "balpoe",
+    "bcl",
+    "proco",
+]
+_CONTRASTIVE = ("paco", "supcon", "multi_task", "bcl", "proco")
+
+
+class LossSettings(Section):
+    """The method, the settings that methods share (the general form of the loss, see `losses.paco`), and a section for
+    each method that has settings of its own."""
+
+    method: Method = "paco"
     alpha: Positive = Field(0.05, description="weight of the contrast positives, Eq. (13)")
     beta: Positive = Field(1.0, description="weight of the own center")
     gamma: NotNegative = Field(1.0, description="scale of the contrast terms in the denominator")
@@ -159,15 +258,37 @@ class LossSettings(Section):
     contrast_scope: Literal["micro_batch", "global_batch"] = Field(
         "micro_batch", description="whose keys of this step an anchor meets: published: its own micro-batch's"
     )
+    logit_adjustment: LogitAdjustmentSettings = LogitAdjustmentSettings()
+    class_balanced: ClassBalancedSettings = ClassBalancedSettings()
+    focal: FocalSettings = FocalSettings()
+    ldam: LdamSettings = LdamSettings()
+    multi_task: MultiTaskSettings = MultiTaskSettings()
+    ride: RideSettings = RideSettings()
+    balpoe: BalPoESettings = BalPoESettings()
+    bcl: BclSettings = BclSettings()
+    proco: ProCoSettings = ProCoSettings()
 
     @property
     def contrast(self) -> bool:
-        """True when queries are held against keys and queue, which needs a key encoder."""
-        return self.method == "paco"
+        """True when queries are held against other views, which needs a second view of each image."""
+        return self.method in _CONTRASTIVE
 
     @property
-    def uses_class_prior(self) -> bool:
-        return self.method == "balanced_softmax" or (self.method == "paco" and self.class_prior)
+    def trains_centers(self) -> bool:
+        """False for the first of two stages: centers stay as they were drawn."""
+        return self.method != "supcon"
+
+    @property
+    def prototypes(self) -> bool:
+        """True when centers take part in the contrast through a projection of their own."""
+        return self.method == "bcl"
+
+    @property
+    def starts_to_reweight(self) -> tuple[str, int | None]:
+        """(setting, epochs after which the loss changes, None for never)."""
+        if self.method == "ldam":
+            return "loss.ldam.drw_epoch", self.ldam.drw_epoch
+        return "loss.ride.reweight_epoch", self.ride.reweight_epoch if self.method == "ride" else None
 
 
 class KeyEncoderSettings(Section):
@@ -190,6 +311,9 @@ class StepSettings(Section):
 
     micro_batch: Count = Field(description="images of one micro-batch: the scope of BatchNorm and contrasts")
     micro_batches: Count = Field(description="micro-batches of one optimizer step; ranks must divide it")
+    mixup: NotNegative = Field(
+        0.0, description="alpha of Beta(alpha, alpha), the share of each image in a mix of two; 0 mixes none"
+    )
     reference_micro_batches: Count | None = Field(
         None, description="what the learning rate was chosen for: the recipe file's own step.micro_batches"
     )
@@ -325,6 +449,49 @@ class Recipe(Section):
             raise ValueError(
                 f"model.trained {self.model.trained} freezes the encoder, so {self.loss.method} cannot contrast "
                 f"anything: set loss.method to one without contrast, such as cross_entropy or balanced_softmax"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _model_suits_method(self) -> Self:
+        loss, model, method = self.loss, self.model, self.loss.method
+        margins = {"ldam": loss.ldam.scale, "ride": loss.ride.scale if loss.ride.base == "ldam" else None}.get(method)
+        if margins is not None:
+            if model.centers != "cosine":
+                raise ValueError(
+                    f"loss.method {method} has its margins between cosines, which model.centers {model.centers} does "
+                    f"not give; set model.centers to cosine"
+                    + (" or loss.ride.base to cross_entropy" if method == "ride" else "")
+                )
+            if margins != model.centers_scale:
+                raise ValueError(
+                    f"loss.{method}.scale {margins:g} and model.centers_scale {model.centers_scale:g} are one number; "
+                    f"set them equal"
+                )
+        if method in ("ride", "balpoe") and model.experts is None:
+            raise ValueError(f"loss.method {method} is a loss of experts and model.experts is null; set it to 3, say")
+        if method == "balpoe" and len(loss.balpoe.lambdas) != model.experts:
+            raise ValueError(
+                f"loss.balpoe.lambdas has {len(loss.balpoe.lambdas)} numbers for {model.experts} experts; give one each"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _method_suits_run(self) -> Self:
+        if self.step.mixup and self.loss.contrast:
+            raise ValueError(
+                f"step.mixup {self.step.mixup:g} mixes labels, of which the contrast of loss.method "
+                f"{self.loss.method} needs one for each image; set step.mixup to 0"
+            )
+        if self.loss.method == "proco" and self.queue.length == 0:
+            raise ValueError(
+                "loss.method proco estimates its classes from the queue; set queue.length above 0, up to the number of "
+                "training images"
+            )
+        setting, epoch = self.loss.starts_to_reweight
+        if epoch is not None and epoch >= self.schedule.epochs:
+            raise ValueError(
+                f"{setting} {epoch} is never reached in {self.schedule.epochs} epochs; lower it, or set it to null"
             )
         return self
 

@@ -29,7 +29,8 @@ from paco_ds.distributed import MicroBatchLayout, Ranks
 from paco_ds.errors import TrainingError
 from paco_ds.key_encoder import KeyEncoder, Keys, gather_keys
 from paco_ds.key_queue import KeyQueue, QueueSnapshot, digest
-from paco_ds.losses.paco import LossOutput, ParametricContrastiveLoss
+from paco_ds.losses.base import Loss, LossOutput
+from paco_ds.mixup import Mix, Mixup
 from paco_ds.models.recogniser import beside_each_other, by_expert
 from paco_ds.models.statistics import RunningStatistics
 from paco_ds.optimizer import GuardedSGD
@@ -45,6 +46,7 @@ class StepResult:
         refused: why nothing was changed ("keys", "loss" or "gradient" not finite), or None.
         center_probability, center_probability_optimum: mean over the anchors of each shot; None without any.
         positive_probability, positive_probability_optimum: the same over its anchors that have a positive.
+        parts: what the loss is made of, by name, means over the global batch; nan as the loss.
         replaced: samples of this step, on all ranks, that could not be read.
         stop: some rank was asked to stop.
     """
@@ -56,21 +58,25 @@ class StepResult:
     center_probability_optimum: Mapping[str, float | None]
     positive_probability: Mapping[str, float | None]
     positive_probability_optimum: Mapping[str, float | None]
+    parts: Mapping[str, float]
     replaced: int
     stop: bool
 
 
 class _Totals:
     """What ranks add up in the one reduction of a step: flags and sums, then for centers and for positives
-    [probability, its optimum, anchors] by shot."""
+    [probability, its optimum, anchors] by shot, then the parts of the loss."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.vector = torch.zeros(4 + 2 * 3 * len(SHOTS), dtype=torch.float64, device=device)
+    def __init__(self, device: torch.device, part_names: Sequence[str] = ()) -> None:
+        self.part_names = part_names
+        self.vector = torch.zeros(_FIRST_PART + len(part_names), dtype=torch.float64, device=device)
 
     def add(self, output: LossOutput, shots_B: Tensor) -> None:
         loss = output.loss.detach()
         self.vector[0] += ~torch.isfinite(loss)
         self.vector[1] += loss
+        for i, name in enumerate(self.part_names, start=_FIRST_PART):
+            self.vector[i] += output.parts[name]
         watched = [
             (output.center_probability_B, output.center_optimum_B),
             (output.positive_probability_B, output.positive_optimum_B),
@@ -94,8 +100,15 @@ class _Totals:
     def positives(self, row: int) -> dict[str, float | None]:
         return _means(self._by_shot()[1], row)
 
+    def parts(self, micro_batches: int) -> dict[str, float]:
+        """Means over micro-batches."""
+        return {name: float(self.vector[_FIRST_PART + i]) / micro_batches for i, name in enumerate(self.part_names)}
+
     def _by_shot(self) -> Tensor:
-        return self.vector[4:].view(2, 3, len(SHOTS))
+        return self.vector[4:_FIRST_PART].view(2, 3, len(SHOTS))
+
+
+_FIRST_PART = 4 + 2 * 3 * len(SHOTS)
 
 
 def _means(sums: Tensor, row: int) -> dict[str, float | None]:
@@ -115,13 +128,18 @@ class Step:
             against those of its own micro-batch.
         experts: how many the model has, None of a model without.
         stop_requested: asked once a step; if any rank says True, all learn of it in `StepResult.stop`.
+        steps_per_epoch: of a loss that changes over training, which is told the epoch of each step.
+        mixup: mixes the images of each micro-batch in pairs; for methods without contrast.
+
+    Raises:
+        ValueError: the loss changes over training and `steps_per_epoch` is missing.
     """
 
     def __init__(
         self,
         engine: Any,
         optimizer: GuardedSGD,
-        loss: ParametricContrastiveLoss,
+        loss: Loss,
         layout: MicroBatchLayout,
         ranks: Ranks,
         shots_of_classes: Sequence[str],
@@ -130,11 +148,16 @@ class Step:
         stop_requested: Callable[[], bool] = lambda: False,
         contrast_scope: Literal["micro_batch", "global_batch"] = "micro_batch",
         experts: int | None = None,
+        steps_per_epoch: int | None = None,
+        mixup: Mixup | None = None,
     ) -> None:
+        if loss.changes_with_epoch and steps_per_epoch is None:
+            raise ValueError("this loss changes from one epoch to the next: Step needs steps_per_epoch")
         self.engine, self.optimizer, self.loss = engine, optimizer, loss
         self.layout, self.ranks = layout, ranks
         self.key_encoder, self.queue, self.contrast_scope = key_encoder, queue, contrast_scope
-        self.experts = experts
+        self.experts, self.steps_per_epoch, self.mixup = experts, steps_per_epoch, mixup
+        self.part_names, self._begin_epoch = loss.part_names, loss.begin_epoch
         self.statistics = RunningStatistics(engine.module)
         self.stop_requested = stop_requested
         self._shots_C = torch.tensor([SHOTS.index(s) for s in shots_of_classes], device=ranks.device)
@@ -144,7 +167,9 @@ class Step:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.refuse = False
-        totals = _Totals(self.ranks.device)
+        if self.steps_per_epoch is not None:
+            self._begin_epoch(step // self.steps_per_epoch)
+        totals = _Totals(self.ranks.device, self.part_names)
         totals.vector[2] = sum(len(b.replaced) for b in micro_batches)
         totals.vector[3] = self.stop_requested()
 
@@ -152,7 +177,7 @@ class Step:
         if keys is not None and not keys.finite:
             totals.reduce(self.ranks)
             return self._result(totals, "keys", known=False)
-        second_rows = self._run_queries(micro_batches, keys, totals)
+        second_rows = self._run_queries(step, micro_batches, keys, totals)
         refused = self._refusal(totals)
         if refused:
             self.statistics.restore()
@@ -172,14 +197,17 @@ class Step:
         views = [b.key for b in micro_batches if b.key is not None]
         return self.key_encoder.keys(step, views, [b.labels for b in micro_batches])
 
-    def _run_queries(self, micro_batches: Sequence[MicroBatch], keys: Keys | None, totals: _Totals) -> list[Tensor]:
+    def _run_queries(
+        self, step: int, micro_batches: Sequence[MicroBatch], keys: Keys | None, totals: _Totals
+    ) -> list[Tensor]:
         """Forward and backward of every micro-batch, and the update. Returns the second views' rows, if one encoder
         makes both."""
         snapshot, second_rows = self._queue_snapshot(keys), []
         self.statistics.begin_step()
         for j, micro_batch in zip(self.layout.own, micro_batches, strict=True):
             self.statistics.begin_micro_batch()
-            loss, second = self._query_loss(j, micro_batch, keys, snapshot, totals)
+            mix = None if self.mixup is None else self.mixup.draw(step, j, len(micro_batch.labels))
+            loss, second = self._query_loss(j, micro_batch, mix, keys, snapshot, totals)
             if second is not None:
                 second_rows.append(second)
             self.statistics.end_micro_batch()
@@ -201,7 +229,13 @@ class Step:
         return snapshot if self.experts is None else snapshot.experts(self.experts)
 
     def _query_loss(
-        self, j: int, micro_batch: MicroBatch, keys: Keys | None, queue: QueueSnapshot | None, totals: _Totals
+        self,
+        j: int,
+        micro_batch: MicroBatch,
+        mix: Mix | None,
+        keys: Keys | None,
+        queue: QueueSnapshot | None,
+        totals: _Totals,
     ) -> tuple[Tensor, Tensor | None]:
         """(loss of a micro-batch, its second views' rows without gradient or None)."""
         device = self.ranks.device
@@ -212,14 +246,17 @@ class Step:
             assert micro_batch.key is not None
             # anchor i then meets the 2 m - 1 other rows of both views, which is what the loss makes of queries alone
             labels = labels.repeat(2)
-            logits, query = self.engine(images, micro_batch.key.to(device, non_blocking=True))
+            logits, query, *prototypes = self.engine(images, micro_batch.key.to(device, non_blocking=True))
             second_rows = beside_each_other(query[..., len(images) :, :]).detach()
         else:
-            logits, query = self.engine(images)
+            logits, query, *prototypes = self.engine(images if mix is None else mix.images(images))
             if keys is not None and self.contrast_scope == "micro_batch":
                 lanes = self.layout.lanes(j)
                 own_keys = by_expert(keys.keys_GD[lanes.start : lanes.stop], self.experts)
-        output: LossOutput = self.loss(labels, logits, query, own_keys, queue)
+        output: LossOutput = self.loss(labels, logits, query, own_keys, queue, *prototypes)
+        if mix is not None:
+            other: LossOutput = self.loss(labels[mix.partners.to(device)], logits, query, own_keys, queue)
+            output = mix.outputs(output, other)
         totals.add(output, self._shots_C[labels])
         return output.loss, second_rows
 
@@ -243,6 +280,7 @@ class Step:
             center_probability_optimum=totals.centers(1),
             positive_probability=totals.positives(0),
             positive_probability_optimum=totals.positives(1),
+            parts=totals.parts(self.layout.micro_batches) if known else dict.fromkeys(self.part_names, float("nan")),
             replaced=int(totals.vector[2]),
             stop=bool(totals.vector[3]),
         )

@@ -25,6 +25,7 @@ from paco_ds.key_queue import KeyQueue
 from paco_ds.losses import make_loss
 from paco_ds.metrics.log import StepRecord
 from paco_ds.metrics.watch import BadSamples, Watch
+from paco_ds.mixup import Mixup
 from paco_ds.models.initial_weights import freeze, load_initial_weights
 from paco_ds.models.recogniser import make_recogniser
 from paco_ds.optimizer import learning_rate
@@ -121,6 +122,7 @@ class Trainer:
             center_probability_optimum=result.center_probability_optimum,
             positive_probability=result.positive_probability,
             positive_probability_optimum=result.positive_probability_optimum,
+            parts=result.parts,
             skipped=result.refused is not None,
             bad_samples=result.replaced,
         )
@@ -210,6 +212,8 @@ class Trainer:
             stop_requested=self.stop_request,
             contrast_scope=recipe.loss.contrast_scope,
             experts=recipe.model.experts,
+            steps_per_epoch=self.steps_per_epoch,
+            mixup=Mixup(recipe.step.mixup, recipe.seed) if recipe.step.mixup else None,
         )
         return queue, step
 

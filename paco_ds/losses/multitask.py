@@ -5,15 +5,17 @@ Unlike in PaCo, each term has its own denominator. Shapes: B anchors, C classes,
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from paco_ds.key_queue import QueueSnapshot
-from paco_ds.losses.paco import LossOutput, ParametricContrastiveLoss
+from paco_ds.losses.base import Loss, LossOutput, counts_of_classes, effective_number_weights
+from paco_ds.losses.paco import ParametricContrastiveLoss, class_prior, general_form
+from paco_ds.losses.supcon import make_supcon
+from paco_ds.recipe import LossSettings
 
 
-class MultiTaskLoss(nn.Module):
-    """softmax + weight x contrast, two settings of :class:`ParametricContrastiveLoss`.
+class MultiTaskLoss(Loss):
+    """L = softmax + weight x contrast, two settings of :class:`ParametricContrastiveLoss`.
 
     Args:
         softmax: the term over the centers, `contrast=False`.
@@ -28,6 +30,8 @@ class MultiTaskLoss(nn.Module):
         >>> supcon = ParametricContrastiveLoss(centers=False, beta=0, alpha=1, temperature=0.2)
         >>> loss = MultiTaskLoss(softmax, supcon, weight=0.5)
     """
+
+    part_names = ("softmax", "contrast")
 
     def __init__(
         self, softmax: ParametricContrastiveLoss, contrast: ParametricContrastiveLoss, weight: float = 1.0
@@ -57,23 +61,26 @@ class MultiTaskLoss(nn.Module):
             centers.center_optimum_B,
             pairs.positive_probability_B,
             pairs.positive_optimum_B,
+            {"softmax": centers.loss.detach(), "contrast": pairs.loss.detach()},
         )
 
 
-def effective_number_weights(class_counts: Tensor | Sequence[int], beta: float = 0.999) -> Tensor:
-    """Return r_c = C e_c / sum e with e_c = (1 - beta) / (1 - beta^n_c) [C], float32, of mean 1 (Cui et al. 2019).
-
-    The published multi-task code means these weights, but a slip of shapes makes all of them 1.
-
-    Args:
-        class_counts: n_c >= 1, training images of each class.
-        beta: in [0, 1): 0 gives equal weights, towards 1 they become proportional to 1 / n_c.
-
-    Raises:
-        ValueError: a class without images, or beta out of range.
+def make_multi_task(
+    settings: LossSettings, class_counts: Sequence[int], class_names: Sequence[str] | None
+) -> MultiTaskLoss:
+    """The rows of Tables 12 to 14 that are sums: the softmax term is cross-entropy or Balanced Softmax, the contrast
+    SupCon, re-weighted by effective numbers (each anchor by r_y) or with log q(y_j) added to the contrast logits.
     """
-    counts_C = torch.as_tensor(class_counts, dtype=torch.float64)
-    if not (0 <= beta < 1 and counts_C.numel() and counts_C.min() >= 1):
-        raise ValueError(f"effective numbers need an image of each class at least and beta in [0, 1), got {beta=}")
-    weight_C = (1 - beta) / (1 - beta**counts_C)
-    return (len(counts_C) * weight_C / weight_C.sum()).float()
+    own = settings.multi_task
+    prior_C = None
+    if "balanced_softmax" in (own.softmax, own.contrast):
+        prior_C = class_prior(class_counts, class_names)
+    softmax = general_form(settings, contrast=False, log_prior_C=prior_C if own.softmax == "balanced_softmax" else None)
+    if own.contrast == "reweighted":
+        counts_C = counts_of_classes(
+            class_counts, class_names, "Re-weighting", "set loss.multi_task.contrast to supcon"
+        )
+        weight_C = effective_number_weights(counts_C, own.beta)
+        return MultiTaskLoss(softmax, make_supcon(settings, class_weight_C=weight_C), own.weight)
+    bias_C = prior_C if own.contrast == "balanced_softmax" else None
+    return MultiTaskLoss(softmax, make_supcon(settings, contrast_bias_C=bias_C), own.weight)

@@ -5,39 +5,18 @@ Shapes: B anchors (the query views of a micro-batch), C classes, N keys in the q
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from paco_ds.errors import DataError
 from paco_ds.key_queue import QueueSnapshot
+from paco_ds.losses.base import Loss, LossOutput, counts_of_classes, rows_by_expert
 from paco_ds.losses.closed_form import ClosedForm, Form
+from paco_ds.recipe import LossSettings
 
 
-@dataclass(frozen=True)
-class LossOutput:
-    """A loss and what can be read off it for nothing; all but `loss` is detached, a mean over experts if any.
-
-    Attributes:
-        loss: scalar, the mean over anchors.
-        center_probability_B: p_c, the share of the anchor's own center in its denominator; None without
-            centers, as the next.
-        center_optimum_B: what p_c is where the loss is smallest, for exactly this batch and queue (Remark 2).
-        positive_probability_B: p+, the geometric mean of the shares of the anchor's positives; None without
-            contrast, nan where an anchor has no positive, as the next.
-        positive_optimum_B: what p+ is where the loss is smallest (Remarks 1 and 2).
-    """
-
-    loss: Tensor
-    center_probability_B: Tensor | None
-    center_optimum_B: Tensor | None
-    positive_probability_B: Tensor | None
-    positive_optimum_B: Tensor | None
-
-
-class ParametricContrastiveLoss(nn.Module):
+class ParametricContrastiveLoss(Loss):
     """Eq. (4) of "Parametric Contrastive Learning" (ICCV 2021) in its general form.
 
     Of anchor i, A(i) is the other queries of the micro-batch, with gradient, its keys, and the queue,
@@ -75,7 +54,7 @@ class ParametricContrastiveLoss(nn.Module):
         log_prior_C: log q(y), see :func:`class_prior`. It belongs to training: predictions use plain logits.
         contrast_bias_C: b, added to the contrast logits of keys and queries of each class.
         class_weight_C: r_y, a factor of the loss of every anchor of class y, such as
-            :func:`paco_ds.losses.multitask.effective_number_weights`; the mean still divides by B.
+            :func:`paco_ds.losses.base.effective_number_weights`; the mean still divides by B.
         contrast: whether there is an A(i); without it alpha, gamma and temperature have no effect.
         centers: whether there are centers.
 
@@ -162,7 +141,9 @@ class ParametricContrastiveLoss(nn.Module):
         if self.contrast:
             inputs["query_BD"] = _required("query_BD", query_BD)
             inputs["key_BD"] = key_BD
-        given = {name: _by_expert(name, tensor, len(labels_B)) for name, tensor in inputs.items() if tensor is not None}
+        given = {
+            name: rows_by_expert(name, tensor, len(labels_B)) for name, tensor in inputs.items() if tensor is not None
+        }
         self._check(given, queue if self.contrast else None)
         dtype = torch.float64 if any(t.dtype == torch.float64 for t in given.values()) else torch.float32
         query_EBD, key_EBD = (None if t is None else t.to(dtype) for t in map(given.get, ("query_BD", "key_BD")))
@@ -210,15 +191,7 @@ def class_prior(class_counts: Tensor | Sequence[int], class_names: Sequence[str]
     Raises:
         DataError: a class without training images, whose prior would be log 0.
     """
-    counts_C = torch.as_tensor(class_counts, dtype=torch.float64)
-    empty = (counts_C <= 0).nonzero().flatten().tolist()
-    if empty or counts_C.numel() == 0:
-        named = [f"{c} ({class_names[c]})" if class_names else str(c) for c in empty[:10]]
-        raise DataError(
-            f"no training images for {len(empty)} of {counts_C.numel()} classes: "
-            f"{', '.join(named)}{', ...' if len(empty) > 10 else ''}. The class prior needs one of each at "
-            "least: leave these classes out of the data set, or train without the prior"
-        )
+    counts_C = counts_of_classes(class_counts, class_names, "The class prior", "train without the prior")
     return (counts_C / counts_C.sum()).log().float()
 
 
@@ -228,8 +201,23 @@ def _required(name: str, tensor: Tensor | None) -> Tensor:
     return tensor
 
 
-def _by_expert(name: str, tensor: Tensor, size: int) -> Tensor:
-    """A [B, .] or [E, B, .] input as [E, B, .]."""
-    if tensor.ndim not in (2, 3) or tensor.shape[-2] != size:
-        raise ValueError(f"{name} must have one row for each of {size} labels, got shape {tuple(tensor.shape)}")
-    return tensor if tensor.ndim == 3 else tensor[None]
+def general_form(settings: LossSettings, **differs: Any) -> ParametricContrastiveLoss:
+    """The loss with the settings that a recipe shares between methods, but for those given."""
+    shared = {
+        "alpha": settings.alpha,
+        "beta": settings.beta,
+        "gamma": settings.gamma,
+        "temperature": settings.temperature,
+        "supt": settings.supt,
+        "smoothing": settings.smoothing,
+        "normalization": settings.normalization,
+    }
+    return ParametricContrastiveLoss(**(shared | differs))
+
+
+def make_paco(
+    settings: LossSettings, class_counts: Sequence[int], class_names: Sequence[str] | None
+) -> ParametricContrastiveLoss:
+    """PaCo and, with one encoder for both views, GPaCo; without `loss.class_prior` that of balanced data."""
+    log_prior_C = class_prior(class_counts, class_names) if settings.class_prior else None
+    return general_form(settings, log_prior_C=log_prior_C)

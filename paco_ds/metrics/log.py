@@ -32,6 +32,7 @@ class StepRecord:
         positive_probability: mean of p+, the geometric mean over an anchor's positives, over the anchors of a shot
             that have one; None for a shot without such anchors.
         positive_probability_optimum: p+* = alpha / W_i, likewise.
+        parts: what the loss is made of, by name, of methods that say; means over the global batch.
         skipped: the guard refused the update, because something was not finite.
         bad_samples: images replaced in this step because they could not be read.
     """
@@ -49,6 +50,7 @@ class StepRecord:
     center_probability_optimum: Mapping[str, float | None] = field(default_factory=dict)
     positive_probability: Mapping[str, float | None] = field(default_factory=dict)
     positive_probability_optimum: Mapping[str, float | None] = field(default_factory=dict)
+    parts: Mapping[str, float] = field(default_factory=dict)
     skipped: bool = False
     bad_samples: int = 0
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,17 @@ class Projection(nn.Sequential):
         super().__init__(nn.Linear(feature_dim, hidden), *inner, nn.Linear(hidden, dim))
 
 
+class LinearCenters(nn.Linear):
+    """A linear classifier, [B, F] -> [B, C]; with `rows` also its centers [C, F], for what is made of them.
+
+    They are handed out by its own forward, and as a copy, since ZeRO-3 holds weights whole only while it runs.
+    """
+
+    def forward(self, feature_BF: Tensor, rows: bool = False) -> Any:
+        logits = super().forward(feature_BF)
+        return (logits, self.weight.clone()) if rows else logits
+
+
 class CosineCenters(nn.Module):
     """scale x cosine of feature and center, [B, F] -> [B, C], no bias, as in LDAM (Cao et al. 2019) and RIDE.
 
@@ -43,8 +54,10 @@ class CosineCenters(nn.Module):
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         self.out_features, self.scale = classes, scale
 
-    def forward(self, feature_BF: Tensor) -> Tensor:
-        return self.scale * F.normalize(feature_BF.float(), dim=1) @ F.normalize(self.weight, dim=1).T
+    def forward(self, feature_BF: Tensor, rows: bool = False) -> Any:
+        """As :class:`LinearCenters`."""
+        logits = self.scale * F.normalize(feature_BF.float(), dim=1) @ F.normalize(self.weight, dim=1).T
+        return (logits, self.weight.clone()) if rows else logits
 
 
 class ScaledCenters(nn.Module):
@@ -66,8 +79,12 @@ class PerExpert(nn.ModuleList):
     def __init__(self, experts: int, make_head: Callable[[], nn.Module]) -> None:
         super().__init__(make_head() for _ in range(experts))
 
-    def forward(self, features_EBF: Tensor) -> Tensor:
-        return torch.stack([head(feature) for head, feature in zip(self, features_EBF.unbind(), strict=True)])
+    def forward(self, features_EBF: Tensor, **options: Any) -> Any:
+        """The heads' outputs stacked; of heads that give several, each by itself."""
+        outputs = [head(feature, **options) for head, feature in zip(self, features_EBF.unbind(), strict=True)]
+        if isinstance(outputs[0], Tensor):
+            return torch.stack(outputs)
+        return tuple(torch.stack(parts) for parts in zip(*outputs, strict=True))
 
 
 class Normalize(nn.Module):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paco_ds.models.backbones import Backbone, make_backbone
-from paco_ds.models.heads import CosineCenters, Normalize, PerExpert, Projection, ScaledCenters
+from paco_ds.models.heads import CosineCenters, LinearCenters, Normalize, PerExpert, Projection, ScaledCenters
 from paco_ds.recipe import ModelSettings, Recipe
 
 
@@ -44,15 +44,26 @@ class Recogniser(nn.Module):
     `forward(images, keys=True)` gives keys [B, D], float32 unit rows without gradient. Plain tuples, since ZeRO-3
     finds the tensors whose backward it must prepare only in those.
 
+    With `prototypes` a further output follows in training: unit rows [C, D], what this projection makes of the
+    centers.
+
     Of E experts, logits are [E, B, C] and queries [E, B, D], as the losses take them; keys are [B, E D], an expert's
     beside the next one's, as the queue keeps them.
     """
 
-    def __init__(self, encoder: Encoder, centers: nn.Module, normalize: Normalize, with_key_encoder: bool) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        centers: nn.Module,
+        normalize: Normalize,
+        with_key_encoder: bool,
+        prototypes: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.normalize = normalize
         self.query_encoder = encoder
         self.centers = centers
+        self.prototypes = prototypes
         self.key_encoder = _as_key_encoder(encoder) if with_key_encoder else None
         self.encoder_is_frozen = False
 
@@ -86,7 +97,7 @@ class Recogniser(nn.Module):
 
     def forward(
         self, images: Tensor, second_view: Tensor | None = None, *, keys: bool = False
-    ) -> tuple[Tensor, Tensor | None] | Tensor:
+    ) -> tuple[Tensor | None, ...] | Tensor:
         if keys:
             assert self.key_encoder is not None
             with torch.no_grad():
@@ -95,7 +106,10 @@ class Recogniser(nn.Module):
         if second_view is not None:
             second_feature, second_query = self.query_encoder(self.normalize(second_view))
             feature, query = torch.cat([feature, second_feature], -2), torch.cat([query, second_query], -2)
-        return self.centers(feature).float(), query
+        if self.prototypes is None or not self.training:
+            return self.centers(feature).float(), query
+        logits, rows = self.centers(feature, rows=True)
+        return logits.float(), query, F.normalize(self.prototypes(rows).float(), dim=-1)
 
 
 def beside_each_other(rows: Tensor) -> Tensor:
@@ -125,15 +139,20 @@ def make_recogniser(recipe: Recipe, classes: int, mean: Sequence[float], std: Se
         settings = recipe.model
         backbone = make_backbone(settings)
         dim = backbone.feature_dim
-        projection = None
-        if recipe.loss.contrast:
+
+        def project() -> nn.Module:
             hidden = settings.projection_hidden or dim
-            projection = _of_each_expert(
+            return _of_each_expert(
                 settings, lambda: Projection(dim, hidden, settings.projection_dim, settings.projection)
             )
+
+        projection = project() if recipe.loss.contrast else None
         centers = _of_each_expert(settings, lambda: _centers(settings, dim, classes))
+        if not recipe.loss.trains_centers:
+            centers.requires_grad_(False)
+        prototypes = project() if recipe.loss.prototypes else None
         with_key_encoder = recipe.loss.contrast and recipe.key_encoder is not None
-        return Recogniser(Encoder(backbone, projection), centers, Normalize(mean, std), with_key_encoder)
+        return Recogniser(Encoder(backbone, projection), centers, Normalize(mean, std), with_key_encoder, prototypes)
 
 
 def _of_each_expert(settings: ModelSettings, make_head: Callable[[], nn.Module]) -> nn.Module:
@@ -145,4 +164,4 @@ def _centers(settings: ModelSettings, feature_dim: int, classes: int) -> nn.Modu
         return ScaledCenters(feature_dim, classes)
     if settings.centers == "cosine":
         return CosineCenters(feature_dim, classes, settings.centers_scale)
-    return nn.Linear(feature_dim, classes)
+    return LinearCenters(feature_dim, classes)

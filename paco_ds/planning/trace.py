@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from paco_ds.key_queue import QueueSnapshot
 from paco_ds.losses import make_loss
-from paco_ds.losses.paco import ParametricContrastiveLoss
+from paco_ds.losses.base import Loss
 from paco_ds.models.initial_weights import freeze
 from paco_ds.models.recogniser import Recogniser, by_expert, make_recogniser
 from paco_ds.models.statistics import RunningStatistics
@@ -43,6 +43,7 @@ class StepTrace:
         peak: the most that lives in forward, loss and backward, gradients of weights counted only while they are
             handed over.
         peak_with_gradients: the same while gradients of weights are kept as they come.
+        loss_parts: scalars that the loss is logged by.
     """
 
     trained: tuple[int, ...]
@@ -54,6 +55,7 @@ class StepTrace:
     key_peak: int
     peak: int
     peak_with_gradients: int
+    loss_parts: int = 0
 
 
 def trace_step(recipe: Recipe, class_counts: tuple[int, ...], autocast: bool) -> StepTrace:
@@ -70,6 +72,7 @@ def trace_step(recipe: Recipe, class_counts: tuple[int, ...], autocast: bool) ->
         "statistics": sum(b.numel() for b in RunningStatistics(model).buffers),
     }
     loss = make_loss(recipe.loss, class_counts)
+    sizes["loss_parts"] = len(loss.part_names)
     with FakeTensorMode(allow_non_fake_inputs=True):
         parts: dict[str, Any] = _run(
             model.to_empty(device="cpu"), loss.to_empty(device="cpu"), recipe, len(class_counts), autocast
@@ -77,9 +80,7 @@ def trace_step(recipe: Recipe, class_counts: tuple[int, ...], autocast: bool) ->
     return StepTrace(**sizes, **parts)
 
 
-def _run(
-    model: Recogniser, loss: ParametricContrastiveLoss, recipe: Recipe, classes: int, autocast: bool
-) -> dict[str, Any]:
+def _run(model: Recogniser, loss: Loss, recipe: Recipe, classes: int, autocast: bool) -> dict[str, Any]:
     m, size, dim = recipe.step.micro_batch, recipe.views.query.size, recipe.model.key_dim
     images, labels = torch.empty(m, 3, size, size, dtype=torch.uint8), torch.zeros(m, dtype=torch.int64)
     keys = queue = None
@@ -109,11 +110,11 @@ def _run(
             live.restart()
         with torch.autograd.graph.saved_tensors_hooks(live.save, lambda tensor: tensor):
             with cast:
-                logits, query = model(images, images) if one_encoder else model(images)
+                logits, query, *prototypes = model(images, images) if one_encoder else model(images)
             in_model = live.saved
             if experts is not None and queue is not None:
                 keys, queue = None if keys is None else by_expert(keys, experts), queue.experts(experts)
-            output = loss(labels.repeat(logits.shape[-2] // m), logits, query, keys, queue).loss
+            output = loss(labels.repeat(logits.shape[-2] // m), logits, query, keys, queue, *prototypes).loss
             found |= {"saved": live.saved, "logits": live.saved - in_model}
         del logits, query
         for parameter in model.parameters():

@@ -70,7 +70,7 @@ def _own(recipe: Recipe, trace: StepTrace, layout: MicroBatchLayout, step: int) 
             rows.append(Traffic("key images", "all_to_all", leaving * image, "paco_ds"))
         packed = FLOAT * (A * m * (recipe.model.key_dim + 1) + 1)  # keys, labels, a finite flag
         rows.append(Traffic("keys and labels", "all_gather", packed * (W - 1), "paco_ds"))
-    totals = _Totals(torch.device("cpu")).vector.nbytes
+    totals = _Totals(torch.device("cpu"), ("",) * trace.loss_parts).vector.nbytes
     rows.append(Traffic("loss, flags, probabilities", "all_reduce", _ring(2 * totals, W), "paco_ds"))
     if trace.statistics:
         rows.append(Traffic("running statistics", "all_reduce", _ring(2 * FLOAT * trace.statistics, W), "paco_ds"))

@@ -16,7 +16,8 @@ from paco_ds.errors import RecipeError, TrainingError
 from paco_ds.key_encoder import make_key_encoder
 from paco_ds.key_queue import KeyQueue
 from paco_ds.losses import make_loss
-from paco_ds.losses.paco import LossOutput
+from paco_ds.losses.base import LossOutput
+from paco_ds.mixup import Mixup
 from paco_ds.models.recogniser import make_recogniser
 from paco_ds.recipe import Recipe
 from paco_ds.step import Step, StepResult, prove_ranks_agree
@@ -73,10 +74,10 @@ def make_step(ranks: Ranks, recipe: Recipe, config: dict[str, Any], state: dict[
         model.load_state_dict(state)
     engine, optimizer = ds.initialise(model, recipe, config, layout)
     loss = make_loss(recipe.loss, CLASS_COUNTS).to(ranks.device)
-    if not recipe.loss.contrast:
-        return Step(engine, optimizer, loss, layout, ranks, SHOTS, experts=recipe.model.experts)
-    key_encoder = make_key_encoder(engine, recipe, layout, ranks, TOTAL_STEPS)
-    queue = KeyQueue(recipe.queue.length, recipe.model.key_dim, ranks.device)
+    key_encoder = queue = None
+    if recipe.loss.contrast:
+        key_encoder = make_key_encoder(engine, recipe, layout, ranks, TOTAL_STEPS)
+        queue = KeyQueue(recipe.queue.length, recipe.model.key_dim, ranks.device)
     return Step(
         engine,
         optimizer,
@@ -88,6 +89,8 @@ def make_step(ranks: Ranks, recipe: Recipe, config: dict[str, Any], state: dict[
         queue,
         contrast_scope=recipe.loss.contrast_scope,
         experts=recipe.model.experts,
+        steps_per_epoch=TOTAL_STEPS // recipe.schedule.epochs,
+        mixup=Mixup(recipe.step.mixup, recipe.seed) if recipe.step.mixup else None,
     )
 
 

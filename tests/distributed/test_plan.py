@@ -33,7 +33,10 @@ def layout_of(recipe, rank, world_size):
     return MicroBatchLayout(recipe.step.micro_batch, recipe.step.micro_batches, rank, world_size)
 
 
-@pytest.mark.parametrize("overrides", [(), ("key_encoder.batch_norm=local",), ("loss.method=cross_entropy",)])
+@pytest.mark.parametrize(
+    "overrides",
+    [(), ("key_encoder.batch_norm=local",), ("loss.method=cross_entropy",), ("loss.method=multi_task",)],
+)
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_planned_bytes_are_those_of_the_counters(pool, world_size, overrides):
     """Every collective of every rank, to the byte, over three steps."""

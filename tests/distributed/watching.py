@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from paco_ds.distributed import ByteCounter, Ranks
-from paco_ds.losses.paco import LossOutput
+from paco_ds.losses.base import LossOutput
 from paco_ds.recipe import Recipe
 from paco_ds.step import StepResult
 from tests.distributed.runs import CLASS_COUNTS, SHOTS, deepspeed_config, made_micro_batch, make_step

@@ -70,3 +70,22 @@ def test_the_recipes_seed_decides_the_first_weights_and_leaves_the_global_genera
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
     assert isinstance(first.centers, nn.Linear)
+
+
+def test_prototypes_are_projected_centers_and_belong_to_training():
+    """BCL's: unit rows of every class, with gradient to the centers; evaluation sees the outputs of any other model."""
+    model = make_recogniser(tiny_recipe("loss.method=bcl"), 5, (0.5,) * 3, (0.2,) * 3)
+    images = torch.zeros(4, 3, 12, 12, dtype=torch.uint8)
+    _, query, prototypes = model(images)
+    assert prototypes.shape == (5, query.shape[1])
+    torch.testing.assert_close(prototypes.norm(dim=1), torch.ones(5))
+    (grad,) = torch.autograd.grad(prototypes[0, 0], model.centers.weight)
+    assert grad.abs().max() > 0
+    assert len(model.eval()(images)) == 2
+
+
+def test_supcon_trains_no_centers():
+    """They are frozen as drawn, like a key encoder."""
+    model = make_recogniser(tiny_recipe("loss.method=supcon"), 5, (0.5,) * 3, (0.2,) * 3)
+    assert not any(p.requires_grad for p in model.centers.parameters())
+    assert all(p.requires_grad for p in model.query_encoder.parameters())

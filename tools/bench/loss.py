@@ -40,7 +40,8 @@ from report import (
 
 from paco_ds.key_queue import KeyQueue, QueueSnapshot
 from paco_ds.losses import ParametricContrastiveLoss
-from paco_ds.losses.paco import LossOutput, class_prior
+from paco_ds.losses.base import LossOutput
+from paco_ds.losses.paco import class_prior
 
 ALPHA, BETA, GAMMA, SUPT, TAU = 0.05, 1.0, 1.0, 1.0, 0.2
 DIM, MICRO_BATCHES = 128, 4

@@ -1,0 +1,20 @@
+"""Owns supervised contrastive learning, stage one of two: contrast alone, no centers are trained.
+
+Eq. (3) of the paper (Khosla et al. 2020), with A(i) the other queries, the keys and the queue, P(i) those of A(i)
+with the anchor's label::
+
+    L_i = - 1 / |P(i)| sum_P(i) log(exp(q_i.k_j / temperature) / sum_A(i) exp(q_i.k / temperature))
+
+("summed" leaves out 1 / |P(i)|). The centers of such a run stay as they were drawn: a classifier is trained on the
+frozen backbone afterwards.
+"""
+
+from typing import Any
+
+from paco_ds.losses.paco import ParametricContrastiveLoss, general_form
+from paco_ds.recipe import LossSettings
+
+
+def make_supcon(settings: LossSettings, **differs: Any) -> ParametricContrastiveLoss:
+    """SupCon at the recipe's temperature; gamma would only add a constant."""
+    return general_form(settings, **({"centers": False, "alpha": 1.0, "beta": 0.0, "gamma": 1.0} | differs))

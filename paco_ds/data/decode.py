@@ -24,7 +24,6 @@ Pixels = npt.NDArray[np.uint8]  # [height, width, 3], RGB
 
 # PIL has decoders that run other programs (EPS: Ghostscript); none of those here.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-_EXIF_REACH = 1 << 18  # bytes from the start that are searched for EXIF, which stands before the pixels
 
 
 class EncodedImage:
@@ -103,7 +102,7 @@ def _open_other(sample: RawSample, max_pixels: int) -> EncodedImage:
             warnings.simplefilter("ignore")  # large images: the limit is checked here
             file = Image.open(io.BytesIO(sample.image), formats=_FORMATS)
             _check_pixels(file.height, file.width, sample, max_pixels)
-            image = np.asarray(_rgb(ImageOps.exif_transpose(file)))
+            image = np.array(_rgb(ImageOps.exif_transpose(file)))
     except BadSample:
         raise
     except UnidentifiedImageError:
@@ -133,14 +132,21 @@ _TURNS_SIDES = (5, 6, 7, 8)
 
 def _orientation(data: bytes) -> int:
     """EXIF's orientation of a JPEG, 1 to 8; 1 (upright) where there is none or it cannot be read."""
-    start = data.find(b"Exif\x00\x00", 0, _EXIF_REACH)
-    if start < 0:
-        return 1
+    at = 2
+    while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] != b"\xda":  # segments before the pixels
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if data[at + 1 : at + 2] == b"\xe1" and data[at + 4 : at + 10] == b"Exif\0\0":
+            return _orientation_of(data[at + 4 : end])
+        at = end
+    return 1
+
+
+def _orientation_of(segment: bytes) -> int:
     exif = Image.Exif()
     try:
-        exif.load(data[start : start + (1 << 16)])  # the length of its segment is at most this
+        exif.load(segment)
         value = exif.get(ExifTags.Base.Orientation, 1)
-    except Exception:  # as PIL's own reader of damaged EXIF, which answers with errors of any kind
+    except Exception:  # PIL's reader answers damage with errors of any kind
         return 1
     return value if value in range(1, 9) else 1
 

@@ -137,7 +137,11 @@ def collate(samples: Sequence[Loaded]) -> MicroBatch:
 
 
 def _as_images(views: Sequence[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(np.stack(views).transpose(0, 3, 1, 2)))
+    height, width, channels = views[0].shape
+    images = np.empty((len(views), channels, height, width), np.uint8)
+    for image, view in zip(images, views, strict=True):
+        cv2.split(view, list(image))  # a tenth of the time of numpy's transposition
+    return torch.from_numpy(images)
 
 
 class TrainingStream:

@@ -12,6 +12,7 @@ import numpy as np
 
 from paco_ds.data.views.blur import Sharpness
 from paco_ds.data.views.color import Brightness, Contrast, Saturation
+from paco_ds.data.views.draws import below, happens
 from paco_ds.data.views.geometry import Color, Interpolation, Rotate, ShearY, TranslateX, TranslateY
 from paco_ds.data.views.point import AutoContrast, Equalize, Invert, Posterize, Solarize
 from paco_ds.data.views.view import Operation
@@ -69,8 +70,8 @@ CIFAR10_POLICY: tuple[tuple[_Step, _Step], ...] = (
 def draw_cifar10_policy(fill: Color, rng: np.random.Generator) -> tuple[Operation, ...]:
     """The operations of one of the 25 pairs, each applied with its probability."""
     drawn: list[Operation] = []
-    for name, probability, magnitude in CIFAR10_POLICY[rng.integers(len(CIFAR10_POLICY))]:
-        if rng.random() < probability:
-            sign = 1 if rng.random() < 0.5 else -1
+    for name, probability, magnitude in CIFAR10_POLICY[below(len(CIFAR10_POLICY), rng)]:
+        if happens(probability, rng):
+            sign = 1 if happens(0.5, rng) else -1
             drawn.append(_OPERATIONS[name](magnitude / 9, sign, fill))
     return tuple(drawn)

@@ -23,7 +23,8 @@ class Blur:
 
     def __call__(self, view: Pixels) -> Pixels:
         side = 2 * math.ceil(_REACH * self.sigma) + 1
-        return cv2.GaussianBlur(view, (side, side), self.sigma, borderType=cv2.BORDER_REPLICATE)
+        kernel = cv2.getGaussianKernel(side, self.sigma)
+        return cv2.sepFilter2D(view, -1, kernel, kernel, borderType=cv2.BORDER_REPLICATE)
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from paco_ds.data.views.draws import below, uniform
 from paco_ds.data.views.view import Operation, Pixels
 
-_LEVELS = np.arange(256, dtype=np.float64)
+_LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as PIL's gray
+_SAME = np.eye(3)
 _CUT = -0.499  # OpenCV rounds: this makes it cut, and leaves whole numbers alone
 
 
@@ -24,7 +26,7 @@ class Brightness:
     factor: float
 
     def __call__(self, view: Pixels) -> Pixels:
-        return cv2.LUT(view, _cut(_LEVELS * self.factor))
+        return _scaled(view, self.factor, 0)
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ class Contrast:
     factor: float
 
     def __call__(self, view: Pixels) -> Pixels:
-        mean = int(cv2.mean(gray(view))[0] + 0.5)
-        return cv2.LUT(view, _cut(mean + self.factor * (_LEVELS - mean)))
+        mean = int(np.dot(cv2.mean(view)[:3], _LUMA) + 0.5)
+        return _scaled(view, self.factor, mean * (1 - self.factor))
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,10 @@ class Saturation:
     factor: float
 
     def __call__(self, view: Pixels) -> Pixels:
-        return blended(Gray()(view), view, self.factor)
+        matrix = np.empty((3, 4))
+        matrix[:, :3] = (1 - self.factor) * _LUMA + self.factor * _SAME
+        matrix[:, 3] = _CUT
+        return cv2.transform(view, matrix)
 
 
 @dataclass(frozen=True)
@@ -78,16 +83,18 @@ def blended(one: Pixels, other: Pixels, factor: float) -> Pixels:
     return cv2.addWeighted(other, factor, one, 1 - factor, _CUT)
 
 
-def _cut(levels: np.ndarray) -> Pixels:
-    return levels.clip(0, 255).astype(np.uint8)
+def _scaled(view: Pixels, factor: float, offset: float) -> Pixels:
+    return cv2.addWeighted(view, factor, view, 0, offset + _CUT)
 
 
 def draw_jitter(strength: float, hue: float, rng: np.random.Generator) -> tuple[Operation, ...]:
     """torchvision's ColorJitter(strength, strength, strength, hue): factors uniform, operations in any order."""
     operations: list[Operation] = []
     if strength:
-        brightness, contrast, saturation = rng.uniform(1 - strength, 1 + strength, 3).tolist()
-        operations += Brightness(brightness), Contrast(contrast), Saturation(saturation)
+        operations = [kind(uniform(1 - strength, 1 + strength, rng)) for kind in (Brightness, Contrast, Saturation)]
     if hue:
-        operations.append(Hue(rng.uniform(-hue, hue)))
-    return tuple(operations[i] for i in rng.permutation(len(operations)))
+        operations.append(Hue(uniform(-hue, hue, rng)))
+    for i in range(len(operations) - 1, 0, -1):  # Fisher and Yates
+        j = below(i + 1, rng)
+        operations[i], operations[j] = operations[j], operations[i]
+    return tuple(operations)

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+import torch
+from torch.nn import functional
 
+from paco_ds.data.views.draws import below, uniform
 from paco_ds.data.views.view import Pixels
 
 REDUCTIONS = (8, 4, 2)  # of a side: what a JPEG decoder can leave out at its source, for less work
-_SHARP = 1.25  # linear resampling skips no pixels up to 2, but shows stairs from about here (measured against PIL)
 _LONGEST = 16  # sides of evaluation's image that count; a strip of 1 x 50,000 would become 256 x 12.8 million pixels
 
 
@@ -50,22 +52,16 @@ def _scaled(start: int, length: int, now: int, drawn: int) -> tuple[int, int]:
 
 
 def resampled(image: Pixels, height: int, width: int) -> Pixels:
-    """Resize with a filter as wide as what a new pixel covers, as PIL's BILINEAR does (at a sixth of its time).
-
-    Linear steps to a whole multiple of the new size, then means of squares: on photographs the channel deviations
-    stay within 0.6 / 255 of PIL's at any ratio.
-    """
+    """Resize with a triangle as wide as what a new pixel covers: PIL's BILINEAR, bit for bit, in a fifth of its time."""
+    if image.shape[:2] == (height, width):
+        return image
     rows, columns = image.shape[:2]
-    down, across = _multiple(rows, height), _multiple(columns, width)
-    if (rows, columns) != (height * down, width * across):
-        image = cv2.resize(image, (width * across, height * down), interpolation=cv2.INTER_LINEAR)
-    if (down, across) != (1, 1):
-        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
-    return image
-
-
-def _multiple(old: int, new: int) -> int:
-    return max(1, math.ceil(old / (new * _SHARP)))
+    # one piece, with all strides of channels_last: torch makes planes of anything else, and of the result as well
+    planes = torch.from_numpy(np.ascontiguousarray(image)).as_strided(
+        (1, 3, rows, columns), (3 * rows * columns, 1, 3 * columns, 3)
+    )
+    resized = functional.interpolate(planes, (height, width), mode="bilinear", antialias=True)
+    return resized[0].permute(1, 2, 0).numpy()
 
 
 def resized_crop(
@@ -79,11 +75,11 @@ def resized_crop(
     """Inception crop as torchvision's RandomResizedCrop draws it: ten tries, then the largest legal center crop."""
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
-        pixels = height * width * rng.uniform(*area)
-        shape = math.exp(rng.uniform(low, high))
+        pixels = height * width * uniform(*area, rng)
+        shape = math.exp(uniform(low, high, rng))
         w, h = round(math.sqrt(pixels * shape)), round(math.sqrt(pixels / shape))
         if 0 < w <= width and 0 < h <= height:
-            top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+            top, left = below(height - h + 1, rng), below(width - w + 1, rng)
             return Box(top, left, h, w, height, width, size)
     h, w = height, width
     if width / height < ratio[0]:
@@ -119,32 +115,29 @@ def padded_crop(height: int, width: int, size: int, padding: int, rng: np.random
     """torchvision's RandomCrop(size, padding) of the image with its shorter side resized to `size`."""
     short = min(height, width)
     rows, columns = (max(size, round(side * size / short)) for side in (height, width))
-    top, left = int(rng.integers(rows + 2 * padding - size + 1)), int(rng.integers(columns + 2 * padding - size + 1))
+    top, left = below(rows + 2 * padding - size + 1, rng), below(columns + 2 * padding - size + 1, rng)
     return PaddedCrop(rows, columns, top, left, size, padding)
 
 
 @dataclass(frozen=True)
 class CenterCrop:
-    """Shorter side to `resize`, then the center `size` x `size` pixels: evaluation's view, from all pixels."""
+    """Shorter side to `resize`, then the center `size` x `size` pixels, from all pixels of the image: torchvision's
+    Resize and CenterCrop, to the bit, unless one side is more than 16 times the other."""
 
     resize: int
     size: int
     reduction: int = 1
 
     def __call__(self, image: Pixels) -> Pixels:
-        size, short = self.size, min(image.shape[:2])
+        short = min(image.shape[:2])
         image = _center(image, _LONGEST * short, _LONGEST * short)
-        if short != self.resize:
-            scale = self.resize / short
-            height, width = (max(self.resize, round(side * scale)) for side in image.shape[:2])
-            interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-            image = cv2.resize(image, (width, height), interpolation=interpolation)
-        return _center(image, size, size)
+        height, width = (self.resize * side // short for side in image.shape[:2])
+        return _center(resampled(image, height, width), self.size, self.size)
 
 
 def _center(image: Pixels, height: int, width: int) -> Pixels:
     """The middle of an image, no larger than height x width."""
-    top, left = max(image.shape[0] - height, 0) // 2, max(image.shape[1] - width, 0) // 2
+    top, left = (round(max(side, 0) / 2) for side in (image.shape[0] - height, image.shape[1] - width))
     return image[top : top + height, left : left + width]
 
 

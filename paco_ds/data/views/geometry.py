@@ -63,7 +63,7 @@ class TranslateX:
     fill: Color
 
     def __call__(self, view: Pixels) -> Pixels:
-        return _moved(view, ((1, 0, self.share * view.shape[1]), (0, 1, 0)), self.interpolation, self.fill)
+        return _translated(view, 1, self.share * view.shape[1], self.interpolation, self.fill)
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class TranslateY:
     fill: Color
 
     def __call__(self, view: Pixels) -> Pixels:
-        return _moved(view, ((1, 0, 0), (0, 1, self.share * view.shape[0])), self.interpolation, self.fill)
+        return _translated(view, 0, self.share * view.shape[0], self.interpolation, self.fill)
 
 
 @dataclass(frozen=True)
@@ -105,3 +105,31 @@ def _moved(view: Pixels, rows: tuple[tuple[float, ...], ...], interpolation: Int
         borderMode=cv2.BORDER_CONSTANT,
         borderValue=fill,
     )
+
+
+def _translated(view: Pixels, axis: int, pixels: float, interpolation: Interpolation, fill: Color) -> Pixels:
+    """Pixel i along `axis` comes from i + pixels: the same mix of neighbours for all, a tenth of `_moved`'s work."""
+    whole = math.floor(pixels)
+    before, weights = _weights(pixels - whole, interpolation)
+    kernel = np.array([weights]) if axis == 1 else np.array([weights]).T
+    anchor = (before, 0) if axis == 1 else (0, before)
+    mixed = cv2.filter2D(view, -1, kernel, anchor=anchor, borderType=cv2.BORDER_REPLICATE)
+    moved = np.full_like(view, fill)
+    side = view.shape[axis]
+    start, end = max(-whole, 0), min(side - whole, side)  # of what the view still has; a shift may leave nothing
+    if start < end:
+        to, origin = slice(start, end), slice(start + whole, end + whole)
+        moved[(slice(None), to) if axis == 1 else to] = mixed[(slice(None), origin) if axis == 1 else origin]
+    return moved
+
+
+def _weights(share: float, interpolation: Interpolation) -> tuple[int, tuple[float, ...]]:
+    """Of a point `share` of the way from a pixel to the next: how many pixels before that one count, and weights."""
+    if interpolation is Interpolation.NEAREST:
+        return 0, (1.0, 0.0) if share < 0.5 else (0.0, 1.0)
+    if interpolation is Interpolation.BILINEAR:
+        return 0, (1 - share, share)
+    # Keys' cubic with a = -0.5, as PIL's
+    inner = [1.5 * d**3 - 2.5 * d**2 + 1 for d in (share, 1 - share)]
+    outer = [-0.5 * d**3 + 2.5 * d**2 - 4 * d + 2 for d in (1 + share, 2 - share)]
+    return 1, (outer[0], inner[0], inner[1], outer[1])

@@ -72,8 +72,7 @@ class Equalize:
         table = np.empty((1, 256, 3), np.uint8)
         for channel in range(3):
             counts = cv2.calcHist([view], [channel], None, [256], [0, 256]).ravel().astype(np.int64)
-            last = counts[np.flatnonzero(counts)[-1]]
-            step = (counts.sum() - last) // 255
+            step = (view.shape[0] * view.shape[1] - counts[counts.nonzero()[0][-1]]) // 255
             below = np.cumsum(counts) - counts
             table[0, :, channel] = ((step // 2 + below) // step).clip(0, 255) if step else _LEVELS
         return cv2.LUT(view, table)

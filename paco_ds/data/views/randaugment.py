@@ -12,6 +12,7 @@ import numpy as np
 
 from paco_ds.data.views.blur import Sharpness
 from paco_ds.data.views.color import Brightness, Contrast, Saturation
+from paco_ds.data.views.draws import below, happens
 from paco_ds.data.views.geometry import Interpolation, Rotate, ShearX, ShearY, TranslateX, TranslateY
 from paco_ds.data.views.point import AutoContrast, Equalize, Invert, Posterize, Solarize, SolarizeAdd
 from paco_ds.data.views.view import Operation
@@ -24,25 +25,26 @@ _INTERPOLATIONS = (Interpolation.BILINEAR, Interpolation.BICUBIC)
 def draw_randaugment(settings: RandAugmentSettings, rng: np.random.Generator) -> tuple[Operation, ...]:
     """The operations to apply to one view, from none to `settings.operations`."""
     drawn: list[Operation] = []
-    for number in rng.integers(len(_OPERATIONS), size=settings.operations):
-        if rng.random() < settings.probability:
-            magnitude = rng.normal(settings.magnitude, settings.magnitude_std)
-            drawn.append(_OPERATIONS[number](min(max(magnitude, 0.0), _TOP) / _TOP, settings, rng))
+    for _ in range(settings.operations):
+        make = OPERATIONS[below(len(OPERATIONS), rng)]
+        if happens(settings.probability, rng):
+            magnitude = settings.magnitude + settings.magnitude_std * rng.standard_normal()
+            drawn.append(make(min(max(magnitude, 0.0), _TOP) / _TOP, settings, rng))
     return tuple(drawn)
 
 
 def _signed(value: float, rng: np.random.Generator) -> float:
-    return value if rng.random() < 0.5 else -value
+    return value if happens(0.5, rng) else -value
 
 
 def _interpolation(rng: np.random.Generator) -> Interpolation:
-    return _INTERPOLATIONS[rng.integers(2)]
+    return _INTERPOLATIONS[below(2, rng)]
 
 
 _Make = Callable[[float, RandAugmentSettings, np.random.Generator], Operation]
 
 # level: the magnitude as a share of the full one, 0 to 1
-_OPERATIONS: tuple[_Make, ...] = (
+OPERATIONS: tuple[_Make, ...] = (
     lambda level, s, rng: AutoContrast(),
     lambda level, s, rng: Equalize(),
     lambda level, s, rng: Invert(),

@@ -51,7 +51,9 @@ class ChainView(Section):
     area: Range = Field((0.08, 1.0), description="of the image, in the crop")
     ratio: Range = Field((3 / 4, 4 / 3), description="width / height of the crop")
     flip: Fraction = 0.5
-    jitter: Fraction = Field(0.4, description="brightness, contrast and saturation: factors in 1 - jitter to 1 + jitter")
+    jitter: Fraction = Field(
+        0.4, description="brightness, contrast and saturation: factors in 1 - jitter to 1 + jitter"
+    )
     hue: Hue = Field(0.0, description="shift of at most this share of the color circle")
     jitter_probability: Fraction = 1.0
     gray: Fraction = Field(0.0, description="probability of a view without color")

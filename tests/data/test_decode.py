@@ -110,7 +110,9 @@ def test_an_image_stands_upright_as_its_exif_says(kind, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(Image.fromarray(PICTURE), kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
-    plain = Image.fromarray(read(encoded(Image.fromarray(PICTURE), kind, **({"lossless": True} if kind == "WEBP" else {}))))
+    plain = Image.fromarray(
+        read(encoded(Image.fromarray(PICTURE), kind, **({"lossless": True} if kind == "WEBP" else {})))
+    )
     turns = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # PIL's Transpose that puts each right
     expected = np.asarray(plain.transpose(turns[orientation]) if orientation > 1 else plain)
     found = open_image(sample(data), LIMIT)
@@ -118,7 +120,9 @@ def test_an_image_stands_upright_as_its_exif_says(kind, orientation):
     np.testing.assert_array_equal(found.decode(), expected)
 
 
-@pytest.mark.parametrize("exif", [b"Exif\0\0", b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12", b"Exif\0\0" + bytes(range(64))])
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0", b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12", b"Exif\0\0" + bytes(range(64))]
+)
 def test_damaged_exif_leaves_the_image_as_stored(exif):
     """A camera's mistake costs no image."""
     assert read(encoded(Image.fromarray(PICTURE), "JPEG", exif=exif)).shape == (32, 48, 3)
@@ -151,7 +155,9 @@ def test_one_pixel_is_an_image(kind):
 def test_an_animation_is_its_first_frame(kind):
     """As viewers without animation show it."""
     frames = [Image.new("RGB", (8, 8), color) for color in ((200, 0, 0), (0, 200, 0))]
-    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {}))
+    data = encoded(
+        frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {})
+    )
     assert (read(data) == (200, 0, 0)).all()
 
 
@@ -208,7 +214,11 @@ def test_the_pixel_limit_is_a_setting():
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
 def test_mutated_files_give_an_image_or_a_reason(kind, capfd):
     """1,000 mutations of each format: bytes changed, cut out, doubled; nothing else is raised, nothing printed."""
-    source = encoded(Image.fromarray(PICTURE), kind, exif=_exif()) if kind != "BMP" else encoded(Image.fromarray(PICTURE), kind)
+    source = (
+        encoded(Image.fromarray(PICTURE), kind, exif=_exif())
+        if kind != "BMP"
+        else encoded(Image.fromarray(PICTURE), kind)
+    )
     rng = np.random.default_rng(0)
     reasons = set()
     for _ in range(1000):

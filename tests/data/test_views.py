@@ -166,7 +166,9 @@ def encoded(height, width):
     return RawSample("k", 0, "s.tar", file.getvalue())
 
 
-@pytest.mark.parametrize(("crops", "reduction"), [((800, 800), 2), ((1000, 448), 2), ((1000, 447), 1), ((1000, 100), 1)])
+@pytest.mark.parametrize(
+    ("crops", "reduction"), [((800, 800), 2), ((1000, 448), 2), ((1000, 447), 1), ((1000, 100), 1)]
+)
 def test_an_image_is_decoded_once_at_the_scale_of_its_smaller_crop(monkeypatch, crops, reduction):
     """Both views take their parts from the same pixels."""
     asked = []

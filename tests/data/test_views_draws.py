@@ -218,11 +218,26 @@ def test_the_cifar_policy_is_torchvisions_table():
         for m in range(10):
             found = operation_of(name, m, 1, (128, 128, 128))
             assert isinstance(found, kind)
-            np.testing.assert_allclose(getattr(found, field), of(float(magnitudes[m])), rtol=1e-6, atol=1.01 * (name == "solarize"))
+            np.testing.assert_allclose(
+                getattr(found, field), of(float(magnitudes[m])), rtol=1e-6, atol=1.01 * (name == "solarize")
+            )
 
 
-TV_NAMES = ("Invert AutoContrast Equalize Posterize Solarize Color Contrast Brightness Sharpness Rotate ShearY "
-            "TranslateX TranslateY").split()
+TV_NAMES = [
+    "Invert",
+    "AutoContrast",
+    "Equalize",
+    "Posterize",
+    "Solarize",
+    "Color",
+    "Contrast",
+    "Brightness",
+    "Sharpness",
+    "Rotate",
+    "ShearY",
+    "TranslateX",
+    "TranslateY",
+]
 WITHOUT = ("Invert", "AutoContrast", "Equalize")
 FIELDS = {
     "posterize": (Posterize, "bits", lambda m: m),

@@ -14,7 +14,18 @@ from view_pairs import operation_pairs, photographs, sampling_pairs, squares
 
 SQUARES, PHOTOS = squares(), photographs()
 # Rounding of another kind, and not a pixel more: what is left for blur and geometry is another filter's tail.
-WITHIN_ONE = ("brightness", "contrast", "color", "sharpness", "gray", "translate", "solarize", "posterize", "crop", "eval")
+WITHIN_ONE = (
+    "brightness",
+    "contrast",
+    "color",
+    "sharpness",
+    "gray",
+    "translate",
+    "solarize",
+    "posterize",
+    "crop",
+    "eval",
+)
 EXACT = ("flip", "invert", "equalize", "autocontrast", "solarize", "posterize")
 
 
@@ -31,7 +42,9 @@ def assert_alike(name, ours, rival):
         assert np.quantile(inside, 0.99) <= 1, name
 
 
-@pytest.mark.parametrize(("name", "ours", "rival"), operation_pairs(), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("name", "ours", "rival"), operation_pairs(), ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_an_operation_gives_the_pixels_of_pil_and_timm(name, ours, rival):
     """Of both photographs; the input is left as it was."""
     for square in SQUARES:
@@ -41,7 +54,9 @@ def test_an_operation_gives_the_pixels_of_pil_and_timm(name, ours, rival):
         np.testing.assert_array_equal(square, before)
 
 
-@pytest.mark.parametrize(("name", "ours", "rival"), sampling_pairs(427, 640), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("name", "ours", "rival"), sampling_pairs(427, 640), ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_a_crop_has_the_pixels_of_pil(name, ours, rival):
     """Enlarged, shrunk, of any shape; evaluation as torchvision's Resize and CenterCrop."""
     for photo in PHOTOS:

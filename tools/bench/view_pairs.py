@@ -1,10 +1,11 @@
 """Owns the pairs of one operation, ours and PIL's or timm's, with the same parameters: for tests and the sheet.
 
-    python tools/bench/view_pairs.py docs/images/views.png
+python tools/bench/view_pairs.py docs/images/views.png
 """
 
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -41,10 +42,10 @@ def operation_pairs() -> Iterator[tuple[str, Operation, Rival]]:
         yield f"color {factor}", Saturation(factor), _timm("Color", factor)
         yield f"sharpness {factor}", Sharpness(factor), _timm("Sharpness", factor)
     for shift in (-0.4, 0.1):
-        yield f"hue {shift}", Hue(shift), lambda image, shift=shift: functional.adjust_hue(image, shift)
+        yield f"hue {shift}", Hue(shift), partial(functional.adjust_hue, hue_factor=shift)
     yield "gray", Gray(), lambda image: functional.to_grayscale(image, 3)
     for sigma in (0.1, 0.5, 1.2, 2.0):
-        yield f"blur {sigma}", Blur(sigma), lambda image, sigma=sigma: image.filter(ImageFilter.GaussianBlur(sigma))
+        yield f"blur {sigma}", Blur(sigma), partial(Image.Image.filter, filter=ImageFilter.GaussianBlur(sigma))
     yield "flip", Flip(), lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     yield "autocontrast", AutoContrast(), _timm("AutoContrast")
     yield "equalize", Equalize(), _timm("Equalize")
@@ -72,11 +73,12 @@ def sampling_pairs(height: int, width: int) -> Iterator[tuple[str, Operation, Ri
     for top, left, rows, columns in boxes:
         ours = Box(top, left, rows, columns, height, width, 224)
         area = (left, top, left + columns, top + rows)
-        yield f"crop {rows} x {columns}", ours, lambda image, area=area: image.crop(area).resize((224, 224), _BILINEAR)
+        yield f"crop {rows} x {columns}", ours, partial(_crop, area=area)
     yield "eval", CenterCrop(256, 224), lambda image: functional.center_crop(functional.resize(image, [256]), [224])
 
 
-_BILINEAR = Image.Resampling.BILINEAR
+def _crop(image: Image.Image, area: tuple[int, int, int, int]) -> Image.Image:
+    return image.crop(area).resize((224, 224), Image.Resampling.BILINEAR)
 
 
 def _timm(name: str, *values: float, mode: Interpolation | None = None) -> Rival:
@@ -97,10 +99,9 @@ def squares() -> list[Pixels]:
 def main() -> int:
     """Draw the sheet: for each operation ours, PIL's or timm's, and ten times their difference."""
     photo, square = photographs()[1], squares()[1]
-    pairs = [(name, ours(photo), rival(Image.fromarray(photo))) for name, ours, rival in sampling_pairs(*photo.shape[:2])]
-    pairs += [(name, ours(square), rival(Image.fromarray(square))) for name, ours, rival in operation_pairs()]
+    pairs = [*_both(sampling_pairs(*photo.shape[:2]), photo), *_both(operation_pairs(), square)]
     pairs = [pair for pair in pairs if "-." not in pair[0] and "-3" not in pair[0] and "nearest" not in pair[0]]
-    cells = [_cell(name, ours, np.asarray(rival)) for name, ours, rival in pairs]
+    cells = [_cell(*pair) for pair in pairs]
     columns = 5
     cells += [np.full_like(cells[0], 255)] * (-len(cells) % columns)
     rows = [np.hstack(cells[i : i + columns]) for i in range(0, len(cells), columns)]
@@ -108,6 +109,11 @@ def main() -> int:
     _write(title, "each: ours | PIL's or timm's at the same parameters | ten times their difference", 20)
     Image.fromarray(np.vstack([title, *rows])).quantize(256).save(sys.argv[1], optimize=True)
     return 0
+
+
+def _both(pairs: Iterator[tuple[str, Operation, Rival]], image: Pixels) -> Iterator[tuple[str, Pixels, Pixels]]:
+    for name, ours, rival in pairs:
+        yield name, ours(image), np.asarray(rival(Image.fromarray(image)))
 
 
 def _cell(name: str, ours: Pixels, rival: Pixels) -> Pixels:

@@ -67,7 +67,9 @@ def published_views(*, on_device: bool) -> Callable[[bytes], tuple[Any, Any]]:
     """randcls and sim as the paper's code composes them; `on_device` leaves ToTensor and Normalize out."""
     from timm.data.auto_augment import rand_augment_transform
 
-    last = [] if on_device else [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+    last = (
+        [] if on_device else [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+    )
     jitter = transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.0)], p=1.0)
     fill = {"translate_const": int(224 * 0.45), "img_mean": (124, 116, 104)}
     randcls = transforms.Compose(
@@ -137,7 +139,9 @@ def main() -> int:
     )
     ratio = rate["ours"] / rate["published"]
     bars = [
-        at_least("both views, images/s a core", ratio, BAR, ours=rate["ours"], rival=rate["published"], floor=rate["floor"])
+        at_least(
+            "both views, images/s a core", ratio, BAR, ours=rate["ours"], rival=rate["published"], floor=rate["floor"]
+        )
     ]
     print_bars(bars, as_json=arguments.json)
     return 0 if all(bar.holds for bar in bars) else 1

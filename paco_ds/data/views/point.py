@@ -37,7 +37,7 @@ class Solarize:
     threshold: float
 
     def __call__(self, view: Pixels) -> Pixels:
-        return cv2.LUT(view, np.where(_LEVELS < self.threshold, _LEVELS, 255 - _LEVELS).astype(np.uint8))
+        return cv2.LUT(view, np.where(self.threshold > _LEVELS, _LEVELS, 255 - _LEVELS).astype(np.uint8))
 
 
 @dataclass(frozen=True)

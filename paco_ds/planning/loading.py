@@ -114,7 +114,7 @@ def measure_loading(recipe: Recipe, manifest: Manifest, seconds: float = 3.0) ->
         cv2.setNumThreads(threads[0])
         torch.set_num_threads(threads[1])
     if not made:
-        raise DataError(f"no sample of {manifest.directory} could be read; run tools/build_shards.py check on it")
+        raise DataError(f"no sample of {recipe.data.shards} could be read; run tools/build_shards.py check on it")
     return made / elapsed
 
 

@@ -38,7 +38,7 @@ def draw_view_sheet(recipe: Recipe, manifest: Manifest, path: Path, images: int 
             if len(rows) == images or len(bad) == _MOST_BAD:
                 break
     if not rows:
-        raise DataError(f"{len(bad)} samples of {manifest.directory} are unreadable, the first: {bad[0]}")
+        raise DataError(f"{len(bad)} samples of {recipe.data.shards} are unreadable, the first: {bad[0]}")
     _draw(rows, recipe, path)
     return bad
 

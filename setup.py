@@ -42,7 +42,7 @@ setup(
             "types-PyYAML>=6,<7",
             "scikit-learn>=1.5,<2",
             "torchmetrics>=1.6,<2",
-            "hypothesis>=6.100,<7",
+            "scipy>=1.11,<2",
             "timm>=1.0.15,<2",
         ],
         "docs": ["mkdocs>=1.6,<2"],

@@ -201,7 +201,12 @@ def test_a_bomb_is_refused_by_its_header():
     jpeg = JPEG[: frame + 5] + struct.pack(">HH", 60_000, 60_000) + JPEG[frame + 9 :]
     gif = encoded(Image.fromarray(PICTURE), "GIF")
     gif = gif[:6] + struct.pack("<HH", 60_000, 60_000) + gif[10:]
-    for data in (png, jpeg, gif):
+    bmp = encoded(Image.fromarray(PICTURE), "BMP")
+    bmp = bmp[:18] + struct.pack("<II", 60_000, 60_000) + bmp[26:]
+    webp = encoded(Image.new("RGB", (8, 8)), "WEBP", save_all=True, append_images=[Image.new("RGB", (8, 8), "red")])
+    canvas = webp.index(b"VP8X") + 12
+    webp = webp[:canvas] + (16_382).to_bytes(3, "little") * 2 + webp[canvas + 6 :]
+    for data in (png, jpeg, gif, bmp, webp):
         assert reason(data) == "too_many_pixels"
 
 

@@ -69,3 +69,9 @@ def test_a_strength_may_be_set_in_any_view():
     assert recipe.views.key.randaugment.operations == 1
     assert recipe.views.query.randaugment is None
     assert recipe.views.query.gray == 0.1
+
+
+def test_timm_is_for_tests_and_benches_alone():
+    """Users install no second library of models for the sake of one policy."""
+    sources = (RECIPES.parents[1] / "paco_ds").rglob("*.py")
+    assert not [path for path in sources if re.search(r"^\s*(import|from) timm", path.read_text(), re.MULTILINE)]

@@ -71,6 +71,14 @@ def test_a_strength_may_be_set_in_any_view():
     assert recipe.views.query.gray == 0.1
 
 
+def test_defaults_are_written_as_meanings_are():
+    """A checkpoint older than a setting is compared with the default: pairs are lists on both sides."""
+    recipe = load_recipe(RECIPES / "imagenet_lt_resnet50.yaml")
+    meaning = recipe.meaning()
+    for key in ("views.key.ratio", "views.key.blur_sigma", "views.query.randaugment.fill", "data.max_pixels"):
+        assert recipe.default(key) == meaning[key]
+
+
 def test_timm_is_for_tests_and_benches_alone():
     """Users install no second library of models for the sake of one policy."""
     sources = (RECIPES.parents[1] / "paco_ds").rglob("*.py")

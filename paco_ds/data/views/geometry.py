@@ -113,16 +113,16 @@ def _translated(view: Pixels, axis: int, pixels: float, interpolation: Interpola
     first, weights = _weights(pixels - floor, interpolation)
     kernel, anchor = np.array([weights]), (nearest - floor - first, 0)
     if axis == 0:
-        kernel, anchor = kernel.T, anchor[::-1]
+        kernel, anchor = kernel.T, (0, anchor[0])
     mixed = cv2.filter2D(view, -1, kernel, anchor=anchor, borderType=cv2.BORDER_REPLICATE)
     side = view.shape[axis]
     start, end = max(nearest, 0), min(side + nearest, side)  # of what stays in view
     if start >= end:
         return np.full_like(view, fill)
-    part = mixed[:, start:end] if axis else mixed[start:end]
     before, after = start - nearest, side + nearest - end
-    borders = (0, 0, before, after) if axis else (before, after, 0, 0)
-    return cv2.copyMakeBorder(part, *borders, cv2.BORDER_CONSTANT, value=fill)
+    if axis == 0:
+        return cv2.copyMakeBorder(mixed[start:end], before, after, 0, 0, cv2.BORDER_CONSTANT, value=fill)
+    return cv2.copyMakeBorder(mixed[:, start:end], 0, 0, before, after, cv2.BORDER_CONSTANT, value=fill)
 
 
 def _weights(share: float, interpolation: Interpolation) -> tuple[int, tuple[float, ...]]:

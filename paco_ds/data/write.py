@@ -1,13 +1,10 @@
 """Owns the writing of shards: which sample goes into which, and files that appear only when whole."""
 
 import json
-import os
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from webdataset.writer import TarWriter
@@ -15,9 +12,8 @@ from webdataset.writer import TarWriter
 from paco_ds.data.manifest import Shard
 from paco_ds.data.shard import index_shard, sample_key
 from paco_ds.data.sources import SourceSample
-from paco_ds.files import sha256_file
+from paco_ds.files import sha256_file, whole_file
 
-PARTIAL = ".partial"  # ending of a file that is being written
 _OWNER = "paco_ds"  # fixed, so that the same input gives the same bytes for every user
 _BLOCK = 512
 
@@ -79,22 +75,3 @@ def write_shard(job: ShardJob) -> Shard:
         index_bytes=index_path.stat().st_size,
         index_sha256=sha256_file(index_path),
     )
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file for writing that gets its name only after all its bytes are on disk."""
-    partial = path.with_name(f".{path.name}{PARTIAL}")
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

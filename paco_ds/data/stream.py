@@ -1,8 +1,9 @@
 """The stream: planned samples read from shards, decoded, turned into views and batched, as a webdataset pipeline.
 
 Training yields one optimizer step of this rank at a time: its micro-batches, each with both views as bytes (keys
-are needed for all of them before the first query). Loader workers take micro-batches in turn, so any number of
-workers gives the same bytes. A bad sample keeps its place: another of its class stands in, and it is reported.
+are needed for all of them before the first query). Loader processes each make a part of every micro-batch, so any
+number of them gives the same bytes, and together they read and hold no more than one would. A bad sample keeps its
+place: another of its class stands in, and it is reported.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from paco_ds.data.manifest import Manifest
-from paco_ds.data.plan import EvaluationPlan, Planned, TrainingPlan
-from paco_ds.data.shard import BadSample, RawSample, ShardReader
+from paco_ds.data.plan import EvaluationPlan, Planned, TrainingPlan, shards_at_once, this_worker
+from paco_ds.data.read_ahead import EvaluationSamples, TrainingSamples
+from paco_ds.data.sampler import ClassSampler
+from paco_ds.data.shard import BadSample, RawSample, ShardReader, Stored
 from paco_ds.data.views import View, make_view
-from paco_ds.distributed import MicroBatchLayout
-from paco_ds.errors import DataError, UserError
+from paco_ds.distributed import MicroBatchLayout, local_world_size
+from paco_ds.errors import DataError, RecipeError, UserError
 from paco_ds.randomness import Stream, generator
 from paco_ds.recipe import Recipe
 
@@ -57,9 +60,16 @@ class MicroBatch:
     valid: Tensor
     replaced: tuple[Replaced, ...] = ()
 
-    def pin_memory(self) -> MicroBatch:
-        """Page-locked images, which go to a GPU while it computes; the loader calls this."""
-        return replace(self, query=self.query.pin_memory(), key=self.key.pin_memory() if self.key is not None else None)
+
+@dataclass(frozen=True)
+class Part:
+    """What a loader process made of a micro-batch: `views` uint8 [views, images, 3, H, W], of one shared memory."""
+
+    views: Tensor
+    labels: np.ndarray
+    ids: np.ndarray
+    valid: np.ndarray
+    replaced: tuple[Replaced, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,9 +90,10 @@ class Load:
     seed: int
     substitute: bool
 
-    def __call__(self, plan: Planned) -> Loaded:
+    def __call__(self, sample: tuple[Planned, Stored]) -> Loaded:
+        plan, stored = sample
         try:
-            return self._load(plan, plan.sample_id)
+            return self._loaded(plan, stored.sample())
         except BadSample as bad:
             if not self.substitute:
                 raise DataError(
@@ -91,8 +102,7 @@ class Load:
                 ) from bad
             return self._substitute(plan, bad)
 
-    def _load(self, plan: Planned, sample_id: int) -> Loaded:
-        raw = self.reader.read(sample_id)
+    def _loaded(self, plan: Planned, raw: RawSample) -> Loaded:
         return Loaded(plan, decode(raw), raw.label)
 
     def _substitute(self, plan: Planned, bad: BadSample) -> Loaded:
@@ -106,7 +116,7 @@ class Load:
             if candidate == plan.sample_id:
                 continue
             try:
-                return replace(self._load(plan, int(candidate)), replaced=tuple(replaced))
+                return replace(self._loaded(plan, self.reader.read(int(candidate))), replaced=tuple(replaced))
             except BadSample as also_bad:
                 replaced.append(Replaced(also_bad.key, also_bad.shard, also_bad.reason))
         names = ", ".join(f"{r.key} ({r.reason})" for r in replaced[:5])
@@ -154,21 +164,59 @@ class MakeViews:
 _NO_PIXELS = np.empty((0, 0, 3), np.uint8)  # once views are drawn the decoded image need not wait in a batch
 
 
-def collate(samples: Sequence[tuple[Loaded, np.ndarray, np.ndarray | None]]) -> MicroBatch:
-    """Views and labels of a micro-batch as tensors."""
+def collate(samples: Sequence[tuple[Loaded, np.ndarray, np.ndarray | None]]) -> Part:
+    """Views and labels of some images of a micro-batch."""
     loaded, queries, keys = zip(*samples, strict=True)
-    return MicroBatch(
-        query=_as_images(queries),
-        key=None if keys[0] is None else _as_images(keys),
-        labels=torch.tensor([s.label for s in loaded]),
-        ids=torch.tensor([s.plan.sample_id for s in loaded]),
-        valid=torch.tensor([s.plan.valid for s in loaded]),
+    views = [queries] if keys[0] is None else [queries, keys]
+    height, width, channels = queries[0].shape
+    together = torch.empty((len(views), len(loaded), channels, height, width), dtype=torch.uint8)
+    for view, images in enumerate(views):
+        for number, image in enumerate(images):
+            together[view, number].numpy()[:] = image.transpose(2, 0, 1)
+    return Part(
+        views=together,
+        labels=np.array([s.label for s in loaded]),
+        ids=np.array([s.plan.sample_id for s in loaded]),
+        valid=np.array([s.plan.valid for s in loaded]),
         replaced=tuple(r for s in loaded for r in s.replaced),
     )
 
 
-def _as_images(views: Sequence[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(np.stack(views).transpose(0, 3, 1, 2)))
+def join(parts: Sequence[Part]) -> MicroBatch:
+    """The micro-batch of its parts; page-locked where there is a GPU, to which it then goes while that computes."""
+    first = parts[0].views
+    views = [_joined([part.views[view] for part in parts]) for view in range(len(first))]
+    return MicroBatch(
+        query=views[0],
+        key=views[1] if len(views) > 1 else None,
+        labels=torch.from_numpy(np.concatenate([part.labels for part in parts])),
+        ids=torch.from_numpy(np.concatenate([part.ids for part in parts])),
+        valid=torch.from_numpy(np.concatenate([part.valid for part in parts])),
+        replaced=tuple(r for part in parts for r in part.replaced),
+    )
+
+
+def _joined(images: list[Tensor]) -> Tensor:
+    if len(images) == 1 and not torch.cuda.is_available():
+        return images[0]
+    shape = (sum(len(each) for each in images), *images[0].shape[1:])
+    out = torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    return torch.cat(images, out=out)
+
+
+@dataclass(frozen=True)
+class Together:
+    """Collates the samples that a loader process makes of each micro-batch; how many, it knows only there."""
+
+    plan: TrainingPlan
+
+    def __call__(self, samples: Iterable[tuple[Loaded, np.ndarray, np.ndarray | None]]) -> Iterator[Part]:
+        samples = iter(samples)
+        for size in itertools.cycle(map(len, self.plan.lanes_of(*this_worker()))):
+            part = list(itertools.islice(samples, size))
+            if not part:
+                return
+            yield collate(part)
 
 
 class TrainingStream:
@@ -179,7 +227,17 @@ class TrainingStream:
     """
 
     def __init__(self, recipe: Recipe, manifest: Manifest, layout: MicroBatchLayout, start: int = 0) -> None:
-        reader = ShardReader(manifest.storage, manifest.split(recipe.data.train_split))
+        split = manifest.split(recipe.data.train_split)
+        reader = ShardReader(manifest.storage, split)
+        refuse_small_cache(recipe, manifest, layout, local_world_size())
+        sampler = ClassSampler(
+            recipe.data.sampler,
+            reader.counts,
+            reader,
+            split.class_counts,
+            seed=recipe.seed,
+            epochs=recipe.schedule.epochs,
+        )
         self.plan = TrainingPlan(
             reader.counts,
             layout,
@@ -187,26 +245,49 @@ class TrainingStream:
             window=recipe.data.window,
             start=start,
             epochs=recipe.schedule.epochs,
+            sampler=None if recipe.data.sampler == "instance_balanced" else sampler,
         )
         key_view = make_view(recipe.views.key) if recipe.loss.contrast else None
         pipeline = wds.DataPipeline(
-            self.plan,
+            TrainingSamples(self.plan, reader),
             wds.map(Load(reader, recipe.seed, substitute=True)),
             wds.map(MakeViews(make_view(recipe.views.query), key_view, recipe.seed)),
-            wds.batched(layout.micro_batch, collation_fn=collate),
+            Together(self.plan),
         )
-        self._accumulation = layout.accumulation
-        self._micro_batches = _micro_batches(pipeline, recipe.data.workers)
+        workers = min(recipe.data.workers, layout.micro_batch)  # each makes at least one image of a micro-batch
+        self._accumulation, self._parts_of_each = layout.accumulation, max(workers, 1)
+        self._parts = _parts(pipeline, workers)
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         return self
 
     def __next__(self) -> list[MicroBatch]:
-        return [next(self._micro_batches) for _ in range(self._accumulation)]
+        return [self._micro_batch() for _ in range(self._accumulation)]
 
     def close(self) -> None:
         """End the loader processes."""
-        del self._micro_batches
+        del self._parts
+
+    def _micro_batch(self) -> MicroBatch:
+        return join([next(self._parts) for _ in range(self._parts_of_each)])
+
+
+def refuse_small_cache(recipe: Recipe, manifest: Manifest, layout: MicroBatchLayout, ranks: int) -> None:
+    """Raise RecipeError where data.cache would not hold the shards that the ranks of a host read from at one time.
+
+    Such a cache would fetch whole shards again and again, for a window each.
+    """
+    cache, split = recipe.data.cache, manifest.split(recipe.data.train_split)
+    if cache is None or manifest.storage.is_local:
+        return
+    counts = [shard.samples for shard in split.shards]
+    shards = shards_at_once(counts, layout, recipe.data.window, ranks)
+    needed = sum(sorted((shard.bytes for shard in split.shards), reverse=True)[:shards])
+    if cache.bytes < needed:
+        raise RecipeError(
+            f"data.cache.bytes {cache.bytes} cannot hold the {shards} shards that {ranks} ranks of this host read from "
+            f"at one time: raise it to {needed}, or leave data.cache out, and only ranges of shards are read"
+        )
 
 
 def evaluation_stream(
@@ -216,15 +297,16 @@ def evaluation_stream(
     reader = ShardReader(manifest.storage, manifest.split(split))
     batch = recipe.evaluation.batch
     pipeline = wds.DataPipeline(
-        EvaluationPlan(sum(reader.counts), batch, rank, world_size),
+        EvaluationSamples(EvaluationPlan(len(reader), batch, rank, world_size), reader),
         wds.map(Load(reader, recipe.seed, substitute=False)),
         wds.map(MakeViews(make_view(recipe.views.evaluation), None, recipe.seed)),
         wds.batched(batch, collation_fn=collate),
     )
-    yield from _micro_batches(pipeline, recipe.data.workers)
+    for part in _parts(pipeline, recipe.data.workers):
+        yield join([part])
 
 
-def _micro_batches(pipeline: wds.DataPipeline, workers: int) -> Iterator[MicroBatch]:
+def _parts(pipeline: wds.DataPipeline, workers: int) -> Iterator[Part]:
     """Start the loader's processes, now, and iterate over what they make; a user's error arrives as it was raised."""
     if workers:
         # fork would copy a process that already runs threads; a fork server has none
@@ -236,26 +318,25 @@ def _micro_batches(pipeline: wds.DataPipeline, workers: int) -> Iterator[MicroBa
         num_workers=workers,
         multiprocessing_context=context if workers else None,
         worker_init_fn=_begin_worker,
-        pin_memory=torch.cuda.is_available(),
     )
     with _signals_blocked():
-        batches = iter(loader)
-    return _raising(batches)
+        parts = iter(loader)
+    return _raising(parts)
 
 
-def _errors_as_values(batches: Iterable[MicroBatch]) -> Iterator[MicroBatch | UserError]:
+def _errors_as_values(parts: Iterable[Part]) -> Iterator[Part | UserError]:
     """A loader process would wrap an error's message in its traceback."""
     try:
-        yield from batches
+        yield from parts
     except UserError as error:
         yield error
 
 
-def _raising(batches: Iterator[MicroBatch | UserError]) -> Iterator[MicroBatch]:
-    for batch in batches:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+def _raising(parts: Iterator[Part | UserError]) -> Iterator[Part]:
+    for part in parts:
+        if isinstance(part, UserError):
+            raise part
+        yield part
 
 
 @contextmanager

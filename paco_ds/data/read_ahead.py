@@ -23,8 +23,8 @@ _THREADS_LOCAL, _THREADS_REMOTE = 2, 16  # one request of a remote store is slow
 
 
 def steps_ahead(window: int) -> int:
-    """Steps of a window, at its end, in which no new window is asked for."""
-    return min(AHEAD, window // 2)
+    """So many steps before its end, all of the next windows have been asked for."""
+    return max(1, min(AHEAD, window // 2))
 
 
 class TrainingSamples(IterableDataset):
@@ -34,7 +34,11 @@ class TrainingSamples(IterableDataset):
         self.plan, self.reader = plan, reader
 
     def __iter__(self) -> Iterator[tuple[Planned, Stored]]:
-        lanes = [lane for of_slot in self.plan.lanes_of(*this_worker()) for lane in of_slot]
+        return self.share(*this_worker())
+
+    def share(self, worker: int, workers: int) -> Iterator[tuple[Planned, Stored]]:
+        """What one of so many loader processes takes."""
+        lanes = [lane for of_slot in self.plan.lanes_of(worker, workers) for lane in of_slot]
         self.reader.keep = max(self.reader.keep, 2 * len(lanes))
         windows = self.plan.windows(lanes)
         pool = ThreadPoolExecutor(_threads(self.reader), thread_name_prefix="read-ahead")
@@ -62,7 +66,7 @@ class TrainingSamples(IterableDataset):
         left = window.start + window.steps - step
         quiet = steps_ahead(self.plan.window)
         spread = max(self.plan.window - quiet, 1)
-        return lanes if left <= quiet else -(-lanes * (spread - min(left - quiet, spread) + 1) // spread)
+        return lanes * (spread - min(max(left - quiet, 0), spread)) // spread
 
 
 class EvaluationSamples(IterableDataset):

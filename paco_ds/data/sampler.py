@@ -22,7 +22,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from paco_ds.randomness import Stream, generator
+from paco_ds.randomness import Stream, generator, permutation
 from paco_ds.recipe import Sampler
 
 _GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, cover 0..1 evenly however many are taken
@@ -79,13 +79,13 @@ class ClassSampler:
         self.sampler, self.counts, self.class_counts = sampler, counts, class_counts
         self.seed, self.epochs = seed, epochs
         self._labels = labels
-        self._place_in_class: npt.NDArray[np.int64] | None = None
+        self._place_in_class: npt.NDArray[np.int32] | None = None
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_place_in_class": None}
 
-    def occurrences(self, epoch: int) -> npt.NDArray[np.int64]:
-        """How often each id occurs in an epoch: int64 [samples], adding up to the number of samples."""
+    def occurrences(self, epoch: int) -> npt.NDArray[np.int32]:
+        """How often each id occurs in an epoch: int32 [samples], adding up to the number of samples."""
         labels = self._labels.labels()
         rng = generator(Stream.SAMPLER, self.seed)
         rounding, first = rng.random(2)
@@ -95,43 +95,61 @@ class ClassSampler:
         every, more = np.divmod(places, images)
         # Who gets one more is a run of the class's images that begins elsewhere each epoch, at the same relative
         # place for all classes: the images left out lie together, where they need not be read.
-        begin = np.floor((first + epoch * _GOLDEN) % 1 * images).astype(np.int64)
-        turn = (self._places_in_class(labels) - begin[labels]) % images[labels]
-        return every[labels] + (turn < more[labels])
+        begin = np.floor((first + epoch * _GOLDEN) % 1 * images).astype(np.int32)
+        turn = self._places_in_class(labels) - begin[labels]
+        turn += np.where(turn < 0, images.astype(np.int32)[labels], 0)
+        return every.astype(np.int32)[labels] + (turn < more.astype(np.int32)[labels])
 
     def line(self, epoch: int) -> npt.NDArray[np.int32]:
         """All ids of an epoch as often as they occur, in the order they are laid out: int32 [samples]."""
         times = self.occurrences(epoch)
-        shard = np.repeat(np.arange(len(self.counts)), self.counts)
-        seen = np.flatnonzero(times)
-        first = seen[np.argsort(_shuffled(shard[seen], 0, self.seed, epoch), kind="stable")]
-        again = np.repeat(np.arange(len(times)), np.maximum(times - 1, 0))
-        if not len(again):
-            return first.astype(np.int32)
-        copies = times[again] - 1
-        number = np.arange(len(again)) - np.searchsorted(again, again)
-        phase = generator(Stream.SAMPLER, self.seed, epoch).random(len(times))[again]
+        ends = np.cumsum(self.counts)
+        first = [
+            end - count + np.flatnonzero(times[end - count : end])
+            for end, count in ((ends[number], self.counts[number]) for number in self._shuffled_shards(epoch))
+        ]
+        repeated = np.flatnonzero(times > 1).astype(np.int32)
+        copies = times[repeated] - 1
+        if not len(repeated):
+            return np.concatenate(first).astype(np.int32)
+        shard = np.repeat(np.arange(len(self.counts), dtype=np.int32), self.counts)[repeated]
+        phase = generator(Stream.SAMPLER, self.seed, epoch).random(len(repeated), dtype=np.float32)
         rounds = int(copies.max())
-        in_round = np.floor((number + phase) * rounds / copies).astype(np.int64)
-        key = in_round.astype(np.uint64) << np.uint64(32) | _shuffled(shard[again], 1 + in_round, self.seed, epoch)
-        return np.concatenate([first, again[np.argsort(key, kind="stable")]]).astype(np.int32)
+        # which row of the above each further copy is of, and which of its copies it is
+        row = np.repeat(np.arange(len(repeated), dtype=np.int32), copies)
+        number = np.arange(len(row)) - np.repeat(np.cumsum(copies) - copies, copies)
+        in_round = ((number + phase[row]) * rounds / copies[row]).astype(np.int64)
+        by_shard = np.argsort(_shuffled(shard[row], in_round, self.seed, epoch), kind="stable")
+        by_round = np.argsort(_smallest(in_round, rounds)[by_shard], kind="stable")
+        return np.concatenate([*first, repeated[row[by_shard[by_round]]]]).astype(np.int32)
 
-    def _places_in_class(self, labels: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+    def _shuffled_shards(self, epoch: int) -> npt.NDArray[np.int64]:
+        return permutation(len(self.counts), Stream.SHARDS, self.seed, epoch)
+
+    def _places_in_class(self, labels: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         """0 for the first image of its class by id, 1 for the second, and so on."""
         if self._place_in_class is None:
-            order = np.argsort(labels, kind="stable")
+            order = np.argsort(_smallest(labels, len(self.class_counts)), kind="stable")
             by_class = np.bincount(labels, minlength=len(self.class_counts))
             starts = np.cumsum(by_class) - by_class
-            places = np.empty(len(labels), dtype=np.int64)
+            places = np.empty(len(labels), dtype=np.int32)
             places[order] = np.arange(len(labels)) - np.repeat(starts, by_class)
             self._place_in_class = places
         return self._place_in_class
 
 
-def _shuffled(shard: np.ndarray, number: int | np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """32 random bits (uint64) of each (shard, round): sorted by them, shards come in another order each round."""
+def _smallest(numbers: np.ndarray, below: int) -> np.ndarray:
+    """The numbers as uint16 where they fit, which numpy sorts in linear time."""
+    return numbers.astype(np.uint16) if below <= 2**16 else numbers
+
+
+def _shuffled(shard: np.ndarray, number: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """16 random bits of each (shard, round): sorted by them, shards come in another order each round.
+
+    Two shards of equal bits stay in their order, one after the other, since ids are sorted before.
+    """
     salt = np.random.PCG64([Stream.SAMPLER, seed, epoch, 1]).random_raw()
-    bits = np.asarray(shard, np.uint64) + np.asarray(number, np.uint64) * np.uint64(2**32) + np.uint64(salt)
+    bits = (number.astype(np.uint64) << np.uint64(32)) + shard.astype(np.uint64) + np.uint64(salt)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # the finalizer of SplitMix64
         bits = (bits ^ (bits >> np.uint64(shift))) * np.uint64(factor)
-    return (bits ^ (bits >> np.uint64(31))) >> np.uint64(32)
+    return ((bits ^ (bits >> np.uint64(31))) >> np.uint64(48)).astype(np.uint16)

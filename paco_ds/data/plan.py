@@ -17,6 +17,8 @@ from paco_ds.data.order import EpochOrder, position_of
 from paco_ds.data.sampler import ClassSampler
 from paco_ds.distributed import MicroBatchLayout
 
+AHEAD = 8  # steps; a remote range comes in a fraction of a second
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -134,6 +136,20 @@ def shards_at_once(counts: Sequence[int], layout: MicroBatchLayout, window: int,
     own_shards = math.ceil(layout.micro_batch * (1 + window / in_shard))
     whole_stretch = math.ceil(layout.micro_batch * steps / in_shard) + 1
     return min(len(counts), ranks * layout.accumulation * min(own_shards, whole_stretch))
+
+
+def held_bytes(bytes_a_sample: float, layout: MicroBatchLayout, window: int) -> int:
+    """At most so many bytes of stored samples are held by a rank, its loader processes together.
+
+    For each lane what is left of a window and the next one: one window on average, and `steps_ahead` more at most.
+    """
+    lanes = layout.accumulation * layout.micro_batch
+    return math.ceil(lanes * (window + steps_ahead(window)) * bytes_a_sample)
+
+
+def steps_ahead(window: int) -> int:
+    """So many steps before a window ends, the next windows of all lanes have been asked for."""
+    return max(1, min(AHEAD, window // 2))
 
 
 def this_worker() -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 A loader process holds, for each of its lanes, what is left of the window under way, given back sample by sample, and
 maybe the next one. The lanes' next windows are asked for at different steps, evenly over a window, so that reading
-is steady and what is held stays at about lanes x window samples; `AHEAD` steps at the least are between asking for
+is steady and what is held stays at about lanes x window samples; `steps_ahead` at the least are between asking for
 a window and its first sample.
 """
 
@@ -15,16 +15,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 from torch.utils.data import IterableDataset
 
-from paco_ds.data.plan import EvaluationPlan, Planned, TrainingPlan, Window, this_worker
+from paco_ds.data.plan import EvaluationPlan, Planned, TrainingPlan, Window, steps_ahead, this_worker
 from paco_ds.data.shard import ShardReader, Stored
 
-AHEAD = 8  # steps
 _THREADS_LOCAL, _THREADS_REMOTE = 2, 16  # one request of a remote store is slow, many at once are not
-
-
-def steps_ahead(window: int) -> int:
-    """So many steps before its end, all of the next windows have been asked for."""
-    return max(1, min(AHEAD, window // 2))
 
 
 class TrainingSamples(IterableDataset):

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paco_ds.data.plan import Planned, TrainingPlan
-from paco_ds.data.read_ahead import TrainingSamples, steps_ahead
+from paco_ds.data.plan import Planned, TrainingPlan, held_bytes
+from paco_ds.data.read_ahead import TrainingSamples
 from paco_ds.data.sampler import ClassSampler
 from paco_ds.data.shard import Stored
 from paco_ds.distributed import MicroBatchLayout
@@ -174,7 +174,7 @@ def test_about_one_window_of_each_lane_is_held():
     for taken, _ in enumerate(TrainingSamples(plan, reader).share(0, 1), 1):
         held = sum(map(len, reader.windows)) - taken
         most.append(held)
-    assert max(most) <= 16 * (64 + steps_ahead(64))
+    assert max(most) <= held_bytes(1, layout, 64) == 16 * (64 + 8)
     assert np.mean(most[: len(most) // 2]) < 16 * 70
 
 

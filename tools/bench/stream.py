@@ -3,8 +3,9 @@
     python tools/bench/stream.py [--images N] [--workers N] [--micro-batches N] [--repeats N] [--json]
 
 ours    `TrainingStream` of ds_configs/recipes/imagenet_lt_resnet50.yaml: one of four ranks, 32 images a micro-batch
-rival   wds.WebDataset(shards).shuffle(1000).decode("pil").map(both published views).batched(32) in a torch DataLoader,
-        on the same shards with as many workers
+rival   wds.WebDataset(shards, shardshuffle=100).repeat().shuffle(1000).map(...).batched(32) in a torch
+        DataLoader with as many workers, on the same shards; `map` opens the image with PIL, as decode("pil") does, and
+        makes both published views
 bare    rival without ToTensor and Normalize, as if those ran on the device, where ours do
 floor   libjpeg-turbo's decoding of the whole images alone, by as many processes
 
@@ -14,7 +15,9 @@ size of the rank and its loader processes, after so many steps that every lane h
 
 import argparse
 import itertools
-import os
+import json
+import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -22,10 +25,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
-
-# One thread to a process, as loaders have it.
-for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(variable, "1")
 
 import psutil
 import simplejpeg
@@ -36,7 +35,7 @@ from torch.utils.data import DataLoader
 # The checkout need not be installed. This folder stays on the path, for the modules that benches share.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from report import MIB, at_least, in_own_process, median_seconds, print_bars, print_table
+from report import MIB, at_least, print_bars, print_table
 from views import photographs, published_views
 
 from paco_ds.data.build import build_shards
@@ -72,16 +71,13 @@ def our_stream(shards: Path, workers: int) -> TrainingStream:
 
 def published_loader(shards: Path, workers: int, *, on_device: bool) -> Iterator[Any]:
     """Batches of both published views for ever, by webdataset's own pipeline."""
-    views = published_views(on_device=on_device, decoded=True)
-    data = wds.DataPipeline(
-        wds.ResampledShards([str(path) for path in sorted(shards.glob("*.tar"))]),
-        wds.split_by_worker,
-        wds.tarfile_to_samples(),
-        wds.shuffle(1000),
-        wds.decode("pil"),
-        wds.to_tuple("jpg", "json"),
-        wds.map(_Both(views)),
-        wds.batched(LAYOUT.micro_batch, collation_fn=_as_list if on_device else torch.utils.data.default_collate),
+    data = (
+        wds.WebDataset([str(path) for path in sorted(shards.glob("*.tar"))], shardshuffle=100)
+        .repeat()
+        .shuffle(1000)
+        .to_tuple("jpg", "json")
+        .map(_Both(published_views(on_device=on_device)))
+        .batched(LAYOUT.micro_batch, collation_fn=_as_list if on_device else torch.utils.data.default_collate)
     )
     return iter(DataLoader(data, batch_size=None, num_workers=workers, worker_init_fn=_one_thread))
 
@@ -90,9 +86,9 @@ class _Both:
     def __init__(self, views: Callable[[Any], tuple[Any, Any]]) -> None:
         self.views = views
 
-    def __call__(self, sample: tuple[Any, dict[str, Any]]) -> tuple[Any, Any, int]:
+    def __call__(self, sample: tuple[bytes, bytes]) -> tuple[Any, Any, int]:
         image, about = sample
-        return *self.views(image), int(about["label"])
+        return *self.views(image), int(json.loads(about)["label"])
 
 
 def _as_list(samples: list[Any]) -> list[Any]:
@@ -132,8 +128,13 @@ def main() -> int:
     parser.add_argument("--micro-batches", type=int, default=12, help="of one measurement")
     parser.add_argument("--repeats", type=int, default=7, help="measurements of each, in turn")
     parser.add_argument("--memory-workers", type=int, nargs="*", default=[0, 4, 8], help="loader processes of a rank")
+    parser.add_argument("--memory-of", nargs=2, metavar=("SHARDS", "WORKERS"), help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="end with a JSON line for each bar")
     arguments = parser.parse_args()
+    if arguments.memory_of:
+        print(resident_bytes(Path(arguments.memory_of[0]), int(arguments.memory_of[1])))
+        return 0
+    torch.set_num_threads(1)  # the processes of a loader are its threads
     with tempfile.TemporaryDirectory(prefix="paco_ds-stream-") as folder:
         shards = Path(folder) / "shards"
         make_shards(Path(folder), arguments.images)
@@ -157,27 +158,27 @@ def throughput(shards: Path, arguments: argparse.Namespace) -> list[Any]:
         "bare": published_loader(shards, workers, on_device=True),
     }
     refill = 2 * workers + 1
-    seconds: dict[str, list[float]] = {name: [] for name in loaders}
+    images = [sample.image for sample in photographs(LAYOUT.micro_batch)]
+    pool = ProcessPoolExecutor(workers)
+    seconds: dict[str, list[float]] = {name: [] for name in [*loaders, "floor"]}
 
     def take(name: str, batches: int) -> None:
+        if name == "floor":
+            sum(pool.map(decode_all, [images] * batches))
+            return
         for _ in itertools.islice(loaders[name], batches):
             pass
 
-    images = [sample.image for sample in photographs(LAYOUT.micro_batch)]
-    with ProcessPoolExecutor(workers) as pool:
-        floor = median_seconds(
-            {"floor": lambda: list(pool.map(decode_all, [images] * (count // 2)))}, arguments.repeats
-        )["floor"]
+    names = list(seconds)
     for number in range(arguments.repeats):
-        for name in list(loaders)[number % len(loaders) :] + list(loaders)[: number % len(loaders)]:
+        for name in names[number % len(names) :] + names[: number % len(names)]:
             take(name, refill)
             began = time.perf_counter()
             take(name, count)
             seconds[name].append(time.perf_counter() - began)
     stream.close()
-    median = {name: sorted(values)[len(values) // 2] for name, values in seconds.items()}
-    rate = {name: count * LAYOUT.micro_batch / value for name, value in median.items()}
-    rate["floor"] = count // 2 * LAYOUT.micro_batch / floor
+    pool.shutdown()
+    rate = {name: count * LAYOUT.micro_batch / statistics.median(values) for name, values in seconds.items()}
     print_table(
         f"Shards to both views, {workers} loader processes, median of {arguments.repeats} times {count} micro-batches",
         ["", "images/s"],
@@ -194,10 +195,16 @@ def memory(shards: Path, workers: list[int]) -> None:
     split = manifest.split("train")
     window = _recipe(shards, 0).data.window
     stated = held_bytes(split.bytes / split.samples, LAYOUT, window)
-    base = in_own_process(resident_bytes, shards, workers[0])
+
+    def in_own_process(number: int) -> int:
+        """As a launcher starts a rank; a process of a pool would have a fork server that is not ours."""
+        command = [sys.executable, "-W", "ignore", __file__, "--memory-of", str(shards), str(number)]
+        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    base = in_own_process(workers[0])
     rows = []
     for number in workers:
-        found = base if number == workers[0] else in_own_process(resident_bytes, shards, number)
+        found = base if number == workers[0] else in_own_process(number)
         grown = "-" if number == workers[0] else f"{(found - base) / max(number, 1) / MIB:.0f}"
         rows.append([str(number), f"{found / MIB:.0f}", grown])
     print_table(

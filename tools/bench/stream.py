@@ -36,7 +36,6 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from report import MIB, at_least, print_bars, print_table
-from views import photographs, published_views
 
 from paco_ds.data.build import build_shards
 from paco_ds.data.card import folder_card
@@ -55,6 +54,8 @@ BAR = 1.9
 
 def make_shards(folder: Path, images: int) -> None:
     """Shards of about 100 photographs of ten classes each."""
+    from views import photographs  # not at the top: loader processes read this file again, and need none of it
+
     photos = photographs(min(DISTINCT, images))
     for number in range(images):
         path = folder / "images" / f"class{number % 10}" / f"{number:06d}.jpg"
@@ -71,6 +72,8 @@ def our_stream(shards: Path, workers: int) -> TrainingStream:
 
 def published_loader(shards: Path, workers: int, *, on_device: bool) -> Iterator[Any]:
     """Batches of both published views for ever, by webdataset's own pipeline."""
+    from views import published_views
+
     data = (
         wds.WebDataset([str(path) for path in sorted(shards.glob("*.tar"))], shardshuffle=100)
         .repeat()
@@ -146,6 +149,8 @@ def main() -> int:
 
 def throughput(shards: Path, arguments: argparse.Namespace) -> list[Any]:
     """Images a second of all."""
+    from views import photographs
+
     workers, count = arguments.workers, arguments.micro_batches
     began = time.perf_counter()
     stream = our_stream(shards, workers)
@@ -180,8 +185,8 @@ def throughput(shards: Path, arguments: argparse.Namespace) -> list[Any]:
     pool.shutdown()
     rate = {name: count * LAYOUT.micro_batch / statistics.median(values) for name, values in seconds.items()}
     print_table(
-        f"Shards to both views, {workers} loader processes, median of {arguments.repeats} times {count} micro-batches",
-        ["", "images/s"],
+        "Shards to both views",
+        ["", f"images/s, {workers} loader processes, median of {arguments.repeats} times {count} micro-batches"],
         [[name, f"{value:.0f}"] for name, value in rate.items()],
         f"first micro-batch of ours after {first_seconds:.1f} s, start of the loader processes included",
     )
@@ -208,8 +213,8 @@ def memory(shards: Path, workers: list[int]) -> None:
         grown = "-" if number == workers[0] else f"{(found - base) / max(number, 1) / MIB:.0f}"
         rows.append([str(number), f"{found / MIB:.0f}", grown])
     print_table(
-        "Memory of a rank, its loader processes included",
-        ["loader processes", "MiB", f"MiB more than with {workers[0]}, of each"],
+        "Memory of a rank",
+        ["loader processes", "MiB, theirs included", f"MiB more than with {workers[0]}, of each"],
         rows,
         f"windows of all lanes together, whatever the number of processes: at most {stated / MIB:.0f} MiB; the rest "
         "of a process is the interpreter and its libraries, of which it shares what was loaded before it was forked",

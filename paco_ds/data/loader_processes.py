@@ -19,8 +19,12 @@ from paco_ds.data.load import Part
 from paco_ds.errors import UserError
 
 
-def start_loading(pipeline: wds.DataPipeline, workers: int) -> Iterator[Part]:
-    """Start the loader's processes, now, and iterate over what they make; a user's error arrives as it was raised."""
+def start_loading(pipeline: wds.DataPipeline, workers: int, ahead: int = 2) -> Iterator[Part]:
+    """Start the loader's processes, now, and iterate over what they make; a user's error arrives as it was raised.
+
+    Args:
+        ahead: parts that each process makes before they are asked for.
+    """
     if workers:
         # fork would copy a process that already runs threads; a fork server has none
         context = multiprocessing.get_context("forkserver")
@@ -29,6 +33,7 @@ def start_loading(pipeline: wds.DataPipeline, workers: int) -> Iterator[Part]:
         wds.DataPipeline(pipeline, _errors_as_values),
         batch_size=None,
         num_workers=workers,
+        prefetch_factor=ahead if workers else None,
         multiprocessing_context=context if workers else None,
         worker_init_fn=_begin_worker,
     )

@@ -27,7 +27,7 @@ T = TypeVar("T")
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds between tries
 _MIB = 2**20
 _PIECE = 16 * _MIB  # of a whole file, so that a cut connection costs no more than this
-_EXECUTING = ("pipe", "cmd", "shell", "exec")
+_EXECUTING = ("pipe", "cmd", "shell", "exec", "reference")  # a reference file is a template that is run
 # Answers that another try does not change.
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError, ImportError)
 
@@ -241,7 +241,7 @@ class Storage:
             return
         if scheme in _EXECUTING:
             raise DataError(
-                f"{self.url} would run a command. Give a path or a URL of a storage service"
+                f"{self.url} would execute what it names. Give a path or a URL of a storage service"
                 + ("; or, where you wrote the command yourself, set data.allow_pipe_urls" if scheme == "pipe" else "")
             )
         refuse_unknown_service(self.url, scheme)

@@ -125,9 +125,11 @@ class TrainingStream:
 def refuse_small_cache(recipe: Recipe, manifest: Manifest, layout: MicroBatchLayout, ranks: int) -> None:
     """Raise RecipeError where data.cache would not hold the shards that the ranks of a host read from at one time.
 
-    Such a cache would fetch whole shards again and again, for a window each.
+    Such a cache would fetch whole shards again and again, for a window each. Without one only ranges can be read.
     """
     cache, split = recipe.data.cache, manifest.split(recipe.data.train_split)
+    if cache is None and manifest.storage.is_pipe:
+        raise RecipeError("a pipe: command gives whole shards, not ranges of them: set data.cache.directory and .bytes")
     if cache is None or manifest.storage.is_local:
         return
     counts = [shard.samples for shard in split.shards]

@@ -111,9 +111,10 @@ def test_a_storage_in_use_can_be_sent_to_a_process(storage: Storage) -> None:
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("pipe:cat /etc/passwd", r"would run a command.*data.allow_pipe_urls"),
-        ("PIPE:cat x", r"would run a command"),
-        ("cmd:cat x", r"would run a command"),
+        ("pipe:cat /etc/passwd", r"would execute.*data.allow_pipe_urls"),
+        ("PIPE:cat x", r"would execute"),
+        ("cmd:cat x", r"would execute"),
+        ("reference://x.json", r"would execute"),
         ("simplecache::s3://bucket/x", r"chains file systems"),
         ("s4://bucket/x", r"fsspec knows no 's4'; it knows .*s3"),
     ],

@@ -28,8 +28,9 @@ _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds between tries
 _MIB = 2**20
 _PIECE = 16 * _MIB  # of a whole file, so that a cut connection costs no more than this
 _EXECUTING = ("pipe", "cmd", "shell", "exec", "reference")  # a reference file is a template that is run
-# Answers that another try does not change.
+# Answers that another try does not change; the last are botocore's, which is not installed for everybody.
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError, ImportError)
+_FINAL_NAMES = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "NoRegionError")
 
 
 class MissingFile(DataError):  # noqa: N818 (the state of a file, which some callers expect)
@@ -216,6 +217,8 @@ class Storage:
                 raise DataError(f"cannot {what}: {_reason(error)}") from error
             except Exception as error:  # each service raises its own
                 last = _reason(error)
+                if type(error).__name__ in _FINAL_NAMES:
+                    raise DataError(f"cannot {what}: {last}; set the service's keys in the environment") from error
         seconds = time.monotonic() - began
         raise DataError(
             f"cannot {what}: {self.settings.tries} tries in {seconds:.0f} s, the last: {last}. Check that the service "

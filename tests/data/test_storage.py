@@ -19,8 +19,9 @@ from paco_ds.data.stream import TrainingStream
 from paco_ds.distributed import MicroBatchLayout
 from paco_ds.errors import DataError
 from paco_ds.recipe import StorageSettings
+from paco_ds.recipe_file import load_recipe
 from tests.data.s3 import BUCKET, Proxy, s3_server
-from tests.recipes import tiny_recipe
+from tests.recipes import tiny_recipe, write_tiny_recipe
 
 QUICK = StorageSettings(tries=3, timeout=2.0)
 
@@ -127,6 +128,18 @@ def test_urls_that_execute_or_that_nobody_knows_are_refused(url: str, message: s
         Storage(url)
     with pytest.raises(DataError, match=message):
         open_data(tiny_recipe(f"data.shards='{url}'"), ["train"])
+
+
+def test_urls_of_a_recipe_stay_and_its_paths_are_relative_to_it(tmp_path: Path) -> None:
+    """Of shards and of the cache, in the file and in overrides."""
+    cache = "data.cache={directory: cache, bytes: 10}"
+    recipe = write_tiny_recipe(tmp_path / "r.yaml", "data.shards=s3://bucket/x", cache)
+    assert recipe.data.shards == "s3://bucket/x"
+    assert recipe.data.cache.directory == str(tmp_path / "cache")
+    assert write_tiny_recipe(tmp_path / "r.yaml", "data.shards='pipe:cat {name}'").data.shards == "pipe:cat {name}"
+    changed = load_recipe(tmp_path / "r.yaml", ["data.shards=near", "data.cache={directory: /c, bytes: 10}"])
+    assert changed.data.shards == str(Path.cwd() / "near")
+    assert changed.data.cache.directory == "/c"
 
 
 def test_a_pipe_command_runs_only_where_it_is_allowed(tiny_shards: Manifest, tmp_path: Path) -> None:

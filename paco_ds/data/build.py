@@ -21,8 +21,10 @@ from paco_ds.data.card import Card, folder_card, load_card
 from paco_ds.data.manifest import MANIFEST_FILE, Manifest, Shard, Split, load_manifest
 from paco_ds.data.shard import ShardReader, check_shard
 from paco_ds.data.sources import Source, read_source
-from paco_ds.data.write import PARTIAL, ShardJob, plan_shards, whole_file, write_shard
+from paco_ds.data.storage import Storage
+from paco_ds.data.write import ShardJob, plan_shards, write_shard
 from paco_ds.errors import DataError
+from paco_ds.files import PARTIAL, whole_file
 
 SHARD_BYTES = 256 * 2**20
 Job = TypeVar("Job")
@@ -83,14 +85,14 @@ def build_shards(
 def check_shards(manifest: Manifest, *, workers: int = 1, console: Console | None = None) -> list[str]:
     """All damage of the shards of a manifest, a line each; an empty list if there is none."""
     jobs = [
-        (manifest.directory, split, number) for split in manifest.splits.values() for number in range(len(split.shards))
+        (manifest.storage, split, number) for split in manifest.splits.values() for number in range(len(split.shards))
     ]
     weights = [split.shards[number].samples for _, split, number in jobs]
     found = _run(_check_job, jobs, weights, workers, "checking", console or Console(quiet=True))
     problems = [line for lines in found for line in lines]
     if not problems:
         for split in manifest.splits.values():
-            counts = np.bincount(ShardReader(manifest.directory, split).labels(), minlength=len(manifest.classes))
+            counts = np.bincount(ShardReader(manifest.storage, split).labels(), minlength=len(manifest.classes))
             if tuple(counts) != split.class_counts:
                 problems.append(f"split {split.name}: class_counts of the manifest are not those of the indexes")
     return problems
@@ -229,7 +231,7 @@ def _index_of(tar: Path) -> Path:
     return tar.with_name(f"{tar.stem}.index.npy")
 
 
-def _check_job(job: tuple[Path, Split, int]) -> list[str]:
+def _check_job(job: tuple[Storage, Split, int]) -> list[str]:
     return check_shard(*job)
 
 

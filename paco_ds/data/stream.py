@@ -179,7 +179,7 @@ class TrainingStream:
     """
 
     def __init__(self, recipe: Recipe, manifest: Manifest, layout: MicroBatchLayout, start: int = 0) -> None:
-        reader = ShardReader(manifest.directory, manifest.split(recipe.data.train_split))
+        reader = ShardReader(manifest.storage, manifest.split(recipe.data.train_split))
         self.plan = TrainingPlan(
             reader.counts,
             layout,
@@ -213,7 +213,7 @@ def evaluation_stream(
     recipe: Recipe, manifest: Manifest, split: str, rank: int = 0, world_size: int = 1
 ) -> Iterator[MicroBatch]:
     """Batches of a split, every image exactly once over all ranks, equally many batches on each."""
-    reader = ShardReader(manifest.directory, manifest.split(split))
+    reader = ShardReader(manifest.storage, manifest.split(split))
     batch = recipe.evaluation.batch
     pipeline = wds.DataPipeline(
         EvaluationPlan(sum(reader.counts), batch, rank, world_size),

@@ -8,6 +8,7 @@ from typing import Any
 
 from paco_ds.data.manifest import Manifest, load_manifest
 from paco_ds.data.order import EpochOrder
+from paco_ds.data.storage import open_storage
 from paco_ds.distributed import MicroBatchLayout
 from paco_ds.engine import read_deepspeed_config
 from paco_ds.errors import DataError, RecipeError, UserError
@@ -84,7 +85,7 @@ def find_data(recipe: Recipe, images: int | None, classes: int | None) -> Data:
     """
     if images is None and classes is None:
         try:
-            manifest: Manifest = load_manifest(recipe.data.shards)
+            manifest: Manifest = load_manifest(open_storage(recipe.data))
         except DataError as error:
             raise DataError(f"{error}. To plan without shards give --images N and --classes C") from None
         split = manifest.split(recipe.data.train_split)

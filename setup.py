@@ -51,7 +51,7 @@ setup(
     },
     entry_points={
         "console_scripts": [
-            "paco-build-shards = paco_ds.data.build:main",
+            "paco-build-shards = paco_ds.data.command:main",
             "paco-evaluate = paco_ds.evaluate:main",
         ]
     },

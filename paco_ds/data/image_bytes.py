@@ -1,4 +1,4 @@
-"""Owns what the builder does to an encoded image: tell its format by content, prove that it decodes, make it smaller."""
+"""Owns what the builder does to an encoded image: name its format by content, prove that it decodes, shrink it."""
 
 from __future__ import annotations
 

@@ -57,6 +57,11 @@ def validation_message(error: ValidationError) -> str:
     return f"{place}: {reason}" if place else reason
 
 
+def sample_key(split_name: str, number: int) -> str:
+    """The key of a sample follows from its number, so that a damaged one can be named."""
+    return f"{split_name}-{number:08d}"
+
+
 SHOTS = ("many", "medium", "few")
 
 
@@ -88,6 +93,7 @@ class Shard(StrictModel):
     sha256: Sha256
     index_bytes: PositiveInt
     index_sha256: Sha256
+    first_key: NonNegativeInt | None = None  # number in the first sample's key, if that is not its id
 
     @property
     def file(self) -> str:
@@ -98,6 +104,11 @@ class Shard(StrictModel):
     def index_file(self) -> str:
         """Name of the index beside the tar."""
         return f"{self.name}.index.npy"
+
+    @property
+    def energon_file(self) -> str:
+        """Name of the offsets beside the tar, as Megatron-Energon wants them."""
+        return f"{self.name}.tar.idx"
 
 
 class Split(StrictModel):
@@ -132,6 +143,7 @@ class Manifest(StrictModel):
 
     format: Literal["paco_ds shards"] = "paco_ds shards"
     version: Literal[1] = 1
+    revision: PositiveInt = 1  # grows with each `add`
     name: str
     license: str
     source: str

@@ -40,6 +40,8 @@ class Remote(Protocol):
 
     def put(self, local: str, name: str, limit: float) -> None: ...
 
+    def remove(self, name: str, limit: float) -> None: ...
+
 
 class Fsspec:
     def __init__(self, url: str) -> None:
@@ -88,6 +90,9 @@ class Fsspec:
                 self.fs.rm_file(partial)
             raise
 
+    def remove(self, name: str, limit: float) -> None:
+        self._call(limit, "rm_file", self._path(name))
+
     def _path(self, name: str) -> str:
         return f"{self.root.rstrip('/')}/{name}"
 
@@ -121,6 +126,9 @@ class Pipe:
         return None
 
     def put(self, local: str, name: str, limit: float) -> None:
+        raise NotImplementedError("a pipe: command cannot be written to")
+
+    def remove(self, name: str, limit: float) -> None:
         raise NotImplementedError("a pipe: command cannot be written to")
 
 

@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -162,6 +162,18 @@ class Storage:
             self._ask(
                 f"write {self.place(name)}", lambda remote, limit: remote.put(file.name, name, limit + size / _MIB)
             )
+
+    def remove(self, name: str) -> None:
+        """Make a file be gone; it may be already."""
+        if self.is_local:
+            self._locally(name, lambda path: path.unlink(missing_ok=True))
+            return
+        with suppress(MissingFile):
+            self._ask(f"remove {self.place(name)}", lambda remote, limit: remote.remove(name, limit))
+
+    def inside(self, folder: str) -> Storage:
+        """The storage of a folder in this directory."""
+        return Storage(self.place(folder), self.settings, cache=self.cache, allow_pipe_urls=self.allow_pipe_urls)
 
     def open_whole(self, name: str, size: int) -> BinaryIO:
         """A local file with all bytes of a file: the file itself, or its copy in the cache.

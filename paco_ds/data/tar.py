@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import tarfile
 import zlib
+from collections.abc import Iterable
 from typing import BinaryIO
 
 import numpy as np
@@ -22,8 +23,8 @@ _FLUSH = 4 << 20  # bytes handed to digest and file at a time
 _PADDING = bytes(BLOCK)
 
 
-def _header_parts() -> tuple[bytes, bytes, int]:
-    """What lies between name, size and checksum in every header of ours, and the sum of its bytes."""
+def _header_parts() -> tuple[bytes, bytes, bytes]:
+    """What lies between name, size and checksum in every header of ours, and what follows."""
     info = tarfile.TarInfo("x")
     info.mode, info.uname, info.gname = 0o444, OWNER, OWNER
     raw = info.tobuf(tarfile.USTAR_FORMAT)
@@ -61,23 +62,25 @@ class SampleTar:
         """One sample; ValueError for a key or an image that a ustar header cannot hold."""
         if len(image) > _MAX_SIZE:
             raise ValueError(f"an image of {len(image)} bytes does not fit a tar member")
-        pieces = (
-            header(f"{key}.{ending}".encode("ascii"), len(image)),
-            image,
-            _PADDING[: -len(image) % BLOCK] + header(f"{key}.json".encode("ascii"), len(about)) + about,
-            _PADDING[: -len(about) % BLOCK],
-        )
+        members = sorted(((f"{key}.{ending}", image), (f"{key}.json", about)))  # as TarWriter lays them out
+        pieces = [
+            piece
+            for name, data in members
+            for piece in (header(name.encode("ascii"), len(data)), data, _PADDING[: -len(data) % BLOCK])
+        ]
+        image_offset = BLOCK if members[0][1] is image else 2 * BLOCK + len(about) + -len(about) % BLOCK
         crc = size = 0
         for piece in pieces:
             crc = zlib.crc32(piece, crc)
             size += len(piece)
-        self._rows.append((self.bytes, size, BLOCK, len(image), label, crc))
+        self._rows.append((self.bytes, size, image_offset, len(image), label, crc))
         self._put(pieces, size)
 
     def close(self) -> None:
         """End the tar; the file stays open."""
-        end = 2 * BLOCK
-        self._put((bytes(end + -(self.bytes + end) % tarfile.RECORDSIZE),), 0)
+        size = 2 * BLOCK
+        size += -(self.bytes + size) % tarfile.RECORDSIZE
+        self._put((bytes(size),), size)
         self._flush()
 
     @property
@@ -94,8 +97,7 @@ class SampleTar:
         offsets.append(self._rows[-1][0] + self._rows[-1][1] if self._rows else 0)
         return np.array(offsets, "<u8").tobytes()
 
-    def _put(self, pieces: tuple[bytes, ...], size: int) -> None:
-        size = size or sum(map(len, pieces))
+    def _put(self, pieces: Iterable[bytes], size: int) -> None:
         self._pieces += pieces
         self._waiting += size
         self.bytes += size

@@ -10,7 +10,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from multiprocessing.sharedctypes import SynchronizedArray
 from typing import Any, TypeVar
 
-from paco_ds.data.progress import ShardProgress
+from paco_ds.data.progress import ShardProgress, peak_of_process
 
 Settings = TypeVar("Settings")
 Job = TypeVar("Job")
@@ -19,7 +19,7 @@ Report = Callable[[int, int, int], None]  # images, bytes and bad images since t
 _LOOK_EVERY = 0.5  # seconds
 _AHEAD = 2  # jobs made per process before one is free, so that none waits
 
-_here: tuple[Any, Any, Any] = (None, None, None)
+_here: tuple[Any, ...] = ()
 
 
 def run_jobs(
@@ -41,7 +41,7 @@ def run_jobs(
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    counts: SynchronizedArray[int] = context.Array("q", 3)
+    counts: SynchronizedArray[int] = context.Array("q", 4)  # a report's three, and the most memory of a process
     seen = [0, 0, 0]
     with ProcessPoolExecutor(workers, context, _begin, (function, settings, counts)) as pool:
         waiting = iter(jobs)
@@ -50,7 +50,8 @@ def run_jobs(
             while running:
                 done, running = wait(running, _LOOK_EVERY, FIRST_COMPLETED)
                 with counts.get_lock():
-                    now = list(counts)
+                    *now, peak = (counts[place] for place in range(len(counts)))
+                progress.note_peak(peak)
                 progress.add(*(new - old for new, old in zip(now, seen, strict=True)))
                 seen = now
                 for future in done:
@@ -69,10 +70,16 @@ def _begin(function: Any, settings: Any, counts: SynchronizedArray[int]) -> None
             for place, more in enumerate((images, size, bad)):
                 counts[place] += more
 
+    def note_peak() -> None:
+        with counts.get_lock():
+            counts[3] = max(counts[3], peak_of_process())
+
     global _here
-    _here = function, settings, report
+    _here = function, settings, report, note_peak
 
 
 def _call(job: Any) -> Any:
-    function, settings, report = _here
-    return function(settings, job, report)
+    function, settings, report, note_peak = _here
+    result = function(settings, job, report)
+    note_peak()
+    return result

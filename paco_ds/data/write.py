@@ -25,7 +25,7 @@ from paco_ds.errors import DataError
 
 _REPORT_EVERY = 32  # images
 
-Report = Callable[[int, int, int], None]  # images, bytes and bad images since the last one
+Report = Callable[[int, int, int], None]  # images, their source bytes and bad ones since the last report
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ def write_shard(settings: WriteSettings, job: ShardJob, report: Report) -> Writt
     counts: dict[int, int] = {}
     bad: list[tuple[str, str, str]] = []
     progress = _Progress(report)
+    read = np.concatenate((np.zeros(1, np.int64), np.cumsum(samples.sizes)))
     with _full_disk_named(settings.output, job.name):
         try:
             with settings.output.write(f"{job.name}.tar") as file:
@@ -103,9 +104,9 @@ def write_shard(settings: WriteSettings, job: ShardJob, report: Report) -> Writt
                         tar.add(key, ending, image, json.dumps(about, ensure_ascii=False).encode(), label)
                         counts[label] = counts.get(label, 0) + 1
                     if row % _REPORT_EVERY == 0:
-                        progress(row, tar.bytes, len(bad))
+                        progress(row + 1, int(read[row + 1]), len(bad))
                 tar.close()
-                progress(len(samples), tar.bytes, len(bad))
+                progress(len(samples), int(read[-1]), len(bad))
                 if not counts:
                     raise _NothingLeft
                 index = io.BytesIO()

@@ -2,14 +2,18 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from paco_ds.data import write as write_module
-from paco_ds.data.build import build_shards, check_shards, main
+from paco_ds.data.build import build_shards
+from paco_ds.data.build_plan import BuildOptions
+from paco_ds.data.check import check_shards
+from paco_ds.data.command import main
 from paco_ds.data.card import load_card
 from paco_ds.data.manifest import Manifest
-from paco_ds.data.shard import sample_key
-from paco_ds.data.sources import FileSample
+from paco_ds.data.manifest import sample_key
+from paco_ds.data.samples import SamplesBuilder
 from paco_ds.data.write import plan_shards
 from paco_ds.errors import DataError
 from tests.data.tiny import flip_byte
@@ -40,11 +44,15 @@ def test_another_seed_is_another_order(tiny_card: Path, tiny_shards: Manifest, t
 
 def test_plan_holds_every_sample_once_below_the_limit() -> None:
     """About equal shards of at most the asked size, up to one sample."""
-    samples = [FileSample(0, 1000 + 37 * i, str(i), "") for i in range(200)]
+    rows = SamplesBuilder()
+    for number in range(200):
+        rows.add(str(number), 0, size=1000 + 37 * number)
+    samples = rows.build()
     shards = plan_shards(samples, "train", seed=0, shard_bytes=60_000)
-    assert sorted(int(s.where) for shard in shards for s in shard) == list(range(200))
-    assert [s.where for shard in shards for s in shard] != [str(i) for i in range(200)]
-    sizes = [sum(s.size for s in shard) for shard in shards]
+    order = np.concatenate(shards).tolist()
+    assert sorted(order) == list(range(200))
+    assert order != list(range(200))
+    sizes = [int(samples.sizes[rows].sum()) for rows in shards]
     assert max(sizes) <= 60_000
     assert min(sizes) > 30_000
 
@@ -79,7 +87,7 @@ def test_overwrite_leaves_no_file_of_the_older_build(tiny_card: Path, damaged: M
     """Fewer shards than before: the others are removed, and so are partial files."""
     (damaged.directory / ".train-00009.tar.partial").write_bytes(b"half")
     root = tiny_card.parent / "images"
-    build_shards(load_card(tiny_card), root, damaged.directory, overwrite=True)
+    build_shards(load_card(tiny_card), root, damaged.directory, BuildOptions(overwrite=True))
     assert sorted(contents(damaged.directory)) == [
         "manifest.json",
         "test-00000.index.npy",

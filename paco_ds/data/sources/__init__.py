@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
+from pathlib import Path
 
 from paco_ds.data.card import (
     Card,
@@ -16,13 +16,13 @@ from paco_ds.data.card import (
 )
 from paco_ds.data.sources import cifar, folder, idx, inaturalist, listing, repack
 from paco_ds.data.sources.idx import read_idx
-from paco_ds.data.sources.source import Root, Source, some
+from paco_ds.data.sources.source import Root, Source
 from paco_ds.errors import DataError
 
 __all__ = ["Root", "Source", "class_counts", "list_source", "read_idx", "read_source"]
 
 
-def read_source(card: Card, root: str | Root) -> Source:
+def read_source(card: Card, root: str | Path | Root) -> Source:
     """List every image of the card's splits under ``root``, in an order that depends on nothing else, with its size.
 
     Images that are listed but missing, empty or listed twice are left out and stand in ``Source.bad``.
@@ -38,7 +38,7 @@ def read_source(card: Card, root: str | Root) -> Source:
     return source
 
 
-def list_source(card: Card, root: str | Root) -> Source:
+def list_source(card: Card, root: str | Path | Root) -> Source:
     """The same without looking at the image files: sizes are MISSING where the source does not state them."""
     root = root if isinstance(root, Root) else Root(root)
     if not root.exists():
@@ -60,16 +60,7 @@ def list_source(card: Card, root: str | Root) -> Source:
             return repack.read(card, root)
 
 
-def require_training_images(source: Source) -> None:
-    """Raise DataError unless every class has a training image: a loss cannot learn a class that it never sees."""
-    if "train" in source.splits:
-        counts = source.splits["train"].counts(len(source.classes))
-        empty = [source.classes[label] for label in np.flatnonzero(counts == 0)]
-        if empty:
-            raise DataError(f"no training image of {some(empty)}: add some, or take the class out")
-
-
-def class_counts(card: Card, root: str | Root, split: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
+def class_counts(card: Card, root: str | Path | Root, split: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Class names, and how many images each class has in a split of the card, of what lists it: JSON, CSV and list
     files are enough, the images may be elsewhere.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator
+from typing import BinaryIO
 
 import numpy as np
 
@@ -130,7 +131,7 @@ def _column(header: list[str], name: str, setting: str, place: str) -> int:
     return header.index(name)
 
 
-def _lines(stream: io.BufferedIOBase, place: str) -> Iterator[str]:
+def _lines(stream: BinaryIO, place: str) -> Iterator[str]:
     """Lines of UTF-8 text, with or without a byte order mark."""
     try:
         yield from io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")

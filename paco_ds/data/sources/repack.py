@@ -10,6 +10,7 @@ import json
 import os
 import tarfile
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import braceexpand
 
@@ -20,6 +21,7 @@ from paco_ds.data.sources.source import ENDINGS, Root, Source, class_names, endi
 from paco_ds.errors import DataError
 
 _MAX_OPEN = 64
+_MOST_ABOUT = 1 << 20  # bytes of JSON
 
 
 @dataclass
@@ -58,10 +60,10 @@ def read(card: WebdatasetCard, root: Root) -> Source:
     splits = {}
     bad: list[BadImage] = []
     for split, tars in card.splits.items():
-        rows = SamplesBuilder()
+        scan = _Scan(card, root, SamplesBuilder(), names, bad)
         for tar in _expanded(root, tars.tars):
-            _scan(card, root, tar, rows, names, bad)
-        splits[split] = rows.build()
+            scan.tar(tar)
+        splits[split] = scan.rows.build()
     given = class_names(card.classes, root)
     largest = max((int(s.labels.max()) for s in splits.values() if len(s)), default=-1)
     if given is not None and largest >= len(given):
@@ -91,82 +93,97 @@ def _expanded(root: Root, pattern: str) -> list[str]:
     return tars
 
 
-def _scan(
-    card: WebdatasetCard, root: Root, tar: str, rows: SamplesBuilder, names: dict[int, str], bad: list[BadImage]
-) -> None:
-    path = root.path / tar
-    key, sample = None, {}
-    end = 0
-    try:
-        with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                end = member.offset_data + member.size
-                archive.members = []  # type: ignore[attr-defined]  # it would keep every member
-                if not member.isreg():
-                    continue
-                folder, _, base = member.name.rpartition("/")
-                stem, _, suffix = base.partition(".")
-                if f"{folder}/{stem}" != key:
-                    _take(card, root, tar, key, sample, rows, names, bad)
-                    key, sample = f"{folder}/{stem}", {}
-                last = ending(base) or suffix.lower()
-                if last in ENDINGS:
-                    sample["image"] = (member.name, member.offset_data, member.size)
-                elif suffix.lower() in ("json", "cls"):
-                    if member.size > 1 << 20:
-                        raise DataError(f"{path}: {member.name} has {member.size} bytes, too many for a label")
-                    sample[suffix.lower()] = archive.extractfile(member).read()  # type: ignore[union-attr]
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise DataError(f"{path} is damaged or no tar ({error}): copy it again") from error
-    _take(card, root, tar, key, sample, rows, names, bad)
-    _require_whole(path, end)
+@dataclass
+class _Sample:
+    """The members of one key that matter: where the image is, and what says its label."""
+
+    image: tuple[str, int, int] | None = None
+    about: bytes | None = None
+    cls: bytes | None = None
 
 
-def _require_whole(path: os.PathLike[str], end: int) -> None:
+@dataclass
+class _Scan:
+    """Reads tars one after another into a table."""
+
+    card: WebdatasetCard
+    root: Root
+    rows: SamplesBuilder
+    names: dict[int, str]
+    bad: list[BadImage]
+
+    def tar(self, tar: str) -> None:
+        """Add the samples of a tar; DataError if it is damaged, since a reader would end at the place silently."""
+        path = self.root.path / tar
+        key, sample, end = "", _Sample(), 0
+        try:
+            with tarfile.open(path, "r:") as archive:
+                while (member := archive.next()) is not None:
+                    archive.members = []  # type: ignore[attr-defined]  # it would keep every member
+                    end = member.offset_data + member.size
+                    if not member.isreg():
+                        continue
+                    folder, _, base = member.name.rpartition("/")
+                    stem, _, suffix = base.partition(".")
+                    if f"{folder}/{stem}" != key:
+                        self._take(tar, key, sample)
+                        key, sample = f"{folder}/{stem}", _Sample()
+                    if ending(base) in ENDINGS:
+                        sample.image = (member.name, member.offset_data, member.size)
+                    elif suffix.lower() in ("json", "cls"):
+                        self._label_of(archive, member, suffix.lower(), sample)
+        except (tarfile.TarError, OSError, EOFError) as error:
+            raise DataError(f"{path} is damaged or no tar ({error}): copy it again") from error
+        self._take(tar, key, sample)
+        _require_whole(path, end)
+
+    def _label_of(self, archive: tarfile.TarFile, member: tarfile.TarInfo, suffix: str, sample: _Sample) -> None:
+        if member.size > _MOST_ABOUT:
+            raise DataError(f"{archive.name!s}: {member.name} has {member.size} bytes, too many to say a label")
+        file = archive.extractfile(member)
+        assert file is not None  # a regular file
+        if suffix == "json":
+            sample.about = file.read()
+        else:
+            sample.cls = file.read()
+
+    def _take(self, tar: str, key: str, sample: _Sample) -> None:
+        """One sample into the table, or among the bad ones."""
+        if sample == _Sample():
+            return
+        where = f"{tar}#{key.lstrip('/')}"
+        if sample.image is None:
+            self.bad.append(BadImage("no_image", where))
+            return
+        member, offset, size = sample.image
+        label, name = self._label(sample, f"{self.root}/{where}")
+        if name is not None and self.names.setdefault(label, name) != name:
+            raise DataError(
+                f"{self.root}/{where}: label {label} is called {name!r}, and {self.names[label]!r} before it"
+            )
+        self.rows.add(f"{tar}#{member}", label, place=offset, size=size)
+
+    def _label(self, sample: _Sample, where: str) -> tuple[int, str | None]:
+        name = None
+        try:
+            if sample.about is not None:
+                about = json.loads(sample.about)
+                label, name = about[self.card.label_key], about.get(self.card.class_key)
+            else:
+                label = int(sample.cls or b"")
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{where} has no label: neither .json with {self.card.label_key!r} (label_key) nor .cls ({error!r})"
+            ) from error
+        if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < 2**31:
+            raise DataError(f"{where}: label {label!r} is no number from 0")
+        return label, None if name is None else str(name)
+
+
+def _require_whole(path: Path, end: int) -> None:
     """tarfile, like webdataset, ends silently at a damaged header: what follows the last member must be zeros."""
     with open(path, "rb") as file:
         file.seek(-(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
         tail = file.read(2 * tarfile.BLOCKSIZE)
     if len(tail) < 2 * tarfile.BLOCKSIZE or any(tail):
         raise DataError(f"{path} is damaged after byte {end}: no end of a tar there; copy it again")
-
-
-def _take(
-    card: WebdatasetCard,
-    root: Root,
-    tar: str,
-    key: str | None,
-    sample: dict,
-    rows: SamplesBuilder,
-    names: dict[int, str],
-    bad: list[BadImage],
-) -> None:
-    """One sample into the table, or among the bad ones."""
-    if key is None or not sample:
-        return
-    where = f"{tar}#{key.lstrip('/')}"
-    if "image" not in sample:
-        bad.append(BadImage("no_image", where))
-        return
-    member, offset, size = sample["image"]
-    label, name = _label(card, sample, f"{root}/{where}")
-    if name is not None and names.setdefault(label, name) != name:
-        raise DataError(f"{root}/{where}: label {label} is called {name!r}, and {names[label]!r} before it")
-    rows.add(f"{tar}#{member}", label, place=offset, size=size)
-
-
-def _label(card: WebdatasetCard, sample: dict, where: str) -> tuple[int, str | None]:
-    name = None
-    try:
-        if "json" in sample:
-            about = json.loads(sample["json"])
-            label, name = about[card.label_key], about.get(card.class_key)
-        else:
-            label = int(sample["cls"])
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{where} has no label: neither .json with {card.label_key!r} (label_key) nor .cls ({error!r})"
-        ) from error
-    if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < 2**31:
-        raise DataError(f"{where}: label {label!r} is no number from 0")
-    return label, None if name is None else str(name)

@@ -223,7 +223,7 @@ def describe(plan: BuildPlan, written: list[Written]) -> dict[str, Split]:
             raise DataError(f"split {name} has no image that can be taken")
         empty = [plan.source.classes[label] for label in np.flatnonzero(counts == 0)] if name == "train" else []
         if empty:
-            raise DataError(f"no training image of {some(empty)}: add some, or take the class out")
+            raise DataError(f"no training image of {some(empty)} can be taken: repair some, or take the class out")
         splits[name] = Split(
             name=name,
             samples=samples,

@@ -8,20 +8,24 @@ import pytest
 from paco_ds.data import write as write_module
 from paco_ds.data.build import build_shards
 from paco_ds.data.build_plan import BuildOptions
+from paco_ds.data.card import load_card
 from paco_ds.data.check import check_shards
 from paco_ds.data.command import main
-from paco_ds.data.card import load_card
-from paco_ds.data.manifest import Manifest
-from paco_ds.data.manifest import sample_key
+from paco_ds.data.manifest import Manifest, sample_key
 from paco_ds.data.samples import SamplesBuilder
 from paco_ds.data.write import plan_shards
 from paco_ds.errors import DataError
-from tests.data.tiny import flip_byte
+from tests.data.tiny import encoded, flip_byte
 
 
 def contents(directory: Path) -> dict[str, bytes]:
     """All files of a directory."""
     return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def visible(directory: Path) -> list[str]:
+    """Names of the files that a reader of the directory sees."""
+    return sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
 
 
 def build(card: Path, output: Path, *options: str) -> int:
@@ -92,8 +96,10 @@ def test_overwrite_leaves_no_file_of_the_older_build(tiny_card: Path, damaged: M
         "manifest.json",
         "test-00000.index.npy",
         "test-00000.tar",
+        "test-00000.tar.idx",
         "train-00000.index.npy",
         "train-00000.tar",
+        "train-00000.tar.idx",
     ]
 
 
@@ -115,9 +121,10 @@ def test_interrupted_build_leaves_no_half_written_shard(
     monkeypatch.setattr(write_module, "sample_key", interrupt)
     assert build(tiny_card, tmp_path / "out") == 130
     assert "give the same command again" in capsys.readouterr().err
-    assert sorted(contents(tmp_path / "out")) == ["train-00000.index.npy", "train-00000.tar"]
+    assert visible(tmp_path / "out") == ["train-00000.index.npy", "train-00000.tar", "train-00000.tar.idx"]
     monkeypatch.undo()
     assert build(tiny_card, tmp_path / "out") == 0
+    assert contents(tmp_path / "out") == contents(tiny_shards.directory)
 
 
 def test_failed_source_does_not_touch_existing_shards(
@@ -134,7 +141,7 @@ def test_folders_need_no_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     """--source folder; what is no image is reported."""
     for file in ("a/1.jpg", "a/2.png", "b/3.jpeg", "b/notes.txt"):
         (tmp_path / "mine" / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "mine" / file).write_bytes(b"bytes of " + file.encode())
+        (tmp_path / "mine" / file).write_bytes(encoded())
     output = str(tmp_path / "out")
     assert main(["build", "--source", "folder", "--root", str(tmp_path / "mine"), "--output", output]) == 0
     assert "left out, not images by their ending: 1 .txt" in capsys.readouterr().out
@@ -144,7 +151,7 @@ def test_folders_need_no_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give either a dataset CARD or --source folder with --root"),
+        ([], "give either a dataset CARD or --source with --root"),
         (["--source", "folder"], "--source folder needs --root"),
         (["none.yaml"], "there is no dataset card none.yaml"),
     ],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from paco_ds.data.card import (
     Card,
     CifarCard,
@@ -16,10 +18,10 @@ from paco_ds.data.card import (
 )
 from paco_ds.data.sources import cifar, folder, idx, inaturalist, listing, repack
 from paco_ds.data.sources.idx import read_idx
-from paco_ds.data.sources.source import Root, Source
+from paco_ds.data.sources.source import Root, Source, some
 from paco_ds.errors import DataError
 
-__all__ = ["Root", "Source", "class_counts", "list_source", "read_idx", "read_source"]
+__all__ = ["Root", "Source", "class_counts", "list_source", "read_idx", "read_source", "require_training_images"]
 
 
 def read_source(card: Card, root: str | Path | Root) -> Source:
@@ -31,11 +33,22 @@ def read_source(card: Card, root: str | Path | Root) -> Source:
         DataError: a file is missing or malformed, the splits do not agree on the classes, a split or a class of
             train has no image.
     """
-    source = list_source(card, root).checked()
+    source = list_source(card, root)
+    require_training_images(source)
+    source = source.checked()
     for name, samples in source.splits.items():
         if not len(samples) and not source.bad:
             raise DataError(f"split {name} of {card.name} has no image under {root}")
     return source
+
+
+def require_training_images(source: Source) -> None:
+    """Raise DataError unless every class has a training image: a loss cannot learn a class that it never sees."""
+    if "train" in source.splits:
+        counts = source.splits["train"].counts(len(source.classes))
+        empty = [source.classes[label] for label in np.flatnonzero(counts == 0)]
+        if empty:
+            raise DataError(f"no training image of {some(empty)}: add some, or take the class out")
 
 
 def list_source(card: Card, root: str | Path | Root) -> Source:

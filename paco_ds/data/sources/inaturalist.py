@@ -61,10 +61,6 @@ class _Page:
         names = self._names.build().names
         image_ids = np.array(self._image_ids, np.int64)
         annotated, category = self._by_image()
-        at = np.searchsorted(annotated, image_ids).clip(max=len(annotated) - 1)
-        lost = np.flatnonzero(annotated[at] != image_ids)
-        if len(lost):
-            raise DataError(f"{self.where}: image {image_ids[lost[0]]} ({names[int(lost[0])]}) has no annotation")
         known = np.array(sorted(labels), np.int64)
         label_of = np.array([labels[c] for c in known.tolist()], np.int32)
         place = np.searchsorted(known, category).clip(max=len(known) - 1)
@@ -74,6 +70,10 @@ class _Page:
                 f"{self.where}: the annotation of image {annotated[unknown[0]]} has unknown category "
                 f"{category[unknown[0]]}"
             )
+        at = np.searchsorted(annotated, image_ids).clip(max=len(annotated) - 1)
+        lost = np.flatnonzero(annotated[at] != image_ids)
+        if len(lost):
+            raise DataError(f"{self.where}: image {image_ids[lost[0]]} ({names[int(lost[0])]}) has no annotation")
         return _table(names, label_of[place][at])
 
     def _by_image(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

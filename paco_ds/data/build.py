@@ -25,7 +25,7 @@ from paco_ds.data.shard import sha256_stored
 from paco_ds.data.sources.source import some
 from paco_ds.data.storage import MissingFile, Storage, as_storage
 from paco_ds.data.tar import BLOCK
-from paco_ds.data.workers import Report, run_jobs
+from paco_ds.data.workers import Report, run_jobs, warm_up
 from paco_ds.data.write import ShardJob, WriteSettings, Written, write_shard
 from paco_ds.errors import DataError
 from paco_ds.files import PARTIAL
@@ -73,6 +73,8 @@ def build_share(
     with rank.alive(state):
         if rank.number == 0:
             _refuse_existing(output, state, options.overwrite)
+        if options.workers > 1:
+            warm_up(__name__)
         plan = plan_build(card, root, output, options)
         say_ignored(plan, console)
         refuse_bad(output, plan.source.bad, options.max_bad, rank)

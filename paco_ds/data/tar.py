@@ -6,6 +6,7 @@ The bytes are those of Python's tarfile (format ustar) and of webdataset's TarWr
 from __future__ import annotations
 
 import hashlib
+import os
 import tarfile
 import zlib
 from collections.abc import Iterable
@@ -19,7 +20,8 @@ OWNER = "paco_ds"  # fixed, so that the same input gives the same bytes for ever
 BLOCK = tarfile.BLOCKSIZE
 MAX_NAME = 100  # bytes of a member's name in a ustar header
 _MAX_SIZE = 8**11 - 1  # eleven octal digits
-_FLUSH = 4 << 20  # bytes handed to digest and file at a time
+_FLUSH = 1 << 20  # bytes handed to the file at a time
+_MOST_PIECES = 900  # of one call; the kernel takes 1024
 _PADDING = bytes(BLOCK)
 
 
@@ -43,7 +45,7 @@ def header(name: bytes, size: int) -> bytes:
 
 
 class SampleTar:
-    """Writes samples, an image and its JSON each, to an open file.
+    """Writes samples, an image and its JSON each, to an open file that nobody else writes to.
 
     Attributes:
         bytes: written so far.
@@ -62,19 +64,20 @@ class SampleTar:
         """One sample; ValueError for a key or an image that a ustar header cannot hold."""
         if len(image) > _MAX_SIZE:
             raise ValueError(f"an image of {len(image)} bytes does not fit a tar member")
-        members = sorted(((f"{key}.{ending}", image), (f"{key}.json", about)))  # as TarWriter lays them out
-        pieces = [
-            piece
-            for name, data in members
-            for piece in (header(name.encode("ascii"), len(data)), data, _PADDING[: -len(data) % BLOCK])
-        ]
-        image_offset = BLOCK if members[0][1] is image else 2 * BLOCK + len(about) + -len(about) % BLOCK
-        crc = size = 0
-        for piece in pieces:
-            crc = zlib.crc32(piece, crc)
-            size += len(piece)
-        self._rows.append((self.bytes, size, image_offset, len(image), label, crc))
-        self._put(pieces, size)
+        # As TarWriter lays them out, by name. The two long runs of bytes are not copied together.
+        image_header, about_header = (
+            header(f"{key}.{ending}".encode(), len(image)),
+            header(f"{key}.json".encode(), len(about)),
+        )
+        image_padding, about_padding = _PADDING[: -len(image) % BLOCK], _PADDING[: -len(about) % BLOCK]
+        if ending < "json":
+            before, after = image_header, image_padding + about_header + about + about_padding
+        else:
+            before, after = about_header + about + about_padding + image_header, image_padding
+        crc = zlib.crc32(after, zlib.crc32(image, zlib.crc32(before)))
+        size = len(before) + len(image) + len(after)
+        self._rows.append((self.bytes, size, len(before), len(image), label, crc))
+        self._put((before, image, after), size)
 
     def close(self) -> None:
         """End the tar; the file stays open."""
@@ -98,14 +101,19 @@ class SampleTar:
         return np.array(offsets, "<u8").tobytes()
 
     def _put(self, pieces: Iterable[bytes], size: int) -> None:
-        self._pieces += pieces
+        for piece in pieces:
+            self._digest.update(piece)  # at once, while the processor's cache has it
+            self._pieces.append(piece)
         self._waiting += size
         self.bytes += size
-        if self._waiting >= _FLUSH:
+        if self._waiting >= _FLUSH or len(self._pieces) > _MOST_PIECES:
             self._flush()
 
     def _flush(self) -> None:
-        data = b"".join(self._pieces)
-        self._digest.update(data)
-        self._file.write(data)
+        descriptor = self._file.fileno()
+        written = os.writev(descriptor, self._pieces)
+        if written < self._waiting:  # a nearly full disk takes a part, and refuses the rest
+            rest = memoryview(b"".join(self._pieces))[written:]
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
         self._pieces, self._waiting = [], 0

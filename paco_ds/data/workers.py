@@ -7,10 +7,13 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import forkserver
 from multiprocessing.sharedctypes import SynchronizedArray
 from typing import Any, TypeVar
 
 from paco_ds.data.progress import ShardProgress, peak_of_process
+from paco_ds.errors import DataError
 
 Settings = TypeVar("Settings")
 Job = TypeVar("Job")
@@ -20,6 +23,12 @@ _LOOK_EVERY = 0.5  # seconds
 _AHEAD = 2  # jobs made per process before one is free, so that none waits
 
 _here: tuple[Any, ...] = ()
+
+
+def warm_up(*modules: str) -> None:
+    """Let the process that workers are forked from start and import, while this one has other things to do."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__, *modules])
+    forkserver.ensure_running()
 
 
 def run_jobs(
@@ -35,12 +44,11 @@ def run_jobs(
         function: at the top of a module; `function(settings, job, report)`.
         jobs: taken one by one, so that only those under way exist.
     """
-    if workers == 1:
+    if workers <= 1:
         for job in jobs:
             yield function(settings, job, progress.add)
         return
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
     counts: SynchronizedArray[int] = context.Array("q", 4)  # a report's three, and the most memory of a process
     seen = [0, 0, 0]
     with ProcessPoolExecutor(workers, context, _begin, (function, settings, counts)) as pool:
@@ -55,10 +63,20 @@ def run_jobs(
                 progress.add(*(new - old for new, old in zip(now, seen, strict=True)))
                 seen = now
                 for future in done:
-                    yield future.result()
+                    yield _result(future)
                 running |= {pool.submit(_call, job) for job in itertools.islice(waiting, len(done))}
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _result(future: Future[Result]) -> Result:
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a worker process was ended from outside, perhaps because memory was short: give the same command again, "
+            "with fewer --workers in that case; what is finished is kept"
+        ) from error
 
 
 def _begin(function: Any, settings: Any, counts: SynchronizedArray[int]) -> None:

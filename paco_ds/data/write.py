@@ -23,6 +23,7 @@ from paco_ds.data.storage import Storage
 from paco_ds.data.tar import BLOCK, SampleTar
 from paco_ds.errors import DataError
 
+_JSON = json.JSONEncoder(ensure_ascii=False)
 _REPORT_EVERY = 32  # images
 
 Report = Callable[[int, int, int], None]  # images, their source bytes and bad ones since the last report
@@ -101,7 +102,7 @@ def write_shard(settings: WriteSettings, job: ShardJob, report: Report) -> Writt
                         label = int(samples.labels[row])
                         about = {"label": label, "class": settings.classes[label], "source": samples.names.text(row)}
                         key = sample_key(job.split, job.first_key + row - len(bad))
-                        tar.add(key, ending, image, json.dumps(about, ensure_ascii=False).encode(), label)
+                        tar.add(key, ending, image, _JSON.encode(about).encode(), label)
                         counts[label] = counts.get(label, 0) + 1
                     if row % _REPORT_EVERY == 0:
                         progress(row + 1, int(read[row + 1]), len(bad))

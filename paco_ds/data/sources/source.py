@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ ENDINGS = frozenset(("jpg", "jpeg", "png", "webp"))
 _SHOWN = 5
 _STAT_THREADS = 8  # a network file system answers many questions at once
 _STAT_BLOCK = 4096
+_MORE = 1 << 20
 
 
 class Root:
@@ -29,6 +31,7 @@ class Root:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._prefix = f"{self.path}/"
 
     def __str__(self) -> str:
         return str(self.path)
@@ -45,13 +48,14 @@ class Root:
         except OSError as error:
             raise DataError(f"{what} {self.path / name} cannot be read: {error.strerror}") from error
 
-    def read(self, name: str) -> bytes:
-        """All bytes of an image file, with as few calls as it takes."""
-        descriptor = os.open(os.path.join(self.path, name), os.O_RDONLY)
+    def read(self, name: str, expected: int) -> bytes:
+        """All bytes of an image file, of which so many are expected; OSError as the system gives it."""
+        descriptor = os.open(name if name.startswith("/") else self._prefix + name, os.O_RDONLY)
         try:
-            size = os.fstat(descriptor).st_size
-            data = os.read(descriptor, size)
-            while len(data) < size and (more := os.read(descriptor, size - len(data))):
+            data = os.read(descriptor, expected + 1)
+            if len(data) == expected:
+                return data
+            while more := os.read(descriptor, _MORE):  # another size than it had, or a file system in no hurry
                 data += more
             return data
         finally:
@@ -68,7 +72,7 @@ class Root:
                     found = os.stat(os.path.join(self.path, names[row]))
                 except (OSError, ValueError):  # ValueError: a name with a zero byte in it
                     continue
-                if os.path.isfile(os.path.join(self.path, names[row])):
+                if stat.S_ISREG(found.st_mode):
                     sizes[row], stamps[row] = found.st_size, found.st_mtime_ns
 
         with ThreadPoolExecutor(_STAT_THREADS) as pool:
@@ -92,7 +96,7 @@ class Files:
     def read(self, samples: Samples, row: int) -> bytes:
         name = samples.names[row]
         try:
-            data = self.root.read(name)
+            data = self.root.read(name, int(samples.sizes[row]))
         except OSError as error:
             raise BadImage("unreadable", name, error.strerror or str(error)) from error
         if len(data) != samples.sizes[row]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -87,6 +87,7 @@ def build_share(
 
         def manifest_of(written: list[Written]) -> Manifest:
             described = describe(plan, written)
+            _require_training_images(plan, described)
             return Manifest(
                 name=card.name,
                 license=card.license,
@@ -96,12 +97,13 @@ def build_share(
                 mean=card.mean,
                 std=card.std,
                 shots=card.shots,
+                listings=(plan.listing,),
                 splits=described,
             )
 
         manifest = write_plan(plan, output, options, rank, manifest_of, console)
         if manifest is not None:
-            _remove_stale(output, manifest)
+            remove_stale(output, manifest)
     remove_state(state)
     return manifest
 
@@ -205,15 +207,15 @@ def _stands(output: Storage, written: Written) -> bool:
         return False
 
 
-def describe(plan: BuildPlan, written: list[Written]) -> dict[str, Split]:
-    """The splits of a manifest; DataError if a class of train or a whole split was left without an image."""
+def describe(plan: BuildPlan, written: list[Written], before: Mapping[str, int] | None = None) -> dict[str, Split]:
+    """The splits that were written, ids counted from `before`; DataError for one left without an image."""
     classes = len(plan.source.classes)
     splits = {}
     for name in plan.source.splits:
         done = [w for w, (split, *_) in zip(written, plan.shards, strict=True) if split == name]
         counts = np.zeros(classes, np.int64)
         shards: list[Shard] = []
-        samples = 0
+        first_id = samples = (before or {}).get(name, 0)
         for shard_done in done:
             for label, images in shard_done.counts.items():
                 counts[label] += images
@@ -223,17 +225,21 @@ def describe(plan: BuildPlan, written: list[Written]) -> dict[str, Split]:
                 samples += shard_done.shard.samples
         if not shards:
             raise DataError(f"split {name} has no image that can be taken")
-        empty = [plan.source.classes[label] for label in np.flatnonzero(counts == 0)] if name == "train" else []
-        if empty:
-            raise DataError(f"no training image of {some(empty)} can be taken: repair some, or take the class out")
         splits[name] = Split(
             name=name,
-            samples=samples,
+            samples=samples - first_id,
             class_counts=tuple(counts.tolist()),
             bytes=sum(shard.bytes for shard in shards),
             shards=tuple(shards),
         )
     return splits
+
+
+def _require_training_images(plan: BuildPlan, splits: Mapping[str, Split]) -> None:
+    counts = splits["train"].class_counts if "train" in splits else ()
+    empty = [plan.source.classes[label] for label, count in enumerate(counts) if not count]
+    if empty:
+        raise DataError(f"no training image of {some(empty)} can be taken: repair some, or take the class out")
 
 
 def say_ignored(plan: BuildPlan, console: Console) -> None:
@@ -309,7 +315,7 @@ def _require_room(plan: BuildPlan, output: Storage) -> None:
         )
 
 
-def _remove_stale(output: Storage, manifest: Manifest) -> None:
+def remove_stale(output: Storage, manifest: Manifest) -> None:
     """What earlier or interrupted builds left: shards that have an index beside them, and partial files."""
     files = output.sizes() or {}
     names = {shard.name for split in manifest.splits.values() for shard in split.shards}

@@ -50,12 +50,14 @@ class BuildPlan:
         settings: what every process needs.
         shards: (split, name, number of the first key, rows of the split's table) in the order of the manifest.
         digest: of the images, their sizes and times, and of all options that the bytes depend on.
+        listing: digest of names, labels and sizes alone: says whether the same images were listed before.
     """
 
     source: Source
     settings: WriteSettings
     shards: list[tuple[str, str, int, npt.NDArray[np.int64]]]
     digest: str
+    listing: str
 
     def jobs(self, rank: Rank) -> Iterator[ShardJob]:
         """The shards of a rank, each cut out of the table when it is asked for."""
@@ -109,18 +111,27 @@ def plan_of(
         for number, rows in enumerate(plan_shards(samples, split, seed, options.shard_bytes)):
             shards.append((split, f"{split}-{first_shards.get(split, 0) + number:05d}", key, rows))
             key += len(rows)
-    digest = hashlib.sha256()
     about = {
         "classes": source.classes,
         "resize": card.resize.model_dump() if card.resize else None,
         "verify": options.verify,
         "shards": [(split, name, key) for split, name, key, _ in shards],
     }
-    digest.update(json.dumps(about).encode())
+    listing = _listing(source)
+    digest = hashlib.sha256(json.dumps([about, listing]).encode())
     for samples in source.splits.values():
-        for column in (samples.labels, samples.sizes, samples.stamps, samples.places, samples.names.offsets):
+        for column in (samples.stamps, samples.places):
             digest.update(np.ascontiguousarray(column).data)
-        digest.update(samples.names.blob)
     for *_, rows in shards:
         digest.update(np.ascontiguousarray(rows).data)
-    return BuildPlan(source, settings, shards, digest.hexdigest())
+    return BuildPlan(source, settings, shards, digest.hexdigest(), listing)
+
+
+def _listing(source: Source) -> str:
+    digest = hashlib.sha256()
+    for split, samples in source.splits.items():
+        digest.update(split.encode())
+        for column in (samples.labels, samples.sizes, samples.names.offsets):
+            digest.update(np.ascontiguousarray(column).data)
+        digest.update(samples.names.blob)
+    return digest.hexdigest()

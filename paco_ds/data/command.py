@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from paco_ds.data.add import add_images
 from paco_ds.data.build import BAD_IMAGES_FILE, build_share
 from paco_ds.data.build_plan import SHARD_BYTES, BuildOptions
 from paco_ds.data.card import SOURCES, SPLIT_NAMES, Card, changed, load_card
@@ -48,6 +49,20 @@ def _build(arguments: argparse.Namespace, console: Console) -> int:
     if manifest is not None:
         console.print(_summary(manifest, time.perf_counter() - started))
         _say_bad(manifest, console)
+    return 0
+
+
+def _add(arguments: argparse.Namespace, console: Console) -> int:
+    card, root = card_and_root(arguments)
+    rank = rank_of_environment()
+    if rank.number:
+        console = Console(quiet=True)
+    started = time.perf_counter()
+    manifest = add_images(arguments.directory, card, root, _options(arguments), rank, console)
+    if manifest is not None:
+        console.print(_summary(manifest, time.perf_counter() - started))
+        _say_bad(manifest, console)
+        console.print(f"revision {manifest.revision}; the one before stands beside it", highlight=False)
     return 0
 
 
@@ -138,10 +153,14 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--output", required=True, help="directory of the shards: a path or any fsspec URL")
     build.add_argument("--overwrite", action="store_true", help="replace the shards in --output")
     build.set_defaults(command=_build)
+    add = commands.add_parser("add", help="more images and classes, matched by name, for finished shards")
+    add.add_argument("directory", help="path or URL of the shards")
+    _add_source_options(add)
+    add.set_defaults(command=_add, overwrite=False)
     check = commands.add_parser("check", help="verify every byte of a directory of shards")
     check.add_argument("directory", help="path or URL of the shards")
     check.set_defaults(command=_check)
-    for command in (build, check):
+    for command in (build, add, check):
         command.add_argument("--workers", type=_at_least_1, default=len(os.sched_getaffinity(0)), help="processes")
     return parser
 

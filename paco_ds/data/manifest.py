@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -120,6 +121,10 @@ class Split(StrictModel):
     bytes: PositiveInt
     shards: tuple[Shard, ...]
 
+    def starts(self) -> tuple[int, ...]:
+        """Id of the first sample of each shard."""
+        return tuple(itertools.accumulate((shard.samples for shard in self.shards[:-1]), initial=0))
+
     @model_validator(mode="after")
     def _sums_agree(self) -> "Split":
         sums = {
@@ -144,6 +149,7 @@ class Manifest(StrictModel):
     format: Literal["paco_ds shards"] = "paco_ds shards"
     version: Literal[1] = 1
     revision: PositiveInt = 1  # grows with each `add`
+    listings: tuple[Sha256, ...] = ()  # digests of what was listed for the build and each `add`
     name: str
     license: str
     source: str
@@ -227,18 +233,22 @@ def require_size(storage: Storage, name: str, stated: int, found: int | None) ->
 def load_manifest(directory: str | Path | Storage) -> Manifest:
     """Read and verify ``directory``/manifest.json, a path, URL or storage; no shard is opened.
 
+    The place may also be that of a manifest itself, such as the `manifest-1.json` that `add` keeps.
+
     Raises:
         DataError: no directory, no manifest, not JSON, another format or version, or sums that do not agree.
     """
-    storage = as_storage(directory)
-    path = storage.place(MANIFEST_FILE)
+    storage, file = as_storage(directory), MANIFEST_FILE
+    if storage.url.endswith(".json"):
+        storage, file = storage.parent()
+    path = storage.place(file)
     build = f"`tools/build_shards.py build CARD --output {storage.url}`"
     if storage.is_local and not storage.local_directory.is_dir():
         raise DataError(f"there is no shard directory {storage.url}; make it with {build}")
     try:
-        raw = storage.read(MANIFEST_FILE)
+        raw = storage.read(file)
     except MissingFile as error:
-        raise DataError(f"{storage.url} has no {MANIFEST_FILE}: its build did not end; make it with {build}") from error
+        raise DataError(f"{storage.url} has no {file}: its build did not end; make it with {build}") from error
     try:
         data = json.loads(raw)
     except ValueError as error:

@@ -21,11 +21,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-if __name__ == "__main__":
-    # The checkout need not be installed.
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
+# The checkout need not be installed. This folder stays on the path, for the modules that benches share.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tools.bench.report import Bar, at_least, median_seconds, print_bars
+from report import Bar, at_least, median_seconds, print_bars
 
 _DIFFERENT = 500
 _SMALLEST, _LARGEST = 30_000, 130_000  # bytes

@@ -8,7 +8,6 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import PurePosixPath
 from typing import Any
 
 import ijson
@@ -17,7 +16,7 @@ import numpy.typing as npt
 
 from paco_ds.data.card import INaturalistCard
 from paco_ds.data.samples import Names, Samples, SamplesBuilder
-from paco_ds.data.sources.folder import add_images, class_folders
+from paco_ds.data.sources.folder import add_images
 from paco_ds.data.sources.source import Files, Root, Source, require_inside, some
 from paco_ds.errors import DataError
 
@@ -175,17 +174,17 @@ def _read_folders(card: INaturalistCard, root: Root) -> Source:
     return Source(tuple(names[i] for i in ids), splits, Files(root), ignored)
 
 
-def _category_folders(root: Root, folder: str) -> Iterator[tuple[int, tuple[PurePosixPath, str]]]:
+def _category_folders(root: Root, folder: str) -> Iterator[tuple[int, tuple[str, str]]]:
     """Category id, its folder under the root, and its name."""
-    for outer in class_folders(root.path / folder):
+    for outer in root.folders(folder):
         number, _, name = outer.partition("_")
         if number.isdecimal() and name:
-            yield int(number), (PurePosixPath(folder, outer), name)
+            yield int(number), (f"{folder}/{outer}", name)
             continue
-        for inner in class_folders(root.path / folder / outer):
+        for inner in root.folders(f"{folder}/{outer}"):
             if not inner.isdecimal():
                 raise DataError(
-                    f"{root.path / folder / outer / inner} is no category: a folder must be called "
+                    f"{root}/{folder}/{outer}/{inner} is no category: a folder must be called "
                     "NUMBER_NAME (2021), or NAME with folders called by number in it (2017 to 2019)"
                 )
-            yield int(inner), (PurePosixPath(folder, outer, inner), f"{outer}/{inner}")
+            yield int(inner), (f"{folder}/{outer}/{inner}", f"{outer}/{inner}")

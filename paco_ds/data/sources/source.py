@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from paco_ds.data.image_bytes import BadImage
 from paco_ds.data.samples import MISSING, Names, Samples
+from paco_ds.data.storage import MissingFile, Storage, as_storage
 from paco_ds.errors import DataError
 
 # How image files may end; others are left out of folders. What they are is decided by their bytes.
@@ -24,32 +26,43 @@ _SHOWN = 5
 _STAT_THREADS = 8  # a network file system answers many questions at once
 _STAT_BLOCK = 4096
 _MORE = 1 << 20
+_RANGE = 8 << 20  # of a page behind a URL
 
 
 class Root:
-    """The folder that holds a source."""
+    """The folder that holds a source: a local path or any fsspec URL."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._prefix = f"{self.path}/"
+    def __init__(self, place: str | Path | Storage) -> None:
+        self.storage = as_storage(place)
+        self._prefix = f"{self.storage.url.rstrip('/')}/"
 
     def __str__(self) -> str:
-        return str(self.path)
+        return self.storage.url
+
+    @property
+    def path(self) -> Path:
+        """The local folder; DataError for a URL."""
+        return self.storage.local_directory
 
     def exists(self) -> bool:
-        return self.path.is_dir()
+        """Whether a local folder is there; a URL shows when it is read."""
+        return not self.storage.is_local or self.path.is_dir()
 
     def open(self, name: str, what: str) -> BinaryIO:
-        """A file for reading; DataError calling it ``what`` if it is missing."""
+        """A file for reading from its start; DataError calling it ``what`` if it is missing."""
         try:
+            if not self.storage.is_local:
+                return io.BufferedReader(_Ranges(self.storage, name), _RANGE)
             return open(self.path / name, "rb")
-        except FileNotFoundError:
-            raise DataError(f"{what} {self.path / name} is missing") from None
+        except (FileNotFoundError, MissingFile):
+            raise DataError(f"{what} {self.storage.place(name)} is missing") from None
         except OSError as error:
             raise DataError(f"{what} {self.path / name} cannot be read: {error.strerror}") from error
 
     def read(self, name: str, expected: int) -> bytes:
-        """All bytes of an image file, of which so many are expected; OSError as the system gives it."""
+        """All bytes of an image file, of which so many are expected; OSError as the system gives it, or MissingFile."""
+        if not self.storage.is_local:
+            return self.storage.read(name, expected)
         descriptor = os.open(name if name.startswith("/") else self._prefix + name, os.O_RDONLY)
         try:
             data = os.read(descriptor, expected + 1)
@@ -62,22 +75,68 @@ class Root:
             os.close(descriptor)
 
     def sizes(self, names: Names) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Bytes and mtime (ns) of files, int64 [N] each; MISSING and 0 for what is no file."""
+        """Bytes and mtime (ns, 0 for a URL) of files, int64 [N] each; MISSING for what is no file."""
         sizes = np.full(len(names), MISSING, np.int64)
         stamps = np.zeros(len(names), np.int64)
+        if not self.storage.is_local:
+            found = self.storage.find("")
+            sizes[:] = [found.get(name, MISSING) for name in names]
+            return sizes, stamps
 
         def look(start: int) -> None:
             for row in range(start, min(start + _STAT_BLOCK, len(names))):
+                name = names[row]
                 try:
-                    found = os.stat(os.path.join(self.path, names[row]))
+                    about = os.stat(name if name.startswith("/") else self._prefix + name)
                 except (OSError, ValueError):  # ValueError: a name with a zero byte in it
                     continue
-                if stat.S_ISREG(found.st_mode):
-                    sizes[row], stamps[row] = found.st_size, found.st_mtime_ns
+                if stat.S_ISREG(about.st_mode):
+                    sizes[row], stamps[row] = about.st_size, about.st_mtime_ns
 
         with ThreadPoolExecutor(_STAT_THREADS) as pool:
             list(pool.map(look, range(0, len(names), _STAT_BLOCK)))
         return sizes, stamps
+
+    def folders(self, folder: str) -> list[str]:
+        """Names of the folders in a folder, sorted; DataError if there is none."""
+        if self.storage.is_local:
+            place = self.path / folder
+            if not place.is_dir():
+                raise DataError(f"there is no folder {place}")
+            names = {entry.name for entry in os.scandir(place) if entry.is_dir()}
+        else:
+            names = {name.partition("/")[0] for name in self.storage.find(folder) if "/" in name}
+        found = sorted(name for name in names if not name.startswith("."))
+        if not found:
+            raise DataError(f"{self.storage.place(folder)} has no folder: images must lie in one folder per class")
+        return found
+
+    def files(self, folder: str) -> Iterator[str]:
+        """Names, relative to the root, of all files below a folder; links to folders are followed."""
+        if not self.storage.is_local:
+            yield from (str(PurePosixPath(folder, name)) for name in self.storage.find(folder))
+            return
+        start = str(self.path / folder)
+        for parent, _, files in os.walk(start, followlinks=True):
+            inside = PurePosixPath(folder, os.path.relpath(parent, start))
+            yield from (str(inside / file) for file in files)
+
+
+class _Ranges(io.RawIOBase):
+    """A file of a storage as a stream, read range by range."""
+
+    def __init__(self, storage: Storage, name: str) -> None:
+        self._storage, self._name, self._at = storage, name, 0
+        self._size = storage.size(name)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._storage.read_range(self._name, self._at, min(len(buffer), self._size - self._at))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
 
 
 class Images(Protocol):
@@ -97,6 +156,8 @@ class Files:
         name = samples.names[row]
         try:
             data = self.root.read(name, int(samples.sizes[row]))
+        except MissingFile as error:
+            raise BadImage("missing", name) from error
         except OSError as error:
             raise BadImage("unreadable", name, error.strerror or str(error)) from error
         if len(data) != samples.sizes[row]:

@@ -102,7 +102,8 @@ class _Card(StrictModel):
         for (first, a), (second, b) in itertools.combinations(splits.items(), 2):
             if a == b:
                 raise ValueError(f"splits {first} and {second} are the same images")
-        repeated = [name for name, n in Counter(getattr(self, "classes", None) or ()).items() if n > 1]
+        classes = getattr(self, "classes", None)
+        repeated = [name for name, n in Counter(classes).items() if n > 1] if isinstance(classes, tuple) else []
         if repeated:
             raise ValueError(f"classes names {', '.join(repeated)} more than once")
         for option in ("imbalance", "validation_share"):

@@ -19,11 +19,20 @@ from paco_ds.errors import DataError
 _SIDE = 32
 _LABELS = (b"fine_labels", b"labels")  # CIFAR-100, CIFAR-10
 _NAMES = (b"fine_label_names", b"label_names")
+
+
+def _bytes_of_text(text: str, encoding: str) -> bytes:
+    """What Python 3 makes of bytes where it writes as Python 2 does, and nothing else of `_codecs.encode`."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it asks for {encoding!r}, which CIFAR's files have no use for")
+    return text.encode("latin1")
+
+
 # All that a CIFAR pickle refers to: an array is rebuilt from its type and its bytes. Names of numpy 1 and 2.
 _ALLOWED = {
     (f"numpy.{core}.multiarray", "_reconstruct"): np._core.multiarray._reconstruct  # type: ignore[attr-defined]
     for core in ("core", "_core")
-} | {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
+} | {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype, ("_codecs", "encode"): _bytes_of_text}
 
 
 class _Restricted(pickle.Unpickler):

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ValidationError
 
 from paco_ds.errors import RecipeError
 from paco_ds.files import is_url
-from paco_ds.recipe import Recipe, RegularView, SmallView
+from paco_ds.recipe import Recipe
+from paco_ds.view_settings import TrainView
 
 PATH_KEYS = ("data.shards", "data.cache.directory", "engine.deepspeed")
 
@@ -126,7 +127,7 @@ _WITHOUT = {
     "key_encoder": ", while it is none: both views then run through one encoder inside their micro-batch, so there "
     "are no groups of keys to shuffle and no momentum. Leave this out, or give the recipe a key_encoder section"
 }
-_VIEWS: dict[Any, type[BaseModel]] = {"small": SmallView, "regular": RegularView}
+_VIEWS: dict[Any, type[BaseModel]] = {view.model_fields["name"].default: view for view in typing.get_args(TrainView)}
 
 
 def _section_of(model: type[BaseModel], name: str) -> type[BaseModel] | None:

@@ -247,7 +247,17 @@ class ShardReader:
         return range(int(self._starts[number]), int(self._starts[number + 1]))
 
     def _labels_of_shard(self, number: int) -> npt.NDArray[np.int32]:
-        return load_index(self.storage, self.split.shards[number])["label"].astype(np.int32)
+        return self._load(number)["label"].astype(np.int32)
+
+    def _load(self, number: int) -> np.ndarray:
+        shard, classes = self.split.shards[number], len(self.split.class_counts)
+        index = load_index(self.storage, shard)
+        if index["label"].max() >= classes:
+            raise DataError(
+                f"{self.storage.place(shard.index_file)} has label {index['label'].max()}, but the manifest has only "
+                f"{classes} classes: was it edited by hand? Restore it, or rebuild the shards"
+            )
+        return index
 
     def _read_stretch(self, number: int, ids: np.ndarray, rows: np.ndarray) -> Iterator[Stored]:
         """One range read; where a local disk refuses it, sample by sample, so that only those it spoils are bad."""
@@ -288,7 +298,7 @@ class ShardReader:
                 if number in self._indexes:
                     self._indexes.move_to_end(number)
                     return self._indexes[number]
-            index = load_index(self.storage, self.split.shards[number])
+            index = self._load(number)
             with self._lock:
                 self._indexes[number] = index
                 while len(self._indexes) > self.keep:

@@ -8,6 +8,7 @@ from typing import Any
 
 from paco_ds.data.manifest import Manifest, load_manifest
 from paco_ds.data.order import EpochOrder
+from paco_ds.data.plan import held_bytes, shards_at_once
 from paco_ds.data.storage import open_storage
 from paco_ds.distributed import MicroBatchLayout
 from paco_ds.engine import read_deepspeed_config
@@ -30,11 +31,13 @@ class Data:
     Attributes:
         shards: samples of each shard; one of all images where none are built.
         built: whether there are shards.
+        shard_bytes: bytes of each shard; none where none are built.
     """
 
     built: bool
     class_counts: tuple[int, ...]
     shards: tuple[int, ...]
+    shard_bytes: tuple[int, ...] = ()
 
     @property
     def images(self) -> int:
@@ -47,6 +50,9 @@ class Plan:
 
     Attributes:
         memory: by ZeRO stage, everything else as the recipe has it.
+        window_bytes: of host memory, at most, for the windows that a rank's loading holds, its loader processes
+            together; None where no shards are built.
+        cache_bytes: that data.cache needs for each rank of a host, to hold the shards read from at one time; likewise.
         verdict: "fits", "tight" (within the plan's margin of 15 %) or "does not fit", at the recipe's own stage; None
             where no GPU memory was given.
         remedies: settings that make it fit, the least change first.
@@ -63,6 +69,8 @@ class Plan:
     traffic: dict[int, list[Traffic]]
     steps_per_epoch: int
     shards_per_rank: int | None
+    window_bytes: int | None
+    cache_bytes: int | None
     legal_ranks: tuple[int, ...]
     images_per_second: float | None = None
     gpu_memory: int | None = None
@@ -89,7 +97,9 @@ def find_data(recipe: Recipe, images: int | None, classes: int | None) -> Data:
         except DataError as error:
             raise DataError(f"{error}. To plan without shards give --images N and --classes C") from None
         split = manifest.split(recipe.data.train_split)
-        return Data(True, split.class_counts, tuple(s.samples for s in split.shards))
+        return Data(
+            True, split.class_counts, tuple(s.samples for s in split.shards), tuple(s.bytes for s in split.shards)
+        )
     if images is None or classes is None:
         missing = "--images" if images is None else "--classes"
         raise UserError(f"{missing} is missing: planning without shards takes both --images N and --classes C")
@@ -143,6 +153,8 @@ def make_plan(
         traffic={s: plan_traffic(recipe, trace, layout, zero) for s, zero in zeros.items()},
         steps_per_epoch=order.steps,
         shards_per_rank=_shards_per_rank(data, layout, order.steps),
+        window_bytes=_window_bytes(data, layout, recipe.data.window),
+        cache_bytes=_cache_bytes(data, layout, recipe.data.window),
         legal_ranks=tuple(w for w in range(1, layout.micro_batches + 1) if layout.micro_batches % w == 0),
         images_per_second=images_per_second,
         gpu_memory=gpu_memory,
@@ -168,6 +180,17 @@ def _shards_per_rank(data: Data, layout: MicroBatchLayout, steps: int) -> int | 
     in_shard = data.images / len(data.shards)
     stretch = math.ceil(layout.micro_batch * steps / in_shard) + 1
     return min(len(data.shards), layout.accumulation * stretch)
+
+
+def _window_bytes(data: Data, layout: MicroBatchLayout, window: int) -> int | None:
+    return held_bytes(sum(data.shard_bytes) / data.images, layout, window) if data.built else None
+
+
+def _cache_bytes(data: Data, layout: MicroBatchLayout, window: int) -> int | None:
+    if not data.built:
+        return None
+    shards = shards_at_once(data.shards, layout, window)
+    return sum(sorted(data.shard_bytes, reverse=True)[:shards])
 
 
 def _remedies(plan: Plan, config: dict[str, Any], gpu_memory: int) -> list[str]:

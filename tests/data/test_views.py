@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from paco_ds.data.views import make_view
-from paco_ds.recipe import EvalView, RegularView, SmallView
+from paco_ds.view_settings import EvalView, RegularView, SmallView
 
 PLAIN = SmallView(size=28, zoom=(1, 1), shift=0, flip=0, cutout=0)
 IMAGE = np.random.default_rng(0).integers(0, 256, (28, 28, 3), dtype=np.uint8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -20,8 +21,9 @@ from paco_ds.data.build_plan import SHARD_BYTES, BuildOptions
 from paco_ds.data.card import SOURCES, SPLIT_NAMES, Card, changed, load_card
 from paco_ds.data.card_of_options import card_of_options
 from paco_ds.data.check import check_shards
-from paco_ds.data.manifest import Manifest, load_manifest
+from paco_ds.data.manifest import SHOTS, Manifest, load_manifest
 from paco_ds.data.ranks import rank_of_environment
+from paco_ds.data.suggest import histogram, suggest, write_files
 from paco_ds.errors import DataError
 
 
@@ -77,6 +79,33 @@ def _check(arguments: argparse.Namespace, console: Console) -> int:
     samples = sum(split.samples for split in manifest.splits.values())
     shards = sum(len(split.shards) for split in manifest.splits.values())
     print(f"{arguments.directory}: all well, {samples} samples in {shards} shards")
+    return 0
+
+
+def _suggest(arguments: argparse.Namespace, console: Console) -> int:
+    manifest = load_manifest(arguments.directory)
+    counts = manifest.split("train").class_counts
+    table = Table("images of a class", "classes", "images", title=f"{manifest.name}: train", title_justify="left")
+    rows = histogram(counts)
+    most = max(classes for _, classes, _ in rows)
+    table.add_column("")
+    for bounds, classes, images in rows:
+        table.add_row(bounds, f"{classes:,}", f"{images:,}", "█" * math.ceil(30 * classes / most))
+    console.print(table)
+    shots = Counter(manifest.shots_of_classes())
+    print(f"shots: {', '.join(f'{shots[s]:,} {s}' for s in SHOTS)} of {len(counts):,} classes")
+    print(f"imbalance factor: {max(counts) / max(min(counts), 1):.1f} ({max(counts):,} / {min(counts):,})")
+    suggestion = suggest(manifest)
+    for line in suggestion.reasons:
+        print(f"- {line}")
+    card, recipe = write_files(manifest, suggestion, arguments.output, arguments.overwrite)
+    print(f"written: {card}, {recipe}; train: deepspeed paco_ds/train.py --config {recipe} --output runs/suggested")
+    missing = [split for split in ("val", "test") if split not in manifest.splits]
+    if missing:
+        print(
+            f"there is no split {' and no '.join(missing)}: nothing can be chosen without val nor reported without "
+            "test; --validation-share of a build makes a val out of train"
+        )
     return 0
 
 
@@ -160,6 +189,11 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="verify every byte of a directory of shards")
     check.add_argument("directory", help="path or URL of the shards")
     check.set_defaults(command=_check)
+    ask = commands.add_parser("suggest", help="class counts, shots, settings for them; writes a card and a recipe")
+    ask.add_argument("directory", help="path or URL of the shards")
+    ask.add_argument("--output", type=Path, default=Path("suggested"), help="folder of the two files (suggested)")
+    ask.add_argument("--overwrite", action="store_true", help="replace the files in --output")
+    ask.set_defaults(command=_suggest)
     for command in (build, add, check):
         command.add_argument("--workers", type=_at_least_1, default=len(os.sched_getaffinity(0)), help="processes")
     return parser

@@ -63,6 +63,12 @@ def verify(data: bytes, ending: str) -> None:
         image.load()
 
 
+def size_of(data: bytes) -> tuple[int, int]:
+    """Width and height by the header; BadImage as `verify`."""
+    image = _opened(data, ending_of(data))
+    return image.width, image.height
+
+
 def resized(data: bytes, ending: str, short: int, quality: int) -> tuple[bytes, str]:
     """The image with its shorter side made ``short`` pixels, as JPEG, upright; the same bytes if it is that small.
 

@@ -1,6 +1,7 @@
 """Shards are the bytes that tarfile and webdataset write, and other readers find their way in them."""
 
 import io
+import itertools
 import struct
 import tarfile
 from pathlib import Path
@@ -52,7 +53,8 @@ def test_short_writes_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         tar.add("k-0", "jpg", encoded(side=40), b"{}", 0)
         tar.close()
     assert (tmp_path / "short.tar").stat().st_size == tar.bytes
-    assert tarfile.open(tmp_path / "short.tar").getnames() == ["k-0.jpg", "k-0.json"]
+    with tarfile.open(tmp_path / "short.tar") as archive:
+        assert archive.getnames() == ["k-0.jpg", "k-0.json"]
 
 
 def energon_offsets(tar: Path) -> list[int]:
@@ -77,7 +79,7 @@ def test_energon_finds_its_offsets_beside_each_shard(tiny_shards: Manifest) -> N
         offsets = [struct.unpack("Q", raw[8 * i : 8 * i + 8])[0] for i in range(len(raw) // 8)]
         assert offsets == energon_offsets(tiny_shards.directory / shard.file)
         data = (tiny_shards.directory / shard.file).read_bytes()
-        for start, end in zip(offsets[:-1], offsets[1:], strict=True):
+        for start, end in itertools.pairwise(offsets):
             with tarfile.open(fileobj=io.BytesIO(data[start:end]), mode="r:") as part:
                 image, about = (part.extractfile(name).read() for name in sorted(part.getnames(), reverse=True))
             assert image == reader.read(sample_id).image

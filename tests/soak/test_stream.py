@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from paco_ds.data.build import build_shards
+from paco_ds.data.build_plan import BuildOptions
 from paco_ds.data.card import load_card
 from paco_ds.data.manifest import Manifest, load_manifest, open_data
 from paco_ds.data.plan import TrainingPlan
@@ -40,7 +41,8 @@ def tiny(tmp_path: Path) -> Manifest:
         write_idx(tmp_path / "images" / f"{split}-labels", labels)
         write_idx(tmp_path / "images" / f"{split}-images", rng.integers(0, 256, (len(labels), 8, 8), dtype=np.uint8))
     (tmp_path / "tiny.yaml").write_text(TINY_CARD)
-    return build_shards(load_card(tmp_path / "tiny.yaml"), tmp_path / "images", tmp_path / "shards", shard_bytes=20_000)
+    options = BuildOptions(shard_bytes=20_000)
+    return build_shards(load_card(tmp_path / "tiny.yaml"), tmp_path / "images", tmp_path / "shards", options)
 
 
 def test_ten_thousand_mutations(tiny: Manifest, record: Record) -> None:

@@ -75,6 +75,7 @@ def build_share(
             _refuse_existing(output, state, options.overwrite)
         if options.workers > 1:
             warm_up(__name__)
+        console.print(f"listing {card.name} under {root}", markup=False, highlight=False)
         plan = plan_build(card, root, output, options)
         say_ignored(plan, console)
         refuse_bad(output, plan.source.bad, options.max_bad, rank)

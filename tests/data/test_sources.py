@@ -245,3 +245,10 @@ def test_inaturalist_missing_or_broken_page_is_named(tmp_path: Path) -> None:
     (tmp_path / "train.json").unlink()
     with pytest.raises(DataError, match=r"train.json is missing"):
         read_source(card, tmp_path)
+
+
+def test_two_classes_of_one_name_are_refused(tmp_path: Path) -> None:
+    """Classes are matched by name when images are added."""
+    page = PAGE | {"categories": [{"id": 7, "name": "newt"}, {"id": 3, "name": "newt"}]}
+    with pytest.raises(DataError, match="newt of n is the name of more than one class"):
+        read_source(naturalist(tmp_path, page), tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,9 @@ def read_source(card: Card, root: str | Path | Root) -> Source:
             train has no image.
     """
     source = list_source(card, root)
+    repeated = [name for name, count in Counter(source.classes).items() if count > 1]
+    if repeated:
+        raise DataError(f"{some(repeated)} of {card.name} is the name of more than one class: give them other names")
     require_training_images(source)
     source = source.checked()
     for name, samples in source.splits.items():

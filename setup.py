@@ -55,7 +55,7 @@ setup(
     },
     entry_points={
         "console_scripts": [
-            "paco-build-shards = paco_ds.data.build:main",
+            "paco-build-shards = paco_ds.data.command:main",
             "paco-evaluate = paco_ds.evaluate:main",
         ]
     },

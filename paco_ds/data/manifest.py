@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -57,6 +58,11 @@ def validation_message(error: ValidationError) -> str:
     return f"{place}: {reason}" if place else reason
 
 
+def sample_key(split_name: str, number: int) -> str:
+    """The key of a sample follows from its number, so that a damaged one can be named."""
+    return f"{split_name}-{number:08d}"
+
+
 SHOTS = ("many", "medium", "few")
 
 
@@ -88,6 +94,7 @@ class Shard(StrictModel):
     sha256: Sha256
     index_bytes: PositiveInt
     index_sha256: Sha256
+    first_key: NonNegativeInt | None = None  # number in the first sample's key, if that is not its id
 
     @property
     def file(self) -> str:
@@ -99,6 +106,11 @@ class Shard(StrictModel):
         """Name of the index beside the tar."""
         return f"{self.name}.index.npy"
 
+    @property
+    def energon_file(self) -> str:
+        """Name of the offsets beside the tar, as Megatron-Energon wants them."""
+        return f"{self.name}.tar.idx"
+
 
 class Split(StrictModel):
     """The samples of one split: ids 0 .. samples-1 run through its shards in this order."""
@@ -108,6 +120,10 @@ class Split(StrictModel):
     class_counts: tuple[NonNegativeInt, ...]
     bytes: PositiveInt
     shards: tuple[Shard, ...]
+
+    def starts(self) -> tuple[int, ...]:
+        """Id of the first sample of each shard."""
+        return tuple(itertools.accumulate((shard.samples for shard in self.shards[:-1]), initial=0))
 
     @model_validator(mode="after")
     def _sums_agree(self) -> "Split":
@@ -132,6 +148,8 @@ class Manifest(StrictModel):
 
     format: Literal["paco_ds shards"] = "paco_ds shards"
     version: Literal[1] = 1
+    revision: PositiveInt = 1  # grows with each `add`
+    listings: tuple[Sha256, ...] = ()  # digests of what was listed for the build and each `add`
     name: str
     license: str
     source: str
@@ -215,18 +233,22 @@ def require_size(storage: Storage, name: str, stated: int, found: int | None) ->
 def load_manifest(directory: str | Path | Storage) -> Manifest:
     """Read and verify ``directory``/manifest.json, a path, URL or storage; no shard is opened.
 
+    The place may also be that of a manifest itself, such as the `manifest-1.json` that `add` keeps.
+
     Raises:
         DataError: no directory, no manifest, not JSON, another format or version, or sums that do not agree.
     """
-    storage = as_storage(directory)
-    path = storage.place(MANIFEST_FILE)
+    storage, file = as_storage(directory), MANIFEST_FILE
+    if storage.url.endswith(".json"):
+        storage, file = storage.parent()
+    path = storage.place(file)
     build = f"`tools/build_shards.py build CARD --output {storage.url}`"
     if storage.is_local and not storage.local_directory.is_dir():
         raise DataError(f"there is no shard directory {storage.url}; make it with {build}")
     try:
-        raw = storage.read(MANIFEST_FILE)
+        raw = storage.read(file)
     except MissingFile as error:
-        raise DataError(f"{storage.url} has no {MANIFEST_FILE}: its build did not end; make it with {build}") from error
+        raise DataError(f"{storage.url} has no {file}: its build did not end; make it with {build}") from error
     try:
         data = json.loads(raw)
     except ValueError as error:

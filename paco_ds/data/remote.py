@@ -38,7 +38,11 @@ class Remote(Protocol):
 
     def sizes(self, limit: float) -> dict[str, int] | None: ...
 
+    def find(self, folder: str, limit: float) -> dict[str, int]: ...
+
     def put(self, local: str, name: str, limit: float) -> None: ...
+
+    def remove(self, name: str, limit: float) -> None: ...
 
 
 class Fsspec:
@@ -88,6 +92,17 @@ class Fsspec:
                 self.fs.rm_file(partial)
             raise
 
+    def find(self, folder: str, limit: float) -> dict[str, int]:
+        if self.is_web:
+            raise DataError("a web server does not list its files with their sizes: copy the folder first")
+        self.fs.invalidate_cache()
+        start = self._path(folder).rstrip("/")
+        found = self._call(limit, "find", start, detail=True)
+        return {name.removeprefix(start).lstrip("/"): int(about["size"]) for name, about in found.items()}
+
+    def remove(self, name: str, limit: float) -> None:
+        self._call(limit, "rm_file", self._path(name))
+
     def _path(self, name: str) -> str:
         return f"{self.root.rstrip('/')}/{name}"
 
@@ -121,6 +136,12 @@ class Pipe:
         return None
 
     def put(self, local: str, name: str, limit: float) -> None:
+        raise NotImplementedError("a pipe: command cannot be written to")
+
+    def find(self, folder: str, limit: float) -> dict[str, int]:
+        raise DataError("a pipe: command does not list files")
+
+    def remove(self, name: str, limit: float) -> None:
         raise NotImplementedError("a pipe: command cannot be written to")
 
 

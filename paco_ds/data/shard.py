@@ -24,7 +24,7 @@ from typing import BinaryIO, Self
 import numpy as np
 import numpy.typing as npt
 
-from paco_ds.data.manifest import Shard, Split, require_size
+from paco_ds.data.manifest import Shard, Split, require_size, sample_key
 from paco_ds.data.storage import MissingFile, Storage, as_storage
 from paco_ds.errors import DataError
 from paco_ds.files import sha256_file
@@ -79,14 +79,14 @@ class Stored:
     """The bytes of a sample as they came from storage, not yet proven; `stretch` None where the disk refused them."""
 
     sample_id: int
-    split: str
+    key: str
     shard: str
     row: np.void
     stretch: bytes | None
 
     def sample(self) -> RawSample:
         """The sample, its bytes proven by CRC-32; BadSample ``crc_mismatch``, ``short_read`` or ``read_error``."""
-        row, key = self.row, sample_key(self.split, self.sample_id)
+        row, key = self.row, self.key
         if self.stretch is None:
             raise BadSample("read_error", key, self.shard)
         if len(self.stretch) != row["size"]:
@@ -96,11 +96,6 @@ class Stored:
         start = int(row["image_offset"])
         image = self.stretch[start : start + int(row["image_size"])]
         return RawSample(key, int(row["label"]), self.shard, image)
-
-
-def sample_key(split_name: str, sample_id: int) -> str:
-    """The key of a sample follows from its id, so that a damaged one can be named."""
-    return f"{split_name}-{sample_id:08d}"
 
 
 def index_shard(path: str | Path) -> np.ndarray:
@@ -272,7 +267,7 @@ class ShardReader:
             stretch = memoryview(self._read_bytes(number, start, end - start))
         except OSError:
             if len(ids) == 1:
-                yield Stored(int(ids[0]), self.split.name, shard, rows[0], None)
+                yield Stored(int(ids[0]), self._key(number, int(ids[0])), shard, rows[0], None)
                 return
             for i in range(len(ids)):
                 yield from self._read_stretch(number, ids[i : i + 1], rows[i : i + 1])
@@ -280,7 +275,15 @@ class ShardReader:
         for sample_id, row in zip(ids, rows, strict=True):
             first = int(row["offset"]) - start
             # a copy, so that a window's memory is given back sample by sample
-            yield Stored(int(sample_id), self.split.name, shard, row, bytes(stretch[first : first + int(row["size"])]))
+            sample = bytes(stretch[first : first + int(row["size"])])
+            yield Stored(int(sample_id), self._key(number, int(sample_id)), shard, row, sample)
+
+    def _key(self, number: int, sample_id: int) -> str:
+        """What a sample is called in its shard: by its id, where no bad image was left out of the build."""
+        first = self.split.shards[number].first_key
+        return sample_key(
+            self.split.name, sample_id if first is None else first + sample_id - int(self._starts[number])
+        )
 
     def _read_bytes(self, number: int, start: int, size: int) -> bytes:
         if self.storage.is_local or self.storage.cache is not None:

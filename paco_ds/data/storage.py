@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -26,6 +26,7 @@ from paco_ds.recipe import DataSettings, StorageSettings
 T = TypeVar("T")
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds between tries
 _MIB = 2**20
+_LISTING = 60  # times the time of a request, for one that lists a million files
 _PIECE = 16 * _MIB  # of a whole file, so that a cut connection costs no more than this
 _EXECUTING = ("pipe", "cmd", "shell", "exec", "reference")  # a reference file is a template that is run
 # Answers that another try does not change; the last are botocore's, which is not installed for everybody.
@@ -144,6 +145,17 @@ class Storage:
                 return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
         return self._ask(f"list {self.url}", lambda remote, limit: remote.sizes(limit))
 
+    def find(self, folder: str) -> dict[str, int]:
+        """Bytes of every file below a folder, by its name relative to that; empty where there is no such folder.
+
+        Raises:
+            DataError: the service has no listings.
+        """
+        if self.is_local:
+            start = Path(self.url, folder)
+            return {str(path.relative_to(start)): path.stat().st_size for path in start.rglob("*") if path.is_file()}
+        return self._ask(f"list {self.place(folder)}", lambda remote, limit: remote.find(folder, _LISTING * limit))
+
     @contextmanager
     def write(self, name: str) -> Iterator[BinaryIO]:
         """A binary file that appears under its name only when whole; after an error in the block nothing is there.
@@ -163,6 +175,24 @@ class Storage:
             self._ask(
                 f"write {self.place(name)}", lambda remote, limit: remote.put(file.name, name, limit + size / _MIB)
             )
+
+    def remove(self, name: str) -> None:
+        """Make a file be gone; it may be already."""
+        if self.is_local:
+            self._locally(name, lambda path: path.unlink(missing_ok=True))
+            return
+        with suppress(MissingFile):
+            self._ask(f"remove {self.place(name)}", lambda remote, limit: remote.remove(name, limit))
+
+    def parent(self) -> tuple[Storage, str]:
+        """The storage of the directory that this one's URL is a file of, and the file's name."""
+        folder, _, name = self.url.rpartition("/")
+        place = folder or ("/" if self.url.startswith("/") else ".")
+        return Storage(place, self.settings, cache=self.cache, allow_pipe_urls=self.allow_pipe_urls), name
+
+    def inside(self, folder: str) -> Storage:
+        """The storage of a folder in this directory."""
+        return Storage(self.place(folder), self.settings, cache=self.cache, allow_pipe_urls=self.allow_pipe_urls)
 
     def open_whole(self, name: str, size: int) -> BinaryIO:
         """A local file with all bytes of a file: the file itself, or its copy in the cache.

@@ -16,9 +16,9 @@ KINDS = ("flip", "flip many", "zero a block", "cut", "grow", "remove", "swap", "
 
 
 def mutate(directory: Path, rng: np.random.Generator) -> str:
-    """Damage one file of the training split; returns what was done."""
+    """Damage one tar or index of the training split, or the manifest; returns what was done."""
     kind = str(rng.choice(KINDS))
-    path = Path(rng.choice(sorted(directory.glob("train-*"))))
+    path = Path(rng.choice(sorted([*directory.glob("train-*.tar"), *directory.glob("train-*.npy")])))
     data = bytearray(path.read_bytes())
     if kind in ("flip", "flip many"):
         for _ in range(1 if kind == "flip" else int(rng.integers(2, 50))):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from paco_ds.data.build import build_shards
+from paco_ds.data.build_plan import BuildOptions
 from paco_ds.data.card import load_card
 from paco_ds.data.manifest import Manifest, load_manifest, open_data
 from paco_ds.data.plan import TrainingPlan
@@ -44,9 +45,8 @@ def _build(tmp_path: Path, counts_of: dict[str, tuple[int, ...]], shard_bytes: i
         write_idx(tmp_path / "images" / f"{split}-labels", labels)
         write_idx(tmp_path / "images" / f"{split}-images", rng.integers(0, 256, (len(labels), 8, 8), dtype=np.uint8))
     (tmp_path / "tiny.yaml").write_text(TINY_CARD)
-    return build_shards(
-        load_card(tmp_path / "tiny.yaml"), tmp_path / "images", tmp_path / "shards", shard_bytes=shard_bytes
-    )
+    options = BuildOptions(shard_bytes=shard_bytes)
+    return build_shards(load_card(tmp_path / "tiny.yaml"), tmp_path / "images", tmp_path / "shards", options)
 
 
 def test_ten_thousand_mutations(tiny: Manifest, record: Record) -> None:

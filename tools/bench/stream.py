@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from report import MIB, at_least, print_bars, print_table
 
 from paco_ds.data.build import build_shards
+from paco_ds.data.build_plan import BuildOptions
 from paco_ds.data.card import folder_card
 from paco_ds.data.manifest import load_manifest
 from paco_ds.data.plan import TrainingPlan, held_bytes
@@ -65,7 +66,7 @@ def make_shards(folder: Path, images: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(photos[number % len(photos)].image)
     root = folder / "images"
-    build_shards(folder_card(root), root, folder / "shards", shard_bytes=10 * MIB)
+    build_shards(folder_card(root), root, folder / "shards", BuildOptions(shard_bytes=10 * MIB))
 
 
 def our_stream(shards: Path, workers: int) -> TrainingStream:

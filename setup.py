@@ -21,6 +21,8 @@ setup(
         "ninja>=1.11",
         "psutil>=5.9,<8",
         "webdataset>=1.0,<2",
+        "fsspec>=2025.3",
+        "filelock>=3.13,<5",
         "numpy>=2,<3",
         "opencv-python-headless>=4.11,<6",
         "pillow>=11,<14",
@@ -42,14 +44,18 @@ setup(
             "types-PyYAML>=6,<7",
             "scikit-learn>=1.5,<2",
             "torchmetrics>=1.6,<2",
+            "hypothesis>=6.100,<7",
+            "s3fs>=2025.3",
+            "moto[server]>=5.1,<6",
             "scipy>=1.11,<2",
             "timm>=1.0.15,<2",
         ],
+        "s3": ["s3fs>=2025.3"],
         "docs": ["mkdocs>=1.6,<2"],
     },
     entry_points={
         "console_scripts": [
-            "paco-build-shards = paco_ds.data.build:main",
+            "paco-build-shards = paco_ds.data.command:main",
             "paco-evaluate = paco_ds.evaluate:main",
         ]
     },

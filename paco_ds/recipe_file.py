@@ -12,10 +12,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from paco_ds.errors import RecipeError
+from paco_ds.files import is_url
 from paco_ds.recipe import Recipe
 from paco_ds.view_settings import TrainView
 
-PATH_KEYS = ("data.shards", "engine.deepspeed")
+PATH_KEYS = ("data.shards", "data.cache.directory", "engine.deepspeed")
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -78,10 +79,10 @@ def _get(tree: Any, key: str) -> Any:
 
 
 def _anchor_path(tree: dict[str, Any], key: str, base: Path) -> None:
-    section, name = key.split(".")
+    section, _, name = key.rpartition(".")
     value = _get(tree, key)
-    if isinstance(value, str) and "://" not in value:
-        tree[section][name] = str((base / value).resolve())
+    if isinstance(value, str) and not is_url(value):
+        _get(tree, section)[name] = str((base / value).resolve())
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> str:

@@ -18,7 +18,8 @@ KINDS = ("flip", "flip many", "zero a block", "cut", "grow", "remove", "swap", "
 def mutate(directory: Path, rng: np.random.Generator) -> str:
     """Damage one file of the training split; returns what was done."""
     kind = str(rng.choice(KINDS))
-    path = Path(rng.choice(sorted(directory.glob("train-*"))))
+    # not the .tar.idx: only other readers use those
+    path = Path(rng.choice(sorted(p for p in directory.glob("train-*") if p.suffix != ".idx")))
     data = bytearray(path.read_bytes())
     if kind in ("flip", "flip many"):
         for _ in range(1 if kind == "flip" else int(rng.integers(2, 50))):

@@ -49,6 +49,7 @@ setup(
             "hypothesis>=6.100,<7",
             "s3fs>=2025.3",
             "moto[server]>=5.1,<6",
+            "scipy>=1.11,<2",
             "timm>=1.0.15,<2",
             "fonttools>=4.50,<5",
         ],

@@ -243,7 +243,8 @@ class Recipe(Section):
         for part in path:
             section = getattr(section, part)
         field = type(section).model_fields[name]
-        return None if field.is_required() else field.get_default(call_default_factory=True)
+        value = None if field.is_required() else field.get_default(call_default_factory=True)
+        return list(value) if isinstance(value, tuple) else value
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

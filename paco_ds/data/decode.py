@@ -1,7 +1,8 @@
 """Owns the step from an image file's bytes to pixels, whatever the file: uint8 RGB as a viewer shows it, or a reason.
 
-JPEG is decoded by libjpeg-turbo, at 1/2, 1/4 or 1/8 of its side where the caller needs no more; PNG by OpenCV; all
-else, and every file that these two refuse, by PIL, with a fixed list of formats. Orientation by EXIF is applied.
+JPEG is decoded by libjpeg-turbo, at 1/2, 1/4 or 1/8 of its side where the caller needs no more; a whole PNG by
+OpenCV; all else, and every file that these two refuse, by PIL, with a fixed list of formats. Nothing is printed.
+EXIF's orientation is applied, which the published code does not do: images stand as a viewer shows them.
 Transparency is dropped, as PIL's convert("RGB") does; 16 bits keep their upper 8.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import io
 import struct
 import warnings
+import zlib
 from collections.abc import Callable
 
 import cv2
@@ -24,6 +26,8 @@ Pixels = npt.NDArray[np.uint8]  # [height, width, 3], RGB
 
 # PIL has decoders that run other programs (EPS: Ghostscript); none of those here.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+_JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
+_SIGNATURES = (_JPEG, _PNG, b"RIFF", b"GIF8", b"BM")
 
 
 class EncodedImage:
@@ -52,9 +56,9 @@ def open_image(sample: RawSample, max_pixels: int) -> EncodedImage:
     if not data:
         raise BadSample("empty", sample.key, sample.shard)
     try:
-        if data.startswith(b"\xff\xd8"):
+        if data.startswith(_JPEG):
             return _open_jpeg(sample, max_pixels)
-        if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        if data.startswith(_PNG):
             return _open_png(sample, max_pixels)
     except (ValueError, struct.error, cv2.error):
         pass  # a header that these decoders do not like: PIL says whether it is one
@@ -87,12 +91,25 @@ def _open_jpeg(sample: RawSample, max_pixels: int) -> EncodedImage:
 
 
 def _open_png(sample: RawSample, max_pixels: int) -> EncodedImage:
-    width, height = struct.unpack(">II", sample.image[16:24])
+    data = sample.image
+    width, height = struct.unpack(">II", data[16:24])
     _check_pixels(height, width, sample, max_pixels)
-    image = cv2.imdecode(np.frombuffer(sample.image, np.uint8), cv2.IMREAD_COLOR_RGB)
+    # OpenCV writes what it dislikes to the terminal, and may give half an image
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB) if _is_whole_png(data) else None
     if image is None:
         return _open_other(sample, max_pixels)
     return EncodedImage(image.shape[0], image.shape[1], lambda reduction: image)
+
+
+def _is_whole_png(data: bytes) -> bool:
+    """Chunks follow each other to the end, each with the CRC-32 that it states."""
+    at, kind = 8, b""
+    while at + 12 <= len(data):
+        kind, end = data[at + 4 : at + 8], at + 8 + int.from_bytes(data[at : at + 4], "big")
+        if zlib.crc32(data[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+            return False
+        at = end + 4
+    return kind == b"IEND"
 
 
 def _open_other(sample: RawSample, max_pixels: int) -> EncodedImage:
@@ -106,7 +123,8 @@ def _open_other(sample: RawSample, max_pixels: int) -> EncodedImage:
     except BadSample:
         raise
     except UnidentifiedImageError:
-        raise BadSample("unknown_format", sample.key, sample.shard) from None
+        reason = "undecodable" if sample.image.startswith(_SIGNATURES) else "unknown_format"
+        raise BadSample(reason, sample.key, sample.shard) from None
     except Image.DecompressionBombError:
         raise BadSample("too_many_pixels", sample.key, sample.shard) from None
     except Exception as error:  # PIL's decoders answer damage with errors of any kind
@@ -144,8 +162,10 @@ def _orientation(data: bytes) -> int:
 def _orientation_of(segment: bytes) -> int:
     exif = Image.Exif()
     try:
-        exif.load(segment)
-        value = exif.get(ExifTags.Base.Orientation, 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exif.load(segment)
+            value = exif.get(ExifTags.Base.Orientation, 1)
     except Exception:  # PIL's reader answers damage with errors of any kind
         return 1
     return value if value in range(1, 9) else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -19,8 +20,12 @@ from paco_ds.data.load import Part
 from paco_ds.errors import UserError
 
 
-def start_loading(pipeline: wds.DataPipeline, workers: int) -> Iterator[Part]:
-    """Start the loader's processes, now, and iterate over what they make; a user's error arrives as it was raised."""
+def start_loading(pipeline: wds.DataPipeline, workers: int, ahead: int = 2) -> Iterator[Part]:
+    """Start the loader's processes, now, and iterate over what they make; a user's error arrives as it was raised.
+
+    Args:
+        ahead: parts that each process makes before they are asked for.
+    """
     if workers:
         # fork would copy a process that already runs threads; a fork server has none
         context = multiprocessing.get_context("forkserver")
@@ -29,8 +34,9 @@ def start_loading(pipeline: wds.DataPipeline, workers: int) -> Iterator[Part]:
         wds.DataPipeline(pipeline, _errors_as_values),
         batch_size=None,
         num_workers=workers,
+        prefetch_factor=ahead if workers else None,
         multiprocessing_context=context if workers else None,
-        worker_init_fn=_begin_worker,
+        worker_init_fn=functools.partial(_begin_worker, environment=dict(os.environ)),
     )
     with _signals_blocked():
         parts = iter(loader)
@@ -65,12 +71,14 @@ def _signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _begin_worker(worker: int) -> None:
-    """One thread for the images, and one that ends this process when its rank is gone, however that went.
+def _begin_worker(worker: int, environment: dict[str, str]) -> None:
+    """The rank's environment, where storage finds its keys: the fork server's may be older. One thread for the images,
+    and one that ends this process when its rank is gone, however that went.
 
     torch's loader looks for another parent instead, but the fork server stays: it waits for its workers. Workers
     left over hold on to the rank's output, and so ssh and the launcher of other hosts wait for them.
     """
+    os.environ.update(environment)
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_the_rank, daemon=True).start()

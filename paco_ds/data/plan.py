@@ -147,6 +147,11 @@ def held_bytes(bytes_a_sample: float, layout: MicroBatchLayout, window: int) -> 
     return math.ceil(lanes * (window + steps_ahead(window)) * bytes_a_sample)
 
 
+def micro_batches_ahead(layout: MicroBatchLayout) -> int:
+    """Micro-batches of a rank that its loader processes make before they are asked for: a step's, and one more."""
+    return layout.accumulation + 1
+
+
 def steps_ahead(window: int) -> int:
     """So many steps before a window ends, the next windows of all lanes have been asked for."""
     return max(1, min(AHEAD, window // 2))

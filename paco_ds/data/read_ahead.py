@@ -40,15 +40,17 @@ class TrainingSamples(IterableDataset):
             window = next(windows, None)
             now = [self._fetch(pool, window, row) for row in range(len(lanes))] if window else []
             while window is not None:
-                following = next(windows, None)
+                # in a thread, since a sampler lays out a new epoch here
+                following = pool.submit(next, windows, None)
                 later: list[Future[_Held]] = []
                 for step in range(window.start, window.start + window.steps):
-                    due = self._due(window, step, len(lanes)) if following is not None else 0
-                    later += [self._fetch(pool, following, row) for row in range(len(later), due)]  # type: ignore[arg-type]
+                    due = self._due(window, step, len(lanes))
+                    if (following.done() or due == len(lanes)) and (coming := following.result()) is not None:
+                        later += [self._fetch(pool, coming, row) for row in range(len(later), due)]
                     for row, lane in enumerate(lanes):
                         planned = self.plan.planned(window, step, lane, row)
                         yield planned, now[row].result().take(planned.sample_id)
-                window, now = following, later
+                window, now = following.result(), later
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

@@ -21,6 +21,7 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from paco_ds.randomness import Stream, generator, permutation
 from paco_ds.recipe import Sampler
@@ -29,9 +30,20 @@ _GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, cover 0..1 evenly how
 
 
 class Labels(Protocol):
-    """Where labels come from; asked for when the first epoch is laid out."""
+    """Where labels come from."""
 
     def labels(self) -> npt.NDArray[np.int32]: ...
+
+
+class SharedLabels:
+    """Labels by id, int32, in memory that a rank shares with its loader processes: read once, held once."""
+
+    def __init__(self, labels: npt.NDArray[np.int32]) -> None:
+        self._tensor = torch.tensor(labels, dtype=torch.int32).share_memory_()
+
+    def labels(self) -> npt.NDArray[np.int32]:
+        """Labels by id, int32 [samples]."""
+        return self._tensor.numpy()
 
 
 def class_shares(sampler: Sampler, class_counts: npt.ArrayLike, epoch: int, epochs: int) -> npt.NDArray[np.float64]:
@@ -59,11 +71,11 @@ def places_of_classes(shares: npt.NDArray[np.float64], places: int, draw: float)
 
 
 class ClassSampler:
-    """Lays out the epochs of one sampler. Every process makes its own from the labels, 12 bytes an image.
+    """Lays out the epochs of one sampler. Every process makes its own from the labels: 8 bytes an image.
 
     Args:
         counts: samples of each shard.
-        labels: asked once, when needed; it may travel to other processes with the sampler.
+        labels: travel to other processes with the sampler; what is made of them does not.
     """
 
     def __init__(

@@ -28,9 +28,10 @@ _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds between tries
 _MIB = 2**20
 _LISTING = 60  # times the time of a request, for one that lists a million files
 _PIECE = 16 * _MIB  # of a whole file, so that a cut connection costs no more than this
-_EXECUTING = ("pipe", "cmd", "shell", "exec")
-# Answers that another try does not change.
+_EXECUTING = ("pipe", "cmd", "shell", "exec", "reference")  # a reference file is a template that is run
+# Answers that another try does not change; the last are botocore's, which is not installed for everybody.
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError, ImportError)
+_FINAL_NAMES = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "NoRegionError")
 
 
 class MissingFile(DataError):  # noqa: N818 (the state of a file, which some callers expect)
@@ -246,6 +247,8 @@ class Storage:
                 raise DataError(f"cannot {what}: {_reason(error)}") from error
             except Exception as error:  # each service raises its own
                 last = _reason(error)
+                if type(error).__name__ in _FINAL_NAMES:
+                    raise DataError(f"cannot {what}: {last}; set the service's keys in the environment") from error
         seconds = time.monotonic() - began
         raise DataError(
             f"cannot {what}: {self.settings.tries} tries in {seconds:.0f} s, the last: {last}. Check that the service "
@@ -271,7 +274,7 @@ class Storage:
             return
         if scheme in _EXECUTING:
             raise DataError(
-                f"{self.url} would run a command. Give a path or a URL of a storage service"
+                f"{self.url} would execute what it names. Give a path or a URL of a storage service"
                 + ("; or, where you wrote the command yourself, set data.allow_pipe_urls" if scheme == "pipe" else "")
             )
         refuse_unknown_service(self.url, scheme)

@@ -19,9 +19,9 @@ from torch import Tensor
 from paco_ds.data.load import Load, Part, Replaced, Together, collate
 from paco_ds.data.loader_processes import start_loading
 from paco_ds.data.manifest import Manifest
-from paco_ds.data.plan import EvaluationPlan, TrainingPlan, shards_at_once
+from paco_ds.data.plan import EvaluationPlan, TrainingPlan, micro_batches_ahead, shards_at_once
 from paco_ds.data.read_ahead import EvaluationSamples, TrainingSamples
-from paco_ds.data.sampler import ClassSampler
+from paco_ds.data.sampler import ClassSampler, SharedLabels
 from paco_ds.data.shard import ShardReader
 from paco_ds.data.views import MakeViews, make_view
 from paco_ds.distributed import MicroBatchLayout, local_world_size
@@ -77,14 +77,16 @@ class TrainingStream:
         split = manifest.split(recipe.data.train_split)
         reader = ShardReader(manifest.storage, split)
         refuse_small_cache(recipe, manifest, layout, local_world_size())
-        sampler = ClassSampler(
-            recipe.data.sampler,
-            reader.counts,
-            reader,
-            split.class_counts,
-            seed=recipe.seed,
-            epochs=recipe.schedule.epochs,
-        )
+        sampler = None
+        if recipe.data.sampler != "instance_balanced":
+            sampler = ClassSampler(
+                recipe.data.sampler,
+                reader.counts,
+                SharedLabels(reader.labels()),
+                split.class_counts,
+                seed=recipe.seed,
+                epochs=recipe.schedule.epochs,
+            )
         self.plan = TrainingPlan(
             reader.counts,
             layout,
@@ -92,7 +94,7 @@ class TrainingStream:
             window=recipe.data.window,
             start=start,
             epochs=recipe.schedule.epochs,
-            sampler=None if recipe.data.sampler == "instance_balanced" else sampler,
+            sampler=sampler,
         )
         kinds = (recipe.views.query, recipe.views.key) if recipe.loss.contrast else (recipe.views.query,)
         make_views = MakeViews(tuple(map(make_view, kinds)), recipe.data.max_pixels)
@@ -103,7 +105,8 @@ class TrainingStream:
         )
         workers = min(recipe.data.workers, layout.micro_batch)  # each makes at least one image of a micro-batch
         self._accumulation, self._parts_of_each = layout.accumulation, max(workers, 1)
-        self._parts = start_loading(pipeline, workers)
+        # all of the next step is made while the one under way is computed
+        self._parts = start_loading(pipeline, workers, ahead=micro_batches_ahead(layout))
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         return self
@@ -122,9 +125,11 @@ class TrainingStream:
 def refuse_small_cache(recipe: Recipe, manifest: Manifest, layout: MicroBatchLayout, ranks: int) -> None:
     """Raise RecipeError where data.cache would not hold the shards that the ranks of a host read from at one time.
 
-    Such a cache would fetch whole shards again and again, for a window each.
+    Such a cache would fetch whole shards again and again, for a window each. Without one only ranges can be read.
     """
     cache, split = recipe.data.cache, manifest.split(recipe.data.train_split)
+    if cache is None and manifest.storage.is_pipe:
+        raise RecipeError("a pipe: command gives whole shards, not ranges of them: set data.cache.directory and .bytes")
     if cache is None or manifest.storage.is_local:
         return
     counts = [shard.samples for shard in split.shards]

@@ -8,7 +8,7 @@ from typing import Any
 
 from paco_ds.data.manifest import Manifest, load_manifest
 from paco_ds.data.order import EpochOrder
-from paco_ds.data.plan import held_bytes, shards_at_once
+from paco_ds.data.plan import held_bytes, micro_batches_ahead, shards_at_once
 from paco_ds.data.storage import open_storage
 from paco_ds.distributed import MicroBatchLayout
 from paco_ds.engine import read_deepspeed_config
@@ -53,6 +53,7 @@ class Plan:
         window_bytes: of host memory, at most, for the windows that a rank's loading holds, its loader processes
             together; None where no shards are built.
         cache_bytes: that data.cache needs for each rank of a host, to hold the shards read from at one time; likewise.
+        ready_bytes: of shared host memory for micro-batches that loader processes make before they are asked for.
         verdict: "fits", "tight" (within the plan's margin of 15 %) or "does not fit", at the recipe's own stage; None
             where no GPU memory was given.
         remedies: settings that make it fit, the least change first.
@@ -71,6 +72,7 @@ class Plan:
     shards_per_rank: int | None
     window_bytes: int | None
     cache_bytes: int | None
+    ready_bytes: int
     legal_ranks: tuple[int, ...]
     images_per_second: float | None = None
     gpu_memory: int | None = None
@@ -155,6 +157,7 @@ def make_plan(
         shards_per_rank=_shards_per_rank(data, layout, order.steps),
         window_bytes=_window_bytes(data, layout, recipe.data.window),
         cache_bytes=_cache_bytes(data, layout, recipe.data.window),
+        ready_bytes=_ready_bytes(recipe, layout),
         legal_ranks=tuple(w for w in range(1, layout.micro_batches + 1) if layout.micro_batches % w == 0),
         images_per_second=images_per_second,
         gpu_memory=gpu_memory,
@@ -184,6 +187,13 @@ def _shards_per_rank(data: Data, layout: MicroBatchLayout, steps: int) -> int | 
 
 def _window_bytes(data: Data, layout: MicroBatchLayout, window: int) -> int | None:
     return held_bytes(sum(data.shard_bytes) / data.images, layout, window) if data.built else None
+
+
+def _ready_bytes(recipe: Recipe, layout: MicroBatchLayout) -> int:
+    if not recipe.data.workers:
+        return 0
+    image = (2 if recipe.loss.contrast else 1) * 3 * recipe.views.query.size**2
+    return micro_batches_ahead(layout) * layout.micro_batch * image
 
 
 def _cache_bytes(data: Data, layout: MicroBatchLayout, window: int) -> int | None:

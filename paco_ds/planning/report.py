@@ -55,6 +55,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "workers_per_rank": recipe.data.workers,
         "window_bytes": plan.window_bytes,
         "cache_bytes_per_rank": plan.cache_bytes,
+        "ready_bytes": plan.ready_bytes,
         "steps_per_epoch": plan.steps_per_epoch,
         "seconds_per_epoch": plan.seconds_per_epoch,
         "device": plan.device,
@@ -87,10 +88,7 @@ def _settings(plan: Plan) -> Table:
         if data.built
         else "known when shards are built",
         "workers a rank": str(recipe.data.workers) if recipe.data.workers else "none, the rank loads by itself",
-        "reading ahead": f"at most {format_bytes(plan.window_bytes)} of host memory a rank, whatever its workers: "
-        f"{layout.accumulation * layout.micro_batch} lanes x {recipe.data.window} images, and a few ahead"
-        if plan.window_bytes is not None
-        else "known when shards are built",
+        "reading ahead": _reading_ahead(plan),
         "epoch": f"{plan.steps_per_epoch} steps" + _times(plan),
     }
     if recipe.data.cache and plan.cache_bytes is not None:
@@ -101,6 +99,17 @@ def _settings(plan: Plan) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _reading_ahead(plan: Plan) -> str:
+    ready = f"{format_bytes(plan.ready_bytes)} of images made ahead"
+    if plan.window_bytes is None:
+        return f"{ready}; windows: known when shards are built"
+    lanes = plan.layout.accumulation * plan.layout.micro_batch
+    return (
+        f"at most {format_bytes(plan.window_bytes)} of host memory a rank, whatever its workers: {lanes} lanes x "
+        f"{plan.recipe.data.window} images and a few; {ready}"
+    )
 
 
 def _times(plan: Plan) -> str:

@@ -15,10 +15,13 @@ from paco_ds.data.cache import FileCache
 from paco_ds.data.manifest import Manifest, load_manifest, open_data
 from paco_ds.data.shard import BadSample, ShardReader, check_shard
 from paco_ds.data.storage import MissingFile, Storage
+from paco_ds.data.stream import TrainingStream
+from paco_ds.distributed import MicroBatchLayout
 from paco_ds.errors import DataError
 from paco_ds.recipe import StorageSettings
+from paco_ds.recipe_file import load_recipe
 from tests.data.s3 import BUCKET, Proxy, s3_server
-from tests.recipes import tiny_recipe
+from tests.recipes import tiny_recipe, write_tiny_recipe
 
 QUICK = StorageSettings(tries=3, timeout=2.0)
 
@@ -111,9 +114,10 @@ def test_a_storage_in_use_can_be_sent_to_a_process(storage: Storage) -> None:
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("pipe:cat /etc/passwd", r"would run a command.*data.allow_pipe_urls"),
-        ("PIPE:cat x", r"would run a command"),
-        ("cmd:cat x", r"would run a command"),
+        ("pipe:cat /etc/passwd", r"would execute.*data.allow_pipe_urls"),
+        ("PIPE:cat x", r"would execute"),
+        ("cmd:cat x", r"would execute"),
+        ("reference://x.json", r"would execute"),
         ("simplecache::s3://bucket/x", r"chains file systems"),
         ("s4://bucket/x", r"fsspec knows no 's4'; it knows .*s3"),
     ],
@@ -124,6 +128,18 @@ def test_urls_that_execute_or_that_nobody_knows_are_refused(url: str, message: s
         Storage(url)
     with pytest.raises(DataError, match=message):
         open_data(tiny_recipe(f"data.shards='{url}'"), ["train"])
+
+
+def test_urls_of_a_recipe_stay_and_its_paths_are_relative_to_it(tmp_path: Path) -> None:
+    """Of shards and of the cache, in the file and in overrides."""
+    cache = "data.cache={directory: cache, bytes: 10}"
+    recipe = write_tiny_recipe(tmp_path / "r.yaml", "data.shards=s3://bucket/x", cache)
+    assert recipe.data.shards == "s3://bucket/x"
+    assert recipe.data.cache.directory == str(tmp_path / "cache")
+    assert write_tiny_recipe(tmp_path / "r.yaml", "data.shards='pipe:cat {name}'").data.shards == "pipe:cat {name}"
+    changed = load_recipe(tmp_path / "r.yaml", ["data.shards=near", "data.cache={directory: /c, bytes: 10}"])
+    assert changed.data.shards == str(Path.cwd() / "near")
+    assert changed.data.cache.directory == "/c"
 
 
 def test_a_pipe_command_runs_only_where_it_is_allowed(tiny_shards: Manifest, tmp_path: Path) -> None:
@@ -168,6 +184,24 @@ def test_a_request_is_tried_again_with_longer_waits(in_memory: Storage, monkeypa
     fails[0] = 100
     with pytest.raises(DataError, match=r"memory://.*manifest.json: 9 tries .*reset by peer.*data.storage.tries"):
         patient.read("manifest.json")
+
+
+@pytest.mark.parametrize("name", ["PermissionError", "NoCredentialsError"])
+def test_refused_or_missing_keys_are_told_at_once(
+    in_memory: Storage, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Minutes of tries would not find them."""
+    error = PermissionError if name == "PermissionError" else type(name, (Exception,), {})
+    calls: list[object] = []
+
+    def cat_file(*args: object, **kwargs: object) -> bytes:
+        calls.append(args)
+        raise error("Unable to locate credentials")
+
+    monkeypatch.setattr(in_memory._connected().fs, "cat_file", cat_file)
+    with pytest.raises(DataError, match=rf"manifest.json: {name}: Unable to locate credentials"):
+        in_memory.read("manifest.json")
+    assert len(calls) == 1
 
 
 def test_a_file_system_that_never_answers_is_given_up(in_memory: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,6 +281,19 @@ def test_s3_shards_are_read_though_connections_fail_stall_and_are_cut(
         reader = ShardReader(manifest.storage, manifest.split("train"))
         assert [reader.read(i) for i in (0, 20, 46)] == expected, kind
         assert s3.trouble == 0, kind
+
+
+def test_loader_processes_read_from_s3_with_the_ranks_keys(s3: Proxy, tiny_shards: Manifest) -> None:
+    """Though the server that they are forked from may have been started before the keys were set."""
+    upload(tiny_shards.directory, Storage(f"s3://{BUCKET}/loaders", QUICK))
+    common = ("step.micro_batch=2", "step.micro_batches=4", "data.window=8", "schedule.epochs=1")
+    layout = MicroBatchLayout(2, 4, 0, 1)
+    local = [batch for step in TrainingStream(tiny_recipe(*common), tiny_shards, layout) for batch in step]
+    recipe = tiny_recipe(*common, f"data.shards=s3://{BUCKET}/loaders", "data.workers=2", "data.storage={tries: 3}")
+    stream = TrainingStream(recipe, open_data(recipe, ["train"]), layout)
+    found = [batch for step in stream for batch in step]
+    stream.close()
+    assert all((a.query == b.query).all() and (a.key == b.key).all() for a, b in zip(local, found, strict=True))
 
 
 def test_an_s3_that_stays_away_ends_with_its_url_and_what_was_tried(s3: Proxy) -> None:

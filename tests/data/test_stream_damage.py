@@ -202,6 +202,14 @@ def test_a_cache_that_does_not_hold_what_a_host_reads_is_refused_with_the_figure
         TrainingStream(recipe, manifest, MicroBatchLayout(2, 4, 0, 1))
 
 
+def test_a_pipe_command_without_a_cache_is_refused_before_training(tiny_shards: Manifest) -> None:
+    """It cannot give windows."""
+    url = f"pipe:cat {tiny_shards.directory}/{{name}}"
+    recipe = tiny_recipe(f"data.shards='{url}'", "data.allow_pipe_urls=true")
+    with pytest.raises(RecipeError, match=r"whole shards, not ranges.*data.cache.directory"):
+        TrainingStream(recipe, open_data(recipe, ["train"]), MicroBatchLayout(8, 4, 0, 1))
+
+
 def test_storage_that_goes_away_ends_the_stream_with_its_name(remote: Storage) -> None:
     """Not with a shorter epoch, and not with thousands of replaced samples."""
     recipe = tiny_recipe("step.micro_batch=2", "step.micro_batches=4", "data.window=4")

@@ -34,14 +34,18 @@ Record = Callable[[str, str, bool], None]
 @pytest.fixture
 def tiny(tmp_path: Path) -> Manifest:
     """47 training images in several shards."""
+    return _build(tmp_path, TINY_COUNTS, shard_bytes=20_000)
+
+
+def _build(tmp_path: Path, counts_of: dict[str, tuple[int, ...]], shard_bytes: int) -> Manifest:
     (tmp_path / "images").mkdir()
     rng = np.random.default_rng(0)
-    for split, counts in TINY_COUNTS.items():
+    for split, counts in counts_of.items():
         labels = np.repeat(np.arange(3, dtype=np.uint8), counts)
         write_idx(tmp_path / "images" / f"{split}-labels", labels)
         write_idx(tmp_path / "images" / f"{split}-images", rng.integers(0, 256, (len(labels), 8, 8), dtype=np.uint8))
     (tmp_path / "tiny.yaml").write_text(TINY_CARD)
-    options = BuildOptions(shard_bytes=20_000)
+    options = BuildOptions(shard_bytes=shard_bytes)
     return build_shards(load_card(tmp_path / "tiny.yaml"), tmp_path / "images", tmp_path / "shards", options)
 
 
@@ -76,7 +80,7 @@ def test_real_loader_processes_and_changes_of_ranks(striped_shards: Path, record
         return tiny_recipe(*common, f"data.workers={workers}")
 
     one = digests(recipe(0), manifest, 1)
-    for W, workers in ((1, 1), (1, 3), (1, 8), (2, 3), (4, 1), (4, 8), (12, 0)):
+    for W, workers in ((1, 3), (1, 8), (2, 3), (4, 1), (12, 0)):
         assert digests(recipe(workers), manifest, W) == one, (W, workers)
     found, step = {}, 0
     for W, workers, steps in ((1, 3, 1), (4, 0, 1), (2, 8, 2), (3, 1, None)):
@@ -86,9 +90,10 @@ def test_real_loader_processes_and_changes_of_ranks(striped_shards: Path, record
     record(f"batches of 1, 2, 4, 12 ranks with 0 to 8 loader processes, {sampler}", f"{len(one)} digests equal", True)
 
 
-def test_first_batch_of_437_513_samples(tiny: Manifest, tmp_path: Path, record: Record) -> None:
-    """28,000 small shards of as many samples as iNaturalist 2018 has; from the first step and from a far one."""
-    manifest = many_shards(tiny, tmp_path / "many", 437_513 * len(tiny.split("train").shards) // 47)
+def test_first_batch_of_437_400_samples(tmp_path: Path, record: Record) -> None:
+    """300 shards of as many samples as iNaturalist 2018 has; from the first step and from a far one."""
+    one = _build(tmp_path, {"train": (1000, 300, 158), "test": (4, 4, 4)}, shard_bytes=10**8)
+    manifest = many_shards(one, tmp_path / "many", 300)
     samples = manifest.split("train").samples
     common = ("step.micro_batch=32", "step.micro_batches=4", "data.window=64", "schedule.epochs=90")
     for start in (0, 200_000):
@@ -123,7 +128,8 @@ def test_order_of_fourteen_million(record: Record) -> None:
         seconds = time.perf_counter() - began
         record(f"order of 14,000,000 samples, 10,000 shards, G = {G}", f"{1000 * seconds:.1f} ms", seconds < 1)
         assert seconds < 1
-    of_class = np.maximum(10**7 / np.arange(20, 20_020) ** 1.2, 2).astype(int)
+    weights = 1 / np.arange(20, 20_020)
+    of_class = np.maximum(14_000_000 * weights / weights.sum(), 2).astype(int)
     of_class[0] += 14_000_000 - of_class.sum()
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(20_000, dtype=np.int32), of_class))
     sampler = ClassSampler("class_balanced", counts, _Labels(labels), tuple(of_class), seed=1, epochs=90)

@@ -41,7 +41,10 @@ from paco_ds.data.build import build_shards
 from paco_ds.data.build_plan import BuildOptions
 from paco_ds.data.card import folder_card
 from paco_ds.data.manifest import load_manifest
-from paco_ds.data.plan import held_bytes
+from paco_ds.data.plan import TrainingPlan, held_bytes
+from paco_ds.data.read_ahead import TrainingSamples
+from paco_ds.data.shard import ShardReader
+from paco_ds.data.storage import Storage
 from paco_ds.data.stream import TrainingStream
 from paco_ds.distributed import MicroBatchLayout
 from paco_ds.recipe import Recipe
@@ -143,6 +146,7 @@ def main() -> int:
         shards = Path(folder) / "shards"
         make_shards(Path(folder), arguments.images)
         bars = throughput(shards, arguments)
+        reading(shards)
         memory(shards, arguments.memory_workers)
     print_bars(bars, as_json=arguments.json)
     return 0 if all(bar.holds for bar in bars) else 1
@@ -193,6 +197,54 @@ def throughput(shards: Path, arguments: argparse.Namespace) -> list[Any]:
     )
     ratio = rate["ours"] / rate["rival"]
     return [at_least("stream, images/s", ratio, BAR, ours=rate["ours"], rival=rate["rival"], floor=rate["floor"])]
+
+
+class FarStorage(Storage):
+    """A local directory that answers like an object store: each request after LATENCY, its bytes at RATE."""
+
+    LATENCY, RATE = 0.03, 100e6  # seconds; bytes a second
+
+    def __init__(self, url: str | Path) -> None:
+        super().__init__(url)
+        self.is_local = False
+
+    def read(self, name: str, expected: int = 0) -> bytes:
+        time.sleep(self.LATENCY)
+        return (Path(self.url) / name).read_bytes()
+
+    def read_range(self, name: str, start: int, size: int) -> bytes:
+        time.sleep(self.LATENCY + size / self.RATE)
+        with (Path(self.url) / name).open("rb") as file:
+            file.seek(start)
+            return file.read(size)
+
+    def size(self, name: str) -> int:
+        time.sleep(self.LATENCY)
+        return (Path(self.url) / name).stat().st_size
+
+
+def reading(shards: Path, steps: int = 32) -> None:
+    """Stored samples a second of one loader process, nothing decoded: by windows ahead, and a request for each."""
+    split = load_manifest(shards).split("train")
+    counts = [shard.samples for shard in split.shards]
+    plan = TrainingPlan(counts, LAYOUT, seed=1, window=64, start=0, epochs=90)
+    lanes = list(LAYOUT.lanes(0))
+
+    def one_by_one(reader: ShardReader) -> Iterator[object]:
+        for window in plan.windows(lanes):
+            for sample_id in window.ids.T.ravel():
+                yield reader.read(int(sample_id))
+
+    rows = []
+    for name, storage in (("local", Storage(shards)), ("30 ms away, 100 MB/s a request", FarStorage(shards))):
+        for way, samples, count in (
+            ("windows ahead", TrainingSamples(plan, ShardReader(storage, split)), steps),
+            ("one by one", one_by_one(ShardReader(storage, split)), 2),
+        ):
+            began = time.perf_counter()
+            read = sum(1 for _ in itertools.islice(samples, count * LAYOUT.micro_batch))
+            rows.append([f"{name}, {way}", f"{read / (time.perf_counter() - began):.0f}"])
+    print_table("Reading alone, one loader process", ["", "samples/s"], rows)
 
 
 def memory(shards: Path, workers: list[int]) -> None:

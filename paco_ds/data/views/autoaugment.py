@@ -73,5 +73,10 @@ def draw_cifar10_policy(fill: Color, rng: np.random.Generator) -> tuple[Operatio
     for name, probability, magnitude in CIFAR10_POLICY[below(len(CIFAR10_POLICY), rng)]:
         if happens(probability, rng):
             sign = 1 if happens(0.5, rng) else -1
-            drawn.append(_OPERATIONS[name](magnitude / 9, sign, fill))
+            drawn.append(operation_of(name, magnitude, sign, fill))
     return tuple(drawn)
+
+
+def operation_of(name: str, magnitude: int, sign: int, fill: Color) -> Operation:
+    """An operation of the policy at a magnitude of 0 to 9; `sign` -1 or 1 is its direction where it has one."""
+    return _OPERATIONS[name](magnitude / 9, sign, fill)

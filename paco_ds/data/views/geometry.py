@@ -109,27 +109,26 @@ def _moved(view: Pixels, rows: tuple[tuple[float, ...], ...], interpolation: Int
 
 def _translated(view: Pixels, axis: int, pixels: float, interpolation: Interpolation, fill: Color) -> Pixels:
     """Pixel i along `axis` comes from i + pixels: the same mix of neighbours for all, a tenth of `_moved`'s work."""
-    whole = math.floor(pixels)
-    before, weights = _weights(pixels - whole, interpolation)
-    kernel = np.array([weights]) if axis == 1 else np.array([weights]).T
-    anchor = (before, 0) if axis == 1 else (0, before)
+    before, nearest = math.floor(pixels), math.floor(pixels + 0.5)
+    first, weights = _weights(pixels - before, interpolation)
+    kernel, anchor = np.array([weights]), (nearest - before - first, 0)
+    if axis == 0:
+        kernel, anchor = kernel.T, anchor[::-1]
     mixed = cv2.filter2D(view, -1, kernel, anchor=anchor, borderType=cv2.BORDER_REPLICATE)
     moved = np.full_like(view, fill)
     side = view.shape[axis]
-    start, end = max(-whole, 0), min(side - whole, side)  # of what the view still has; a shift may leave nothing
+    start, end = max(-nearest, 0), min(side - nearest, side)  # the rest comes from outside; that may be all
     if start < end:
-        to, origin = slice(start, end), slice(start + whole, end + whole)
-        moved[(slice(None), to) if axis == 1 else to] = mixed[(slice(None), origin) if axis == 1 else origin]
+        to, origin = slice(start, end), slice(start + nearest, end + nearest)
+        moved[(slice(None), to) if axis else to] = mixed[(slice(None), origin) if axis else origin]
     return moved
 
 
 def _weights(share: float, interpolation: Interpolation) -> tuple[int, tuple[float, ...]]:
-    """Of a point `share` of the way from a pixel to the next: how many pixels before that one count, and weights."""
+    """For a point `share` of the way from pixel 0 to pixel 1: the first pixel that counts, and the weights from it."""
     if interpolation is Interpolation.NEAREST:
         return 0, (1.0, 0.0) if share < 0.5 else (0.0, 1.0)
     if interpolation is Interpolation.BILINEAR:
         return 0, (1 - share, share)
-    # Keys' cubic with a = -0.5, as PIL's
-    inner = [1.5 * d**3 - 2.5 * d**2 + 1 for d in (share, 1 - share)]
-    outer = [-0.5 * d**3 + 2.5 * d**2 - 4 * d + 2 for d in (1 + share, 2 - share)]
-    return 1, (outer[0], inner[0], inner[1], outer[1])
+    d = share  # Keys' cubic with a = -1, PIL's for transformations
+    return -1, (-d + 2 * d**2 - d**3, 1 - 2 * d**2 + d**3, d + d**2 - d**3, d**3 - d**2)

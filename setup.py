@@ -28,6 +28,7 @@ setup(
         "pillow>=11,<14",
         "simplejpeg>=1.8,<2",
         "ijson>=3.3,<4",
+        "isal>=1.6,<2",
         "braceexpand>=0.1.7,<1",
         "pydantic>=2.11,<3",
         "pyyaml>=6,<7",

@@ -171,6 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="build_shards", description="Make webdataset shards with an index and a manifest; check them."
     )
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher gives it; RANK says more
     commands = parser.add_subparsers(required=True)
     build = commands.add_parser(
         "build",

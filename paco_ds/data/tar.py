@@ -8,11 +8,11 @@ from __future__ import annotations
 import hashlib
 import os
 import tarfile
-import zlib
 from collections.abc import Iterable
 from typing import BinaryIO
 
 import numpy as np
+from isal.isal_zlib import crc32  # zlib's, in a tenth of its time
 
 from paco_ds.data.shard import INDEX_DTYPE
 
@@ -74,7 +74,7 @@ class SampleTar:
             before, after = image_header, image_padding + about_header + about + about_padding
         else:
             before, after = about_header + about + about_padding + image_header, image_padding
-        crc = zlib.crc32(after, zlib.crc32(image, zlib.crc32(before)))
+        crc = crc32(after, crc32(image, crc32(before)))
         size = len(before) + len(image) + len(after)
         self._rows.append((self.bytes, size, len(before), len(image), label, crc))
         self._put((before, image, after), size)

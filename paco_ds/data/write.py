@@ -88,7 +88,8 @@ def write_shard(settings: WriteSettings, job: ShardJob, report: Report) -> Writt
     counts: dict[int, int] = {}
     bad: list[tuple[str, str, str]] = []
     progress = _Progress(report)
-    read = np.concatenate((np.zeros(1, np.int64), np.cumsum(samples.sizes)))
+    read = [0, *np.cumsum(samples.sizes).tolist()]
+    labels = samples.labels.tolist()
     with _full_disk_named(settings.output, job.name):
         try:
             with settings.output.write(f"{job.name}.tar") as file:
@@ -99,15 +100,15 @@ def write_shard(settings: WriteSettings, job: ShardJob, report: Report) -> Writt
                     except BadImage as error:
                         bad.append((error.reason, samples.names.text(row), error.detail))
                     else:
-                        label = int(samples.labels[row])
+                        label = labels[row]
                         about = {"label": label, "class": settings.classes[label], "source": samples.names.text(row)}
                         key = sample_key(job.split, job.first_key + row - len(bad))
                         tar.add(key, ending, image, _JSON.encode(about).encode(), label)
                         counts[label] = counts.get(label, 0) + 1
                     if row % _REPORT_EVERY == 0:
-                        progress(row + 1, int(read[row + 1]), len(bad))
+                        progress(row + 1, read[row + 1], len(bad))
                 tar.close()
-                progress(len(samples), int(read[-1]), len(bad))
+                progress(len(samples), read[-1], len(bad))
                 if not counts:
                     raise _NothingLeft
                 index = io.BytesIO()

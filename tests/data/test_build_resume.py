@@ -17,6 +17,7 @@ from paco_ds.data import build as build_module
 from paco_ds.data.build import build_shards, build_share
 from paco_ds.data.build_plan import BuildOptions
 from paco_ds.data.card import folder_card, load_card
+from paco_ds.data.command import main
 from paco_ds.data.manifest import Manifest, load_manifest
 from paco_ds.data.ranks import Rank, rank_of_environment
 from paco_ds.data.write import Written, write_shard
@@ -194,6 +195,13 @@ def test_rank_comes_from_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         rank_of_environment()
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert rank_of_environment() == Rank(2, 3)
+
+
+def test_argument_of_the_launcher_is_taken(tiny_card: Path, tiny_shards: Manifest, tmp_path: Path) -> None:
+    """DeepSpeed puts --local_rank before all others."""
+    command = ["build", str(tiny_card), "--output", str(tmp_path / "out"), "--shard-bytes", "20000", "--workers", "1"]
+    assert main(["--local_rank=0", *command]) == 0
+    assert contents(tmp_path / "out") == contents(tiny_shards.directory)
 
 
 def test_full_disk_is_said_and_leaves_nothing_half_written(tiny_card: Path, tmp_path: Path) -> None:

@@ -24,7 +24,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import webdataset as wds
 
 # The checkout need not be installed. This folder stays on the path, for the modules that benches share.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -90,6 +89,8 @@ def speed(work: Path, count: int, workers: int, repeats: int) -> list[Bar]:
     def tar() -> None:
         command = ["tar", "cf", str(outputs["tar"] / "all.tar"), "-C", str(root), "-T", str(work / "files")]
         subprocess.run(command, check=True)
+
+    import webdataset as wds  # here: the workers of ours, which import this file, have no use for it and its torch
 
     def writer() -> None:
         with wds.ShardWriter(str(outputs["writer"] / "train-%05d.tar"), maxsize=_SHARD_BYTES, verbose=0) as sink:

@@ -118,8 +118,8 @@ class Root:
             return
         start = str(self.path / folder)
         for parent, _, files in os.walk(start, followlinks=True):
-            inside = PurePosixPath(folder, os.path.relpath(parent, start))
-            yield from (str(inside / file) for file in files)
+            inside = str(PurePosixPath(folder, os.path.relpath(parent, start)))
+            yield from files if inside == "." else (f"{inside}/{file}" for file in files)
 
 
 class _Ranges(io.RawIOBase):

@@ -96,7 +96,7 @@ def measure_loading(recipe: Recipe, manifest: Manifest, seconds: float = 3.0) ->
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     try:
-        with ShardReader(manifest.directory, manifest.split(recipe.data.train_split)) as reader:
+        with ShardReader(manifest.storage, manifest.split(recipe.data.train_split)) as reader:
             order = permutation(len(reader), Stream.WINDOW, recipe.seed)
             made = 0
 

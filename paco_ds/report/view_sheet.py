@@ -29,7 +29,7 @@ def draw_view_sheet(recipe: Recipe, manifest: Manifest, path: Path, images: int 
     """
     rows: list[tuple[str, list[Pixels]]] = []
     bad: list[str] = []
-    with ShardReader(manifest.directory, manifest.split(recipe.data.train_split)) as reader:
+    with ShardReader(manifest.storage, manifest.split(recipe.data.train_split)) as reader:
         for sample_id in permutation(len(reader), Stream.WINDOW, recipe.seed):
             try:
                 rows.append(_row(recipe, manifest, reader, int(sample_id)))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
+from multiprocessing.process import BaseProcess
 
 import cv2
 import torch
@@ -17,7 +19,7 @@ import webdataset as wds
 from torch.utils.data import DataLoader
 
 from paco_ds.data.load import Part
-from paco_ds.errors import UserError
+from paco_ds.errors import TrainingError, UserError
 
 
 def start_loading(pipeline: wds.DataPipeline, workers: int, ahead: int = 2) -> Iterator[Part]:
@@ -40,7 +42,12 @@ def start_loading(pipeline: wds.DataPipeline, workers: int, ahead: int = 2) -> I
     )
     with _signals_blocked():
         parts = iter(loader)
-    return _raising(parts)
+    processes = list(getattr(parts, "_workers", ()))
+    # Python would end them at exit by SIGTERM, which they do not see, and wait for ever. What is registered last
+    # runs first.
+    end = functools.partial(_kill, processes)
+    atexit.register(end)
+    return _raising(parts, processes, end)
 
 
 def _errors_as_values(parts: Iterable[Part]) -> Iterator[Part | UserError]:
@@ -51,11 +58,31 @@ def _errors_as_values(parts: Iterable[Part]) -> Iterator[Part | UserError]:
         yield error
 
 
-def _raising(parts: Iterator[Part | UserError]) -> Iterator[Part]:
-    for part in parts:
-        if isinstance(part, UserError):
-            raise part
-        yield part
+def _raising(
+    parts: Iterator[Part | UserError], processes: list[BaseProcess], end: Callable[[], None]
+) -> Iterator[Part]:
+    try:
+        for part in parts:
+            if isinstance(part, UserError):
+                raise part
+            yield part
+    except (RuntimeError, OSError, EOFError) as error:
+        gone = [f"{process.pid} ({process.exitcode})" for process in processes if process.exitcode]
+        if not gone:
+            raise
+        raise TrainingError(
+            f"loader process {', '.join(gone)} (exit status) of this rank is gone. -9 is mostly the kernel's, out of "
+            f"memory: lower data.workers or data.window, or give the host more; then run the same command to go on"
+        ) from error
+    finally:
+        end()
+        atexit.unregister(end)
+
+
+def _kill(processes: list[BaseProcess]) -> None:
+    for process in processes:
+        if process.is_alive():
+            process.kill()
 
 
 @contextmanager

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make, check and extend shards, suggest settings for them: ``build_shards.py build``, ``check``, ``add``, ``suggest``."""
+"""Make, check and extend shards, suggest settings: ``build_shards.py build``, ``check``, ``add``, ``suggest``."""
 
 import sys
 from pathlib import Path

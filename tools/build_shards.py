@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make and check shards: ``build_shards.py build CARD --output DIR``, ``build_shards.py check DIR``."""
+"""Make, check and extend shards, suggest settings: ``build_shards.py build``, ``check``, ``add``, ``suggest``."""
 
 import sys
 from pathlib import Path

@@ -39,7 +39,7 @@ from paco_ds.data.storage import Storage
 _DIFFERENT = 500
 _SMALLEST, _LARGEST = 30_000, 130_000  # bytes
 _CLASSES = 100
-_SHARD_BYTES = 100 * 2**20  # ten shards or so, which two workers share evenly
+_SHARD_BYTES = 90 * 2**20  # twelve shards, which two workers share evenly
 
 
 def photographs(count: int) -> Iterator[bytes]:

@@ -62,6 +62,10 @@ bench: $(INSTALLED)
 	$(BIN)/python tools/bench/watching.py
 	$(BIN)/python tools/bench/scale.py
 	$(BIN)/python tools/bench/step.py
+	$(BIN)/python tools/bench/shards.py
+	$(BIN)/python tools/bench/stream.py
+	$(BIN)/python tools/bench/shuffle.py
+	$(BIN)/python tools/bench/views.py
 
 clean:
 	rm -rf .venv data runs

@@ -145,6 +145,11 @@ def environment_ranks() -> tuple[int, int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
 
 
+def local_world_size() -> int:
+    """Ranks of this job on this host, as a launcher set them (torchrun's name, or DeepSpeed's); 1 without one."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
 def join_job(threads: int | None, initialise: Callable[..., object] = dist.init_process_group) -> Ranks:
     """Join the job's process group: NCCL on CUDA, gloo on CPU, by the same code path. A job may have one rank.
 

@@ -17,6 +17,7 @@ class Stream(IntEnum):
     KEY_VIEW = 5
     SUBSTITUTE = 6
     KEY_GROUPS = 7
+    SAMPLER = 8
     MIXUP = 11
 
 

@@ -10,35 +10,27 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
-RUNNING = "running"
-
-
-def _no_bool(value: Any) -> Any:
-    """YAML's yes and true would pass for 1."""
-    if isinstance(value, bool):
-        raise ValueError("a number is expected here, not true or false")
-    return value
+from paco_ds.settings import RUNNING, Count, Fraction, Natural, NotNegative, Number, Positive, Section, running
+from paco_ds.view_settings import ViewSettings
 
 
-_Number = BeforeValidator(_no_bool)
-Fraction = Annotated[float, _Number, Field(ge=0, le=1)]
-Positive = Annotated[float, _Number, Field(gt=0)]
-NotNegative = Annotated[float, _Number, Field(ge=0)]
-Count = Annotated[int, _Number, Field(ge=1)]
-Natural = Annotated[int, _Number, Field(ge=0)]
+class StorageSettings(Section):
+    """Patience with remote storage. Keys and endpoints of a service come from its own environment, never from here."""
+
+    tries: Count = Field(8, description="of each request, with waits that double from half a second to 30 s")
+    timeout: Positive = Field(30.0, description="seconds of a try; a second more for each MiB that it moves")
 
 
-class Section(BaseModel):
-    """A frozen group of settings that refuses keys it does not know."""
+class CacheSettings(Section):
+    """Whole shards of remote storage, kept on a disk of this host and shared by its processes."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+    directory: str
+    bytes: Count = Field(description="the cache never grows beyond this")
 
 
-def running(default: Any, **kwargs: Any) -> Any:
-    """A field that may change between a run and its continuation."""
-    return Field(default, json_schema_extra={RUNNING: True}, **kwargs)
+Sampler = Literal["instance_balanced", "class_balanced", "square_root", "progressively_balanced"]
 
 
 class DataSettings(Section):
@@ -49,59 +41,14 @@ class DataSettings(Section):
     train_split: str = "train"
     window: Count = Field(64, description="samples of a lane that are permuted, and read, together")
     workers: Natural = running(0, description="loader processes of each rank; 0 loads in the rank itself")
+    sampler: Sampler = Field("instance_balanced", description="how often each image occurs in an epoch (Kang 2020)")
     max_bad_share: Fraction = running(0.001, description="share of an epoch's samples that may be unreadable")
-
-
-class SmallView(Section):
-    """Small images: random zoom and shift, horizontal flip, one erased square (Cutout, DeVries 2017)."""
-
-    name: Literal["small"] = "small"
-    size: Count = Field(description="pixels of a side")
-    zoom: tuple[Positive, Positive] = (0.8, 1.2)
-    shift: Natural = Field(3, description="pixels")
-    flip: Fraction = 0.5
-    cutout: Natural = Field(8, description="pixels of a side of the erased square; 0 erases none")
-
-
-class RegularView(Section):
-    """The published `regular` view: RandomResizedCrop, horizontal flip, color jitter."""
-
-    name: Literal["regular"] = "regular"
-    size: Count = 224
-    area: tuple[Positive, Positive] = (0.08, 1.0)
-    flip: Fraction = 0.5
-    jitter: Fraction = Field(0.4, description="strength of brightness, contrast and saturation")
-
-
-class EvalView(Section):
-    """Shorter side to `resize`, then the center `size` x `size` pixels."""
-
-    name: Literal["eval"] = "eval"
-    size: Count = 224
-    resize: Count = 256
-
-    @model_validator(mode="after")
-    def _crop_fits(self) -> Self:
-        if self.resize < self.size:
-            raise ValueError(f"resize {self.resize} is smaller than the crop size {self.size}; raise resize")
-        return self
-
-
-TrainView = Annotated[SmallView | RegularView, Field(discriminator="name")]
-
-
-class ViewSettings(Section):
-    """Random views of a training image for the query and the key encoder, and the fixed one of evaluation."""
-
-    query: TrainView
-    key: TrainView
-    evaluation: EvalView = EvalView()
-
-    @model_validator(mode="after")
-    def _sizes_agree(self) -> Self:
-        if self.query.size != self.key.size:
-            raise ValueError(f"query.size {self.query.size} and key.size {self.key.size} differ; set them equal")
-        return self
+    storage: StorageSettings = running(StorageSettings())
+    cache: CacheSettings | None = running(None, description="of whole remote shards; null: only ranges are read")
+    allow_pipe_urls: bool = running(False, description="let data.shards be a `pipe:` command, which is then run")
+    max_pixels: Annotated[int, Number, Field(ge=1, le=178_956_970)] = Field(
+        89_478_485, description="an image of more is a bad sample, by its header; PIL warns here, and fails at twice"
+    )
 
 
 class ModelSettings(Section):
@@ -511,7 +458,8 @@ class Recipe(Section):
         for part in path:
             section = getattr(section, part)
         field = type(section).model_fields[name]
-        return None if field.is_required() else field.get_default(call_default_factory=True)
+        value = None if field.is_required() else field.get_default(call_default_factory=True)
+        return list(value) if isinstance(value, tuple) else value
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

@@ -12,9 +12,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from paco_ds.errors import RecipeError
-from paco_ds.recipe import Recipe, RegularView, SmallView
+from paco_ds.files import is_url
+from paco_ds.recipe import Recipe
+from paco_ds.view_settings import TrainView
 
-PATH_KEYS = ("data.shards", "engine.deepspeed", "model.start_from")
+PATH_KEYS = ("data.shards", "data.cache.directory", "engine.deepspeed", "model.start_from")
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -101,10 +103,10 @@ def _get(tree: Any, key: str) -> Any:
 
 
 def _anchor_path(tree: dict[str, Any], key: str, base: Path) -> None:
-    section, name = key.split(".")
+    section, _, name = key.rpartition(".")
     value = _get(tree, key)
-    if isinstance(value, str) and "://" not in value and not value.startswith("torchvision:"):
-        tree[section][name] = str((base / value).resolve())
+    if isinstance(value, str) and not is_url(value) and not value.startswith("torchvision:"):
+        _get(tree, section)[name] = str((base / value).resolve())
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> str:
@@ -133,23 +135,38 @@ def _explain(detail: Any, place: str, origin: dict[str, str]) -> str:
         names.append(str(part))
         model = _section_of(model, str(part)) or model
     key = ".".join(names)
-    where = origin.get(key) or next((o for k, o in origin.items() if k.startswith(key + ".")), place)
+    where = _origin(key, origin) or place
     if detail["type"] == "extra_forbidden":
         valid = list(model.model_fields)
         near = difflib.get_close_matches(names[-1], valid, n=1, cutoff=0.0)[0]
         prefix = ".".join([*names[:-1], ""]).lstrip(".")
         return f"{where}: unknown key {key!r}; nearest valid name: {prefix + near!r} (valid: {', '.join(valid)})"
+    if detail["type"] == "missing" and names[-1].isdigit():
+        return f"{where}: {key.rpartition('.')[0]!r} has only {names[-1]} of its values; give the others"
     if detail["type"] == "missing":
         return f"{where}: {key!r} is missing; add it to the recipe or give --set {key}=..."
+    if detail["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        tag = detail.get("ctx", {}).get("tag")
+        wrong = f"unknown view {tag!r}" if tag else "its 'name' is missing"
+        near = f"; nearest valid name: {difflib.get_close_matches(tag, _VIEWS, n=1, cutoff=0.0)[0]!r}" if tag else ""
+        return f"{where}: {key!r}: {wrong}{near} (valid: {', '.join(_VIEWS)})"
     given = "" if isinstance(detail["input"], dict) else f" (given: {detail['input']!r})"
     return f"{where}: {key!r}: {detail['msg'].removeprefix('Value error, ')}{given}"
+
+
+def _origin(key: str, origin: dict[str, str]) -> str | None:
+    """The override that set a key, or a part of it, or a section around it."""
+    if key in origin:
+        return origin[key]
+    related = (o for k, o in origin.items() if k.startswith(key + ".") or key.startswith(k + "."))
+    return next(related, None)
 
 
 _WITHOUT = {
     "key_encoder": ", while it is none: both views then run through one encoder inside their micro-batch, so there "
     "are no groups of keys to shuffle and no momentum. Leave this out, or give the recipe a key_encoder section"
 }
-_VIEWS: dict[Any, type[BaseModel]] = {"small": SmallView, "regular": RegularView}
+_VIEWS: dict[str, type[BaseModel]] = {view.model_fields["name"].default: view for view in typing.get_args(TrainView)}
 
 
 def _section_of(model: type[BaseModel], name: str) -> type[BaseModel] | None:

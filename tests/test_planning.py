@@ -1,10 +1,12 @@
 """Plans of runs: sizes, what is counted on fake tensors, legal settings, verdicts, and what bad input is told."""
 
 import functools
+import io
 import json
 
 import pytest
 import torch
+from rich.console import Console
 
 from paco_ds.distributed import MicroBatchLayout
 from paco_ds.errors import DataError, RecipeError, UserError
@@ -12,7 +14,7 @@ from paco_ds.losses import make_loss
 from paco_ds.models.recogniser import make_recogniser
 from paco_ds.planning.memory import PARTS, plan_memory, zero_settings
 from paco_ds.planning.plan import find_data, judge, make_plan
-from paco_ds.planning.report import as_json, verdict_lines
+from paco_ds.planning.report import as_json, print_plan, verdict_lines
 from paco_ds.planning.sizes import format_bytes, parse_bytes
 from paco_ds.planning.trace import LiveBytes, trace_step
 from paco_ds.planning.traffic import plan_traffic
@@ -237,6 +239,12 @@ def test_shards_are_read_from_their_manifest(striped_shards, zero1):
     plan = make_plan(recipe, 4, data)
     assert 1 <= plan.shards_per_rank <= len(data.shards)
     assert plan.steps_per_epoch == 148 // 32
+    # 8 lanes, windows of 4 and 2 steps ahead; a cache holds all shards of so small a set
+    assert plan.window_bytes == pytest.approx(8 * (4 + 2) * sum(data.shard_bytes) / 148, abs=1)
+    assert 0 < plan.cache_bytes <= sum(data.shard_bytes)
+    printed = Console(file=io.StringIO(), width=160)
+    print_plan(plan, printed)
+    assert "of host memory a rank, whatever its workers: 8 lanes x 4 images" in printed.file.getvalue()
 
 
 def test_the_command_prints_tables_and_one_line_of_json(tmp_path, capsys, zero1):

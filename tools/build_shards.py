@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make and check shards: ``build_shards.py build CARD --output DIR``, ``build_shards.py check DIR``."""
+"""Make, check and extend shards, suggest settings: ``build_shards.py build``, ``check``, ``add``, ``suggest``."""
 
 import sys
 from pathlib import Path
@@ -7,6 +7,6 @@ from pathlib import Path
 if __name__ == "__main__":
     # The checkout need not be installed.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from paco_ds.data.build import main
+    from paco_ds.data.command import main
 
     sys.exit(main())

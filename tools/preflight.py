@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Say before a run what it will need: `tools/preflight.py --plan --recipe R --ranks N --gpu-memory 80GiB`."""
+"""Say before a run what it will need, and show its views: `tools/preflight.py --help`."""
 
 import sys
 from pathlib import Path

@@ -1,274 +1,329 @@
-"""Owns the building of shards from a card's images, and the commands ``build`` and ``check``."""
+"""Owns the building of shards: what is not there yet is written, by one process or several ranks; the manifest last."""
 
-import argparse
-import multiprocessing
+from __future__ import annotations
+
 import os
-import signal
-import sys
-import time
+import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
+from pydantic import ValidationError
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from paco_ds.data.card import Card, folder_card, load_card
-from paco_ds.data.manifest import MANIFEST_FILE, Manifest, Shard, Split, load_manifest
-from paco_ds.data.shard import ShardReader, check_shard
-from paco_ds.data.sources import Source, read_source
-from paco_ds.data.write import PARTIAL, ShardJob, plan_shards, whole_file, write_shard
+from paco_ds.data.build_plan import BuildOptions, BuildPlan, plan_build
+from paco_ds.data.card import Card
+from paco_ds.data.image_bytes import BadImage
+from paco_ds.data.manifest import MANIFEST_FILE, Manifest, Sha256, Shard, Split, StrictModel, load_manifest
+from paco_ds.data.progress import ShardProgress
+from paco_ds.data.ranks import PLAN_FILE, Rank
+from paco_ds.data.shard import sha256_stored
+from paco_ds.data.sources.source import some
+from paco_ds.data.storage import MissingFile, Storage, as_storage
+from paco_ds.data.tar import BLOCK
+from paco_ds.data.workers import Report, run_jobs, warm_up
+from paco_ds.data.write import ShardJob, WriteSettings, Written, write_shard
 from paco_ds.errors import DataError
+from paco_ds.files import PARTIAL
 
-SHARD_BYTES = 256 * 2**20
-Job = TypeVar("Job")
-Result = TypeVar("Result")
+STATE_FOLDER = ".build"  # what an unfinished build knows of itself
+BAD_IMAGES_FILE = "bad-images.txt"
+_SHOWN_BAD = 20
+_MOST_BAD = 1000  # after so many a build does not go on to find more
+_BESIDE = (".tar", ".index.npy", ".tar.idx")
 
 
 def build_shards(
     card: Card,
-    root: Path,
-    output: Path,
-    *,
-    seed: int = 0,
-    shard_bytes: int = SHARD_BYTES,
-    workers: int = 1,
-    overwrite: bool = False,
+    root: str | Path,
+    output: str | Path | Storage,
+    options: BuildOptions = BuildOptions(),  # noqa: B008 (frozen)
     console: Console | None = None,
 ) -> Manifest:
     """Build shards, indexes and, last, the manifest of every split of a card.
 
-    The same images, seed and shard size give the same bytes with any number of workers.
+    The same images, seed and shard size give the same bytes with any number of workers, also after a build that
+    was killed: shards that it finished are recognised by plan and digest, and not written again.
 
     Raises:
-        DataError: ``output`` has shards and ``overwrite`` is off, or the source is not as the card says.
+        DataError: ``output`` has shards and ``overwrite`` is off, the source is not as the card says, more images
+            than ``max_bad`` cannot be taken, or the disk is full.
     """
+    manifest = build_share(card, root, output, options, Rank(), console)
+    assert manifest is not None
+    return manifest
+
+
+def build_share(
+    card: Card,
+    root: str | Path,
+    output: str | Path | Storage,
+    options: BuildOptions,
+    rank: Rank,
+    console: Console | None = None,
+) -> Manifest | None:
+    """One rank's share of `build_shards`; the manifest from rank 0, None from the others when it stands."""
     console = console or Console(quiet=True)
-    _refuse_existing(output, overwrite)
-    source = read_source(card, root)
-    if source.ignored:
-        counts = ", ".join(f"{n} {ending}" for ending, n in sorted(source.ignored.items()))
-        console.print(f"left out, not images by their ending: {counts}", markup=False)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / MANIFEST_FILE).unlink(missing_ok=True)
-    jobs = []
-    for split, samples in source.splits.items():
-        first_id = 0
-        for number, part in enumerate(plan_shards(samples, split, seed, shard_bytes)):
-            name = f"{split}-{number:05d}"
-            jobs.append(ShardJob(output, name, split, first_id, tuple(part), source.classes))
-            first_id += len(part)
-    shards = _run(write_shard, jobs, [len(job.samples) for job in jobs], workers, "building", console)
-    manifest = Manifest(
-        name=card.name,
-        license=card.license,
-        source=card.homepage or card.source,
-        seed=seed,
-        classes=source.classes,
-        mean=card.mean,
-        std=card.std,
-        shots=card.shots,
-        splits={split: _describe(split, source, jobs, shards) for split in source.splits},
-    )
-    with whole_file(output / MANIFEST_FILE) as file:
-        file.write(manifest.model_dump_json(indent=1).encode() + b"\n")
-    _remove_stale(output, {shard.name for shard in shards})
-    return load_manifest(output)
+    output = as_storage(output)
+    state = output.inside(STATE_FOLDER)
+    with rank.alive(state):
+        if rank.number == 0:
+            _refuse_existing(output, state, options.overwrite)
+        if options.workers > 1:
+            warm_up(__name__)
+        console.print(f"listing {card.name} under {root}", markup=False, highlight=False)
+        plan = plan_build(card, root, output, options)
+        say_ignored(plan, console)
+        refuse_bad(output, plan.source.bad, options.max_bad, rank)
+        if rank.number == 0:
+            _refuse_existing(output, state, options.overwrite, plan.digest)
+            if card.resize is None and not options.overwrite:
+                _require_room(plan, output)
+            if options.overwrite:
+                output.remove(MANIFEST_FILE)
+
+        def manifest_of(written: list[Written]) -> Manifest:
+            described = describe(plan, written)
+            _require_training_images(plan, described)
+            return Manifest(
+                name=card.name,
+                license=card.license,
+                source=card.homepage or card.source,
+                seed=options.seed,
+                classes=plan.source.classes,
+                mean=card.mean,
+                std=card.std,
+                shots=card.shots,
+                listings=(plan.listing,),
+                splits=described,
+            )
+
+        manifest = write_plan(plan, output, options, rank, manifest_of, console)
+        if manifest is not None:
+            remove_stale(output, manifest)
+    remove_state(state)
+    return manifest
 
 
-def check_shards(manifest: Manifest, *, workers: int = 1, console: Console | None = None) -> list[str]:
-    """All damage of the shards of a manifest, a line each; an empty list if there is none."""
-    jobs = [
-        (manifest.directory, split, number) for split in manifest.splits.values() for number in range(len(split.shards))
-    ]
-    weights = [split.shards[number].samples for _, split, number in jobs]
-    found = _run(_check_job, jobs, weights, workers, "checking", console or Console(quiet=True))
-    problems = [line for lines in found for line in lines]
-    if not problems:
-        for split in manifest.splits.values():
-            counts = np.bincount(ShardReader(manifest.directory, split).labels(), minlength=len(manifest.classes))
-            if tuple(counts) != split.class_counts:
-                problems.append(f"split {split.name}: class_counts of the manifest are not those of the indexes")
-    return problems
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """``build`` and ``check``; 0 all well, 1 damage found, 2 something given is wrong, 130 interrupted."""
-    arguments = _parser().parse_args(argv)
-    console = Console()
-    try:
-        return arguments.command(arguments, console)
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; give the same command again", file=sys.stderr)
-        return 130
-
-
-def _build(arguments: argparse.Namespace, console: Console) -> int:
-    if (arguments.card is None) == (arguments.source is None):
-        raise DataError("give either a dataset CARD or --source folder with --root")
-    if arguments.card is None:
-        if arguments.root is None:
-            raise DataError("--source folder needs --root, the folder that holds the images")
-        card: Card = folder_card(arguments.root)
-        root = arguments.root
-    else:
-        card = load_card(arguments.card)
-        root = arguments.root or arguments.card.parent / card.root
-    started = time.perf_counter()
-    manifest = build_shards(
-        card,
-        root,
-        arguments.output,
-        seed=arguments.seed,
-        shard_bytes=arguments.shard_bytes,
-        workers=arguments.workers,
-        overwrite=arguments.overwrite,
-        console=console,
-    )
-    console.print(_summary(manifest, time.perf_counter() - started))
-    return 0
-
-
-def _check(arguments: argparse.Namespace, console: Console) -> int:
-    manifest = load_manifest(arguments.directory)
-    problems = check_shards(manifest, workers=arguments.workers, console=console)
-    for problem in problems:
-        print(problem)
-    if problems:
-        print(f"{arguments.directory}: {len(problems)} problems; copy the named files again, or rebuild")
-        return 1
-    samples = sum(split.samples for split in manifest.splits.values())
-    shards = sum(len(split.shards) for split in manifest.splits.values())
-    print(f"{arguments.directory}: all well, {samples} samples in {shards} shards")
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="build_shards", description="Make webdataset shards with an index and a manifest; check them."
-    )
-    commands = parser.add_subparsers(required=True)
-    build = commands.add_parser("build", help="images to shards, as a dataset card says")
-    build.add_argument("card", nargs="?", type=Path, help="YAML page in shards/; see shards/README.md")
-    build.add_argument("--output", required=True, type=Path, help="directory of the shards")
-    build.add_argument("--source", choices=["folder"], help="without a card: images in a folder per class")
-    build.add_argument("--root", type=Path, help="where the images are, if not where the card says")
-    build.add_argument("--seed", type=int, default=0, help="of the order inside the shards")
-    build.add_argument("--shard-bytes", type=_at_least_1, default=SHARD_BYTES, help="largest shard, in bytes")
-    build.add_argument("--overwrite", action="store_true", help="replace the shards in --output")
-    build.set_defaults(command=_build)
-    check = commands.add_parser("check", help="verify every byte of a directory of shards")
-    check.add_argument("directory", type=Path)
-    check.set_defaults(command=_check)
-    for command in (build, check):
-        command.add_argument("--workers", type=_at_least_1, default=len(os.sched_getaffinity(0)), help="processes")
-    return parser
-
-
-def _at_least_1(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
-    return number
-
-
-def _summary(manifest: Manifest, seconds: float) -> Table:
-    table = Table("split", "classes", "samples", "imbalance", "bytes", "shards", title=manifest.name)
-    for split in manifest.splits.values():
-        counts = split.class_counts
-        imbalance = f"{max(counts) / min(counts):.1f}" if min(counts) else "a class is empty"
-        numbers = (len(counts), split.samples, imbalance, f"{split.bytes:,}", len(split.shards))
-        table.add_row(split.name, *map(str, numbers))
-    table.caption = f"{seconds:.1f} s"
-    if "train" in manifest.splits:
-        shots = Counter(manifest.shots_of_classes())
-        table.caption = ", ".join(f"{shots[s]} {s}" for s in ("many", "medium", "few")) + f"; {table.caption}"
-    return table
-
-
-def _describe(split: str, source: Source, jobs: Sequence[ShardJob], shards: Sequence[Shard]) -> Split:
-    own = tuple(shard for job, shard in zip(jobs, shards, strict=True) if job.split == split)
-    counts = np.bincount([sample.label for sample in source.splits[split]], minlength=len(source.classes))
-    return Split(
-        name=split,
-        samples=int(counts.sum()),
-        class_counts=tuple(counts.tolist()),
-        bytes=sum(shard.bytes for shard in own),
-        shards=own,
-    )
-
-
-def _refuse_existing(output: Path, overwrite: bool) -> None:
-    if overwrite or not output.exists():
-        return
-    if (output / MANIFEST_FILE).exists():
-        raise DataError(f"{output} holds shards already; give another --output, or --overwrite to replace them")
-    foreign = [tar.name for tar in output.glob("*.tar") if not _index_of(tar).exists()]
-    if foreign:
-        raise DataError(f"{output} holds {foreign[0]}, which is not ours; give another --output")
-
-
-def _remove_stale(output: Path, names: set[str]) -> None:
-    """What earlier or interrupted builds left: tars that have an index beside them, and partial files."""
-    for tar in output.glob("*-*.tar"):
-        if tar.stem not in names and _index_of(tar).exists():
-            tar.unlink()
-            _index_of(tar).unlink()
-    for partial in output.glob(f".*{PARTIAL}"):
-        partial.unlink()
-
-
-def _index_of(tar: Path) -> Path:
-    return tar.with_name(f"{tar.stem}.index.npy")
-
-
-def _check_job(job: tuple[Path, Split, int]) -> list[str]:
-    return check_shard(*job)
-
-
-def _run(
-    function: Callable[[Job], Result],
-    jobs: Sequence[Job],
-    weights: Sequence[int],
-    workers: int,
-    title: str,
+def write_plan(
+    plan: BuildPlan,
+    output: Storage,
+    options: BuildOptions,
+    rank: Rank,
+    manifest_of: Callable[[list[Written]], Manifest],
     console: Console,
-) -> list[Result]:
-    """Results in the order of the jobs, from this process or a pool; the bar counts samples."""
-    columns = (
-        TextColumn(title),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("samples"),
-        TimeRemainingColumn(),
-    )
-    results: dict[int, Result] = {}
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(title, total=sum(weights))
-        for number, result in _results(function, jobs, min(workers, len(jobs))):
-            results[number] = result
-            progress.advance(task, weights[number])
-    return [results[number] for number in range(len(jobs))]
+) -> Manifest | None:
+    """Write a rank's shards of a plan; rank 0 then makes the manifest of all, in the order of the plan."""
+    state = output.inside(STATE_FOLDER)
+    rank.begin(state, plan.digest)
+    own: dict[str, Written] = {}
+    found = len(plan.source.bad)
+    settings = _Once(plan.settings, state, plan.digest)
+    images, size = plan.size(rank)
+    workers = max(1, min(options.workers, sum(map(rank.takes, range(len(plan.shards))))))
+    with ShardProgress(console, "building", images, size) as progress:
+        for written in run_jobs(_write_once, settings, plan.jobs(rank), workers, progress):
+            own[written.name] = written
+            found += len(written.bad)
+            if found > max(options.max_bad, _MOST_BAD):
+                break
+    manifest: Manifest | None = None
+
+    def conclude() -> None:
+        nonlocal manifest
+        names = [name for _, name, *_ in plan.shards]
+        with ThreadPoolExecutor(16) as pool:
+            written = list(pool.map(lambda name: own.get(name) or _recorded(state, name, plan.digest), names))
+        missing = [name for name, done in zip(names, written, strict=True) if done is None]
+        bad = [*plan.source.bad, *(BadImage(*b) for done in written if done for b in done.bad)]
+        refuse_bad(output, bad, options.max_bad, rank)
+        if missing:
+            raise DataError(f"shard {some(missing)} of {output.url} was not built: give the same command again")
+        made = manifest_of([done for done in written if done is not None])
+        with output.write(MANIFEST_FILE) as file:
+            file.write(made.model_dump_json(indent=1, exclude_none=True).encode() + b"\n")
+        manifest = load_manifest(output)
+        clear_state(state)
+
+    if found > max(options.max_bad, _MOST_BAD):
+        refuse_bad(output, [*plan.source.bad, *(BadImage(*b) for w in own.values() for b in w.bad)], 0, rank)
+    rank.finish(state, conclude)
+    console.print(progress.memory(), highlight=False)
+    return manifest
 
 
-def _results(function: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, Result]]:
-    if workers == 1:
-        yield from ((number, function(job)) for number, job in enumerate(jobs))
+@dataclass(frozen=True)
+class _Once:
+    settings: WriteSettings
+    state: Storage
+    plan: str
+
+
+class _Record(StrictModel):
+    """What a finished shard says of itself beside the others, until the manifest does."""
+
+    plan: Sha256
+    written: Written
+
+
+def _write_once(once: _Once, job: ShardJob, report: Report) -> Written:
+    """Write a shard and its record, unless both are there and the bytes are those of the record."""
+    done = _recorded(once.state, job.name, once.plan)
+    if done is not None and _stands(once.settings.output, done):
+        report(len(job.samples), int(job.samples.sizes.sum()), len(done.bad))
+        return done
+    written = write_shard(once.settings, job, report)
+    with once.state.write(f"{job.name}.json") as file:
+        file.write(_Record(plan=once.plan, written=written).model_dump_json().encode())
+    return written
+
+
+def _recorded(state: Storage, name: str, plan: str) -> Written | None:
+    """What a shard's record says, if it belongs to this plan."""
+    try:
+        record = _Record.model_validate_json(state.read(f"{name}.json"))
+    except (MissingFile, ValidationError):
+        return None
+    return record.written if record.plan == plan else None
+
+
+def _stands(output: Storage, written: Written) -> bool:
+    """Whether the files are there with the bytes of the record; a crash of the host may have lost some."""
+    shard = written.shard
+    if shard is None:
+        return True
+    try:
+        return (
+            output.size(shard.file) == shard.bytes
+            and output.size(shard.index_file) == shard.index_bytes
+            and output.exists(shard.energon_file)
+            and sha256_stored(output, shard.index_file, shard.index_bytes) == shard.index_sha256
+            and sha256_stored(output, shard.file, shard.bytes) == shard.sha256
+        )
+    except MissingFile:
+        return False
+
+
+def describe(plan: BuildPlan, written: list[Written], before: Mapping[str, int] | None = None) -> dict[str, Split]:
+    """The splits that were written, ids counted from `before`; DataError for one left without an image."""
+    classes = len(plan.source.classes)
+    splits = {}
+    for name in plan.source.splits:
+        done = [w for w, (split, *_) in zip(written, plan.shards, strict=True) if split == name]
+        counts = np.zeros(classes, np.int64)
+        shards: list[Shard] = []
+        first_id = samples = (before or {}).get(name, 0)
+        for shard_done in done:
+            for label, images in shard_done.counts.items():
+                counts[label] += images
+            if shard_done.shard is not None:
+                own = shard_done.shard.first_key == samples
+                shards.append(shard_done.shard.model_copy(update={"first_key": None}) if own else shard_done.shard)
+                samples += shard_done.shard.samples
+        if not shards:
+            raise DataError(f"split {name} has no image that can be taken")
+        splits[name] = Split(
+            name=name,
+            samples=samples - first_id,
+            class_counts=tuple(counts.tolist()),
+            bytes=sum(shard.bytes for shard in shards),
+            shards=tuple(shards),
+        )
+    return splits
+
+
+def _require_training_images(plan: BuildPlan, splits: Mapping[str, Split]) -> None:
+    counts = splits["train"].class_counts if "train" in splits else ()
+    empty = [plan.source.classes[label] for label, count in enumerate(counts) if not count]
+    if empty:
+        raise DataError(f"no training image of {some(empty)} can be taken: repair some, or take the class out")
+
+
+def say_ignored(plan: BuildPlan, console: Console) -> None:
+    """Say which files of folders are no images by their ending."""
+    if plan.source.ignored:
+        counts = ", ".join(f"{n} {ending}" for ending, n in sorted(plan.source.ignored.items()))
+        console.print(f"left out, not images by their ending: {counts}", markup=False)
+
+
+def refuse_bad(output: Storage, bad: Iterable[BadImage], max_bad: int, rank: Rank) -> None:
+    """Write the list of images that cannot be taken; DataError if there are more of them than may be left out."""
+    found = sorted(map(str, bad))
+    if rank.number == 0:
+        if found:
+            with output.write(BAD_IMAGES_FILE) as file:
+                file.write("".join(f"{line}\n" for line in found).encode())
+        elif output.exists(BAD_IMAGES_FILE):
+            output.remove(BAD_IMAGES_FILE)
+    if len(found) <= max_bad:
         return
-    context = multiprocessing.get_context("forkserver")
-    # An interrupt is this process's to answer: the others finish the shard they have.
-    ignore = (signal.SIGINT, signal.SIG_IGN)
-    with ProcessPoolExecutor(workers, context, signal.signal, ignore) as pool:
-        numbers = {pool.submit(function, job): number for number, job in enumerate(jobs)}
-        try:
-            for future in as_completed(numbers):
-                yield numbers[future], future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    reasons = Counter(image.reason for image in bad)
+    shown = "\n  ".join(found[:_SHOWN_BAD])
+    more = f"\n  and {len(found) - _SHOWN_BAD} more" if len(found) > _SHOWN_BAD else ""
+    raise DataError(
+        f"{len(found)} images cannot be taken ({', '.join(f'{n} {reason}' for reason, n in sorted(reasons.items()))}), "
+        f"at most {max_bad} may be left out:\n  {shown}{more}\n"
+        f"All stand in {output.place(BAD_IMAGES_FILE)}. Repair or unlist them, or allow so many with --max-bad"
+    )
+
+
+def clear_state(state: Storage) -> None:
+    """Remove what an unfinished build knew; its plan last, for which other ranks wait."""
+    names = state.sizes() or {}
+    for name in sorted(names, key=lambda name: name == PLAN_FILE):
+        state.remove(name)
+
+
+def remove_state(state: Storage) -> None:
+    """Remove the folder of the state once it is empty; another rank may still have its own file there."""
+    if state.is_local:
+        with suppress(OSError):
+            os.rmdir(state.local_directory)
+
+
+def _refuse_existing(output: Storage, state: Storage, overwrite: bool, plan: str | None = None) -> None:
+    """Before planning: is there a finished build that is not ours to go on with? With the plan: is it of this plan?"""
+    if overwrite:
+        return
+    files = output.sizes() or {}
+    if MANIFEST_FILE in files:
+        if state.exists(PLAN_FILE) and (plan is None or Rank().plan(state) == plan):
+            return  # killed after the manifest was written, before the rest was cleared
+        raise DataError(f"{output.url} holds shards already; give another --output, or --overwrite to replace them")
+    foreign = [tar for tar in files if tar.endswith(".tar") and f"{tar.removesuffix('.tar')}.index.npy" not in files]
+    if foreign:
+        raise DataError(f"{output.url} holds {foreign[0]}, which is not ours; give another --output")
+
+
+def _require_room(plan: BuildPlan, output: Storage) -> None:
+    """DataError if the disk cannot hold the shards that are not there yet."""
+    if not output.is_local:
+        return
+    place = output.local_directory
+    place.mkdir(parents=True, exist_ok=True)
+    files = output.sizes() or {}
+    images, size = plan.size(Rank())
+    missing = size + 3 * BLOCK * images - sum(files.get(f"{name}.tar", 0) for _, name, *_ in plan.shards)
+    free = shutil.disk_usage(place).free
+    if missing > free:
+        raise DataError(
+            f"the shards need {missing / 1e9:,.1f} GB more and {place} has {free / 1e9:,.1f} GB free: make room, or "
+            "give another --output"
+        )
+
+
+def remove_stale(output: Storage, manifest: Manifest) -> None:
+    """What earlier or interrupted builds left: shards that have an index beside them, and partial files."""
+    files = output.sizes() or {}
+    names = {shard.name for split in manifest.splits.values() for shard in split.shards}
+    for file in files:
+        stem = file.removesuffix(".tar")
+        if file.startswith(".") and file.endswith(PARTIAL):
+            output.remove(file)
+        elif file.endswith(".tar") and stem not in names and f"{stem}.index.npy" in files:
+            for ending in _BESIDE:
+                output.remove(f"{stem}{ending}")

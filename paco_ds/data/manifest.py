@@ -2,8 +2,10 @@
 
 import difflib
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from paco_ds.data.storage import MissingFile, Storage, as_storage, open_storage
 from paco_ds.errors import DataError
 from paco_ds.recipe import Recipe
 
@@ -55,6 +58,11 @@ def validation_message(error: ValidationError) -> str:
     return f"{place}: {reason}" if place else reason
 
 
+def sample_key(split_name: str, number: int) -> str:
+    """The key of a sample follows from its number, so that a damaged one can be named."""
+    return f"{split_name}-{number:08d}"
+
+
 SHOTS = ("many", "medium", "few")
 
 
@@ -86,6 +94,7 @@ class Shard(StrictModel):
     sha256: Sha256
     index_bytes: PositiveInt
     index_sha256: Sha256
+    first_key: NonNegativeInt | None = None  # number in the first sample's key, if that is not its id
 
     @property
     def file(self) -> str:
@@ -97,6 +106,11 @@ class Shard(StrictModel):
         """Name of the index beside the tar."""
         return f"{self.name}.index.npy"
 
+    @property
+    def energon_file(self) -> str:
+        """Name of the offsets beside the tar, as Megatron-Energon wants them."""
+        return f"{self.name}.tar.idx"
+
 
 class Split(StrictModel):
     """The samples of one split: ids 0 .. samples-1 run through its shards in this order."""
@@ -106,6 +120,10 @@ class Split(StrictModel):
     class_counts: tuple[NonNegativeInt, ...]
     bytes: PositiveInt
     shards: tuple[Shard, ...]
+
+    def starts(self) -> tuple[int, ...]:
+        """Id of the first sample of each shard."""
+        return tuple(itertools.accumulate((shard.samples for shard in self.shards[:-1]), initial=0))
 
     @model_validator(mode="after")
     def _sums_agree(self) -> "Split":
@@ -130,6 +148,8 @@ class Manifest(StrictModel):
 
     format: Literal["paco_ds shards"] = "paco_ds shards"
     version: Literal[1] = 1
+    revision: PositiveInt = 1  # grows with each `add`
+    listings: tuple[Sha256, ...] = ()  # digests of what was listed for the build and each `add`
     name: str
     license: str
     source: str
@@ -140,7 +160,7 @@ class Manifest(StrictModel):
     shots: Shots
     splits: dict[Name, Split] = Field(min_length=1)
 
-    _directory: Path = PrivateAttr()
+    _storage: Storage = PrivateAttr()
     _sha256: str = PrivateAttr()
 
     @model_validator(mode="after")
@@ -155,9 +175,14 @@ class Manifest(StrictModel):
         return self
 
     @property
+    def storage(self) -> Storage:
+        """Where it was loaded from, and its shards lie."""
+        return self._storage
+
+    @property
     def directory(self) -> Path:
-        """Where it was loaded from."""
-        return self._directory
+        """The local directory it was loaded from; DataError where that is remote."""
+        return self._storage.local_directory
 
     @property
     def sha256(self) -> str:
@@ -168,7 +193,7 @@ class Manifest(StrictModel):
         """The split of that name; DataError naming the ones there are."""
         if name not in self.splits:
             known = ", ".join(self.splits)
-            raise DataError(f"{self.directory} has no split {name!r}; its splits are: {known}")
+            raise DataError(f"{self.storage.url} has no split {name!r}; its splits are: {known}")
         return self.splits[name]
 
     def shots_of_classes(self, train_split: str = "train") -> tuple[str, ...]:
@@ -176,38 +201,54 @@ class Manifest(StrictModel):
         return tuple(self.shots.of(count) for count in self.split(train_split).class_counts)
 
     def check_files(self, split_name: str) -> None:
-        """Raise DataError unless every shard and index of the split is there in full size (stat only)."""
+        """Raise DataError unless every shard and index of the split is there in full size, by one listing.
+
+        Files that come out of a `pipe:` command have no size to be had; each is checked when it is read.
+        """
+        if self.storage.is_pipe:
+            return
+        stated: dict[str, int] = {}
         for shard in self.split(split_name).shards:
-            require_file(self.directory / shard.file, shard.bytes)
-            require_file(self.directory / shard.index_file, shard.index_bytes)
+            stated |= {shard.file: shard.bytes, shard.index_file: shard.index_bytes}
+        sizes = self.storage.sizes()
+        if sizes is None:
+            with ThreadPoolExecutor(16) as pool:
+                found = pool.map(lambda name: self.storage.size(name) if self.storage.exists(name) else None, stated)
+                sizes = {name: size for name, size in zip(stated, found, strict=True) if size is not None}
+        for name, size in stated.items():
+            require_size(self.storage, name, size, sizes.get(name))
 
 
-def require_file(path: Path, size: int) -> None:
-    """Raise DataError, with the remedy, unless ``path`` is a file of exactly ``size`` bytes."""
+def require_size(storage: Storage, name: str, stated: int, found: int | None) -> None:
+    """Raise DataError, with the remedy, unless a listed file has the bytes stated; `found` None: it is not there."""
     remedy = (
-        f"copy it again or rebuild it; `tools/build_shards.py check {path.parent}` lists all damage of the directory"
+        f"copy it again or rebuild it; `tools/build_shards.py check {storage.url}` lists all damage of the directory"
     )
-    if not path.is_file():
-        raise DataError(f"{path} is missing, but {MANIFEST_FILE} lists it: {remedy}")
-    found = path.stat().st_size
-    if found != size:
-        raise DataError(f"{path} has {found} bytes, {MANIFEST_FILE} says {size}: {remedy}")
+    if found is None:
+        raise DataError(f"{storage.place(name)} is missing, but {MANIFEST_FILE} lists it: {remedy}")
+    if found != stated:
+        raise DataError(f"{storage.place(name)} has {found} bytes, {MANIFEST_FILE} says {stated}: {remedy}")
 
 
-def load_manifest(directory: str | Path) -> Manifest:
-    """Read and verify ``directory``/manifest.json; no shard is opened.
+def load_manifest(directory: str | Path | Storage) -> Manifest:
+    """Read and verify ``directory``/manifest.json, a path, URL or storage; no shard is opened.
+
+    The place may also be that of a manifest itself, such as the `manifest-1.json` that `add` keeps.
 
     Raises:
         DataError: no directory, no manifest, not JSON, another format or version, or sums that do not agree.
     """
-    directory = Path(directory)
-    path = directory / MANIFEST_FILE
-    build = f"`tools/build_shards.py build CARD --output {directory}`"
-    if not directory.is_dir():
-        raise DataError(f"there is no shard directory {directory}; make it with {build}")
-    if not path.is_file():
-        raise DataError(f"{directory} has no {MANIFEST_FILE}: its build did not end; make it with {build}")
-    raw = path.read_bytes()
+    storage, file = as_storage(directory), MANIFEST_FILE
+    if storage.url.endswith(".json"):
+        storage, file = storage.parent()
+    path = storage.place(file)
+    build = f"`tools/build_shards.py build CARD --output {storage.url}`"
+    if storage.is_local and not storage.local_directory.is_dir():
+        raise DataError(f"there is no shard directory {storage.url}; make it with {build}")
+    try:
+        raw = storage.read(file)
+    except MissingFile as error:
+        raise DataError(f"{storage.url} has no {file}: its build did not end; make it with {build}") from error
     try:
         data = json.loads(raw)
     except ValueError as error:
@@ -226,7 +267,7 @@ def load_manifest(directory: str | Path) -> Manifest:
             f"{path} contradicts itself, was it edited by hand? {validation_message(error)}; "
             f"restore it or rebuild it with {build} --overwrite"
         ) from error
-    manifest._directory, manifest._sha256 = directory, hashlib.sha256(raw).hexdigest()
+    manifest._storage, manifest._sha256 = storage, hashlib.sha256(raw).hexdigest()
     return manifest
 
 
@@ -236,10 +277,10 @@ def open_data(recipe: Recipe, splits: Iterable[str]) -> Manifest:
     Raises:
         DataError: shards are missing, cut, or do not have the recipe's number of classes.
     """
-    manifest = load_manifest(recipe.data.shards)
+    manifest = load_manifest(open_storage(recipe.data))
     if recipe.data.classes is not None and recipe.data.classes != len(manifest.classes):
         raise DataError(
-            f"data.classes is {recipe.data.classes}, but {manifest.directory} has {len(manifest.classes)} classes: "
+            f"data.classes is {recipe.data.classes}, but {manifest.storage.url} has {len(manifest.classes)} classes: "
             f"point data.shards at other shards or set data.classes={len(manifest.classes)}"
         )
     for split in splits:

@@ -6,6 +6,9 @@ inside a lane, windows of consecutive ids are permuted. Step b takes id b of eve
 
 A window is one contiguous stretch of a shard (two where a shard ends), so it is also the unit of reading. Without
 the rotation a data set of one shard would leave out the same ids in every epoch.
+
+A sampler gives another line, of as many places, in which ids occur more or less often (`sampler`); the rest is the
+same, and so are the meanings of resuming and of other numbers of ranks.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from paco_ds.errors import RecipeError
 from paco_ds.randomness import Stream, generator, permutation
@@ -26,12 +30,22 @@ class EpochOrder:
         global_batch: G, the number of lanes.
         seed, epoch: what the order is a function of.
         window: ids of a lane that are permuted among themselves.
+        line: ids as a sampler lays them end to end, int [samples]; by default the shuffled shards.
 
     Raises:
         RecipeError: there are fewer samples than lanes.
     """
 
-    def __init__(self, counts: Sequence[int], global_batch: int, *, seed: int, epoch: int, window: int = 64) -> None:
+    def __init__(
+        self,
+        counts: Sequence[int],
+        global_batch: int,
+        *,
+        seed: int,
+        epoch: int,
+        window: int = 64,
+        line: npt.NDArray[np.integer] | None = None,
+    ) -> None:
         sizes = np.asarray(counts, dtype=np.int64)
         self.samples = int(sizes.sum())
         if self.samples < global_batch:
@@ -41,6 +55,7 @@ class EpochOrder:
             )
         self.seed, self.epoch, self.window = seed, epoch, window
         self.steps = self.samples // global_batch
+        self._line = line
         shuffled = permutation(len(sizes), Stream.SHARDS, seed, epoch)
         self._end = np.cumsum(sizes[shuffled])  # of each shard on the line
         self._first_id = (np.cumsum(sizes) - sizes)[shuffled]
@@ -64,6 +79,8 @@ class EpochOrder:
 
     def _ids(self, places: np.ndarray) -> np.ndarray:
         places = (places + self._rotation) % self.samples
+        if self._line is not None:
+            return self._line[places].astype(np.int64)
         shard = np.searchsorted(self._end, places, side="right")
         return self._first_id[shard] + places - self._first_place[shard]
 

@@ -5,13 +5,18 @@ Its index gives the stretch of bytes of each sample, so that any sample is one r
 stretch: webdataset by itself ends silently at a damaged header and does not see damaged data.
 """
 
+from __future__ import annotations
+
 import hashlib
 import io
 import json
 import os
 import tarfile
+import threading
 import zlib
 from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Self
@@ -19,7 +24,8 @@ from typing import BinaryIO, Self
 import numpy as np
 import numpy.typing as npt
 
-from paco_ds.data.manifest import Shard, Split, require_file
+from paco_ds.data.manifest import Shard, Split, require_size, sample_key
+from paco_ds.data.storage import MissingFile, Storage, as_storage
 from paco_ds.errors import DataError
 from paco_ds.files import sha256_file
 
@@ -41,6 +47,10 @@ INDEX_DTYPE = np.dtype(
 
 # Each reading process keeps its own; the usual limit of a process is 1024 open files.
 _MAX_OPEN_SHARDS = 128
+
+GAP = 256 * 1024  # bytes between two samples that cost less to read over than another request
+_CHECKED_TOGETHER = 256  # samples
+_PIECE = 16 * 2**20  # bytes
 
 
 class BadSample(Exception):  # noqa: N818 (an event of the stream, which replaces the sample; not an end)
@@ -64,9 +74,28 @@ class RawSample:
     image: bytes
 
 
-def sample_key(split_name: str, sample_id: int) -> str:
-    """The key of a sample follows from its id, so that a damaged one can be named."""
-    return f"{split_name}-{sample_id:08d}"
+@dataclass(frozen=True)
+class Stored:
+    """The bytes of a sample as they came from storage, not yet proven; `stretch` None where the disk refused them."""
+
+    sample_id: int
+    key: str
+    shard: str
+    row: np.void
+    stretch: bytes | None
+
+    def sample(self) -> RawSample:
+        """The sample, its bytes proven by CRC-32; BadSample ``crc_mismatch``, ``short_read`` or ``read_error``."""
+        row, key = self.row, self.key
+        if self.stretch is None:
+            raise BadSample("read_error", key, self.shard)
+        if len(self.stretch) != row["size"]:
+            raise BadSample("short_read", key, self.shard)
+        if zlib.crc32(self.stretch) != row["crc32"]:
+            raise BadSample("crc_mismatch", key, self.shard)
+        start = int(row["image_offset"])
+        image = self.stretch[start : start + int(row["image_size"])]
+        return RawSample(key, int(row["label"]), self.shard, image)
 
 
 def index_shard(path: str | Path) -> np.ndarray:
@@ -99,37 +128,61 @@ def index_shard(path: str | Path) -> np.ndarray:
     return index
 
 
-def load_index(directory: Path, shard: Shard) -> np.ndarray:
+def load_index(place: Storage | str | Path, shard: Shard) -> np.ndarray:
     """INDEX_DTYPE [samples] of a shard; DataError if the file is not the one that the manifest lists."""
-    path = directory / shard.index_file
-    require_file(path, shard.index_bytes)
-    raw = path.read_bytes()
+    storage = as_storage(place)
+    path = storage.place(shard.index_file)
+    try:
+        raw = storage.read(shard.index_file, shard.index_bytes)
+    except MissingFile:
+        require_size(storage, shard.index_file, shard.index_bytes, None)
+        raise
+    require_size(storage, shard.index_file, shard.index_bytes, len(raw))
     if hashlib.sha256(raw).hexdigest() != shard.index_sha256:
         raise DataError(f"{path} is damaged, its SHA-256 is not the manifest's: copy it again or rebuild it")
-    index = np.load(io.BytesIO(raw), allow_pickle=False)
+    try:
+        index = np.load(io.BytesIO(raw), allow_pickle=False)
+    except ValueError as error:
+        raise DataError(f"{path} is no index ({error}): rebuild the shards") from error
     if index.dtype != INDEX_DTYPE or index.shape != (shard.samples,):
         raise DataError(f"{path} is no index of {shard.samples} samples: rebuild the shards")
+    if not _within_shard(index, shard):
+        raise DataError(f"{path} names bytes that {shard.file} does not have: rebuild the shards")
     return index
+
+
+def _within_shard(index: np.ndarray, shard: Shard) -> bool:
+    """Whether stretches follow each other inside the tar, and images lie inside stretches."""
+    start, size = index["offset"].astype(np.int64), index["size"].astype(np.int64)
+    image_end = index["image_offset"].astype(np.int64) + index["image_size"]
+    return bool((start[1:] >= (start + size)[:-1]).all() and start[-1] + size[-1] <= shard.bytes) and bool(
+        (image_end <= size).all()
+    )
 
 
 class ShardReader:
     """Reads samples of one split by id, 0 .. samples-1 in the order of its shards.
 
-    Files are opened when first needed and stay open; pickling carries none of them, so a reader can be sent
-    to worker processes. Not for use by several threads at once.
+    Indexes are loaded and files opened when first needed, and only so many are kept; pickling carries none of them,
+    so a reader can be sent to worker processes. Usable by many threads.
+
+    Args:
+        place: the directory of the shards: a storage, path or URL.
+        keep: indexes kept in memory, those used last.
     """
 
-    def __init__(self, directory: str | Path, split: Split) -> None:
-        self.directory = Path(directory)
-        self.split = split
+    def __init__(self, place: Storage | str | Path, split: Split, *, keep: int = 256) -> None:
+        self.storage, self.split, self.keep = as_storage(place), split, keep
         self.counts: tuple[int, ...] = tuple(shard.samples for shard in split.shards)
         self._starts = np.cumsum((0, *self.counts))
-        self._indexes: dict[int, np.ndarray] = {}
-        self._files: OrderedDict[int, BinaryIO] = OrderedDict()
-        self._labels: npt.NDArray[np.int64] | None = None
+        self._indexes: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._files: OrderedDict[int, _File] = OrderedDict()
+        self._labels: npt.NDArray[np.int32] | None = None
+        self._lock = threading.Lock()  # of the two dictionaries
+        self._loading = [threading.Lock() for _ in range(16)]  # so that no two threads load one index
 
-    def __reduce__(self) -> tuple[type["ShardReader"], tuple[Path, Split]]:
-        return ShardReader, (self.directory, self.split)
+    def __reduce__(self) -> tuple[Callable[..., ShardReader], tuple[Storage, Split, int]]:
+        return _restore_reader, (self.storage, self.split, self.keep)
 
     def __len__(self) -> int:
         return self.split.samples
@@ -140,44 +193,48 @@ class ShardReader:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        self.close()
-
     def close(self) -> None:
         """Close the open shards; the next read opens them again."""
-        while self._files:
-            self._files.popitem()[1].close()
+        with self._lock:
+            self._files.clear()
 
     def read(self, sample_id: int) -> RawSample:
         """The sample of that id, its bytes proven by CRC-32.
 
         Raises:
             BadSample: ``crc_mismatch``, ``short_read`` or ``read_error``.
-            DataError: the shard or its index is missing, cut or not the manifest's.
+            DataError: the shard or its index is missing, cut or not the manifest's, or remote storage does not answer.
             IndexError: no such id.
         """
-        if not 0 <= sample_id < self.split.samples:
-            raise IndexError(f"split {self.split.name} has ids 0 to {self.split.samples - 1}, not {sample_id}")
-        number = int(np.searchsorted(self._starts, sample_id, side="right")) - 1
-        row = self._index(number)[sample_id - self._starts[number]]
-        key, shard = sample_key(self.split.name, sample_id), self.split.shards[number].file
-        size = int(row["size"])
-        try:
-            stretch = os.pread(self._file(number).fileno(), size, int(row["offset"]))
-        except OSError as error:
-            raise BadSample("read_error", key, shard) from error
-        if len(stretch) != size:
-            raise BadSample("short_read", key, shard)
-        if zlib.crc32(stretch) != row["crc32"]:
-            raise BadSample("crc_mismatch", key, shard)
-        start = int(row["image_offset"])
-        return RawSample(key, int(row["label"]), shard, stretch[start : start + int(row["image_size"])])
+        return next(self.read_window([sample_id])).sample()
 
-    def labels(self) -> npt.NDArray[np.int64]:
-        """Labels by id, int64 [samples]; reads every index once."""
+    def read_window(self, sample_ids: Sequence[int], gap: int = GAP) -> Iterator[Stored]:
+        """The stored bytes of ascending ids, in as few ranges as they lie in: one where they follow each other.
+
+        Bytes between two ids are read over where they are at most `gap`; no stretch crosses from a shard to the next.
+
+        Raises:
+            DataError, IndexError: as `read`. Damage of single samples shows in `Stored.sample`.
+        """
+        ids = np.asarray(sample_ids, dtype=np.int64)
+        for first_or_last in ids[[0, -1]] if len(ids) else ():
+            if not 0 <= first_or_last < self.split.samples:
+                raise IndexError(f"split {self.split.name} has ids 0 to {self.split.samples - 1}, not {first_or_last}")
+        shards = np.searchsorted(self._starts, ids, side="right") - 1
+        for number in np.unique(shards):
+            of_shard = ids[shards == number]
+            rows = self._index(int(number))[of_shard - self._starts[number]]
+            ends = (rows["offset"] + rows["size"]).astype(np.int64)
+            cuts = np.flatnonzero(rows["offset"][1:].astype(np.int64) - ends[:-1] > gap) + 1
+            for part_ids, part in zip(np.split(of_shard, cuts), np.split(rows, cuts), strict=True):
+                yield from self._read_stretch(int(number), part_ids, part)
+
+    def labels(self) -> npt.NDArray[np.int32]:
+        """Labels by id, int32 [samples]; reads every index once."""
         if self._labels is None:
-            parts = [self._index(number)["label"] for number in range(len(self.counts))]
-            self._labels = np.concatenate(parts).astype(np.int64)
+            with ThreadPoolExecutor(1 if self.storage.is_local else 16) as pool:
+                parts = list(pool.map(self._labels_of_shard, range(len(self.counts))))
+            self._labels = np.concatenate(parts)
             self._labels.flags.writeable = False
         return self._labels
 
@@ -189,36 +246,139 @@ class ShardReader:
         """Ids of the samples of one shard."""
         return range(int(self._starts[number]), int(self._starts[number + 1]))
 
+    def _labels_of_shard(self, number: int) -> npt.NDArray[np.int32]:
+        return self._load(number)["label"].astype(np.int32)
+
+    def _load(self, number: int) -> np.ndarray:
+        shard, classes = self.split.shards[number], len(self.split.class_counts)
+        index = load_index(self.storage, shard)
+        if index["label"].max() >= classes:
+            raise DataError(
+                f"{self.storage.place(shard.index_file)} has label {index['label'].max()}, but the manifest has only "
+                f"{classes} classes: was it edited by hand? Restore it, or rebuild the shards"
+            )
+        return index
+
+    def _read_stretch(self, number: int, ids: np.ndarray, rows: np.ndarray) -> Iterator[Stored]:
+        """One range read; where a local disk refuses it, sample by sample, so that only those it spoils are bad."""
+        shard, start = self.split.shards[number].file, int(rows["offset"][0])
+        end = int(rows["offset"][-1]) + int(rows["size"][-1])
+        try:
+            stretch = memoryview(self._read_bytes(number, start, end - start))
+        except OSError:
+            if len(ids) == 1:
+                yield Stored(int(ids[0]), self._key(number, int(ids[0])), shard, rows[0], None)
+                return
+            for i in range(len(ids)):
+                yield from self._read_stretch(number, ids[i : i + 1], rows[i : i + 1])
+            return
+        for sample_id, row in zip(ids, rows, strict=True):
+            first = int(row["offset"]) - start
+            # a copy, so that a window's memory is given back sample by sample
+            sample = bytes(stretch[first : first + int(row["size"])])
+            yield Stored(int(sample_id), self._key(number, int(sample_id)), shard, row, sample)
+
+    def _key(self, number: int, sample_id: int) -> str:
+        """What a sample is called in its shard: by its id, where no bad image was left out of the build."""
+        first = self.split.shards[number].first_key
+        return sample_key(
+            self.split.name, sample_id if first is None else first + sample_id - int(self._starts[number])
+        )
+
+    def _read_bytes(self, number: int, start: int, size: int) -> bytes:
+        if self.storage.is_local or self.storage.cache is not None:
+            file = self._file(number)  # held, so that it stays open
+            return os.pread(file.fileno, size, start)
+        self._file(number)
+        return self.storage.read_range(self.split.shards[number].file, start, size)
+
     def _index(self, number: int) -> np.ndarray:
-        if number not in self._indexes:
-            self._indexes[number] = load_index(self.directory, self.split.shards[number])
-        return self._indexes[number]
+        with self._loading[number % len(self._loading)]:
+            with self._lock:
+                if number in self._indexes:
+                    self._indexes.move_to_end(number)
+                    return self._indexes[number]
+            index = self._load(number)
+            with self._lock:
+                self._indexes[number] = index
+                while len(self._indexes) > self.keep:
+                    self._indexes.popitem(last=False)
+            return index
 
-    def _file(self, number: int) -> BinaryIO:
-        if number not in self._files:
-            shard = self.split.shards[number]
-            require_file(self.directory / shard.file, shard.bytes)
-            if len(self._files) >= _MAX_OPEN_SHARDS:
-                self._files.popitem(last=False)[1].close()
-            self._files[number] = open(self.directory / shard.file, "rb", buffering=0)  # noqa: SIM115
-        self._files.move_to_end(number)
-        return self._files[number]
+    def _file(self, number: int) -> _File:
+        """The shard, found to have the manifest's size."""
+        with self._loading[number % len(self._loading)]:
+            with self._lock:
+                if number in self._files:
+                    self._files.move_to_end(number)
+                    return self._files[number]
+            file = self._open(self.split.shards[number])
+            with self._lock:
+                self._files[number] = file
+                while len(self._files) > _MAX_OPEN_SHARDS:
+                    self._files.popitem(last=False)  # closed when no thread reads it any more
+            return file
+
+    def _open(self, shard: Shard) -> _File:
+        try:
+            if self.storage.is_local or self.storage.cache is not None:
+                file = _File(self.storage.open_whole(shard.file, shard.bytes))
+                require_size(self.storage, shard.file, shard.bytes, os.fstat(file.fileno).st_size)
+                return file
+            require_size(self.storage, shard.file, shard.bytes, self.storage.size(shard.file))
+            return _File(None)
+        except MissingFile:
+            require_size(self.storage, shard.file, shard.bytes, None)
+            raise
 
 
-def check_shard(directory: Path, split: Split, number: int) -> list[str]:
+class _File:
+    """An open file that closes itself when nobody holds it any more; of remote ranges only the proof of its size."""
+
+    def __init__(self, file: BinaryIO | None) -> None:
+        self._file = file
+
+    def __del__(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    @property
+    def fileno(self) -> int:
+        assert self._file is not None
+        return self._file.fileno()
+
+
+def _restore_reader(storage: Storage, split: Split, keep: int) -> ShardReader:
+    return ShardReader(storage, split, keep=keep)
+
+
+def check_shard(place: Storage | str | Path, split: Split, number: int) -> list[str]:
     """All that is wrong with one shard, a line each: size, digests, counts, CRC-32 of every sample."""
     shard = split.shards[number]
     problems = []
-    with ShardReader(directory, split) as reader:
+    with ShardReader(place, split) as reader:
         try:
-            require_file(directory / shard.file, shard.bytes)
-            if sha256_file(directory / shard.file) != shard.sha256:
+            ids = reader.ids_of_shard(number)
+            bad = []
+            for first in range(ids.start, ids.stop, _CHECKED_TOGETHER):
+                for stored in reader.read_window(range(first, min(first + _CHECKED_TOGETHER, ids.stop))):
+                    try:
+                        stored.sample()
+                    except BadSample as error:
+                        bad.append(str(error))
+            if sha256_stored(reader.storage, shard.file, shard.bytes) != shard.sha256:
                 problems.append(f"shard {shard.file}: SHA-256 differs from the manifest's")
-            for sample_id in reader.ids_of_shard(number):
-                try:
-                    reader.read(sample_id)
-                except BadSample as bad:
-                    problems.append(str(bad))
+            problems += bad
         except DataError as error:
             problems.append(f"shard {shard.file}: {error}")
     return problems
+
+
+def sha256_stored(storage: Storage, name: str, size: int) -> str:
+    """SHA-256 of a file of a storage, in hexadecimal."""
+    if storage.is_local:
+        return sha256_file(storage.local_directory / name)
+    digest = hashlib.sha256()
+    for start in range(0, size, _PIECE):
+        digest.update(storage.read_range(name, start, min(_PIECE, size - start)))
+    return digest.hexdigest()

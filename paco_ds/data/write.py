@@ -1,41 +1,67 @@
-"""Owns the writing of shards: which sample goes into which, and files that appear only when whole."""
+"""Owns the writing of shards: which sample goes into which, and one shard from its rows of the table."""
 
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
 import json
-import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
-from webdataset.writer import TarWriter
+import numpy.typing as npt
 
-from paco_ds.data.manifest import Shard
-from paco_ds.data.shard import index_shard, sample_key
-from paco_ds.data.sources import SourceSample
-from paco_ds.files import sha256_file
+from paco_ds.data.card import Resize
+from paco_ds.data.image_bytes import BadImage, ending_of, resized, verify
+from paco_ds.data.manifest import Name, Shard, StrictModel, sample_key
+from paco_ds.data.samples import Samples
+from paco_ds.data.sources.source import Images
+from paco_ds.data.storage import Storage
+from paco_ds.data.tar import BLOCK, SampleTar
+from paco_ds.errors import DataError
 
-PARTIAL = ".partial"  # ending of a file that is being written
-_OWNER = "paco_ds"  # fixed, so that the same input gives the same bytes for every user
-_BLOCK = 512
+_JSON = json.JSONEncoder(ensure_ascii=False)
+_REPORT_EVERY = 32  # images
+
+Report = Callable[[int, int, int], None]  # images, their source bytes and bad ones since the last report
+
+
+@dataclass(frozen=True)
+class WriteSettings:
+    """What all shards of a build share; each process is sent it once."""
+
+    output: Storage
+    images: Images
+    classes: tuple[str, ...]
+    resize: Resize | None
+    verify: bool
 
 
 @dataclass(frozen=True)
 class ShardJob:
-    """All that one process needs to write one shard."""
+    """One shard to write: key numbers first_key and up, for these rows."""
 
-    directory: Path
     name: str
     split: str
-    first_id: int
-    samples: tuple[SourceSample, ...]
-    classes: tuple[str, ...]
+    first_key: int
+    samples: Samples
 
 
-def plan_shards(samples: Sequence[SourceSample], split: str, seed: int, shard_bytes: int) -> list[list[SourceSample]]:
-    """Shuffle the samples of a split by (seed, split) and cut them into shards of about equal bytes.
+class Written(StrictModel):
+    """What became of a job: the shard, None if no image of it could be taken; images of each class that has some;
+    reason, place and detail of each image left out."""
+
+    name: Name
+    shard: Shard | None
+    counts: dict[int, int]
+    bad: tuple[tuple[str, str, str], ...]
+
+
+def plan_shards(samples: Samples, split: str, seed: int, shard_bytes: int) -> list[npt.NDArray[np.int64]]:
+    """Shuffle the samples of a split by (seed, split) and cut them into shards of about equal bytes: rows of each.
 
     Only sizes of the sources are used, so the plan stands before anything is read or encoded; a shard stays
     below ``shard_bytes`` up to the size of one sample. Raw generator bits are sorted because numpy promises
@@ -44,57 +70,102 @@ def plan_shards(samples: Sequence[SourceSample], split: str, seed: int, shard_by
     bits = np.random.PCG64([seed, zlib.crc32(split.encode())]).random_raw(len(samples))
     order = np.argsort(bits, kind="stable")
     # Two headers, the image padded to whole blocks, and a block for the JSON.
-    sizes = np.array([3 * _BLOCK + -(-samples[i].size // _BLOCK) * _BLOCK for i in order], np.int64)
-    ends = np.cumsum(sizes)
+    ends = np.cumsum(3 * BLOCK + -(-samples.sizes[order] // BLOCK) * BLOCK)
     shards = -(-int(ends[-1]) // shard_bytes)
-    shard_of = (ends - sizes) * shards // int(ends[-1])
+    begins = np.concatenate((np.zeros(1, np.int64), ends[:-1]))
+    shard_of = begins * shards // int(ends[-1])
     cuts = np.flatnonzero(np.diff(shard_of)) + 1
-    return [[samples[i] for i in part] for part in np.split(order, cuts)]
+    return np.split(order, cuts)
 
 
-def write_shard(job: ShardJob) -> Shard:
-    """Write one tar and its index; both get their names only when whole, the index first."""
-    shard = job.directory / f"{job.name}.tar"
-    index_path = job.directory / f"{job.name}.index.npy"
-    with whole_file(shard) as file:
-        with TarWriter(file, encoder=False, mtime=0, user=_OWNER, group=_OWNER) as tar:
-            for sample_id, sample in enumerate(job.samples, job.first_id):
-                about = {"label": sample.label, "class": job.classes[sample.label], "source": sample.where}
-                tar.write(
-                    {
-                        "__key__": sample_key(job.split, sample_id),
-                        sample.ending: sample.read(),
-                        "json": json.dumps(about, ensure_ascii=False).encode(),
-                    }
-                )
-        file.flush()
-        index = index_shard(file.name)
-        with whole_file(index_path) as index_file:
-            np.save(index_file, index, allow_pickle=False)
-    return Shard(
+def write_shard(settings: WriteSettings, job: ShardJob, report: Report) -> Written:
+    """Write one tar, its index and its `.tar.idx`; they get their names only when whole, the tar last.
+
+    Raises:
+        DataError: the disk is full, or the source changed since it was listed.
+    """
+    samples = job.samples
+    counts: dict[int, int] = {}
+    bad: list[tuple[str, str, str]] = []
+    progress = _Progress(report)
+    read = [0, *np.cumsum(samples.sizes).tolist()]
+    labels = samples.labels.tolist()
+    with _full_disk_named(settings.output, job.name):
+        try:
+            with settings.output.write(f"{job.name}.tar") as file:
+                tar = SampleTar(file)
+                for row in range(len(samples)):
+                    try:
+                        image, ending = _image(settings, samples, row)
+                    except BadImage as error:
+                        bad.append((error.reason, samples.names.text(row), error.detail))
+                    else:
+                        label = labels[row]
+                        about = {"label": label, "class": settings.classes[label], "source": samples.names.text(row)}
+                        key = sample_key(job.split, job.first_key + row - len(bad))
+                        tar.add(key, ending, image, _JSON.encode(about).encode(), label)
+                        counts[label] = counts.get(label, 0) + 1
+                    if row % _REPORT_EVERY == 0:
+                        progress(row + 1, read[row + 1], len(bad))
+                tar.close()
+                progress(len(samples), read[-1], len(bad))
+                if not counts:
+                    raise _NothingLeft
+                index = io.BytesIO()
+                np.save(index, tar.index(), allow_pickle=False)
+                beside = {f"{job.name}.index.npy": index.getvalue(), f"{job.name}.tar.idx": tar.energon_index()}
+                for name, content in beside.items():
+                    with settings.output.write(name) as other:
+                        other.write(content)
+        except _NothingLeft:
+            return Written(name=job.name, shard=None, counts={}, bad=tuple(bad))
+    shard = Shard(
         name=job.name,
-        samples=len(job.samples),
-        bytes=shard.stat().st_size,
-        sha256=sha256_file(shard),
-        index_bytes=index_path.stat().st_size,
-        index_sha256=sha256_file(index_path),
+        samples=len(samples) - len(bad),
+        bytes=tar.bytes,
+        sha256=tar.sha256,
+        index_bytes=len(index.getvalue()),
+        index_sha256=hashlib.sha256(index.getvalue()).hexdigest(),
+        first_key=job.first_key,
     )
+    return Written(name=job.name, shard=shard, counts=counts, bad=tuple(bad))
+
+
+class _NothingLeft(Exception):  # noqa: N818 (leaves the shard unwritten)
+    """No image of a shard could be taken."""
+
+
+class _Progress:
+    """Turns totals into what was added since the last report."""
+
+    def __init__(self, report: Report) -> None:
+        self._report, self._last = report, (0, 0, 0)
+
+    def __call__(self, images: int, size: int, bad: int) -> None:
+        a, b, c = self._last
+        self._report(images - a, size - b, bad - c)
+        self._last = (images, size, bad)
+
+
+def _image(settings: WriteSettings, samples: Samples, row: int) -> tuple[bytes, str]:
+    """The bytes to store and how their member ends."""
+    data = settings.images.read(samples, row)
+    ending = ending_of(data)
+    if settings.verify:
+        verify(data, ending)
+    if settings.resize is not None:
+        return resized(data, ending, settings.resize.short, settings.resize.quality)
+    return data, ending
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file for writing that gets its name only after all its bytes are on disk."""
-    partial = path.with_name(f".{path.name}{PARTIAL}")
+def _full_disk_named(output: Storage, name: str) -> Iterator[None]:
     try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise DataError(
+            f"{output.place(name)}.tar cannot be written: {error.strerror}. Make room and give the same command "
+            "again: the shards that are finished are kept"
+        ) from error

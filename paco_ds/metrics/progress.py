@@ -135,4 +135,6 @@ class LineProgress:
 
 def _figures(record: StepRecord) -> str:
     refused = "  update refused: not finite" if record.skipped else ""
-    return f"{record.images_per_second:.0f} images/s  loss {record.loss:.4f}  lr {record.lr:.3g}{refused}"
+    wait = record.data_wait_seconds / record.step_seconds if record.step_seconds else 0.0
+    waited = f"data wait {100 * wait:.0f} %  " if wait >= 0.01 else ""
+    return f"{record.images_per_second:.0f} images/s  {waited}loss {record.loss:.4f}  lr {record.lr:.3g}{refused}"

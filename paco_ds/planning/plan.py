@@ -8,6 +8,8 @@ from typing import Any
 
 from paco_ds.data.manifest import Manifest, load_manifest
 from paco_ds.data.order import EpochOrder
+from paco_ds.data.plan import held_bytes, micro_batches_ahead, shards_at_once
+from paco_ds.data.storage import open_storage
 from paco_ds.distributed import MicroBatchLayout
 from paco_ds.engine import read_deepspeed_config
 from paco_ds.errors import DataError, RecipeError, UserError
@@ -29,11 +31,13 @@ class Data:
     Attributes:
         shards: samples of each shard; one of all images where none are built.
         built: whether there are shards.
+        shard_bytes: bytes of each shard; none where none are built.
     """
 
     built: bool
     class_counts: tuple[int, ...]
     shards: tuple[int, ...]
+    shard_bytes: tuple[int, ...] = ()
 
     @property
     def images(self) -> int:
@@ -46,6 +50,10 @@ class Plan:
 
     Attributes:
         memory: by ZeRO stage, everything else as the recipe has it.
+        window_bytes: of host memory, at most, for the windows that a rank's loading holds, its loader processes
+            together; None where no shards are built.
+        cache_bytes: that data.cache needs for each rank of a host, to hold the shards read from at one time; likewise.
+        ready_bytes: of shared host memory for micro-batches that loader processes make before they are asked for.
         verdict: "fits", "tight" (within the plan's margin of 15 %) or "does not fit", at the recipe's own stage; None
             where no GPU memory was given.
         remedies: settings that make it fit, the least change first.
@@ -62,6 +70,9 @@ class Plan:
     traffic: dict[int, list[Traffic]]
     steps_per_epoch: int
     shards_per_rank: int | None
+    window_bytes: int | None
+    cache_bytes: int | None
+    ready_bytes: int
     legal_ranks: tuple[int, ...]
     images_per_second: float | None = None
     gpu_memory: int | None = None
@@ -84,11 +95,13 @@ def find_data(recipe: Recipe, images: int | None, classes: int | None) -> Data:
     """
     if images is None and classes is None:
         try:
-            manifest: Manifest = load_manifest(recipe.data.shards)
+            manifest: Manifest = load_manifest(open_storage(recipe.data))
         except DataError as error:
             raise DataError(f"{error}. To plan without shards give --images N and --classes C") from None
         split = manifest.split(recipe.data.train_split)
-        return Data(True, split.class_counts, tuple(s.samples for s in split.shards))
+        return Data(
+            True, split.class_counts, tuple(s.samples for s in split.shards), tuple(s.bytes for s in split.shards)
+        )
     if images is None or classes is None:
         missing = "--images" if images is None else "--classes"
         raise UserError(f"{missing} is missing: planning without shards takes both --images N and --classes C")
@@ -142,6 +155,9 @@ def make_plan(
         traffic={s: plan_traffic(recipe, trace, layout, zero) for s, zero in zeros.items()},
         steps_per_epoch=order.steps,
         shards_per_rank=_shards_per_rank(data, layout, order.steps),
+        window_bytes=_window_bytes(data, layout, recipe.data.window),
+        cache_bytes=_cache_bytes(data, layout, recipe.data.window),
+        ready_bytes=_ready_bytes(recipe, layout),
         legal_ranks=tuple(w for w in range(1, layout.micro_batches + 1) if layout.micro_batches % w == 0),
         images_per_second=images_per_second,
         gpu_memory=gpu_memory,
@@ -167,6 +183,24 @@ def _shards_per_rank(data: Data, layout: MicroBatchLayout, steps: int) -> int | 
     in_shard = data.images / len(data.shards)
     stretch = math.ceil(layout.micro_batch * steps / in_shard) + 1
     return min(len(data.shards), layout.accumulation * stretch)
+
+
+def _window_bytes(data: Data, layout: MicroBatchLayout, window: int) -> int | None:
+    return held_bytes(sum(data.shard_bytes) / data.images, layout, window) if data.built else None
+
+
+def _ready_bytes(recipe: Recipe, layout: MicroBatchLayout) -> int:
+    if not recipe.data.workers:
+        return 0
+    image = (2 if recipe.loss.contrast else 1) * 3 * recipe.views.query.size**2
+    return micro_batches_ahead(layout) * layout.micro_batch * image
+
+
+def _cache_bytes(data: Data, layout: MicroBatchLayout, window: int) -> int | None:
+    if not data.built:
+        return None
+    shards = shards_at_once(data.shards, layout, window)
+    return sum(sorted(data.shard_bytes, reverse=True)[:shards])
 
 
 def _remedies(plan: Plan, config: dict[str, Any], gpu_memory: int) -> list[str]:

@@ -53,6 +53,9 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "shards": len(plan.data.shards) if plan.data.built else None,
         "shards_per_rank": plan.shards_per_rank,
         "workers_per_rank": recipe.data.workers,
+        "window_bytes": plan.window_bytes,
+        "cache_bytes_per_rank": plan.cache_bytes,
+        "ready_bytes": plan.ready_bytes,
         "steps_per_epoch": plan.steps_per_epoch,
         "seconds_per_epoch": plan.seconds_per_epoch,
         "device": plan.device,
@@ -85,14 +88,28 @@ def _settings(plan: Plan) -> Table:
         if data.built
         else "known when shards are built",
         "workers a rank": str(recipe.data.workers) if recipe.data.workers else "none, the rank loads by itself",
+        "reading ahead": _reading_ahead(plan),
         "epoch": f"{plan.steps_per_epoch} steps" + _times(plan),
     }
+    if recipe.data.cache and plan.cache_bytes is not None:
+        rows["shard cache"] = f"at least {format_bytes(plan.cache_bytes)} for each rank of a host"
     if recipe.loss.contrast and recipe.queue.length < 4 * layout.global_batch:
         wanted = 4 * layout.global_batch
         rows["queue"] = f"{recipe.queue.length}, under four global batches; consider --set queue.length={wanted}"
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _reading_ahead(plan: Plan) -> str:
+    ready = f"{format_bytes(plan.ready_bytes)} of images made ahead"
+    if plan.window_bytes is None:
+        return f"{ready}; windows: known when shards are built"
+    lanes = plan.layout.accumulation * plan.layout.micro_batch
+    return (
+        f"at most {format_bytes(plan.window_bytes)} of host memory a rank, whatever its workers: {lanes} lanes x "
+        f"{plan.recipe.data.window} images and a few; {ready}"
+    )
 
 
 def _times(plan: Plan) -> str:

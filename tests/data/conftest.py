@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from paco_ds.data.build import build_shards
+from paco_ds.data.build_plan import BuildOptions
 from paco_ds.data.card import load_card
 from paco_ds.data.manifest import Manifest, load_manifest
 from tests.data.tiny import TINY_CARD, TINY_COUNTS, write_idx
@@ -31,7 +32,7 @@ def tiny_card(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_shards(tiny_card: Path, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     """Shards of the tiny set, several to a split; do not change them."""
     directory = tmp_path_factory.mktemp("shards")
-    return build_shards(load_card(tiny_card), tiny_card.parent / "images", directory, shard_bytes=20_000)
+    return build_shards(load_card(tiny_card), tiny_card.parent / "images", directory, BuildOptions(shard_bytes=20_000))
 
 
 @pytest.fixture

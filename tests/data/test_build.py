@@ -2,22 +2,30 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from paco_ds.data import write as write_module
-from paco_ds.data.build import build_shards, check_shards, main
+from paco_ds.data.build import build_shards
+from paco_ds.data.build_plan import BuildOptions
 from paco_ds.data.card import load_card
-from paco_ds.data.manifest import Manifest
-from paco_ds.data.shard import sample_key
-from paco_ds.data.sources import FileSample
+from paco_ds.data.check import check_shards
+from paco_ds.data.command import main
+from paco_ds.data.manifest import Manifest, sample_key
+from paco_ds.data.samples import SamplesBuilder
 from paco_ds.data.write import plan_shards
 from paco_ds.errors import DataError
-from tests.data.tiny import flip_byte
+from tests.data.tiny import encoded, flip_byte
 
 
 def contents(directory: Path) -> dict[str, bytes]:
     """All files of a directory."""
     return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def visible(directory: Path) -> list[str]:
+    """Names of the files that a reader of the directory sees."""
+    return sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
 
 
 def build(card: Path, output: Path, *options: str) -> int:
@@ -40,11 +48,15 @@ def test_another_seed_is_another_order(tiny_card: Path, tiny_shards: Manifest, t
 
 def test_plan_holds_every_sample_once_below_the_limit() -> None:
     """About equal shards of at most the asked size, up to one sample."""
-    samples = [FileSample(0, 1000 + 37 * i, str(i), "") for i in range(200)]
+    rows = SamplesBuilder()
+    for number in range(200):
+        rows.add(str(number), 0, size=1000 + 37 * number)
+    samples = rows.build()
     shards = plan_shards(samples, "train", seed=0, shard_bytes=60_000)
-    assert sorted(int(s.where) for shard in shards for s in shard) == list(range(200))
-    assert [s.where for shard in shards for s in shard] != [str(i) for i in range(200)]
-    sizes = [sum(s.size for s in shard) for shard in shards]
+    order = np.concatenate(shards).tolist()
+    assert sorted(order) == list(range(200))
+    assert order != list(range(200))
+    sizes = [int(samples.sizes[rows].sum()) for rows in shards]
     assert max(sizes) <= 60_000
     assert min(sizes) > 30_000
 
@@ -79,13 +91,15 @@ def test_overwrite_leaves_no_file_of_the_older_build(tiny_card: Path, damaged: M
     """Fewer shards than before: the others are removed, and so are partial files."""
     (damaged.directory / ".train-00009.tar.partial").write_bytes(b"half")
     root = tiny_card.parent / "images"
-    build_shards(load_card(tiny_card), root, damaged.directory, overwrite=True)
+    build_shards(load_card(tiny_card), root, damaged.directory, BuildOptions(overwrite=True))
     assert sorted(contents(damaged.directory)) == [
         "manifest.json",
         "test-00000.index.npy",
         "test-00000.tar",
+        "test-00000.tar.idx",
         "train-00000.index.npy",
         "train-00000.tar",
+        "train-00000.tar.idx",
     ]
 
 
@@ -107,9 +121,10 @@ def test_interrupted_build_leaves_no_half_written_shard(
     monkeypatch.setattr(write_module, "sample_key", interrupt)
     assert build(tiny_card, tmp_path / "out") == 130
     assert "give the same command again" in capsys.readouterr().err
-    assert sorted(contents(tmp_path / "out")) == ["train-00000.index.npy", "train-00000.tar"]
+    assert visible(tmp_path / "out") == ["train-00000.index.npy", "train-00000.tar", "train-00000.tar.idx"]
     monkeypatch.undo()
     assert build(tiny_card, tmp_path / "out") == 0
+    assert contents(tmp_path / "out") == contents(tiny_shards.directory)
 
 
 def test_failed_source_does_not_touch_existing_shards(
@@ -126,7 +141,7 @@ def test_folders_need_no_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     """--source folder; what is no image is reported."""
     for file in ("a/1.jpg", "a/2.png", "b/3.jpeg", "b/notes.txt"):
         (tmp_path / "mine" / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "mine" / file).write_bytes(b"bytes of " + file.encode())
+        (tmp_path / "mine" / file).write_bytes(encoded())
     output = str(tmp_path / "out")
     assert main(["build", "--source", "folder", "--root", str(tmp_path / "mine"), "--output", output]) == 0
     assert "left out, not images by their ending: 1 .txt" in capsys.readouterr().out
@@ -136,7 +151,7 @@ def test_folders_need_no_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give either a dataset CARD or --source folder with --root"),
+        ([], "give either a dataset CARD or --source with --root"),
         (["--source", "folder"], "--source folder needs --root"),
         (["none.yaml"], "there is no dataset card none.yaml"),
     ],

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import cv2
 import numpy as np
 
 TINY_COUNTS = {"train": (30, 12, 5), "test": (4, 4, 4)}
@@ -30,3 +31,9 @@ def flip_byte(path: Path, position: int) -> None:
     data = bytearray(path.read_bytes())
     data[position] ^= 0xFF
     path.write_bytes(data)
+
+
+def encoded(kind: str = ".jpg", side: int = 8, seed: int = 0) -> bytes:
+    """A small image of noise as an encoded file."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    return bytes(cv2.imencode(kind, pixels)[1])

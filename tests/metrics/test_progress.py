@@ -64,6 +64,14 @@ def test_messages_are_printed_as_they_are() -> None:
     assert "50.0" in out.getvalue()
 
 
+def test_lines_tell_the_share_of_time_that_was_spent_waiting_for_images() -> None:
+    """Where it is a percent or more: loader processes are too few, or storage too slow."""
+    out = io.StringIO()
+    view = progress_view(0, total_steps=20, first_step=0, epochs=2, every=5, stream=out)
+    view.update(replace(RECORD, step=1, step_seconds=0.5, data_wait_seconds=0.1))
+    assert "images/s  data wait 20 %  loss" in out.getvalue()
+
+
 def test_bar_shows_epoch_step_and_figures() -> None:
     """The last drawing of the bar holds epoch, step, images/s, loss, lr and time left."""
     out = _Terminal()

@@ -41,6 +41,7 @@ from paco_ds.losses.queue_attention import queue_attention
 DIM, CLASSES, TAU, MICRO_BATCH, MICRO_BATCHES = 128, 8142, 0.2, 32, 4
 WORLD_SIZES = (2, 4)
 KEY_BYTES = 4 * DIM + 8  # float32 row and int64 label
+PORTION = 4096  # keys pushed at a time: few enough that making them does not show in the queue's memory
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,15 @@ class Times:
         return accumulation * self.collectives / saved_per_key if saved_per_key > 0 else float("inf")
 
 
+PORTION = 4096  # pushed at a time: few enough that making them does not show in the queue's memory
+
+
 def full_queue(length: int) -> KeyQueue:
     """Random unit keys, labels as long-tailed as iNaturalist's."""
     generator = torch.Generator().manual_seed(0)
     queue = KeyQueue(length, DIM)
-    for start in range(0, length, 65_536):
-        count = min(65_536, length - start)
+    for start in range(0, length, PORTION):
+        count = min(PORTION, length - start)
         labels = torch.multinomial(1 / torch.arange(1.0, CLASSES + 1), count, replacement=True, generator=generator)
         queue.push(F.normalize(torch.randn(count, DIM, generator=generator)), labels)
     return queue

@@ -41,7 +41,7 @@ from paco_ds.data.manifest import SHOTS
 from paco_ds.data.stream import MicroBatch
 from paco_ds.distributed import MicroBatchLayout, Ranks, leave_job
 from paco_ds.key_encoder import make_key_encoder
-from paco_ds.key_queue import KeyQueue
+from paco_ds.key_queue import KeyQueue, QueueSnapshot
 from paco_ds.losses import make_loss
 from paco_ds.losses.base import LossOutput
 from paco_ds.losses.paco import ParametricContrastiveLoss
@@ -188,7 +188,10 @@ def measure(size: Size, ranks: Ranks, repeats: int, folder: Path) -> Figures:
     assert isinstance(loss, ParametricContrastiveLoss)
 
     def listening(*given: Any) -> LossOutput:
-        inputs[:] = [given[0], given[1].detach(), given[2].detach(), *given[3:]]
+        labels_B, logits_BC, query_BD, key_BD, queue = given
+        # the queue goes on: what this step met of it is copied
+        met = QueueSnapshot.of(queue.keys_ND.clone(), queue.labels_N.clone(), size.classes)
+        inputs[:] = [labels_B, logits_BC.detach(), query_BD.detach(), key_BD, met]
         return loss(*given)
 
     step.loss = listening  # type: ignore[assignment]

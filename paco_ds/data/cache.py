@@ -1,0 +1,104 @@
+"""Owns whole copies of remote files on a local disk: never more bytes than allowed, for many processes at once.
+
+A copy gets its name only when whole; the name is a digest of what was copied (URL, size, version), so two data sets
+or two versions never meet. The copies used least recently go first. A copy that is removed while a process reads
+it stays readable to that process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from filelock import FileLock
+
+from paco_ds.errors import DataError
+
+_COPY, _UNFINISHED = ".copy", ".unfinished"
+_LEFT_BEHIND = 3600  # seconds without a byte after which an unfinished copy belongs to nobody
+_LOCKS = 64  # files to lock single copies with; two that share one only wait for each other
+
+
+@dataclass(frozen=True)
+class FileCache:
+    """Copies in `directory`, together at most `limit` bytes."""
+
+    directory: Path
+    limit: int
+
+    def open(self, key: str, size: int, fetch: Callable[[BinaryIO], None]) -> BinaryIO:
+        """The copy of `key`, open for reading; `fetch` writes its `size` bytes where there is none yet.
+
+        Raises:
+            DataError: one file alone is larger than the cache, or the disk refuses it.
+        """
+        name = hashlib.sha256(key.encode()).hexdigest()[:40]
+        path = self.directory / (name + _COPY)
+        found = _open_used(path)
+        if found:
+            return found
+        if size > self.limit:
+            raise DataError(f"a file of {size} bytes does not fit data.cache.bytes = {self.limit}; raise it")
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.directory / f"lock-{int(name[:8], 16) % _LOCKS}"):
+                return _open_used(path) or self._copy(path, size, fetch)  # another process may have made it
+        except OSError as error:
+            raise DataError(f"data.cache.directory {self.directory} cannot be used: {error}") from error
+
+    def _copy(self, path: Path, size: int, fetch: Callable[[BinaryIO], None]) -> BinaryIO:
+        unfinished = path.with_suffix(_UNFINISHED)
+        try:
+            with FileLock(self.directory / "lock-room"):
+                self._make_room(size)
+                with unfinished.open("wb") as reserved:
+                    reserved.truncate(size)  # what others count while it is being written
+            with unfinished.open("r+b") as target:
+                fetch(target)
+                target.flush()
+                os.fsync(target.fileno())
+            copy = unfinished.open("rb", buffering=0)  # before it can be removed
+            unfinished.rename(path)
+            return copy
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
+
+    def _make_room(self, size: int) -> None:
+        """Remove copies, least recently used first, until `size` more bytes are allowed."""
+        now, copies, held = time.time(), [], 0
+        for path in self.directory.iterdir():
+            if path.suffix not in (_COPY, _UNFINISHED):
+                continue
+            with suppress(FileNotFoundError):
+                about = path.stat()
+                held += about.st_size
+                if path.suffix == _COPY or about.st_mtime < now - _LEFT_BEHIND:
+                    copies.append((about.st_mtime, about.st_size, path))
+        for _, freed, path in sorted(copies):
+            if held + size <= self.limit:
+                return
+            path.unlink(missing_ok=True)
+            held -= freed
+        if held + size > self.limit:
+            raise DataError(
+                f"{self.directory} has {held} bytes of files under way and cannot take {size} more within "
+                f"data.cache.bytes = {self.limit}; raise it"
+            )
+
+
+def _open_used(path: Path) -> BinaryIO | None:
+    """The copy, marked as used now; None if there is none."""
+    try:
+        file = path.open("rb", buffering=0)
+    except FileNotFoundError:
+        return None
+    with suppress(FileNotFoundError):
+        os.utime(path)
+    return file

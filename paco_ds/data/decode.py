@@ -1,0 +1,179 @@
+"""Owns the step from an image file's bytes to pixels, whatever the file: uint8 RGB as a viewer shows it, or a reason.
+
+JPEG is decoded by libjpeg-turbo, at 1/2, 1/4 or 1/8 of its side where the caller needs no more; a whole PNG by
+OpenCV; all else, and every file that these two refuse, by PIL, with a fixed list of formats. Nothing is printed.
+EXIF's orientation is applied, which the published code does not do: images stand as a viewer shows them.
+Transparency is dropped, as PIL's convert("RGB") does; 16 bits keep their upper 8.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+from collections.abc import Callable
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from paco_ds.data.shard import BadSample, RawSample
+
+Pixels = npt.NDArray[np.uint8]  # [height, width, 3], RGB
+
+# PIL has decoders that run other programs (EPS: Ghostscript); none of those here.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+_JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
+_SIGNATURES = (_JPEG, _PNG, b"RIFF", b"GIF8", b"BM")
+
+
+class EncodedImage:
+    """An image whose header was read: `height` and `width` in pixels, after the turn that its EXIF asks for."""
+
+    def __init__(self, height: int, width: int, decode: Callable[[int], Pixels]) -> None:
+        self.height, self.width = height, width
+        self._decode = decode
+
+    def decode(self, reduction: int = 1) -> Pixels:
+        """uint8 [H, W, 3]; `reduction` 1, 2, 4 or 8 allows sides of ceil(side / reduction), which saves time.
+
+        Raises:
+            BadSample: the bytes behind the header are damaged.
+        """
+        return self._decode(reduction)
+
+
+def open_image(sample: RawSample, max_pixels: int) -> EncodedImage:
+    """Read the header of an image.
+
+    Raises:
+        BadSample: `empty`, `unknown_format`, `too_many_pixels`, `truncated` or `undecodable`.
+    """
+    data = sample.image
+    if not data:
+        raise BadSample("empty", sample.key, sample.shard)
+    try:
+        if data.startswith(_JPEG):
+            return _open_jpeg(sample, max_pixels)
+        if data.startswith(_PNG):
+            return _open_png(sample, max_pixels)
+    except (ValueError, struct.error, cv2.error):
+        pass  # a header that these decoders do not like: PIL says whether it is one
+    return _open_other(sample, max_pixels)
+
+
+def decode(sample: RawSample, max_pixels: int) -> Pixels:
+    """The whole image, uint8 [H, W, 3]; raises as `open_image` and `EncodedImage.decode`."""
+    return open_image(sample, max_pixels).decode()
+
+
+def _open_jpeg(sample: RawSample, max_pixels: int) -> EncodedImage:
+    data = sample.image
+    height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
+    _check_pixels(height, width, sample, max_pixels)
+    if colors not in ("YCbCr", "RGB", "Gray"):  # CMYK and YCCK, inverted or not: PIL knows
+        return _open_other(sample, max_pixels)
+    orientation = _orientation(data)
+    turned = orientation in _TURNS_SIDES
+
+    def pixels(reduction: int) -> Pixels:
+        smallest = {"min_height": -(-height // reduction), "min_width": -(-width // reduction)}
+        try:
+            image = simplejpeg.decode_jpeg(data, "RGB", **smallest, min_factor=reduction)
+        except ValueError:  # it stops at damage that PIL, and the published code, read over
+            return _open_other(sample, max_pixels).decode()
+        return _upright(image, orientation)
+
+    return EncodedImage(width if turned else height, height if turned else width, pixels)
+
+
+def _open_png(sample: RawSample, max_pixels: int) -> EncodedImage:
+    data = sample.image
+    width, height = struct.unpack(">II", data[16:24])
+    _check_pixels(height, width, sample, max_pixels)
+    # OpenCV writes what it dislikes to the terminal, and may give half an image
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB) if _is_whole_png(data) else None
+    if image is None:
+        return _open_other(sample, max_pixels)
+    return EncodedImage(image.shape[0], image.shape[1], lambda reduction: image)
+
+
+def _is_whole_png(data: bytes) -> bool:
+    """Chunks follow each other to the end, each with the CRC-32 that it states."""
+    at, kind = 8, b""
+    while at + 12 <= len(data):
+        kind, end = data[at + 4 : at + 8], at + 8 + int.from_bytes(data[at : at + 4], "big")
+        if zlib.crc32(data[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+            return False
+        at = end + 4
+    return kind == b"IEND"
+
+
+def _open_other(sample: RawSample, max_pixels: int) -> EncodedImage:
+    """Any format of the list, decoded at once: few images come here."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # large images: the limit is checked here
+            file = Image.open(io.BytesIO(sample.image), formats=_FORMATS)
+            _check_pixels(file.height, file.width, sample, max_pixels)
+            image = np.array(_rgb(ImageOps.exif_transpose(file)))
+    except BadSample:
+        raise
+    except UnidentifiedImageError:
+        reason = "undecodable" if sample.image.startswith(_SIGNATURES) else "unknown_format"
+        raise BadSample(reason, sample.key, sample.shard) from None
+    except Image.DecompressionBombError:
+        raise BadSample("too_many_pixels", sample.key, sample.shard) from None
+    except Exception as error:  # PIL's decoders answer damage with errors of any kind
+        reason = "truncated" if "truncated" in str(error).lower() else "undecodable"
+        raise BadSample(reason, sample.key, sample.shard) from error
+    return EncodedImage(image.shape[0], image.shape[1], lambda reduction: image)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits of gray; PIL's convert would cut all above 255
+        upper = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255)
+        image = Image.fromarray(upper.astype(np.uint8))
+    return image.convert("RGB")
+
+
+def _check_pixels(height: int, width: int, sample: RawSample, max_pixels: int) -> None:
+    if height * width > max_pixels:
+        raise BadSample("too_many_pixels", sample.key, sample.shard)
+
+
+_TURNS_SIDES = (5, 6, 7, 8)
+
+
+def _orientation(data: bytes) -> int:
+    """EXIF's orientation of a JPEG, 1 to 8; 1 (upright) where there is none or it cannot be read."""
+    at = 2
+    while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] != b"\xda":  # segments before the pixels
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if data[at + 1 : at + 2] == b"\xe1" and data[at + 4 : at + 10] == b"Exif\0\0":
+            return _orientation_of(data[at + 4 : end])
+        at = end
+    return 1
+
+
+def _orientation_of(segment: bytes) -> int:
+    exif = Image.Exif()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exif.load(segment)
+            value = exif.get(ExifTags.Base.Orientation, 1)
+    except Exception:  # PIL's reader answers damage with errors of any kind
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def _upright(image: Pixels, orientation: int) -> Pixels:
+    if orientation in _TURNS_SIDES:
+        image = cv2.transpose(image)
+    # what is left to do after the transposition, by EXIF's table: none, left-right, both, up-down
+    flip = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}.get(orientation)
+    return image if flip is None else cv2.flip(image, flip)

@@ -1,0 +1,119 @@
+"""Owns what the builder does to an encoded image: name its format by content, prove that it decodes, shrink it."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import simplejpeg
+from PIL import Image, ImageOps
+
+# The largest image that is decoded, in pixels: a decompression bomb is small as a file and fills memory.
+MAX_PIXELS = 178_956_970
+_PIL_FORMAT = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
+
+
+class BadImage(Exception):  # noqa: N818 (counted and named by the builder; not an end by itself)
+    """One image cannot be taken: ``reason`` is a short slug, ``where`` names it at its source."""
+
+    def __init__(self, reason: str, where: str = "", detail: str = "") -> None:
+        super().__init__(reason, where, detail)
+        self.reason, self.where, self.detail = reason, where, detail
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+
+
+def ending_of(data: bytes) -> str:
+    """jpg, png or webp by the first bytes, whatever the file is called.
+
+    Raises:
+        BadImage: `empty`, or `unknown_format`.
+    """
+    if data.startswith(b"\xff\xd8\xff"):
+        return "jpg"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "png"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    if not data:
+        raise BadImage("empty")
+    raise BadImage("unknown_format", detail=f"begins with {data[:8].hex(' ')}, no JPEG, PNG or WebP")
+
+
+def verify(data: bytes, ending: str) -> None:
+    """Decode every pixel.
+
+    Raises:
+        BadImage: `too_many_pixels`, or `undecodable`, as a truncated file is.
+    """
+    if ending == "jpg":
+        try:
+            height, width, *_ = simplejpeg.decode_jpeg_header(data)
+            if height * width <= MAX_PIXELS:
+                simplejpeg.decode_jpeg(data, colorspace="GRAY", fastdct=True)
+                return
+        except ValueError:
+            pass  # CMYK and harmless oddities land here too: Pillow decides
+    image = _opened(data, ending)
+    with _as_bad_image():
+        image.load()
+
+
+def size_of(data: bytes) -> tuple[int, int]:
+    """Width and height by the header; BadImage as `verify`."""
+    image = _opened(data, ending_of(data))
+    return image.width, image.height
+
+
+def resized(data: bytes, ending: str, short: int, quality: int) -> tuple[bytes, str]:
+    """The image with its shorter side made ``short`` pixels, as JPEG, upright; the same bytes if it is that small.
+
+    Returns the bytes and their ending. Raises BadImage as `verify`.
+    """
+    image = _opened(data, ending)
+    if min(image.size) <= short:
+        return data, ending
+    scale = short / min(image.size)
+    size = (max(short, round(image.width * scale)), max(short, round(image.height * scale)))
+    with _as_bad_image():
+        image.draft("RGB", (2 * size[0], 2 * size[1]))  # JPEG decodes at a reduced scale, at least twice the target
+        small = _eight_bits(image).resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
+        upright = ImageOps.exif_transpose(small)  # the new file has no EXIF that would say so
+        out = io.BytesIO()
+        upright.save(out, "JPEG", quality=quality)
+    return out.getvalue(), "jpg"
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """RGB pixels of 8 bits; 16-bit grey keeps its upper byte, where Pillow by itself would clip to white."""
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
+
+
+def _opened(data: bytes, ending: str) -> Image.Image:
+    """The image as Pillow opens it, its size checked before a pixel is decoded."""
+    with _as_bad_image():
+        image = Image.open(io.BytesIO(data), formats=(_PIL_FORMAT[ending],))
+    if image.width * image.height > MAX_PIXELS:
+        raise BadImage("too_many_pixels", detail=f"{image.width} x {image.height}, at most {MAX_PIXELS}")
+    return image
+
+
+@contextmanager
+def _as_bad_image() -> Iterator[None]:
+    """Everything that Pillow raises for damaged bytes, which is more than its documentation says."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS decides
+            yield
+    except Image.DecompressionBombError as error:
+        raise BadImage("too_many_pixels", detail=str(error)) from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise BadImage("undecodable", detail=" ".join(str(error).split())) from error

@@ -1,0 +1,95 @@
+"""Owns what a long command over shards shows while it runs: images, rates, time left, bad images so far."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections import deque
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+MB = 1e6
+_RECENT = 30  # seconds that rates are of: what an earlier run had finished goes by faster than what is written
+_LINE_EVERY = 10  # seconds, where no terminal shows a bar
+
+
+class ShardProgress:
+    """A bar on a terminal, and a line now and then elsewhere.
+
+    Args:
+        title: what is done.
+        images: in all.
+        size: bytes in all, what time left is reckoned by.
+    """
+
+    def __init__(self, console: Console, title: str, images: int, size: int) -> None:
+        self._console, self._title, self._images, self._size = console, title, images, size
+        self._done = [0, 0, 0]
+        self._worker_peak = 0
+        self._said = time.monotonic()
+        self._recent = deque([(self._said, 0, 0)])
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=console,
+            disable=not console.is_terminal or console.quiet,
+        )
+        self._task = self._bar.add_task(title, total=size, figures="")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def add(self, images: int, size: int, bad: int) -> None:
+        """More images done, of so many bytes, of which so many were bad."""
+        for place, more in enumerate((images, size, bad)):
+            self._done[place] += more
+        now = time.monotonic()
+        self._recent.append((now, self._done[0], self._done[1]))
+        while len(self._recent) > 2 and now - self._recent[0][0] > _RECENT:
+            self._recent.popleft()
+        self._bar.update(self._task, completed=self._done[1], figures=self.figures())
+        if self._bar.disable and now - self._said >= _LINE_EVERY:
+            self._said = now
+            self._console.print(f"{self._title}: {self.figures()}", markup=False, highlight=False)
+
+    def note_peak(self, size: int) -> None:
+        """The most memory that another process took so far."""
+        self._worker_peak = max(self._worker_peak, size)
+
+    def memory(self) -> str:
+        """Peaks of memory as the kernel kept them."""
+        worker = f", {self._worker_peak / MB:,.0f} MB in the largest worker" if self._worker_peak else ""
+        return f"peak memory {peak_of_process() / MB:,.0f} MB{worker}"
+
+    def figures(self) -> str:
+        """What a line says."""
+        images, size, bad = self._done
+        (then, images_then, size_then), (now, *_) = self._recent[0], self._recent[-1]
+        seconds = max(now - then, 1e-3)
+        rate = (size - size_then) / seconds
+        left = _clock((self._size - size) / rate) if rate else "?"
+        return (
+            f"{images:,} of {self._images:,} images, {(images - images_then) / seconds:,.0f} images/s, "
+            f"{rate / MB:,.0f} MB/s, {left} left, {bad:,} bad"
+        )
+
+
+def peak_of_process() -> int:
+    """Bytes of memory that this process had at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(max(seconds, 0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

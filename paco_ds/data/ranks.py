@@ -1,0 +1,166 @@
+"""Owns how ranks that a launcher started share one build, by files beside the shards: no process group is needed.
+
+Rank r of W writes shards r, r + W, ... Rank 0 writes `plan.json` when the others may begin, waits until each has
+said that its shards are done, and removes `plan.json` when the manifest stands, for which the others wait. Each
+rank shows that it lives by a counter that it writes again and again; a launch has a number of its own, so that what
+an earlier one left is not believed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from paco_ds.data.storage import MissingFile, Storage
+from paco_ds.errors import DataError
+
+PLAN_FILE = "plan.json"
+_BEAT_EVERY = 5.0  # seconds
+
+
+@dataclass(frozen=True)
+class Rank:
+    """This process's share of a build.
+
+    Attributes:
+        patience: seconds without a sign of life after which another rank is given up.
+    """
+
+    number: int = 0
+    world_size: int = 1
+    patience: float = 120.0
+
+    def takes(self, job: int) -> bool:
+        """Whether the shard of this number is ours."""
+        return job % self.world_size == self.number
+
+    def begin(self, state: Storage, plan: str) -> None:
+        """Rank 0: let the others begin with this plan. They return once it is theirs too.
+
+        Raises:
+            DataError: as `_wait`.
+        """
+        if self.number == 0:
+            _put(state, PLAN_FILE, {"plan": plan, "launch": uuid.uuid4().hex})
+        else:
+            self._wait(
+                state,
+                "the same plan as its own (do all hosts see the same images and options?)",
+                lambda: () if _get(state, PLAN_FILE).get("plan") == plan else (0,),
+            )
+
+    def plan(self, state: Storage) -> object:
+        """The plan of the build under way, None without one."""
+        return _get(state, PLAN_FILE).get("plan")
+
+    def finish(self, state: Storage, conclude: Callable[[], None]) -> None:
+        """Rank 0: `conclude()` when all ranks are done. The others say that they are, and return when it has."""
+        if self.number == 0:
+            launch = _get(state, PLAN_FILE)["launch"]
+            others = range(1, self.world_size)
+            self._wait(
+                state,
+                "its shards",
+                lambda: [rank for rank in others if _get(state, _done(rank)).get("launch") != launch],
+            )
+            conclude()
+            return
+        said = None
+        plan = _get(state, PLAN_FILE)
+        while plan:
+            if plan["launch"] != said:
+                said = plan["launch"]
+                _put(state, _done(self.number), {"launch": said})
+            was = plan
+            self._wait(state, "the manifest", lambda was=was: () if _get(state, PLAN_FILE) != was else (0,))  # type: ignore[misc]
+            plan = _get(state, PLAN_FILE)
+
+    @contextmanager
+    def alive(self, state: Storage) -> Iterator[None]:
+        """Show the others that this rank lives, and, if it ends with an error, why."""
+        if self.world_size == 1:
+            yield
+            return
+        over = threading.Event()
+        beat = threading.Thread(target=self._beat, args=(state, over), daemon=True)
+        beat.start()
+        try:
+            yield
+        except BaseException as error:
+            over.set()
+            beat.join()
+            _put(state, _alive(self.number), {"failed": f"{type(error).__name__}: {error}", "launch": uuid.uuid4().hex})
+            raise
+        over.set()
+        beat.join()
+        state.remove(_alive(self.number))
+
+    def _wait(self, state: Storage, what: str, waited_for: Callable[[], Iterable[int]]) -> None:
+        """Return when no rank is waited for any more.
+
+        Raises:
+            DataError: such a rank has failed, or shown no sign of life for `patience` seconds.
+        """
+        seen: dict[int, tuple[dict[str, object], float]] = {}
+        while ranks := list(waited_for()):
+            for rank in ranks:
+                sign, now = _get(state, _alive(rank)), time.monotonic()
+                if rank not in seen or seen[rank][0] != sign:
+                    seen[rank] = (sign, now)
+                silent = now - seen[rank][1]
+                # What an earlier launch left is overwritten meanwhile by a rank that starts.
+                if "failed" in sign and silent > min(4 * _BEAT_EVERY, self.patience / 2):
+                    raise DataError(f"rank {rank} failed: {sign['failed']}")
+                if silent > self.patience:
+                    raise DataError(
+                        f"rank {rank} has given no sign of life for {silent:.0f} s while rank {self.number} waits for "
+                        f"{what}: is {state.url} the same folder on every host? Give the same command again: the "
+                        "shards that are finished are kept"
+                    )
+            time.sleep(min(0.5, self.patience / 8))
+
+    def _beat(self, state: Storage, over: threading.Event) -> None:
+        count = 0
+        while not over.is_set():
+            _put(state, _alive(self.number), {"beat": count, "process": os.getpid()})
+            count += 1
+            over.wait(min(_BEAT_EVERY, self.patience / 8))
+
+
+def rank_of_environment() -> Rank:
+    """The rank that a launcher gave this process; rank 0 of 1 without one.
+
+    Raises:
+        DataError: RANK and WORLD_SIZE are not such numbers.
+    """
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not rank.isdecimal() or not world.isdecimal() or int(rank) >= int(world):
+        raise DataError(f"RANK={rank} and WORLD_SIZE={world} are no rank of a launch; unset both to build alone")
+    return Rank(int(rank), int(world))
+
+
+def _alive(rank: int) -> str:
+    return f"rank-{rank}.json"
+
+
+def _done(rank: int) -> str:
+    return f"rank-{rank}.done.json"
+
+
+def _put(state: Storage, name: str, content: dict[str, object]) -> None:
+    with state.write(name) as file:
+        file.write(json.dumps(content).encode())
+
+
+def _get(state: Storage, name: str) -> dict[str, object]:
+    try:
+        content = json.loads(state.read(name))
+    except (MissingFile, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,165 @@
+"""Owns single requests to remote storage: one try each, within a time limit. Trying again is `storage`'s."""
+
+from __future__ import annotations
+
+import queue
+import shlex
+import subprocess
+import threading
+import uuid
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+import fsspec
+from fsspec.asyn import AsyncFileSystem, sync
+
+from paco_ds.errors import DataError
+
+T = TypeVar("T")
+# Their files grow in place under their name; object stores show an upload only when it is complete.
+_IN_PLACE = ("sftp", "ssh", "ftp", "smb", "hdfs", "webhdfs", "arrow_hdfs")
+
+
+def refuse_unknown_service(url: str, scheme: str) -> None:
+    """Raise DataError, naming common services, unless fsspec knows this kind of URL."""
+    known = {*fsspec.available_protocols()}
+    if scheme not in known:
+        common = sorted(known & {"s3", "gs", "az", "abfs", "http", "https", "hf", "sftp", "memory"})
+        raise DataError(f"{url}: fsspec knows no {scheme!r}; it knows {', '.join(common)} and more")
+
+
+class Remote(Protocol):
+    """One try of each request, at most `limit` seconds long."""
+
+    def read(self, name: str, span: tuple[int, int] | None, limit: float) -> bytes: ...
+
+    def about(self, name: str, limit: float) -> tuple[int, str]:
+        """Bytes of a file, and what tells its versions apart."""
+
+    def sizes(self, limit: float) -> dict[str, int] | None: ...
+
+    def find(self, folder: str, limit: float) -> dict[str, int]: ...
+
+    def put(self, local: str, name: str, limit: float) -> None: ...
+
+    def remove(self, name: str, limit: float) -> None: ...
+
+
+class Fsspec:
+    def __init__(self, url: str) -> None:
+        # An instance shared with others of the process would bring their options and cached listings.
+        self.fs, self.root = fsspec.core.url_to_fs(url, skip_instance_cache=True)
+        protocols = {self.fs.protocol} if isinstance(self.fs.protocol, str) else {*self.fs.protocol}
+        self.in_place, self.is_web = bool(protocols & {*_IN_PLACE}), bool(protocols & {"http", "https"})
+
+    def read(self, name: str, span: tuple[int, int] | None, limit: float) -> bytes:
+        start, end = span or (None, None)
+        return bytes(self._call(limit, "cat_file", self._path(name), start=start, end=end))
+
+    def about(self, name: str, limit: float) -> tuple[int, str]:
+        self.fs.invalidate_cache()
+        info = self._call(limit, "info", self._path(name))
+        if info.get("type") == "directory":
+            raise FileNotFoundError(name)
+        if info.get("size") is None:
+            raise NotImplementedError("the server does not tell the file's size")
+        version = next((str(info[k]) for k in ("ETag", "etag", "LastModified", "mtime", "created") if info.get(k)), "")
+        return int(info["size"]), version
+
+    def sizes(self, limit: float) -> dict[str, int] | None:
+        if self.is_web:
+            return None  # a page that may list names, without sizes
+        self.fs.invalidate_cache()
+        try:
+            entries = self._call(limit, "ls", self.root, detail=True)
+        except FileNotFoundError:
+            return {}
+        return {e["name"].rpartition("/")[2]: int(e["size"]) for e in entries if e["type"] == "file"}
+
+    def put(self, local: str, name: str, limit: float) -> None:
+        path = self._path(name)
+        if not self.in_place:
+            self._call(limit, "put_file", local, path)
+            return
+        folder, _, last = path.rpartition("/")
+        self.fs.makedirs(folder, exist_ok=True)
+        partial = f"{folder}/.{last}.{uuid.uuid4().hex}"
+        try:
+            self._call(limit, "put_file", local, partial)
+            self._call(limit, "mv", partial, path)
+        except BaseException:
+            if self.fs.exists(partial):
+                self.fs.rm_file(partial)
+            raise
+
+    def find(self, folder: str, limit: float) -> dict[str, int]:
+        if self.is_web:
+            raise DataError("a web server does not list its files with their sizes: copy the folder first")
+        self.fs.invalidate_cache()
+        start = self._path(folder).rstrip("/")
+        found = self._call(limit, "find", start, detail=True)
+        return {name.removeprefix(start).lstrip("/"): int(about["size"]) for name, about in found.items()}
+
+    def remove(self, name: str, limit: float) -> None:
+        self._call(limit, "rm_file", self._path(name))
+
+    def _path(self, name: str) -> str:
+        return f"{self.root.rstrip('/')}/{name}"
+
+    def _call(self, limit: float, method: str, *args: Any, **kwargs: Any) -> Any:
+        own = getattr(self.fs, f"_{method}", None)
+        if isinstance(self.fs, AsyncFileSystem) and own is not None:
+            return sync(self.fs.loop, own, *args, timeout=limit, **kwargs)  # which also ends the request
+        return _within(limit, lambda: getattr(self.fs, method)(*args, **kwargs))
+
+
+class Pipe:
+    """A command whose output is a file. No shell runs it."""
+
+    def __init__(self, url: str) -> None:
+        self.command = shlex.split(url.removeprefix("pipe:"))
+
+    def read(self, name: str, span: tuple[int, int] | None, limit: float) -> bytes:
+        if span is not None:
+            raise DataError("a pipe: command gives whole files, not ranges of them: set data.cache")
+        command = [part.replace("{name}", name) for part in self.command]
+        done = subprocess.run(command, capture_output=True, timeout=limit)
+        if done.returncode:
+            said = done.stderr.decode(errors="replace").strip().splitlines()
+            raise OSError(f"the command ended with {done.returncode}" + (f": {said[-1]}" if said else ""))
+        return done.stdout
+
+    def about(self, name: str, limit: float) -> tuple[int, str]:
+        return len(self.read(name, None, limit)), ""
+
+    def sizes(self, limit: float) -> dict[str, int] | None:
+        return None
+
+    def put(self, local: str, name: str, limit: float) -> None:
+        raise NotImplementedError("a pipe: command cannot be written to")
+
+    def find(self, folder: str, limit: float) -> dict[str, int]:
+        raise DataError("a pipe: command does not list files")
+
+    def remove(self, name: str, limit: float) -> None:
+        raise NotImplementedError("a pipe: command cannot be written to")
+
+
+def _within(seconds: float, function: Callable[[], T]) -> T:
+    """The function's result, or TimeoutError: its thread is then left behind, since nothing can end it."""
+    results: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            results.put((True, function()))
+        except BaseException as error:
+            results.put((False, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        good, value = results.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no answer in {seconds:.0f} s") from None
+    if not good:
+        raise value
+    return value

@@ -1,0 +1,300 @@
+"""Owns where bytes lie: a directory of files, local or behind any fsspec URL, read and written whole or by ranges.
+
+Remote requests are tried again with waits that double and vary, so that thousands of readers do not come back at
+once. Keys, endpoints and other options of a service come from its own environment (`AWS_*`, `FSSPEC_S3_*`, ...).
+Nothing that a URL names is executed, but for a `pipe:` command where `data.allow_pipe_urls` permits it.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+from paco_ds.data.cache import FileCache
+from paco_ds.data.remote import Fsspec, Pipe, Remote, refuse_unknown_service
+from paco_ds.errors import DataError
+from paco_ds.files import is_url, whole_file
+from paco_ds.recipe import DataSettings, StorageSettings
+
+T = TypeVar("T")
+_FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds between tries
+_MIB = 2**20
+_LISTING = 60  # times the time of a request, for one that lists a million files
+_PIECE = 16 * _MIB  # of a whole file, so that a cut connection costs no more than this
+_EXECUTING = ("pipe", "cmd", "shell", "exec", "reference")  # a reference file is a template that is run
+# Answers that another try does not change; the last are botocore's, which is not installed for everybody.
+_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError, ImportError)
+_FINAL_NAMES = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "NoRegionError")
+
+
+class MissingFile(DataError):  # noqa: N818 (the state of a file, which some callers expect)
+    """There is no file of that name."""
+
+
+class Storage:
+    """A directory of files. `url` is a local path or any fsspec URL; files are named relative to it.
+
+    It can be sent to other processes: connections are opened at the first request of each. Usable by many threads.
+
+    Args:
+        cache: where whole remote files may be kept on this host, see `open_whole`.
+        allow_pipe_urls: permits `pipe:COMMAND`, run once for each file with `{name}` replaced; its output is the file.
+
+    Raises:
+        DataError: a URL that would execute something, or of a kind that fsspec does not know.
+    """
+
+    def __init__(
+        self,
+        url: str | Path,
+        settings: StorageSettings | None = None,
+        *,
+        cache: FileCache | None = None,
+        allow_pipe_urls: bool = False,
+    ) -> None:
+        self.url, self.settings, self.cache = str(url).removeprefix("file://"), settings or StorageSettings(), cache
+        self.allow_pipe_urls = allow_pipe_urls
+        self.is_local = not is_url(self.url)
+        self._lock = threading.Lock()
+        self._remote: tuple[int, Remote] | None = None
+        self._refuse_what_would_execute()
+
+    def __reduce__(self) -> tuple[Callable[..., Storage], tuple[Any, ...]]:
+        return _restore, (self.url, self.settings, self.cache, self.allow_pipe_urls)
+
+    def __repr__(self) -> str:
+        return f"Storage({self.url!r})"
+
+    @property
+    def is_pipe(self) -> bool:
+        """Whether files come out of a command: whole, and of unknown size until read."""
+        return self.url.startswith("pipe:")
+
+    @property
+    def local_directory(self) -> Path:
+        """The directory of a local storage; DataError for a remote one."""
+        if not self.is_local:
+            raise DataError(f"{self.url} is remote, a local directory is needed here: copy it first")
+        return Path(self.url)
+
+    def place(self, name: str) -> str:
+        """Path or URL of a file, for messages."""
+        return f"{self.url.rstrip('/')}/{name}" if not self.is_pipe else self.url.replace("{name}", name)
+
+    def read(self, name: str, expected: int = 0) -> bytes:
+        """All bytes of a file; how many are `expected`, where that is known, gives a large one its time.
+
+        Raises:
+            MissingFile: there is none of that name.
+            DataError: it cannot be read, in as many tries as `data.storage.tries` allows.
+        """
+        if self.is_local:
+            return self._locally(name, lambda path: path.read_bytes())
+        return self._ask(
+            f"read {self.place(name)}", lambda remote, limit: remote.read(name, None, limit + expected / _MIB)
+        )
+
+    def read_range(self, name: str, start: int, size: int) -> bytes:
+        """`size` bytes of a file from byte `start` on; fewer only where a local file ends before.
+
+        Raises:
+            MissingFile, DataError: as `read`; also for a remote file that ends before, or a server without ranges.
+        """
+        if self.is_local:
+            with self._locally(name, lambda path: path.open("rb", buffering=0)) as file:
+                return os.pread(file.fileno(), size, start)
+        what = f"read bytes {start} to {start + size} of {self.place(name)}"
+
+        def one_range(remote: Remote, limit: float) -> bytes:
+            found = remote.read(name, (start, start + size), limit + size / _MIB)
+            if len(found) > size:
+                raise DataError(f"cannot {what}: the server sends all of the file instead of a range of it")
+            if len(found) < size:
+                raise EOFError(f"only {len(found)} of {size} bytes came")
+            return found
+
+        return self._ask(what, one_range) if size else b""
+
+    def size(self, name: str) -> int:
+        """Bytes of a file; MissingFile if there is none."""
+        if self.is_local:
+            return self._locally(name, lambda path: path.stat().st_size)
+        return self._ask(f"find {self.place(name)}", lambda remote, limit: remote.about(name, limit))[0]
+
+    def exists(self, name: str) -> bool:
+        """Whether there is a file of that name."""
+        try:
+            self.size(name)
+        except MissingFile:
+            return False
+        return True
+
+    def sizes(self) -> dict[str, int] | None:
+        """Bytes of every file directly in the directory, by name, from one listing; None where none can be had."""
+        if self.is_local:
+            if not Path(self.url).is_dir():
+                return {}
+            with os.scandir(self.url) as entries:
+                return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+        return self._ask(f"list {self.url}", lambda remote, limit: remote.sizes(limit))
+
+    def find(self, folder: str) -> dict[str, int]:
+        """Bytes of every file below a folder, by its name relative to that; empty where there is no such folder.
+
+        Raises:
+            DataError: the service has no listings.
+        """
+        if self.is_local:
+            start = Path(self.url, folder)
+            return {str(path.relative_to(start)): path.stat().st_size for path in start.rglob("*") if path.is_file()}
+        return self._ask(f"list {self.place(folder)}", lambda remote, limit: remote.find(folder, _LISTING * limit))
+
+    @contextmanager
+    def write(self, name: str) -> Iterator[BinaryIO]:
+        """A binary file that appears under its name only when whole; after an error in the block nothing is there.
+
+        Remote files are gathered on local disk (TMPDIR), so that an upload can be tried again.
+        """
+        if self.is_local:
+            path = Path(self.url) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(path) as file:
+                yield file
+            return
+        with tempfile.NamedTemporaryFile(prefix="paco_ds-upload-") as file:
+            yield file  # type: ignore[misc]
+            file.flush()
+            size = os.path.getsize(file.name)
+            self._ask(
+                f"write {self.place(name)}", lambda remote, limit: remote.put(file.name, name, limit + size / _MIB)
+            )
+
+    def remove(self, name: str) -> None:
+        """Make a file be gone; it may be already."""
+        if self.is_local:
+            self._locally(name, lambda path: path.unlink(missing_ok=True))
+            return
+        with suppress(MissingFile):
+            self._ask(f"remove {self.place(name)}", lambda remote, limit: remote.remove(name, limit))
+
+    def parent(self) -> tuple[Storage, str]:
+        """The storage of the directory that this one's URL is a file of, and the file's name."""
+        folder, _, name = self.url.rpartition("/")
+        place = folder or ("/" if self.url.startswith("/") else ".")
+        return Storage(place, self.settings, cache=self.cache, allow_pipe_urls=self.allow_pipe_urls), name
+
+    def inside(self, folder: str) -> Storage:
+        """The storage of a folder in this directory."""
+        return Storage(self.place(folder), self.settings, cache=self.cache, allow_pipe_urls=self.allow_pipe_urls)
+
+    def open_whole(self, name: str, size: int) -> BinaryIO:
+        """A local file with all bytes of a file: the file itself, or its copy in the cache.
+
+        Raises:
+            DataError: it has not `size` bytes, or it is remote and there is no cache.
+        """
+        if self.is_local:
+            return self._locally(name, lambda path: path.open("rb", buffering=0))
+        if self.cache is None:
+            raise DataError(f"{self.place(name)} is remote and there is no cache: set data.cache.directory and .bytes")
+        found, version = (
+            (size, "") if self.is_pipe else self._ask("find " + name, lambda remote, limit: remote.about(name, limit))
+        )
+        if found != size:
+            raise DataError(f"{self.place(name)} has {found} bytes, not {size}: copy it again or rebuild it")
+        return self.cache.open(f"{self.place(name)} {size} {version}", size, lambda file: self._fetch(name, size, file))
+
+    def _fetch(self, name: str, size: int, file: BinaryIO) -> None:
+        if self.is_pipe:
+            raw = self.read(name, size)
+            if len(raw) != size:
+                raise DataError(f"{self.place(name)} gives {len(raw)} bytes, not {size}")
+            file.write(raw)
+            return
+        for start in range(0, size, _PIECE):
+            file.write(self.read_range(name, start, min(_PIECE, size - start)))
+
+    def _locally(self, name: str, function: Callable[[Path], T]) -> T:
+        path = Path(self.url) / name
+        try:
+            return function(path)
+        except FileNotFoundError as error:
+            raise MissingFile(f"{path} is missing") from error
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+
+    def _ask(self, what: str, request: Callable[[Remote, float], T]) -> T:
+        """Make a request until it succeeds, its answer is final, or the tries are used up."""
+        began, last = time.monotonic(), ""
+        for number in range(self.settings.tries):
+            if number:
+                wait = min(_FIRST_WAIT * 2 ** (number - 1), _LONGEST_WAIT)
+                time.sleep(wait * random.SystemRandom().uniform(0.5, 1))
+            try:
+                return request(self._connected(), self.settings.timeout)
+            except DataError:
+                raise
+            except FileNotFoundError as error:
+                raise MissingFile(f"cannot {what}: it is missing") from error
+            except _FINAL as error:
+                raise DataError(f"cannot {what}: {_reason(error)}") from error
+            except Exception as error:  # each service raises its own
+                last = _reason(error)
+                if type(error).__name__ in _FINAL_NAMES:
+                    raise DataError(f"cannot {what}: {last}; set the service's keys in the environment") from error
+        seconds = time.monotonic() - began
+        raise DataError(
+            f"cannot {what}: {self.settings.tries} tries in {seconds:.0f} s, the last: {last}. Check that the service "
+            f"can be reached from here; data.storage.tries and data.storage.timeout give it more time"
+        )
+
+    def _connected(self) -> Remote:
+        """This process's connection: sockets and threads of a parent are of no use to its forks."""
+        with self._lock:
+            if self._remote is None or self._remote[0] != os.getpid():
+                self._remote = os.getpid(), Pipe(self.url) if self.is_pipe else Fsspec(self.url)
+            return self._remote[1]
+
+    def _refuse_what_would_execute(self) -> None:
+        if self.is_local:
+            return
+        if "::" in self.url:
+            raise DataError(f"{self.url} chains file systems with '::'; give the inner URL (data.cache keeps copies)")
+        scheme = self.url.partition(":")[0].lower()
+        if scheme == "pipe" and self.allow_pipe_urls:
+            if "{name}" not in self.url:
+                raise DataError(f"{self.url} does not say where the name of a file goes: write {{name}} in the command")
+            return
+        if scheme in _EXECUTING:
+            raise DataError(
+                f"{self.url} would execute what it names. Give a path or a URL of a storage service"
+                + ("; or, where you wrote the command yourself, set data.allow_pipe_urls" if scheme == "pipe" else "")
+            )
+        refuse_unknown_service(self.url, scheme)
+
+
+def open_storage(data: DataSettings) -> Storage:
+    """The storage of a recipe's shards."""
+    cache = FileCache(Path(data.cache.directory), data.cache.bytes) if data.cache else None
+    return Storage(data.shards, data.storage, cache=cache, allow_pipe_urls=data.allow_pipe_urls)
+
+
+def as_storage(place: Storage | str | Path) -> Storage:
+    """A storage as it is, or that of a path or URL."""
+    return place if isinstance(place, Storage) else Storage(place)
+
+
+def _restore(url: str, settings: StorageSettings, cache: FileCache | None, allow_pipe_urls: bool) -> Storage:
+    return Storage(url, settings, cache=cache, allow_pipe_urls=allow_pipe_urls)
+
+
+def _reason(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

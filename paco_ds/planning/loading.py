@@ -1,0 +1,161 @@
+"""Owns how many loader workers feed a node's GPUs: what a worker makes, what a GPU takes, whether cores suffice."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import cv2
+import torch
+
+from paco_ds.data.manifest import Manifest
+from paco_ds.data.shard import BadSample, ShardReader
+from paco_ds.data.views import MakeViews, make_view
+from paco_ds.engine import read_deepspeed_config
+from paco_ds.errors import DataError, UserError
+from paco_ds.models.recogniser import make_recogniser
+from paco_ds.randomness import Stream, generator, permutation
+from paco_ds.recipe import Recipe
+
+HEADROOM = 1.25  # images take turns: a worker that meets large ones must not keep its GPU waiting
+
+
+@dataclass(frozen=True)
+class LoadingPlan:
+    """Images/s and workers of one node; `workers` and `configured` are of each GPU's rank."""
+
+    per_worker: float
+    per_gpu: float
+    measured: bool
+    gpus: int
+    cores: int
+    workers: int
+    configured: int
+
+    @property
+    def cores_suffice(self) -> bool:
+        """Whether each worker gets a core, and each rank another."""
+        return self.gpus * (self.workers + 1) <= self.cores
+
+    @property
+    def verdict(self) -> str:
+        """ "fed", "too few workers" or "too few cores"."""
+        if not self.cores_suffice:
+            return "too few cores"
+        return "fed" if self.configured >= self.workers else "too few workers"
+
+    def lines(self) -> list[str]:
+        """The plan in words, remedy last."""
+        how = "measured here" if self.measured else "as given"
+        lines = [
+            f"one worker makes both views of {self.per_worker:.0f} images/s (measured here, from the shards)",
+            f"one GPU takes {self.per_gpu:.0f} images/s ({how})",
+            f"a GPU needs {self.workers} workers, the node {self.gpus * self.workers} and a core for each of its "
+            f"{self.gpus} ranks; this machine has {self.cores} cores",
+        ]
+        if self.verdict == "too few cores":
+            left = max(self.cores - self.gpus, 1) * self.per_worker / self.gpus
+            lines.append(
+                f"TOO FEW CORES: they make {left:.0f} images/s for each GPU, so it waits "
+                f"{max(0.0, 1 - left / self.per_gpu):.0%} of the time; use smaller images "
+                f"(build_shards.py --resize-short), cheaper views, or nodes with more cores for each GPU"
+            )
+        elif self.verdict == "too few workers":
+            lines.append(f"TOO FEW WORKERS: the recipe has {self.configured}; give --set data.workers={self.workers}")
+        else:
+            lines.append(f"FED: the recipe's data.workers={self.configured} is enough")
+        return lines
+
+
+def plan_loading(per_worker: float, per_gpu: float, gpus: int, configured: int, *, measured: bool) -> LoadingPlan:
+    """Workers for rates in images/s.
+
+    Raises:
+        UserError: a figure out of range.
+    """
+    if gpus < 1:
+        raise UserError(f"--gpus-per-node {gpus}: there must be at least one")
+    if not (per_gpu > 0 and math.isfinite(per_gpu)):
+        raise UserError(f"{per_gpu:g} images/s for a GPU: it must be above 0")
+    workers = math.ceil(per_gpu * HEADROOM / per_worker)
+    return LoadingPlan(per_worker, per_gpu, measured, gpus, len(os.sched_getaffinity(0)), workers, configured)
+
+
+def measure_loading(recipe: Recipe, manifest: Manifest, seconds: float = 3.0) -> float:
+    """Training images/s of one process with one thread: read, decoded, both views made; samples in random order.
+
+    Raises:
+        DataError: no sample can be read.
+    """
+    kinds = (recipe.views.query, recipe.views.key) if recipe.loss.contrast else (recipe.views.query,)
+    make_views = MakeViews(tuple(map(make_view, kinds)), recipe.data.max_pixels)
+    threads = cv2.getNumThreads(), torch.get_num_threads()
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+    try:
+        with ShardReader(manifest.storage, manifest.split(recipe.data.train_split)) as reader:
+            order = permutation(len(reader), Stream.WINDOW, recipe.seed)
+            made = 0
+
+            def load(position: int) -> None:
+                nonlocal made
+                rngs = (generator(s, recipe.seed, 0, position) for s in (Stream.QUERY_VIEW, Stream.KEY_VIEW))
+                try:
+                    make_views(reader.read(int(order[position % len(order)])), *list(rngs)[: len(kinds)])
+                    made += 1
+                except BadSample:
+                    pass
+
+            elapsed = _repeat(load, seconds)
+    finally:
+        cv2.setNumThreads(threads[0])
+        torch.set_num_threads(threads[1])
+    if not made:
+        raise DataError(f"no sample of {recipe.data.shards} could be read; run tools/build_shards.py check on it")
+    return made / elapsed
+
+
+def measure_step(recipe: Recipe, classes: int, device: torch.device, seconds: float = 5.0) -> float:
+    """Training images/s of one device: keys, queries and backward of one micro-batch after the other, random pixels.
+
+    Loss, update and reduction are left out, so a run takes somewhat fewer: workers enough for this are enough.
+    """
+    m, size = recipe.step.micro_batch, recipe.views.query.size
+    model = make_recogniser(recipe, classes, (0.5,) * 3, (0.25,) * 3).to(device)
+    autocast = bool(read_deepspeed_config(recipe.engine.deepspeed).get("torch_autocast", {}).get("enabled"))
+    query, key = torch.randint(0, 256, (2, m, 3, size, size), dtype=torch.uint8, device=device)
+    one_encoder = recipe.loss.contrast and recipe.key_encoder is None
+
+    def step(number: int) -> None:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
+            if model.key_encoder is not None:
+                model(key, keys=True)
+            logits, rows = model(query, key) if one_encoder else model(query)
+        (logits.sum() + (rows.sum() if rows is not None else 0)).backward()
+        model.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    for number in range(3):  # kernels are chosen and memory is taken
+        step(number)
+    steps = 0
+
+    def counted(number: int) -> None:
+        nonlocal steps
+        step(number)
+        steps += 1
+
+    elapsed = _repeat(counted, seconds)
+    return steps * m / elapsed
+
+
+def _repeat(work: Callable[[int], None], seconds: float) -> float:
+    """Call work(0), work(1), ... for about that long, 3 times at least; the seconds that it took."""
+    start, number = time.perf_counter(), 0
+    while number < 3 or time.perf_counter() - start < seconds:
+        work(number)
+        number += 1
+    return time.perf_counter() - start

@@ -1,0 +1,132 @@
+"""More images and classes for finished shards: a new revision, the old shards as they were."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from paco_ds.data import add as add_module
+from paco_ds.data.add import add_images
+from paco_ds.data.build import build_shards
+from paco_ds.data.build_plan import BuildOptions
+from paco_ds.data.card import changed, folder_card
+from paco_ds.data.check import check_shards
+from paco_ds.data.command import main
+from paco_ds.data.manifest import Manifest, load_manifest
+from paco_ds.data.shard import ShardReader
+from paco_ds.errors import DataError
+from tests.data.tiny import encoded
+
+SMALL = BuildOptions(shard_bytes=8_000)
+
+
+def images(root: Path, **counts: int) -> Path:
+    """A folder of train images per class, no two alike."""
+    for name, count in counts.items():
+        folder = root / "train" / name
+        folder.mkdir(parents=True)
+        for number in range(count):
+            (folder / f"{number}.png").write_bytes(encoded(".png", 16, hash_of(root.name, name, number)))
+    return root
+
+
+def hash_of(*parts: object) -> int:
+    """A seed that is another for other parts."""
+    return int.from_bytes("/".join(map(str, parts)).encode(), "little") % 2**32
+
+
+@pytest.fixture
+def first(tmp_path: Path) -> Manifest:
+    """Shards of 9 bees and 6 emus."""
+    root = images(tmp_path / "first", bee=9, emu=6)
+    return build_shards(folder_card(root), root, tmp_path / "shards", SMALL)
+
+
+def add(manifest: Manifest, root: Path, options: BuildOptions = SMALL) -> Manifest:
+    """Add a folder."""
+    added = add_images(manifest.directory, folder_card(root), root, options)
+    assert added is not None
+    return added
+
+
+def test_added_images_follow_the_old_ones(first: Manifest, tmp_path: Path) -> None:
+    """Classes are matched by name, new ones come last, ids and keys go on, every old file keeps its bytes."""
+    before = {path.name: path.read_bytes() for path in first.directory.iterdir()}
+    second = add(first, images(tmp_path / "second", ant=4, emu=3))
+    after = {path.name: path.read_bytes() for path in first.directory.iterdir()}
+    assert second.classes == ("bee", "emu", "ant")
+    assert second.split("train").class_counts == (9, 9, 4)
+    assert second.revision == 2
+    assert second.sha256 != first.sha256
+    assert after["manifest-1.json"] == before.pop("manifest.json")
+    assert {name: after[name] for name in before} == before
+    reader = ShardReader(second.directory, second.split("train"))
+    assert [reader.read(i).key for i in range(22)] == [f"train-{i:08d}" for i in range(22)]
+    assert reader.labels()[:15].max() == 1
+    assert check_shards(second) == []
+    assert not (first.directory / ".build").exists()
+
+
+def test_run_on_the_manifest_before_can_go_on(first: Manifest, tmp_path: Path) -> None:
+    """The kept file is a manifest of its own, with the digest that the run knows."""
+    add(first, images(tmp_path / "second", emu=3))
+    kept = load_manifest(first.directory / "manifest-1.json")
+    assert kept.sha256 == first.sha256
+    assert ShardReader(kept.storage, kept.split("train")).read(0).key == "train-00000000"
+
+
+def test_the_same_images_are_not_added_twice(first: Manifest, tmp_path: Path) -> None:
+    """Nor those that the build had."""
+    second = add(first, images(tmp_path / "second", emu=3))
+    for root in ("first", "second"):
+        with pytest.raises(DataError, match=rf"images of {root} are in .* already"):
+            add(second, tmp_path / root)
+
+
+def test_stopped_add_goes_on(first: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped before the manifest: the old one still holds. Stopped after it: it is done."""
+    root = images(tmp_path / "second", ant=4, emu=30)
+    shutil.copytree(first.directory, tmp_path / "copy")
+    expected = add(load_manifest(tmp_path / "copy"), root)
+
+    class Stop(Exception):  # noqa: N818
+        pass
+
+    def stop(*_: object) -> None:
+        raise Stop
+
+    for place in (add_module, "paco_ds.data.build"):
+        name = "_merged" if place is add_module else "clear_state"
+        monkeypatch.setattr(f"{place if isinstance(place, str) else place.__name__}.{name}", stop)
+        with pytest.raises(Stop):
+            add(first, root)
+        monkeypatch.undo()
+        if place is add_module:
+            assert load_manifest(first.directory).sha256 == first.sha256
+    assert add(first, root).sha256 == expected.sha256
+    assert not (first.directory / ".build").exists()
+
+
+def test_new_class_needs_a_training_image(first: Manifest, tmp_path: Path) -> None:
+    """A class that only val has cannot be learnt."""
+    images(tmp_path / "second", ant=4)
+    (tmp_path / "second" / "train").rename(tmp_path / "second" / "val")
+    card = changed(folder_card(tmp_path / "second"), splits={"val": {"folder": "val"}})
+    with pytest.raises(DataError, match="no training image of the new class ant"):
+        add_images(first.directory, card, tmp_path / "second", SMALL)
+    assert load_manifest(first.directory).sha256 == first.sha256
+
+
+def test_long_tailed_part_of_an_addition_is_refused(first: Manifest, tmp_path: Path) -> None:
+    """It would be no part of the whole."""
+    root = images(tmp_path / "second", ant=4)
+    card = changed(folder_card(root), imbalance={"factor": 10})
+    with pytest.raises(DataError, match="leave imbalance out"):
+        add_images(first.directory, card, root, SMALL)
+
+
+def test_command_says_the_revision(first: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`build_shards.py add DIR --source folder --root ROOT`."""
+    root = str(images(tmp_path / "second", ant=4))
+    assert main(["add", str(first.directory), "--source", "folder", "--root", root, "--workers", "1"]) == 0
+    assert "revision 2; the one before stands beside it" in capsys.readouterr().out

@@ -1,0 +1,83 @@
+"""Sources and shards on a real S3-compatible server that refuses and cuts connections."""
+
+from pathlib import Path
+
+import pytest
+
+from paco_ds.data import storage as storage_module
+from paco_ds.data.build import build_shards
+from paco_ds.data.build_plan import BuildOptions
+from paco_ds.data.card import load_card
+from paco_ds.data.check import check_shards
+from paco_ds.data.manifest import Manifest, load_manifest
+from paco_ds.data.sources import read_source
+from paco_ds.data.storage import Storage
+from paco_ds.errors import DataError
+from paco_ds.recipe import StorageSettings
+from tests.data.s3 import BUCKET, Proxy, s3_server
+from tests.data.test_sources_more import card
+from tests.data.tiny import encoded
+
+
+@pytest.fixture(scope="module")
+def s3() -> Proxy:
+    with pytest.MonkeyPatch.context() as patch, s3_server() as proxy:
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        patch.setattr(storage_module, "_FIRST_WAIT", 0.01)
+        yield proxy
+
+
+def test_shards_on_s3_are_those_on_disk(tiny_card: Path, tiny_shards: Manifest, s3: Proxy) -> None:
+    """Though connections are cut meanwhile; nothing else is left there."""
+    place = f"s3://{BUCKET}/shards"
+    s3.make("cut", 3, cut_after=100)
+    built = build_shards(load_card(tiny_card), tiny_card.parent / "images", place, BuildOptions(shard_bytes=20_000))
+    assert built.sha256 == tiny_shards.sha256
+    files = Storage(place).find("")
+    assert files == {path.name: path.stat().st_size for path in tiny_shards.directory.iterdir()}
+    assert check_shards(load_manifest(place)) == []
+
+
+def test_build_on_s3_goes_on_where_it_was_stopped(
+    tiny_card: Path, tiny_shards: Manifest, s3: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The records of finished shards lie there too."""
+    from tests.data.test_build_resume import Stop, stop_after
+
+    place = f"s3://{BUCKET}/stopped"
+    stop_after(monkeypatch, 2)
+    with pytest.raises(Stop):
+        build_shards(load_card(tiny_card), tiny_card.parent / "images", place, BuildOptions(shard_bytes=20_000))
+    monkeypatch.undo()
+    stop_after(monkeypatch, len(tiny_shards.split("train").shards) + len(tiny_shards.split("test").shards) - 2)
+    again = build_shards(load_card(tiny_card), tiny_card.parent / "images", place, BuildOptions(shard_bytes=20_000))
+    assert again.sha256 == tiny_shards.sha256
+
+
+def test_images_on_s3_are_listed_once_and_read(s3: Proxy, tmp_path: Path) -> None:
+    """A list file and its images behind one URL; a missing one is named by the listing."""
+    source = Storage(f"s3://{BUCKET}/source")
+    for number in range(3):
+        with source.write(f"images/{number}.jpg") as file:
+            file.write(encoded(seed=number))
+    with source.write("train.txt") as file:
+        file.write(b"".join(b"images/%d.jpg 0\n" % number for number in range(4)))
+    listed = card("list", {"train": {"list": "train.txt"}})
+    found = read_source(listed, source.url)
+    assert [str(bad) for bad in found.bad] == ["images/3.jpg: missing"]
+    manifest = build_shards(listed, source.url, tmp_path / "out", BuildOptions(max_bad=1))
+    assert manifest.split("train").samples == 3
+
+
+def test_s3_that_stays_away_ends_the_build_with_its_url(tiny_card: Path, s3: Proxy) -> None:
+    """After the tries that storage allows."""
+    s3.make("refuse", 1000)
+    away = Storage(f"s3://{BUCKET}/away", StorageSettings(tries=2, timeout=1))
+    try:
+        with pytest.raises(DataError, match=f"s3://{BUCKET}/away.*2 tries"):
+            build_shards(load_card(tiny_card), tiny_card.parent / "images", away)
+    finally:
+        s3.make("", 0)

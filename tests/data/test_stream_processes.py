@@ -1,0 +1,48 @@
+"""Loader processes that are killed: the rank says so and ends."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import os, signal, sys
+import psutil
+from paco_ds.data.manifest import load_manifest
+from paco_ds.data.stream import TrainingStream
+from paco_ds.distributed import MicroBatchLayout
+from tests.recipes import tiny_recipe
+
+if __name__ == "__main__":
+    recipe = tiny_recipe("schedule.epochs=500", "data.workers=2")
+    stream = TrainingStream(recipe, load_manifest(sys.argv[1]), MicroBatchLayout(8, 4, 0, 1))
+    next(stream)
+    if sys.argv[2] == "killed":
+        workers = [p for p in psutil.Process().children(recursive=True) if "forkserver" in " ".join(p.cmdline())]
+        os.kill(workers[-1].pid, signal.SIGKILL)
+        for _ in range(1000):
+            next(stream)
+    raise ValueError("something else went wrong, and nobody closed the stream")
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [("killed", r"TrainingError: loader process \d+ \(-9\).* is gone.*lower data.workers"), ("left", "something else")],
+)
+def test_the_rank_ends_whatever_became_of_its_loader_processes(striped_shards, tmp_path, what, message):
+    """They do not see SIGTERM; waiting for them at exit would last for ever."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(tmp_path / "script.py"), str(striped_shards), what],
+        cwd=root,
+        env={"PYTHONPATH": str(root), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert re.search(message, done.stderr), done.stderr

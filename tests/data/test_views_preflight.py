@@ -1,0 +1,93 @@
+"""`preflight --views` and `--workers`: a sheet of the user's own images, and workers enough for a node's GPUs."""
+
+import json
+
+import cv2
+import pytest
+import torch
+
+from paco_ds.data.manifest import load_manifest
+from paco_ds.planning.loading import measure_loading, measure_step, plan_loading
+from paco_ds.preflight import main
+from tests.recipes import write_tiny_recipe
+
+
+@pytest.fixture
+def recipe_file(tmp_path, striped_shards):
+    """The tiny recipe on small shards."""
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 1}}')
+    path = tmp_path / "tiny.yaml"
+    write_tiny_recipe(path, f"data.shards={striped_shards}", f"engine.deepspeed={tmp_path / 'ds.json'}")
+    return path
+
+
+def test_a_sheet_shows_images_and_views(recipe_file, tmp_path, capsys):
+    """A picture is written; its format follows the name's ending."""
+    sheet = tmp_path / "sheet.png"
+    assert main(["--views", str(sheet), "--recipe", str(recipe_file)]) == 0
+    height, width, _ = cv2.imread(str(sheet)).shape
+    assert height > 400
+    assert width > 400
+    assert str(sheet) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["sheet.mp5", "no-such-folder/sheet.png"])
+def test_a_sheet_that_cannot_be_written_is_an_error_in_words(recipe_file, tmp_path, capsys, name):
+    """Status 2 and the path."""
+    with pytest.raises(SystemExit) as stopped:
+        main(["--views", str(tmp_path / name), "--recipe", str(recipe_file)])
+    assert stopped.value.code == 2
+    assert f"{name} cannot be written" in capsys.readouterr().err
+
+
+def test_workers_follow_from_both_rates():
+    """With a quarter more than the mean; a node needs a core for each worker and each rank."""
+    plan = plan_loading(400, 1000, gpus=8, configured=4, measured=True)
+    assert plan.workers == 4
+    assert plan.verdict == ("fed" if plan.cores >= 40 else "too few cores")
+    assert plan_loading(10_000, 10, gpus=1, configured=1, measured=False).workers == 1
+
+
+def test_too_few_cores_or_workers_are_said_with_the_remedy(monkeypatch):
+    """How long GPUs would wait, or the setting to give."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(16)))
+    starved = plan_loading(200, 1000, gpus=4, configured=7, measured=True)
+    assert starved.verdict == "too few cores"
+    assert "so it waits 40% of the time" in starved.lines()[-1]  # 12 cores x 200 / 4 = 600 of 1000
+    fewer = plan_loading(800, 1000, gpus=4, configured=1, measured=True)
+    assert fewer.verdict == "too few workers"
+    assert "--set data.workers=2" in fewer.lines()[-1]
+    assert plan_loading(800, 1000, gpus=4, configured=2, measured=True).verdict == "fed"
+
+
+def test_both_rates_are_measured_on_real_work(recipe_file, striped_shards):
+    """Reading, decoding and views of the shards; keys, queries and backward of the model; threads are put back."""
+    from paco_ds.recipe_file import load_recipe
+
+    recipe, threads = load_recipe(recipe_file), torch.get_num_threads()
+    assert measure_loading(recipe, load_manifest(striped_shards), seconds=0.02) > 10
+    assert torch.get_num_threads() == threads
+    for override in ([], ["key_encoder=none"], ["loss.method=cross_entropy"]):
+        rate = measure_step(load_recipe(recipe_file, override), 4, torch.device("cpu"), seconds=0.02)
+        assert rate > 1
+
+
+def test_the_command_says_how_many_workers(recipe_file, capsys):
+    """Status 1 where the recipe has too few; without a GPU the rate must be given."""
+    common = ["--workers", "--recipe", str(recipe_file)]
+    assert main([*common, "--images-per-second", "20", "--ranks", "2", "--gpus-per-node", "1", "--json"]) == 1
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["per_gpu"], plan["workers"], plan["configured"]) == (10.0, 1, 0)
+    enough = ["--images-per-second", "20", "--ranks", "2", "--gpus-per-node", "1", "--set", "data.workers=1"]
+    assert main([*common, *enough]) == (0 if plan["cores"] > 1 else 1)
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit):
+            main(common)
+        assert "no GPU to measure: give --images-per-second" in capsys.readouterr().err
+
+
+def test_something_must_be_asked_for(recipe_file, capsys):
+    """The three things that it does are named."""
+    with pytest.raises(SystemExit):
+        main(["--recipe", str(recipe_file)])
+    assert "--plan, --workers, --views" in capsys.readouterr().err

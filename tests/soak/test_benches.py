@@ -1,0 +1,33 @@
+"""Every bench runs to its end from its command line, and prints its bars as lines of JSON."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+QUICK = {
+    "loss": ["--repeats", "3"],
+    "key_encoder": ["--repeats", "3"],
+    "key_queue": ["--repeats", "3", "--keys", "100000"],
+    "watching": ["--repeats", "5"],
+    "scale": [],
+    "step": ["--only", "cifar_resnet32", "--bars-only", "--rounds", "3"],
+}
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", QUICK)
+def test_bench_runs_to_its_end(name, record):
+    """Its bars hold or not: that is for the results page, taken on an idle machine."""
+    command = [sys.executable, f"tools/bench/{name}.py", *QUICK[name], "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    bars = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert bars
+    record(f"bench {name}", "ran to its end", True)

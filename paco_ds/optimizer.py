@@ -48,6 +48,7 @@ class GuardedSGD(torch.optim.SGD):
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
     """Learning rate of a step: linear warm-up, then lr / 2 (1 + cos(pi (e - w + 1) / (E - w + 1))).
 
+    With milestones the rate stays after warm-up and becomes a tenth at each of them, in place of the cosine.
     e counts epochs (as published) or steps, by `schedule.per`; w and E are warm-up and length in the same unit.
     """
     schedule = recipe.schedule
@@ -56,4 +57,6 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
     now, warmup, length = step // unit, schedule.warmup_epochs * per_epoch, schedule.epochs * per_epoch
     if now < warmup:
         return recipe.lr * (now + 1) / warmup
+    if schedule.milestones:
+        return recipe.lr * 0.1 ** sum(now >= milestone * per_epoch for milestone in schedule.milestones)
     return recipe.lr / 2 * (1 + math.cos(math.pi * (now - warmup + 1) / (length - warmup + 1)))

@@ -152,7 +152,7 @@ class RideSettings(Section):
 class BalPoESettings(Section):
     """Of loss.method balpoe, which needs model.experts."""
 
-    lambdas: tuple[Annotated[float, _Number], ...] = Field(
+    lambdas: tuple[Annotated[float, Number], ...] = Field(
         (1.0, 0.0, -1.0), min_length=1, description="bias of each expert; their mean is the bias of the model"
     )
 
@@ -285,11 +285,20 @@ class OptimizerSettings(Section):
 
 
 class ScheduleSettings(Section):
-    """Linear warm-up, then half a cosine; changed every epoch (published) or every step."""
+    """Linear warm-up, then half a cosine or milestones; changed every epoch (published) or every step."""
 
     epochs: Count
     warmup_epochs: Natural = 0
     per: Literal["epoch", "step"] = "epoch"
+    milestones: tuple[Count, ...] = Field(
+        (), description="epochs after which the rate is a tenth, in place of the cosine (CIFAR, published)"
+    )
+
+    @model_validator(mode="after")
+    def _milestones_are_reached(self) -> Self:
+        if list(self.milestones) != sorted(set(self.milestones)) or max(self.milestones, default=0) >= self.epochs:
+            raise ValueError(f"milestones {list(self.milestones)} must rise and lie inside {self.epochs} epochs")
+        return self
 
     @model_validator(mode="after")
     def _warmup_is_shorter(self) -> Self:

@@ -1,12 +1,7 @@
-"""Tables: the rows of a table file trained one after the other over seeds, and drawn beside each other.
+"""The rows of a table trained over seeds and drawn beside the paper's figures.
 
-A table names rows as recipe plus overrides, so that nothing is copied:
-
-    title: Fashion-MNIST-LT, ...
-    recipe: ../recipes/demo.yaml
-    rows:
-      - {method: Cross-entropy, set: [loss.method=cross_entropy]}
-      - {method: PaCo, set: []}
+    python tools/reproduce.py --table 13 --scale small --data shards/fashion-mnist-lt.yaml --output runs/table13
+    python tools/reproduce.py --table 9 --scale paper --output runs/table9       writes the commands for a cluster
 
 Each (row, seed) is a run of its own, launched as a user would launch it, so an interrupted table goes on.
 """
@@ -15,104 +10,205 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
-
-import yaml
-from pydantic import ValidationError, model_validator
 
 from paco_ds.command import report_user_errors
+from paco_ds.data.card import load_card
+from paco_ds.data.manifest import MANIFEST_FILE
 from paco_ds.errors import RecipeError, UserError
-from paco_ds.recipe import Section
 from paco_ds.report.comparison import MethodResults, SeedResult, write_comparison
+from paco_ds.table import Row, Table, load_table, small_recipe
 
-TRAIN = Path(__file__).with_name("train.py")
-
-
-class Row(Section):
-    """One line of a table: a method and how it differs from the table's recipe."""
-
-    method: str
-    set: tuple[str, ...] = ()
+HERE = Path(__file__).parent
+TRAIN, EVALUATE, BUILD = HERE / "train.py", HERE / "evaluate.py", HERE.parent / "tools" / "build_shards.py"
+FIRST_PORT = 29500
 
 
-class Table(Section):
-    """The rows that are compared; everything but a row's overrides and the seed is the same for all."""
+@dataclass(frozen=True)
+class Job:
+    """One training: a row with a seed, in a folder of its own.
 
-    title: str
-    recipe: str
-    rows: tuple[Row, ...]
+    Attributes:
+        small: the small recipe that stands in for the row's own, or None.
+        extra: overrides given for every row.
+    """
 
-    @model_validator(mode="after")
-    def _runs_are_apart(self) -> Self:
-        names = [_slug(row.method) for row in self.rows]
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise ValueError(f"rows share the run folders {sorted(twice)}; give each row a method name of its own")
-        return self
+    table: Table
+    row: Row
+    seed: int
+    output: Path
+    small: Path | None
+    extra: tuple[str, ...]
+
+    @property
+    def run(self) -> Path:
+        return self.output / f"{self.row.folder}-seed{self.seed}"
+
+    @property
+    def results(self) -> Path:
+        """metrics.json of the training, or what its evaluation with options writes."""
+        return self.run / ("metrics-of-row.json" if self.row.evaluate else "metrics.json")
+
+    def training(self, launcher: Sequence[str]) -> list[str]:
+        """The command that trains it, or goes on with it."""
+        own = (*self.row.set, *(self.row.small if self.small else ()))
+        overrides = [f"--set={override}" for override in (*own, f"seed={self.seed}", *self.extra)]
+        recipe = str(self.small or self.table.recipe_of(self.row))
+        return [*launcher, str(TRAIN), "--config", recipe, "--output", str(self.run), *overrides]
+
+    def evaluation(self) -> list[str] | None:
+        """The command whose figures are the row's, where they are not those of the training's end."""
+        if not self.row.evaluate:
+            return None
+        return [sys.executable, str(EVALUATE), f"--run={self.run}", f"--output={self.results}", *self.row.evaluate]
+
+    def read(self) -> SeedResult:
+        """What it reached on the test split."""
+        figures = json.loads(self.results.read_text())
+        return SeedResult(seed=self.seed, **{name: figures[name] for name in ("many", "medium", "few", "all")})
 
 
-def load_table(path: Path) -> Table:
-    """Read a table file; its recipe's path is relative to it.
+def run_job(job: Job, ranks: int, slot: int, quiet: bool) -> None:
+    """Train a row with a seed, or go on with it. A finished run is launched too: it checks that it was trained by this
+    row's recipe, and evaluates.
 
     Raises:
-        RecipeError: names the file and what is wrong in it.
+        UserError: the training or its evaluation failed.
     """
-    try:
-        table = Table.model_validate(yaml.safe_load(path.read_text()))
-    except FileNotFoundError:
-        raise RecipeError(f"no table at {path}; tables of this project lie in ds_configs/tables/") from None
-    except (yaml.YAMLError, ValidationError) as error:
-        raise RecipeError(f"{path}: {error}") from None
-    return table.model_copy(update={"recipe": str((path.parent / table.recipe).resolve())})
+    launcher = str(Path(sys.executable).with_name("deepspeed"))
+    training = job.training([launcher, "--num_gpus", str(ranks), "--master_port", str(FIRST_PORT + slot)])
+    job.run.mkdir(parents=True, exist_ok=True)
+    log = job.run / "run.log"
+    for command in (training, job.evaluation()):
+        if command is None:
+            continue
+        with log.open("a") as file:
+            output = file if quiet else None
+            status = subprocess.run(command, check=False, stdout=output, stderr=output).returncode
+        if status:
+            where = str(log) if quiet else "above"
+            raise UserError(f"{job.row.name}, seed {job.seed} did not finish; see {where}. The same command goes on")
 
 
-def run_row(table: Table, row: Row, seed: int, output: Path, ranks: int, extra: Sequence[str]) -> SeedResult:
-    """Train a row with a seed, or go on with it, and read what it reached on the test split.
+def run_jobs(jobs: Sequence[Job], ranks: int, at_once: int) -> None:
+    """Train all, `at_once` at a time; the first that fails ends the rest after those under way."""
+    with ThreadPoolExecutor(at_once) as pool:
+        running = [pool.submit(run_job, job, ranks, number % at_once, at_once > 1) for number, job in enumerate(jobs)]
+        try:
+            for job, future in zip(jobs, running, strict=True):
+                future.result()
+                print(f"{job.row.name}, seed {job.seed}: All {100 * job.read().all:.1f} %", flush=True)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
-    A finished run is launched too: it checks that it was trained by this row's recipe, and evaluates.
+
+def draw(table: Table, jobs: Sequence[Job], output: Path) -> None:
+    """Print and draw what the runs reached, beside the paper's figures.
 
     Raises:
-        UserError: the training failed.
+        UserError: rows that were not run yet, by name.
     """
-    run = output / f"{_slug(row.method)}-seed{seed}"
-    overrides = [f"--set={override}" for override in (*row.set, f"seed={seed}", *extra)]
-    launcher = Path(sys.executable).with_name("deepspeed")
-    command = [str(launcher), "--num_gpus", str(ranks), str(TRAIN), "--config", table.recipe, "--output", str(run)]
-    if subprocess.run([*command, *overrides], check=False).returncode:
-        raise UserError(f"{row.method}, seed {seed} did not finish; see above. The same command goes on from there")
-    figures = json.loads((run / "metrics.json").read_text())
-    return SeedResult(seed=seed, **{name: figures[name] for name in ("many", "medium", "few", "all")})
+    missing = [f"{job.row.name} (seed {job.seed})" for job in jobs if not job.results.exists()]
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(jobs)} runs are not there yet: {', '.join(missing[:5])}"
+            f"{', ...' if len(missing) > 5 else ''}. Run the same command without --draw-only first"
+        )
+    rows = [
+        MethodResults(
+            row.name,
+            [job.read() for job in jobs if job.row is row],
+            row.paper.fractions() if row.paper else None,
+        )
+        for row in table.rows
+    ]
+    page, picture = output / "comparison.html", output / "comparison.png"
+    write_comparison(rows, page, picture, title=table.title)
+    print(f"written: {page}, {picture}")
 
 
-def _slug(method: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in method.lower())
+def write_commands(jobs: Sequence[Job], path: Path) -> None:
+    """The commands of all trainings and evaluations as a script for a cluster, `hosts` being its hostfile."""
+    lines = ["#!/bin/sh", "# Each training goes on where it stopped when it is given again.", "set -e"]
+    for job in jobs:
+        lines += ["", f"# {job.row.name}, seed {job.seed}"]
+        if job.row.inferred:
+            lines.append(f"# inferred: {job.row.inferred}")
+        lines.append(shlex.join(job.training(["deepspeed", "--hostfile", "hosts"])))
+        if (evaluation := job.evaluation()) is not None:
+            lines.append(shlex.join(["python", *evaluation[1:]]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+
+
+def shards_of(card: Path) -> tuple[str, Path]:
+    """(name, folder of the shards) of a card; they are built if they are not there yet.
+
+    Raises:
+        UserError: the card is wrong, or the build failed.
+    """
+    name = load_card(card).name
+    shards = HERE.parent / "data" / name
+    if not (shards / MANIFEST_FILE).exists():
+        command = [sys.executable, str(BUILD), "build", str(card), "--output", str(shards)]
+        if subprocess.run(command, check=False).returncode:
+            raise UserError(f"the shards of {card} could not be built; see above")
+    return name, shards
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", required=True, type=Path, help="table file, YAML; see ds_configs/tables/")
-    parser.add_argument("--output", required=True, type=Path, help="directory of the runs and of the drawn table")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 1 to N for every row")
-    parser.add_argument("--ranks", type=int, default=2, help="ranks of each training on this host")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override for every row")
-    arguments = parser.parse_args(argv)
+    arguments = _parser().parse_args(argv)
     with report_user_errors():
         table = load_table(arguments.table)
-        rows = [
-            MethodResults(
-                row.method,
-                [
-                    run_row(table, row, seed, arguments.output, arguments.ranks, arguments.set)
-                    for seed in range(1, arguments.seeds + 1)
-                ],
+        small, extra = None, list(arguments.set)
+        if arguments.scale == "small":
+            if arguments.data is None:
+                raise RecipeError("--scale small needs --data, a card such as shards/fashion-mnist-lt.yaml")
+            name, shards = shards_of(arguments.data)
+            small = small_recipe(name)
+            extra.insert(0, f"data.shards={shards}")
+        elif arguments.scale is None and table.scale == "paper":
+            raise RecipeError(
+                f"{table.title} has recipes of a cluster's size: give --scale small with --data CARD to train "
+                f"stand-ins here, or --scale paper for the commands of a cluster"
             )
+        if arguments.jobs > 1:
+            threads = max(1, len(os.sched_getaffinity(0)) // (arguments.jobs * arguments.ranks))
+            extra.append(f"engine.threads={threads}")
+        jobs = [
+            Job(table, row, seed, arguments.output, small, tuple(extra))
             for row in table.rows
+            for seed in range(1, arguments.seeds + 1)
         ]
-        page, picture = arguments.output / "comparison.html", arguments.output / "comparison.png"
-        write_comparison(rows, page, picture, title=table.title)
-        print(f"written: {page}, {picture}")
+        if arguments.scale == "paper":
+            write_commands(jobs, arguments.output / "commands.sh")
+            print(f"written: {arguments.output / 'commands.sh'}")
+            return 0
+        for row in table.rows:  # a mistake in the last row is said before the first is trained
+            table.resolve(row, small)
+        if not arguments.draw_only:
+            run_jobs(jobs, arguments.ranks, arguments.jobs)
+        draw(table, jobs, arguments.output)
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", required=True, help="9 to 14, or a table file; see ds_configs/tables/")
+    parser.add_argument("--output", required=True, type=Path, help="directory of the runs and of the drawn table")
+    parser.add_argument("--scale", choices=["small", "paper"], help="stand-ins to train here, or commands of a cluster")
+    parser.add_argument("--data", type=Path, help="card of the data set at small scale; built if need be")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 1 to N for every row")
+    parser.add_argument("--ranks", type=int, default=2, help="ranks of each training on this host")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time; their output goes to RUN/run.log")
+    parser.add_argument("--draw-only", action="store_true", help="train nothing, draw what is there")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override for every row")
+    return parser

@@ -1,24 +1,45 @@
-"""Tables: rows as data, refused where they would mislead."""
+"""Tables: rows as data, refused where they would mislead; every row launched as a user would."""
 
+import itertools
 from pathlib import Path
 
 import pytest
+import torch
 
 from paco_ds import reproduce
-from paco_ds.errors import RecipeError
-from paco_ds.recipe_file import load_recipe
+from paco_ds.errors import RecipeError, UserError
+from paco_ds.models.recogniser import make_recogniser
+from paco_ds.table import SMALL_RECIPES, Row, Table, load_table, small_recipe
 
 SHIPPED = sorted(Path(__file__).parent.parent.glob("ds_configs/tables/*.yaml"))
 ROWS = "title: t\nrecipe: r.yaml\nrows:\n"
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
-def test_every_row_of_a_shipped_table_is_a_valid_recipe(path):
-    """Its overrides fit its recipe."""
-    table = reproduce.load_table(path)
+def test_every_row_of_a_shipped_table_is_a_valid_recipe_and_a_model(path):
+    """At every scale; models are made on the meta device."""
+    table = load_table(path)
     assert table.rows
-    for row in table.rows:
-        load_recipe(table.recipe, row.set)
+    small = [None] if table.scale == "here" else [None, *sorted(SMALL_RECIPES.glob("*.yaml"))]
+    for row, recipe in itertools.product(table.rows, small):
+        resolved = table.resolve(row, recipe)
+        with torch.device("meta"):
+            make_recogniser(resolved, 20, (0.5,) * 3, (0.2,) * 3)
+
+
+def test_the_papers_tables_have_their_36_rows():
+    """Tables 9 to 14 of the supplement."""
+    rows = {n: load_table(n).rows for n in range(9, 15)}
+    assert [len(r) for r in rows.values()] == [9, 6, 6, 3, 4, 8]
+    assert all(row.paper for table in rows.values() for row in table)
+
+
+def test_only_wanted_values_differ_between_rows():
+    """A row of Table 11 without RandAugment has none."""
+    plain = [r for r in load_table(11).rows if "without RandAugment" in r.method]
+    assert len(plain) == 2
+    for row in plain:
+        assert load_table(11).resolve(row).views.query.randaugment is None
 
 
 @pytest.mark.parametrize(
@@ -33,30 +54,82 @@ def test_a_wrong_table_is_refused(tmp_path, text, message):
     """With its file, and what is wrong."""
     (tmp_path / "t.yaml").write_text(text)
     with pytest.raises(RecipeError, match=message):
-        reproduce.load_table(tmp_path / "t.yaml")
+        load_table(tmp_path / "t.yaml")
 
 
 def test_a_missing_table_is_named(tmp_path):
-    """With where others lie."""
-    with pytest.raises(RecipeError, match=r"no table at .*x.yaml; .*ds_configs/tables"):
-        reproduce.load_table(tmp_path / "x.yaml")
+    """With the paper's tables there are."""
+    with pytest.raises(RecipeError, match=r"no table at .*x.yaml; .*10, 11, 12, 13, 14, 9"):
+        load_table(tmp_path / "x.yaml")
+
+
+def job(tmp_path, *, small=None, **row):
+    row = Row(**{"method": "Balanced Softmax", "set": ("loss.method=balanced_softmax",), **row})
+    table = Table(title="t", recipe="r.yaml", rows=(row,))
+    return reproduce.Job(table, row, 2, tmp_path, small, ("schedule.epochs=1",))
 
 
 def test_a_row_is_launched_with_its_overrides_and_its_seed(tmp_path, monkeypatch):
     """As a user would type it; also when results are there, which the run itself checks."""
     launched = []
-    run = tmp_path / "balanced-softmax-seed2"
-    run.mkdir()
-    (run / "metrics.json").write_text('{"many": 0.9, "medium": 0.8, "few": null, "all": 0.85}')
+    one = job(tmp_path)
+    one.run.mkdir()
+    one.results.write_text('{"many": 0.9, "medium": 0.8, "few": null, "all": 0.85}')
 
     class Done:
         returncode = 0
 
-    monkeypatch.setattr(reproduce.subprocess, "run", lambda command, check: launched.append(command) or Done)
-    row = reproduce.Row(method="Balanced Softmax", set=("loss.method=balanced_softmax",))
-    table = reproduce.Table(title="t", recipe="r.yaml", rows=(row,))
-    result = reproduce.run_row(table, row, 2, tmp_path, 4, ["schedule.epochs=1"])
+    monkeypatch.setattr(reproduce.subprocess, "run", lambda command, **_: launched.append(command) or Done)
+    reproduce.run_job(one, ranks=4, slot=1, quiet=False)
+    result = one.read()
     assert (result.seed, result.all, result.few) == (2, 0.85, None)
     (command,) = launched
-    assert command[1:3] == ["--num_gpus", "4"]
+    assert command[1:5] == ["--num_gpus", "4", "--master_port", "29501"]
     assert command[-3:] == ["--set=loss.method=balanced_softmax", "--set=seed=2", "--set=schedule.epochs=1"]
+
+
+def test_a_row_at_small_scale_takes_the_small_recipe_and_its_stand_ins(tmp_path):
+    """The method's overrides come first."""
+    row = Row(method="m", set=("loss.method=ride",), small=("model.backbone=cifar_resnet20",))
+    small = reproduce.Job(Table(title="t", recipe="r.yaml", rows=(row,)), row, 1, tmp_path, tmp_path / "s.yaml", ())
+    assert small.training(["deepspeed"])[-3:] == [
+        "--set=loss.method=ride",
+        "--set=model.backbone=cifar_resnet20",
+        "--set=seed=1",
+    ]
+
+
+def test_a_row_with_options_of_evaluation_is_read_from_its_evaluation(tmp_path):
+    """tau-normalisation belongs to the row, not to the training."""
+    one = job(tmp_path, evaluate=("--tau-normalize=auto",))
+    assert one.evaluation()[-1] == "--tau-normalize=auto"
+    assert one.results.name == "metrics-of-row.json"
+
+
+def test_rows_not_yet_run_are_named(tmp_path):
+    """And nothing is drawn."""
+    one = job(tmp_path)
+    with pytest.raises(UserError, match=r"1 of 1 runs are not there yet: Balanced Softmax \(seed 2\)"):
+        reproduce.draw(one.table, [one], tmp_path)
+
+
+def test_a_table_of_a_clusters_size_asks_for_its_scale(tmp_path, capsys):
+    """Before anything is trained."""
+    with pytest.raises(SystemExit):
+        reproduce.main(["--table", "9", "--output", str(tmp_path)])
+    assert "give --scale small" in capsys.readouterr().err
+
+
+def test_commands_of_a_cluster_are_written_as_a_script(tmp_path):
+    """Every row and seed, with what was inferred said."""
+    assert reproduce.main(["--table", "9", "--scale", "paper", "--seeds", "1", "--output", str(tmp_path)]) == 0
+    text = (tmp_path / "commands.sh").read_text()
+    assert text.count("deepspeed --hostfile hosts") == 9
+    assert text.count("--tau-normalize=auto") == 3
+    assert "# inferred: the baseline's lr" in text
+
+
+def test_a_data_set_without_a_small_recipe_is_named():
+    """With those there are."""
+    with pytest.raises(RecipeError, match="there are fashion-mnist-lt, glyphs"):
+        small_recipe("mine")

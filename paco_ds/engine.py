@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import sysconfig
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from paco_ds.models.recogniser import Recogniser
 from paco_ds.optimizer import GuardedSGD
 from paco_ds.recipe import Recipe
 
+_BUCKET = 2**23  # numbers of gradients that are reduced at a time, 32 MiB
 _OWNED = {  # DeepSpeed keys that the recipe decides: {key: recipe setting}
     "train_batch_size": "step.micro_batch and step.micro_batches",
     "train_micro_batch_size_per_gpu": "step.micro_batch",
@@ -166,4 +168,7 @@ def initialise(
         "gradient_clipping": (settings.clip_norm or 0.0) if stage > 0 else 0.0,
     }
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=complete)
+    if stage == 0:
+        # DeepSpeed would gather all gradients into one buffer, a whole copy of them.
+        engine.allreduce_gradients = partial(engine.allreduce_gradients, bucket_size=_BUCKET)
     return engine, optimizer

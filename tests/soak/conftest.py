@@ -1,4 +1,4 @@
-"""The record of a soak: what was run, what came out, written to docs/soak.md when the last test is over."""
+"""The record of a soak: what was run and what came out, in docs/soak.md."""
 
 from __future__ import annotations
 
@@ -16,13 +16,23 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="session")
 def record() -> Iterator[Callable[[str, str, bool], None]]:
-    """`record(what, figure, holds)`: one line of the table in docs/soak.md."""
+    """`record(what, figure, holds)`: one line of the table in docs/soak.md, which is written anew with each: a soak
+    that was cut off leaves what it has seen, and says that it did not end."""
     lines: list[tuple[str, str, bool]] = []
     started = now()
-    yield lambda what, figure, holds: lines.append((what, figure, holds))
+
+    def add(what: str, figure: str, holds: bool) -> None:
+        lines.append((what, figure, holds))
+        _write(lines, started, f"not ended by {now()}")
+
+    yield add
+    _write(lines, started, f"ended {now()}")
+
+
+def _write(lines: list[tuple[str, str, bool]], started: str, ended: str) -> None:
     found = ", ".join(f"{name} {version}" for name, version in versions().items())
     rows = "\n".join(f"| {what} | {figure} | {'yes' if holds else '**no**'} |" for what, figure, holds in lines)
     (ROOT / "docs" / "soak.md").write_text(
-        f"# Last soak\n\nWritten by `make soak`; started {started}, ended {now()}, {os.cpu_count()} cores "
+        f"# Last soak\n\nWritten by `make soak`; started {started}, {ended}, {os.cpu_count()} cores "
         f"({platform.machine()}), {found}.\n\n| what | figure | holds |\n|---|---|---|\n{rows}\n"
     )

@@ -16,6 +16,10 @@ QUICK = {
     "key_queue": ["--repeats", "3", "--keys", "100000"],
     "watching": ["--repeats", "5"],
     "scale": [],
+    "shards": ["--only", "speed", "--images", "2000", "--repeats", "1"],
+    "shuffle": [],
+    "stream": ["--images", "1024", "--repeats", "2", "--memory-workers", "0", "2"],
+    "views": ["--images", "16", "--repeats", "3"],
     "step": ["--only", "cifar_resnet32", "--bars-only", "--rounds", "3"],
 }
 

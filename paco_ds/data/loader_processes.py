@@ -10,7 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from multiprocessing import resource_tracker
+from multiprocessing import connection, resource_tracker
 from multiprocessing.process import BaseProcess
 
 import cv2
@@ -20,6 +20,8 @@ from torch.utils.data import DataLoader
 
 from paco_ds.data.load import Part
 from paco_ds.errors import TrainingError, UserError
+
+_NEWS = 5.0  # seconds within which the end of a loader process is known
 
 
 def start_loading(pipeline: wds.DataPipeline, workers: int, ahead: int = 2) -> Iterator[Part]:
@@ -67,6 +69,8 @@ def _raising(
                 raise part
             yield part
     except (RuntimeError, OSError, EOFError) as error:
+        # A connection that breaks is known before the end of the process that broke it.
+        connection.wait([process.sentinel for process in processes], timeout=_NEWS)
         gone = [f"{process.pid} ({process.exitcode})" for process in processes if process.exitcode]
         if not gone:
             raise

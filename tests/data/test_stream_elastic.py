@@ -20,8 +20,8 @@ from paco_ds.data.shard import Stored
 from paco_ds.distributed import MicroBatchLayout
 
 SAMPLERS = ("instance_balanced", "square_root", "class_balanced", "progressively_balanced")
-M = 12
-RANKS, WORKERS = (1, 2, 3, 4, 6, 12), (0, 1, 3, 8)
+M = 24
+RANKS, WORKERS = (1, 2, 3, 4, 6, 8, 12), (0, 1, 3, 8)
 EPOCHS = 2
 
 
@@ -94,7 +94,7 @@ def batches(
     return found
 
 
-counts_of_shards = st.lists(st.integers(1, 60), min_size=1, max_size=8).filter(lambda c: sum(c) >= 4 * M)
+counts_of_shards = st.lists(st.integers(1, 90), min_size=2, max_size=8).filter(lambda c: sum(c) >= 4 * M)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

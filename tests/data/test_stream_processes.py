@@ -1,11 +1,18 @@
 """Loader processes that are killed: the rank says so and ends."""
 
+import multiprocessing
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from paco_ds.data.loader_processes import _raising
+from paco_ds.errors import TrainingError
 
 SCRIPT = """
 import os, signal, sys
@@ -46,3 +53,21 @@ def test_the_rank_ends_whatever_became_of_its_loader_processes(striped_shards, t
     )
     assert done.returncode == 1
     assert re.search(message, done.stderr), done.stderr
+
+
+def _end_soon():
+    time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_connection_that_breaks_before_its_process_has_ended_is_laid_to_the_process():
+    """The rank hears of the one before the other."""
+    process = multiprocessing.get_context("forkserver").Process(target=_end_soon)
+    process.start()
+
+    def parts():
+        raise ConnectionResetError("reset by peer")
+        yield
+
+    with pytest.raises(TrainingError, match=rf"loader process {process.pid} \(-9\).* is gone"):
+        next(_raising(parts(), [process], lambda: None))

@@ -117,11 +117,12 @@ class Checkpoints:
         momentum and queue, since nothing goes on from them."""
         files = {MODEL: _kept(model, write)}
         if write:
-            self._write(BEST, files, self._state(step) | dict(about))
+            self._write(BEST, files, self._state(step) | {"criterion": self.recipe.evaluation.checkpoint} | dict(about))
 
     def best(self, until: int) -> Checkpoint | None:
-        """The best weights of this run among its first `until` steps, or None. Those of a later step belong to a
-        part of the run that a resumed one takes again.
+        """The best weights of this run among its first `until` steps by the recipe's criterion, or None. Those of a
+        later step belong to a part of the run that a resumed one takes again; those of another criterion, which may
+        change between a run and its continuation, are the best of something else.
 
         Raises:
             CheckpointError: damaged, or of other meaning or other data.
@@ -129,7 +130,7 @@ class Checkpoints:
         if not (self.folder / BEST).exists():
             return None
         checkpoint = read_checkpoint(self.folder / BEST)
-        if checkpoint.step > until:
+        if checkpoint.step > until or checkpoint.state["criterion"] != self.recipe.evaluation.checkpoint:
             return None
         self._check_meaning(checkpoint)
         return checkpoint
@@ -240,9 +241,11 @@ def chosen_checkpoint(run: Path, recipe: Recipe) -> Checkpoint:
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    best = run / "checkpoints" / BEST
-    if recipe.evaluation.checkpoint != "last" and best.exists():
-        return read_checkpoint(best)
+    path = run / "checkpoints" / BEST
+    if recipe.evaluation.checkpoint != "last" and path.exists():
+        best = read_checkpoint(path)
+        if best.state["criterion"] == recipe.evaluation.checkpoint:
+            return best
     return newest_checkpoint(run)
 
 

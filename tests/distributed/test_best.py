@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from paco_ds.checkpoint import chosen_checkpoint, read_checkpoint
+from paco_ds.checkpoint import Checkpoints, chosen_checkpoint, read_checkpoint
 from paco_ds.evaluate import main as evaluate
 from paco_ds.metrics.log import read
 from paco_ds.recipe_file import load_recipe
@@ -66,6 +66,15 @@ def test_an_ensemble_belongs_to_no_run(capsys):
     with pytest.raises(SystemExit):
         evaluate(["--run", "a", "--run", "b"])
     assert "--output FILE.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("criterion", ["last", "best_all"])
+def test_the_best_of_another_criterion_is_not_the_best(finished, criterion):
+    """The criterion may change when a run goes on; its scores are not compared with those of the one before."""
+    recipe = load_recipe(finished / "recipe.yaml", [f"evaluation.checkpoint={criterion}"])
+    best = read_checkpoint(finished / "checkpoints" / "best")
+    assert Checkpoints(finished, recipe, best.state["manifest_sha256"]).best(until=10**6) is None
+    assert chosen_checkpoint(finished, recipe).path.name.startswith("step-")
 
 
 def test_a_resumed_run_keeps_only_a_best_of_its_past(pool, finished, tmp_path):

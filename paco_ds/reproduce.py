@@ -208,9 +208,10 @@ def draw(table: Table, jobs: Sequence[Job], output: Path) -> None:
     _check_same_data(jobs)
     rows = [
         MethodResults(
-            row.name,
+            row.method,
             [job.read() for job in jobs if job.row is row],
             row.paper.fractions() if row.paper else None,
+            row.backbone,
         )
         for row in table.rows
     ]
@@ -268,6 +269,7 @@ def main(argv: list[str] | None = None) -> int:
             name = load_card(arguments.data).name
             small, shards = small_recipe(name), HERE.parent / "data" / name
             extra.insert(0, f"data.shards={shards}")
+            table = table.model_copy(update={"title": f"{table.title}; here stand-ins on {name}"})
         elif arguments.scale is None and table.scale == "paper":
             raise RecipeError(
                 f"{table.title} has recipes of a cluster's size: give --scale small with --data CARD to train "

@@ -266,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.scale == "small":
             if arguments.data is None:
                 raise RecipeError("--scale small needs --data, a card such as shards/fashion-mnist-lt.yaml")
-            name = load_card(arguments.data).name
+            name = load_card(arguments.data).name.lower()  # as its recipe and its folder of shards are called
             small, shards = small_recipe(name), HERE.parent / "data" / name
             extra.insert(0, f"data.shards={shards}")
             table = table.model_copy(update={"title": f"{table.title}; here stand-ins on {name}"})

@@ -131,6 +131,15 @@ def test_commands_of_a_cluster_are_written_as_a_script(tmp_path):
     assert "# inferred: the baseline's lr" in text
 
 
+def test_a_table_at_small_scale_finds_the_recipe_of_its_card(tmp_path, capsys):
+    """Of the card that ships, whose name has capitals."""
+    card = SMALL_RECIPES.parents[2] / "shards" / "fashion-mnist-lt.yaml"
+    output = ["--output", str(tmp_path), "--keep", str(tmp_path / "kept"), "--draw-only"]
+    with pytest.raises(SystemExit):
+        reproduce.main(["--table", "13", "--scale", "small", "--data", str(card), *output])
+    assert "12 of 12 runs are not there yet: CE (seed 1)" in capsys.readouterr().err
+
+
 def test_a_data_set_without_a_small_recipe_is_named():
     """With those there are."""
     with pytest.raises(RecipeError, match="there are fashion-mnist-lt, glyphs"):

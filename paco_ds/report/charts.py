@@ -76,6 +76,23 @@ def loss_chart(x: Values, loss: Values, skipped: Values, x_label: str) -> Figure
 
 
 @styled
+def parts_chart(x: Values, parts: Mapping[str, Values], x_label: str) -> Figure:
+    """What the loss is made of: a panel per part, each on a scale of its own, four to a row."""
+    columns = min(len(parts), 4)
+    rows = -(-len(parts) // columns)
+    figure = Figure(figsize=(FULL, 2.2 * rows))
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True).flat
+    for axes, (name, values) in zip(panels, parts.items(), strict=False):
+        _curve(axes, x, values, INK, band=True)
+        axes.set_title(name.replace("_", " "), weight="bold", fontsize=9)
+        axes.set_xlabel(x_label)
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+    for axes in panels:
+        axes.set_axis_off()
+    return figure
+
+
+@styled
 def accuracy_chart(x: Sequence[float], figures: Mapping[str, Sequence[float | None]], x_label: str) -> Figure:
     """Top-1 accuracy of Many, Medium, Few and All over training, named at their last point."""
     figure, (axes,) = _panels(HALF, 2.9)

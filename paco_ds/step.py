@@ -30,6 +30,7 @@ from paco_ds.errors import TrainingError
 from paco_ds.key_encoder import KeyEncoder, Keys, gather_keys
 from paco_ds.key_queue import KeyQueue, QueueSnapshot, digest
 from paco_ds.losses.base import Loss, LossOutput
+from paco_ds.losses.distillation import PART, Distillation
 from paco_ds.mixup import Mix, Mixup
 from paco_ds.models.recogniser import beside_each_other, by_expert
 from paco_ds.models.statistics import RunningStatistics
@@ -130,6 +131,7 @@ class Step:
         stop_requested: asked once a step; if any rank says True, all learn of it in `StepResult.stop`.
         steps_per_epoch: of a loss that changes over training, which is told the epoch of each step.
         mixup: mixes the images of each micro-batch in pairs; for methods without contrast.
+        distillation: adds what a teacher has to say; for methods that train centers.
 
     Raises:
         ValueError: the loss changes over training and `steps_per_epoch` is missing.
@@ -150,6 +152,7 @@ class Step:
         experts: int | None = None,
         steps_per_epoch: int | None = None,
         mixup: Mixup | None = None,
+        distillation: Distillation | None = None,
     ) -> None:
         if loss.changes_with_epoch and steps_per_epoch is None:
             raise ValueError("this loss changes from one epoch to the next: Step needs steps_per_epoch")
@@ -158,6 +161,9 @@ class Step:
         self.key_encoder, self.queue, self.contrast_scope = key_encoder, queue, contrast_scope
         self.experts, self.steps_per_epoch, self.mixup = experts, steps_per_epoch, mixup
         self.part_names, self._begin_epoch = loss.part_names, loss.begin_epoch
+        self.distillation = distillation
+        if distillation is not None:
+            self.part_names = (*self.part_names, PART)
         self.statistics = RunningStatistics(engine.module)
         self.stop_requested = stop_requested
         self._shots_C = torch.tensor([SHOTS.index(s) for s in shots_of_classes], device=ranks.device)
@@ -246,10 +252,12 @@ class Step:
             assert micro_batch.key is not None
             # anchor i then meets the 2 m - 1 other rows of both views, which is what the loss makes of queries alone
             labels = labels.repeat(2)
-            logits, query, *prototypes = self.engine(images, micro_batch.key.to(device, non_blocking=True))
+            views = [images, micro_batch.key.to(device, non_blocking=True)]
+            logits, query, *prototypes = self.engine(*views)
             second_rows = beside_each_other(query[..., len(images) :, :]).detach()
         else:
-            logits, query, *prototypes = self.engine(images if mix is None else mix.images(images))
+            views = [images if mix is None else mix.images(images)]
+            logits, query, *prototypes = self.engine(*views)
             if keys is not None and self.contrast_scope == "micro_batch":
                 lanes = self.layout.lanes(j)
                 own_keys = by_expert(keys.keys_GD[lanes.start : lanes.stop], self.experts)
@@ -257,6 +265,8 @@ class Step:
         if mix is not None:
             other: LossOutput = self.loss(labels[mix.partners.to(device)], logits, query, own_keys, queue)
             output = mix.outputs(output, other)
+        if self.distillation is not None:
+            output = self.distillation(output, logits, *views)
         totals.add(output, self._shots_C[labels])
         return output.loss, second_rows
 

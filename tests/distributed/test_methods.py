@@ -20,6 +20,7 @@ OVERRIDES = {
     "ldam": ("model.centers=cosine", "loss.ldam.drw_epoch=0"),
     "multi_task": ("loss.multi_task.softmax=balanced_softmax", "loss.multi_task.weight=0.5"),
     "ride": (*EXPERTS, "loss.ride.reweight_epoch=0"),
+    "routing": (*EXPERTS, "model.trained=routers", "model.start_from=unused"),
     "balpoe": (*EXPERTS, "step.mixup=0.4"),
     "bcl": ("key_encoder=none", "queue.length=0"),
     "proco": ("key_encoder=none", "loss.temperature=0.1"),
@@ -55,9 +56,10 @@ def test_two_ranks_take_the_steps_of_one(outcome, method):
     check(two, outcome(1, 0, *settings_of(method)), FLOAT32)
     assert two.refused == [None] * STEPS
     assert all(value.isfinite().all() for value in two.after.values())
-    assert moved(two, "query_encoder") > 0
+    assert (moved(two, "query_encoder") > 0) == (method != "routing")
+    assert (moved(two, "centers") > 0) == (method not in ("supcon", "routing"))
     assert moved(two, "prototypes") > 0 or method != "bcl"
-    assert (moved(two, "centers") > 0) == (method != "supcon")
+    assert moved(two, "routers") > 0 or method != "routing"
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])

@@ -97,3 +97,84 @@ def test_tau_is_chosen_on_validation_and_normalises_the_centers(first_stage, tmp
         for t in done.stdout.split("val ")[1].split("\n")[0].split(", ")
     }
     assert scores[chosen] == max(scores.values())
+
+
+EXPERTS = ("model.experts=3", "model.centers=cosine", "loss.method=ride")
+ROUTERS = ("model.trained=routers", "loss.method=routing", "data.sampler=class_balanced", "evaluation.batch=4")
+
+
+@pytest.fixture(scope="module")
+def experts(pool, recipe):
+    """A run of RIDE with three experts."""
+    pool(2).run(TRAIN, recipe=recipe, run=recipe.parent / "experts", overrides=EXPERTS)
+    return recipe.parent / "experts"
+
+
+def routing(experts, stage=1):
+    zero = f"engine.deepspeed={experts.parent / f'zero{stage}.json'}"
+    return (*EXPERTS, *ROUTERS, f"model.start_from={experts}", zero)
+
+
+def at_threshold(run, tmp_path, threshold, ranks=1):
+    """What evaluate.py writes, with the logits' accuracy and the experts used."""
+    output = tmp_path / f"at-{threshold}-{ranks}.json"
+    command = [sys.executable, EVALUATE, f"--run={run}", f"--output={output}"]
+    done = subprocess.run(
+        [*command, f"--set=model.routers.threshold={threshold}"], capture_output=True, text=True, check=True
+    )
+    return json.loads(output.read_text()), done.stdout
+
+
+@pytest.fixture(scope="module")
+def routed(pool, recipe, experts):
+    """Routers on these experts, by 2 ranks at ZeRO-3, whose batches of 4 hold other images of each expert."""
+    run = recipe.parent / "routed"
+    pool(2).run(TRAIN, recipe=recipe, run=run, overrides=routing(experts, stage=3))
+    return run
+
+
+def test_routers_leave_the_experts_as_they_were_and_resume_bit_equal(pool, recipe, experts, routed, tmp_path):
+    """Backbone, BatchNorm and centers bit for bit, at ZeRO-3 on 2 ranks; a stopped run is the run without a stop."""
+    before, after = weights(experts), weights(routed)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    trained = sorted(after.keys() - before.keys())
+    assert {name.split(".")[0] for name in trained} == {"routers"}
+    for stop in (3, None):
+        pool(2).run(TRAIN, recipe=recipe, run=tmp_path / "run", overrides=routing(experts, 3), stop_at_step=stop)
+    resumed = weights(tmp_path / "run")
+    assert all(torch.equal(resumed[name], value) for name, value in after.items())
+
+
+def test_routed_evaluation_is_the_same_on_any_ranks_and_says_what_it_used(pool, experts, routed, tmp_path):
+    """Figures of 2 ranks at ZeRO-3 are those of one rank without; at threshold 0 those of the first stage."""
+    trained = json.loads((routed / "metrics.json").read_text())
+    alone, _ = at_threshold(routed, tmp_path, 0.5)
+    assert sum(trained["images_by_experts"]) == 20
+    assert 1 <= trained["experts_used"] <= 3
+    for name in ("all", "per_class", "images_by_experts", "experts_used"):
+        assert alone[name] == pytest.approx(trained[name]), name
+    said = weights(routed)["routers.decide.bias"]
+    assert said.isfinite().all()
+    all_experts, printed = at_threshold(routed, tmp_path, 0.0)
+    assert "3.00 of 3 experts an image" in printed
+    first = json.loads((experts / "metrics.json").read_text())
+    assert all_experts["images_by_experts"] == [0, 0, 20]
+    assert all_experts["per_class"] == pytest.approx(first["per_class"])
+    assert "experts_used" not in first
+    assert at_threshold(routed, tmp_path, 1.0)[0]["experts_used"] == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("model.start_from=/nowhere/run",), "is no trained run"),
+        (("model.experts=2",), "trained with another network: experts 3 there, 2 here"),
+        (("model.centers=linear",), "trained with another network: centers 'cosine' there, 'linear' here"),
+        (("model.start_from=/nowhere/weights.pth",), "routers needs trained centers too"),
+    ],
+)
+def test_routers_of_other_experts_are_refused_in_words(pool, recipe, experts, tmp_path, overrides, message):
+    """Missing, of another number of experts or kind of centers, or without centers."""
+    with pytest.raises(RankError) as error:
+        pool(1).run(TRAIN, recipe=recipe, run=tmp_path / "run", overrides=(*routing(experts), *overrides))
+    assert message in str(error.value)

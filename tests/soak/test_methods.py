@@ -39,7 +39,13 @@ def test_a_stopped_run_goes_on_bit_equal(pool, record, striped_shards, tmp_path,
     stage = sorted(METHODS).index(method) % 4
     (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     data = (f"data.shards={striped_shards}", "engine.deepspeed=zero.json")
-    write_tiny_recipe(tmp_path / "recipe.yaml", *data, *settings_of(method))
+    settings = settings_of(method)
+    if method == "routing":
+        first, experts = tmp_path / "first", settings_of("ride")
+        write_tiny_recipe(tmp_path / "first.yaml", *data, *experts)
+        pool(2).run(TRAIN, recipe=tmp_path / "first.yaml", run=first)
+        settings = (*settings, f"model.start_from={first}")
+    write_tiny_recipe(tmp_path / "recipe.yaml", *data, *settings)
     found = []
     for name, stops in (("straight", (6,)), ("resumed", (3, 5, 6))):
         run = tmp_path / name

@@ -66,6 +66,7 @@ bench: $(INSTALLED)
 	$(BIN)/python tools/bench/stream.py
 	$(BIN)/python tools/bench/shuffle.py
 	$(BIN)/python tools/bench/views.py
+	$(BIN)/python tools/bench/inference.py --rounds 1
 
 clean:
 	rm -rf .venv data runs

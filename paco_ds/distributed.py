@@ -25,6 +25,20 @@ from paco_ds.errors import RecipeError, UserError
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
+class Pending:
+    """A collective under way: what it makes is awaited where it is needed, and work goes on until then."""
+
+    def __init__(self, result: Tensor, work: dist.Work | None = None) -> None:
+        self._result, self._work = result, work
+
+    def wait(self) -> Tensor:
+        """Its result, the same however often it is asked for."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self._result
+
+
 @dataclass
 class Ranks:
     """This process among the ranks of a job; `group` None means a job of one."""
@@ -42,20 +56,29 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, vector: Tensor) -> Tensor:
-        """Sum over ranks, in place. Ring all-reduce sends 2 (W-1)/W of the vector."""
-        if self.world_size > 1:
-            dist.all_reduce(vector, group=self.group)
-            self.on_bytes("all_reduce", 2 * vector.nbytes * (self.world_size - 1) // self.world_size)
-        return vector
+        """Sum over ranks, in place."""
+        return self.begin_sum(vector).wait()
+
+    def begin_sum(self, vector: Tensor) -> Pending:
+        """Begin a sum over ranks, in place. Ring all-reduce sends 2 (W-1)/W of the vector."""
+        if self.world_size == 1:
+            return Pending(vector)
+        work = dist.all_reduce(vector, group=self.group, async_op=True)
+        self.on_bytes("all_reduce", 2 * vector.nbytes * (self.world_size - 1) // self.world_size)
+        return Pending(vector, work)
 
     def gather(self, rows: Tensor) -> Tensor:
         """Equal-shaped tensors of all ranks, stacked: [...] -> [W, ...]."""
+        return self.begin_gather(rows).wait()
+
+    def begin_gather(self, rows: Tensor) -> Pending:
+        """Begin a gathering of equal-shaped tensors of all ranks, stacked: [...] -> [W, ...]."""
         if self.world_size == 1:
-            return rows[None]
+            return Pending(rows[None])
         out = torch.empty((self.world_size * rows.numel(),), dtype=rows.dtype, device=rows.device)
-        _all_gather(out, rows.contiguous().view(-1), group=self.group)
+        work = _all_gather(out, rows.contiguous().view(-1), group=self.group, async_op=True)
         self.on_bytes("all_gather", rows.nbytes * (self.world_size - 1))
-        return out.view(self.world_size, *rows.shape)
+        return Pending(out.view(self.world_size, *rows.shape), work)
 
     def exchange(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         """All-to-all of rows: the first send[0] rows go to rank 0, and so on; receive[r] come from rank r."""

@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from paco_ds.distributed import MicroBatchLayout, Ranks
+from paco_ds.distributed import MicroBatchLayout, Pending, Ranks
 from paco_ds.key_exchange import key_exchange
 from paco_ds.randomness import Stream, permutation
 from paco_ds.recipe import KeyEncoderSettings, Recipe
@@ -31,6 +32,21 @@ class Keys:
     keys_GD: Tensor
     labels_G: Tensor
     finite: bool
+
+
+class PendingKeys:
+    """Keys that are being gathered: ranks wait for each other where keys are needed, not where they were made."""
+
+    def __init__(self, gathered: Pending, unpack: Callable[[Tensor], Keys]) -> None:
+        self._gathered, self._unpack = gathered, unpack
+
+    def wait(self) -> Keys:
+        """The keys of all ranks, the same however often they are asked for."""
+        return self._keys
+
+    @cached_property
+    def _keys(self) -> Keys:
+        return self._unpack(self._gathered.wait())
 
 
 def key_momentum(settings: KeyEncoderSettings, step: int, total_steps: int, scale: float = 1.0) -> float:
@@ -80,8 +96,8 @@ class KeyEncoder:
         """key <- momentum key + (1 - momentum) query; once per optimizer step, before its keys are made."""
         move_average(self.engine, self._key, self._query, 1 - self.momentum(step))
 
-    def keys(self, step: int, views: Sequence[Tensor], labels: Sequence[Tensor]) -> Keys:
-        """Keys of the global batch.
+    def keys(self, step: int, views: Sequence[Tensor], labels: Sequence[Tensor]) -> PendingKeys:
+        """Make this rank's share of the keys of the global batch, and begin to gather them all.
 
         Args:
             views: key views of this rank's A micro-batches, uint8 [m, 3, H, W] each, on any device.
@@ -137,7 +153,7 @@ def make_key_encoder(
 
 def gather_keys(
     layout: MicroBatchLayout, ranks: Ranks, keys: Tensor, labels: Tensor, groups: np.ndarray | None = None
-) -> Keys:
+) -> PendingKeys:
     """Keys of the global batch, by one collective: keys, labels and a finite flag, as the bits of float32.
 
     Args:
@@ -153,13 +169,16 @@ def gather_keys(
             torch.isfinite(keys).all().float()[None],
         ]
     )
-    gathered = ranks.gather(packed)
-    keys_GD = layout.global_order(gathered[:, : rows * dim].reshape(-1, rows, dim))
-    lane_labels = gathered[:, rows * dim : -1].contiguous().view(torch.int32)
-    if groups is not None:
-        keys_GD = keys_GD[torch.from_numpy(np.argsort(groups.ravel())).to(keys.device)]
-    return Keys(
-        keys_GD=keys_GD,
-        labels_G=layout.global_order(lane_labels).long(),
-        finite=bool(gathered[:, -1].all()),
-    )
+
+    def unpack(gathered: Tensor) -> Keys:
+        keys_GD = layout.global_order(gathered[:, : rows * dim].reshape(-1, rows, dim))
+        lane_labels = gathered[:, rows * dim : -1].contiguous().view(torch.int32)
+        if groups is not None:
+            keys_GD = keys_GD[torch.from_numpy(np.argsort(groups.ravel())).to(keys.device)]
+        return Keys(
+            keys_GD=keys_GD,
+            labels_G=layout.global_order(lane_labels).long(),
+            finite=bool(gathered[:, -1].all()),
+        )
+
+    return PendingKeys(ranks.begin_gather(packed), unpack)

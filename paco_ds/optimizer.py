@@ -14,10 +14,16 @@ from paco_ds.recipe import Recipe
 
 
 class GuardedSGD(torch.optim.SGD):
-    """SGD with momentum whose `step` does nothing while `refuse` is set.
+    """SGD with momentum whose `step` does nothing where `guard` says so.
 
-    Without ZeRO it also measures the gradient's global norm, clips to it and refuses a norm that is not finite;
-    ZeRO's stages do the three by themselves.
+    The guard is asked in `step`, so that ranks can agree on its answer while gradients are made. Without ZeRO `step`
+    also measures the gradient's global norm, clips to it and refuses a norm that is not finite; ZeRO's stages do the
+    three by themselves.
+
+    Attributes:
+        guard: whether to refuse.
+        refused: whether the last step did.
+        grad_norm: L2 norm before clipping; None with ZeRO.
     """
 
     def __init__(
@@ -26,15 +32,17 @@ class GuardedSGD(torch.optim.SGD):
         # one pass over weights, gradients and momentum: a third of the time of torch's loop on CPU
         super().__init__(params, lr, fused=True, **sgd)
         self.clip_norm, self.whole = clip_norm, whole
-        self.refuse = False
+        self.guard: Callable[[], bool] = lambda: False
+        self.refused = False
         self.grad_norm: float | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        if self.whole and not self.refuse:
+        self.refused = self.guard()
+        if self.whole and not self.refused:
             self.grad_norm = self._clip()
-            self.refuse = not math.isfinite(self.grad_norm)
-        if not self.refuse:
+            self.refused = not math.isfinite(self.grad_norm)
+        if not self.refused:
             super().step(closure)
 
     def _clip(self) -> float:

@@ -3,7 +3,10 @@
     python tools/reproduce.py --table 13 --scale small --data shards/fashion-mnist-lt.yaml --output runs/table13
     python tools/reproduce.py --table 9 --scale paper --output runs/table9       writes the commands for a cluster
 
-Each (row, seed) is a run of its own, launched as a user would launch it, so an interrupted table goes on.
+Each (row, seed) is a run of its own, launched as a user would launch it, so an interrupted table goes on. With
+--keep DIR the result of each finished run is kept as DIR/ROW-seedN.json. A kept result of the same recipe, data and
+seed counts as done, so a table goes on from another clone, and is drawn there, without the runs; tables of one data
+set may share DIR, and rows that two of them have in common are trained once. One of another recipe is refused.
 """
 
 from __future__ import annotations
@@ -17,12 +20,19 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from paco_ds.command import report_user_errors
 from paco_ds.data.card import load_card
 from paco_ds.data.manifest import MANIFEST_FILE
 from paco_ds.errors import RecipeError, UserError
+from paco_ds.files import is_url, sha256_file
+from paco_ds.kept_results import keep_result, read_result
+from paco_ds.metrics.log import read as read_log
+from paco_ds.recipe import Recipe
+from paco_ds.recipe_file import load_recipe
 from paco_ds.report.comparison import MethodResults, SeedResult, write_comparison
 from paco_ds.table import Row, Table, load_table, small_recipe
 
@@ -38,6 +48,7 @@ class Job:
     Attributes:
         small: the small recipe that stands in for the row's own, or None.
         extra: overrides given for every row.
+        keep: folder of kept results, or None.
     """
 
     table: Table
@@ -46,6 +57,12 @@ class Job:
     output: Path
     small: Path | None
     extra: tuple[str, ...]
+    keep: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """Row and seed, as text."""
+        return f"{self.row.name}, seed {self.seed}"
 
     @property
     def run(self) -> Path:
@@ -56,10 +73,44 @@ class Job:
         """metrics.json of the training, or what its evaluation with options writes."""
         return self.run / ("metrics-of-row.json" if self.row.evaluate else "metrics.json")
 
+    @property
+    def kept(self) -> Path | None:
+        """Where its result is kept, whether it is there yet or not."""
+        return self.keep / f"{self.run.name}.json" if self.keep else None
+
+    @property
+    def done(self) -> bool:
+        """Whether there is a result to draw."""
+        return (self.kept or self.results).exists()
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """Those of the row and its seed, and then those of every row."""
+        return (*self.row.set, *(self.row.small if self.small else ()), f"seed={self.seed}", *self.extra)
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """What it trains.
+
+        Raises:
+            RecipeError: recipe and overrides do not fit each other.
+        """
+        return load_recipe(self.small or self.table.recipe_of(self.row), self.overrides)
+
+    def check(self) -> None:
+        """Before anything is trained.
+
+        Raises:
+            RecipeError: recipe and overrides do not fit each other.
+            UserError: what is kept belongs to another training.
+        """
+        recipe = self.recipe
+        if self.kept is not None and self.kept.exists():
+            read_result(self.kept, recipe, self.row.evaluate, self._manifest_sha256())
+
     def training(self, launcher: Sequence[str]) -> list[str]:
         """The command that trains it, or goes on with it."""
-        own = (*self.row.set, *(self.row.small if self.small else ()))
-        overrides = [f"--set={override}" for override in (*own, f"seed={self.seed}", *self.extra)]
+        overrides = [f"--set={override}" for override in self.overrides]
         recipe = str(self.small or self.table.recipe_of(self.row))
         return [*launcher, str(TRAIN), "--config", recipe, "--output", str(self.run), *overrides]
 
@@ -69,19 +120,51 @@ class Job:
             return None
         return [sys.executable, str(EVALUATE), f"--run={self.run}", f"--output={self.results}", *self.row.evaluate]
 
+    def figures(self) -> dict[str, Any]:
+        """What it reached on the test split, as kept or else as the run itself says.
+
+        Raises:
+            UserError: what is kept belongs to another training.
+        """
+        if self.kept is None:
+            return dict(json.loads(self.results.read_text()))
+        return read_result(self.kept, self.recipe, self.row.evaluate, self._manifest_sha256())
+
     def read(self) -> SeedResult:
-        """What it reached on the test split."""
-        figures = json.loads(self.results.read_text())
+        """Its top-1 accuracies; raises as `figures` does."""
+        figures = self.figures()
         return SeedResult(seed=self.seed, **{name: figures[name] for name in ("many", "medium", "few", "all")})
+
+    def keep_result(self) -> None:
+        """Keep what the finished run says, where results are kept."""
+        if self.kept is None:
+            return
+        trained = json.loads((self.run / "metrics.json").read_text())
+        steps = (line for line in read_log(self.run / "metrics.jsonl") if line["kind"] == "step")
+        keep_result(
+            self.kept,
+            json.loads(self.results.read_text()),
+            self.recipe,
+            self.row.evaluate,
+            ranks=trained["world_size"],
+            seconds=sum(step["step_seconds"] for step in steps),
+        )
+
+    def _manifest_sha256(self) -> str | None:
+        shards = self.recipe.data.shards
+        manifest = Path(shards) / MANIFEST_FILE
+        return None if is_url(shards) or not manifest.exists() else sha256_file(manifest)
 
 
 def run_job(job: Job, ranks: int, slot: int, quiet: bool) -> None:
-    """Train a row with a seed, or go on with it. A finished run is launched too: it checks that it was trained by this
-    row's recipe, and evaluates.
+    """Train a row with a seed, or go on with it, unless its result is kept. A finished run is launched too: it checks
+    that it was trained by this row's recipe, and evaluates.
 
     Raises:
         UserError: the training or its evaluation failed.
     """
+    if job.kept is not None and job.done:
+        return
     launcher = str(Path(sys.executable).with_name("deepspeed"))
     training = job.training([launcher, "--num_gpus", str(ranks), "--master_port", str(FIRST_PORT + slot)])
     job.run.mkdir(parents=True, exist_ok=True)
@@ -94,7 +177,8 @@ def run_job(job: Job, ranks: int, slot: int, quiet: bool) -> None:
             status = subprocess.run(command, check=False, stdout=output, stderr=output).returncode
         if status:
             where = str(log) if quiet else "above"
-            raise UserError(f"{job.row.name}, seed {job.seed} did not finish; see {where}. The same command goes on")
+            raise UserError(f"{job.name} did not finish; see {where}. The same command goes on")
+    job.keep_result()
 
 
 def run_jobs(jobs: Sequence[Job], ranks: int, at_once: int) -> None:
@@ -104,7 +188,7 @@ def run_jobs(jobs: Sequence[Job], ranks: int, at_once: int) -> None:
         try:
             for job, future in zip(jobs, running, strict=True):
                 future.result()
-                print(f"{job.row.name}, seed {job.seed}: All {100 * job.read().all:.1f} %", flush=True)
+                print(f"{job.name}: All {100 * job.read().all:.1f} %", flush=True)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -113,25 +197,38 @@ def draw(table: Table, jobs: Sequence[Job], output: Path) -> None:
     """Print and draw what the runs reached, beside the paper's figures.
 
     Raises:
-        UserError: rows that were not run yet, by name.
+        UserError: rows that were not run yet, by name, or results that belong to other trainings or data.
     """
-    missing = [f"{job.row.name} (seed {job.seed})" for job in jobs if not job.results.exists()]
+    missing = [f"{job.row.name} (seed {job.seed})" for job in jobs if not job.done]
     if missing:
         raise UserError(
             f"{len(missing)} of {len(jobs)} runs are not there yet: {', '.join(missing[:5])}"
             f"{', ...' if len(missing) > 5 else ''}. Run the same command without --draw-only first"
         )
+    _check_same_data(jobs)
     rows = [
         MethodResults(
-            row.name,
+            row.method,
             [job.read() for job in jobs if job.row is row],
             row.paper.fractions() if row.paper else None,
+            row.backbone,
         )
         for row in table.rows
     ]
     page, picture = output / "comparison.html", output / "comparison.png"
     write_comparison(rows, page, picture, title=table.title)
     print(f"written: {page}, {picture}")
+
+
+def _check_same_data(jobs: Sequence[Job]) -> None:
+    """Where there are no shards to compare kept results with, they still are of one data set."""
+    first, *others = (job.figures().get("manifest_sha256") for job in jobs)
+    for job, other in zip(jobs[1:], others, strict=True):
+        if other != first:
+            raise UserError(
+                f"{jobs[0].name} was trained on other shards than {job.name} (manifests {first} and {other}): keep the "
+                f"results of each data set in a folder of their own"
+            )
 
 
 def write_commands(jobs: Sequence[Job], path: Path) -> None:
@@ -148,19 +245,16 @@ def write_commands(jobs: Sequence[Job], path: Path) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def shards_of(card: Path) -> tuple[str, Path]:
-    """(name, folder of the shards) of a card; they are built if they are not there yet.
+def build_shards(card: Path, shards: Path) -> None:
+    """Build the shards of a card, if they are not there yet.
 
     Raises:
-        UserError: the card is wrong, or the build failed.
+        UserError: the build failed.
     """
-    name = load_card(card).name
-    shards = HERE.parent / "data" / name
     if not (shards / MANIFEST_FILE).exists():
         command = [sys.executable, str(BUILD), "build", str(card), "--output", str(shards)]
         if subprocess.run(command, check=False).returncode:
             raise UserError(f"the shards of {card} could not be built; see above")
-    return name, shards
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -172,9 +266,10 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.scale == "small":
             if arguments.data is None:
                 raise RecipeError("--scale small needs --data, a card such as shards/fashion-mnist-lt.yaml")
-            name, shards = shards_of(arguments.data)
-            small = small_recipe(name)
+            name = load_card(arguments.data).name.lower()  # as its recipe and its folder of shards are called
+            small, shards = small_recipe(name), HERE.parent / "data" / name
             extra.insert(0, f"data.shards={shards}")
+            table = table.model_copy(update={"title": f"{table.title}; here stand-ins on {name}"})
         elif arguments.scale is None and table.scale == "paper":
             raise RecipeError(
                 f"{table.title} has recipes of a cluster's size: give --scale small with --data CARD to train "
@@ -184,7 +279,7 @@ def main(argv: list[str] | None = None) -> int:
             threads = max(1, len(os.sched_getaffinity(0)) // (arguments.jobs * arguments.ranks))
             extra.append(f"engine.threads={threads}")
         jobs = [
-            Job(table, row, seed, arguments.output, small, tuple(extra))
+            Job(table, row, seed, arguments.output, small, tuple(extra), arguments.keep)
             for row in table.rows
             for seed in range(1, arguments.seeds + 1)
         ]
@@ -192,9 +287,11 @@ def main(argv: list[str] | None = None) -> int:
             write_commands(jobs, arguments.output / "commands.sh")
             print(f"written: {arguments.output / 'commands.sh'}")
             return 0
-        for row in table.rows:  # a mistake in the last row is said before the first is trained
-            table.resolve(row, small)
+        for job in jobs:  # a mistake in the last row is said before the first is trained
+            job.check()
         if not arguments.draw_only:
+            if arguments.scale == "small" and not all(job.kept and job.done for job in jobs):
+                build_shards(arguments.data, shards)
             run_jobs(jobs, arguments.ranks, arguments.jobs)
         draw(table, jobs, arguments.output)
     return 0
@@ -209,6 +306,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=3, help="seeds 1 to N for every row")
     parser.add_argument("--ranks", type=int, default=2, help="ranks of each training on this host")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time; their output goes to RUN/run.log")
+    parser.add_argument("--keep", type=Path, help="folder of kept results, one JSON for each finished run; see above")
     parser.add_argument("--draw-only", action="store_true", help="train nothing, draw what is there")
     parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override for every row")
     return parser

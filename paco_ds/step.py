@@ -11,6 +11,9 @@ gradient, and those of the second views are gathered, without, for the queue.
 
 Guard: keys, a loss or a gradient norm that are not finite change no rank's weights, momentum, statistics or queue.
 Only the moving average may stand, which is finite whenever the weights are.
+
+Ranks wait for each other three times: for the images whose keys they make, before the first loss for the keys, and for
+the gradients. What they add up of losses and statistics is on its way during the last backward.
 """
 
 from __future__ import annotations
@@ -25,9 +28,9 @@ from torch import Tensor
 
 from paco_ds.data.manifest import SHOTS
 from paco_ds.data.stream import MicroBatch
-from paco_ds.distributed import MicroBatchLayout, Ranks
+from paco_ds.distributed import MicroBatchLayout, Pending, Ranks
 from paco_ds.errors import TrainingError
-from paco_ds.key_encoder import KeyEncoder, Keys, gather_keys
+from paco_ds.key_encoder import KeyEncoder, Keys, PendingKeys, gather_keys
 from paco_ds.key_queue import KeyQueue, QueueSnapshot, digest
 from paco_ds.losses.base import Loss, LossOutput
 from paco_ds.losses.distillation import PART, Distillation
@@ -71,6 +74,7 @@ class _Totals:
     def __init__(self, device: torch.device, part_names: Sequence[str] = ()) -> None:
         self.part_names = part_names
         self.vector = torch.zeros(_FIRST_PART + len(part_names), dtype=torch.float64, device=device)
+        self._of_ranks: Pending | None = None
 
     def add(self, output: LossOutput, shots_B: Tensor) -> None:
         loss = output.loss.detach()
@@ -91,9 +95,15 @@ class _Totals:
             rows_3B = torch.stack([probability_B, optimum_B, torch.ones_like(optimum_B)]).where(counted_B, 0.0)
             sums.index_add_(1, shots_B, rows_3B.double())
 
-    def reduce(self, ranks: Ranks) -> None:
-        """Add up over ranks; from here on the sums lie on the host, read once."""
-        self.vector = ranks.sum(self.vector).cpu()
+    def begin_sum(self, ranks: Ranks) -> None:
+        """Begin to add up over ranks; nothing is added from here on."""
+        self._of_ranks = ranks.begin_sum(self.vector)
+
+    def not_finite(self) -> bool:
+        """Whether a loss of any rank was not. From here on the sums lie on the host, read once."""
+        if self._of_ranks is not None:
+            self.vector, self._of_ranks = self._of_ranks.wait().cpu(), None
+        return bool(self.vector[0])
 
     def centers(self, row: int) -> dict[str, float | None]:
         return _means(self._by_shot()[0], row)
@@ -115,6 +125,19 @@ _FIRST_PART = 4 + 2 * 3 * len(SHOTS)
 def _means(sums: Tensor, row: int) -> dict[str, float | None]:
     total, anchors = sums[row], sums[2]
     return {shot: float(total[i] / anchors[i]) if anchors[i] else None for i, shot in enumerate(SHOTS)}
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What the model makes of a micro-batch: the views as it saw them, labels and rows as the loss takes them; with one
+    encoder for both views also the second views' rows, without gradient."""
+
+    views: Sequence[Tensor]
+    labels: Tensor
+    logits: Tensor
+    query: Tensor | None
+    prototypes: Sequence[Tensor]
+    second: Tensor | None = None
 
 
 class Step:
@@ -172,31 +195,27 @@ class Step:
         """Run global step `step` (from 0) with this rank's A micro-batches, in the order of `layout.own`."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.refuse = False
+        self.optimizer.refused = False
         if self.steps_per_epoch is not None:
             self._begin_epoch(step // self.steps_per_epoch)
         totals = _Totals(self.ranks.device, self.part_names)
         totals.vector[2] = sum(len(b.replaced) for b in micro_batches)
         totals.vector[3] = self.stop_requested()
 
-        keys = self._make_keys(step, micro_batches)
-        if keys is not None and not keys.finite:
-            totals.reduce(self.ranks)
-            return self._result(totals, "keys", known=False)
-        second_rows = self._run_queries(step, micro_batches, keys, totals)
-        refused = self._refusal(totals)
+        pending = self._make_keys(step, micro_batches)
+        self.optimizer.guard = lambda: _not_finite(pending) or totals.not_finite()
+        newest = self._run_queries(step, micro_batches, pending, totals)
+        refused = self._refusal(totals, pending)
         if refused:
             self.statistics.restore()
         else:
-            self.statistics.finish_step(self.ranks, self.layout.micro_batches, step)
-            if self.queue is not None:
-                if keys is None:
-                    labels = torch.cat([b.labels for b in micro_batches])
-                    keys = gather_keys(self.layout, self.ranks, torch.cat(second_rows), labels)
+            self.statistics.finish_step(self.layout.micro_batches, step)
+            if self.queue is not None and newest is not None:
+                keys = newest.wait()
                 self.queue.push(keys.keys_GD, keys.labels_G)
-        return self._result(totals, refused, known=True)
+        return self._result(totals, refused, known=refused != "keys")
 
-    def _make_keys(self, step: int, micro_batches: Sequence[MicroBatch]) -> Keys | None:
+    def _make_keys(self, step: int, micro_batches: Sequence[MicroBatch]) -> PendingKeys | None:
         if self.key_encoder is None:
             return None
         self.key_encoder.update(step)
@@ -204,26 +223,32 @@ class Step:
         return self.key_encoder.keys(step, views, [b.labels for b in micro_batches])
 
     def _run_queries(
-        self, step: int, micro_batches: Sequence[MicroBatch], keys: Keys | None, totals: _Totals
-    ) -> list[Tensor]:
-        """Forward and backward of every micro-batch, and the update. Returns the second views' rows, if one encoder
-        makes both."""
-        snapshot, second_rows = self._queue_snapshot(keys), []
+        self, step: int, micro_batches: Sequence[MicroBatch], pending: PendingKeys | None, totals: _Totals
+    ) -> PendingKeys | None:
+        """Forward and backward of every micro-batch, and the update. Returns the keys that the queue is to take."""
+        keys, snapshot, second_rows = None, None, []
         self.statistics.begin_step()
         for j, micro_batch in zip(self.layout.own, micro_batches, strict=True):
             self.statistics.begin_micro_batch()
             mix = None if self.mixup is None else self.mixup.draw(step, j, len(micro_batch.labels))
-            loss, second = self._query_loss(j, micro_batch, mix, keys, snapshot, totals)
-            if second is not None:
-                second_rows.append(second)
+            rows = self._forward(micro_batch, mix)
             self.statistics.end_micro_batch()
+            if micro_batch is micro_batches[0]:
+                keys = None if pending is None else pending.wait()
+                snapshot = self._queue_snapshot(keys)
+            loss = self._loss(j, rows, mix, keys, snapshot, totals)
+            if rows.second is not None:
+                second_rows.append(rows.second)
             if micro_batch is micro_batches[-1]:
-                # before the last backward, which lets DeepSpeed reduce gradients and step
-                totals.reduce(self.ranks)
-                self.optimizer.refuse = bool(totals.vector[0])
+                # on their way during the last backward, after which DeepSpeed reduces gradients and steps
+                totals.begin_sum(self.ranks)
+                self.statistics.begin_mean(self.ranks)
+                if second_rows:
+                    labels = torch.cat([b.labels for b in micro_batches])
+                    pending = gather_keys(self.layout, self.ranks, torch.cat(second_rows), labels)
             self.engine.backward(loss)
             self.engine.step()
-        return second_rows
+        return pending
 
     def _queue_snapshot(self, keys: Keys | None) -> QueueSnapshot | None:
         """The queue as it stood before this step; for a global scope with this step's keys, which have no gradient
@@ -234,46 +259,52 @@ class Step:
         snapshot = self.queue.snapshot(len(self._shots_C), newest)
         return snapshot if self.experts is None else snapshot.experts(self.experts)
 
-    def _query_loss(
+    def _forward(self, micro_batch: MicroBatch, mix: Mix | None) -> _Rows:
+        device = self.ranks.device
+        labels = micro_batch.labels.to(device, non_blocking=True)
+        images = micro_batch.query.to(device, non_blocking=True)
+        if self.queue is not None and self.key_encoder is None:
+            assert micro_batch.key is not None
+            views = [images, micro_batch.key.to(device, non_blocking=True)]
+            logits, query, *prototypes = self.engine(*views)
+            second = beside_each_other(query[..., len(images) :, :]).detach()
+            # anchor i then meets the 2 m - 1 other rows of both views, which is what the loss makes of queries alone
+            return _Rows(views, labels.repeat(2), logits, query, prototypes, second)
+        if mix is not None:
+            images = mix.images(images)
+        logits, query, *prototypes = self.engine(images)
+        return _Rows([images], labels, logits, query, prototypes)
+
+    def _loss(
         self,
         j: int,
-        micro_batch: MicroBatch,
+        rows: _Rows,
         mix: Mix | None,
         keys: Keys | None,
         queue: QueueSnapshot | None,
         totals: _Totals,
-    ) -> tuple[Tensor, Tensor | None]:
-        """(loss of a micro-batch, its second views' rows without gradient or None)."""
-        device = self.ranks.device
-        labels = micro_batch.labels.to(device, non_blocking=True)
-        images = micro_batch.query.to(device, non_blocking=True)
-        own_keys = second_rows = None
-        if self.queue is not None and keys is None:
-            assert micro_batch.key is not None
-            # anchor i then meets the 2 m - 1 other rows of both views, which is what the loss makes of queries alone
-            labels = labels.repeat(2)
-            views = [images, micro_batch.key.to(device, non_blocking=True)]
-            logits, query, *prototypes = self.engine(*views)
-            second_rows = beside_each_other(query[..., len(images) :, :]).detach()
-        else:
-            views = [images if mix is None else mix.images(images)]
-            logits, query, *prototypes = self.engine(*views)
-            if keys is not None and self.contrast_scope == "micro_batch":
-                lanes = self.layout.lanes(j)
-                own_keys = by_expert(keys.keys_GD[lanes.start : lanes.stop], self.experts)
-        output: LossOutput = self.loss(labels, logits, query, own_keys, queue, *prototypes)
+    ) -> Tensor:
+        """Loss of micro-batch j."""
+        own_keys = None
+        if keys is not None and self.contrast_scope == "micro_batch":
+            lanes = self.layout.lanes(j)
+            own_keys = by_expert(keys.keys_GD[lanes.start : lanes.stop], self.experts)
+        output: LossOutput = self.loss(rows.labels, rows.logits, rows.query, own_keys, queue, *rows.prototypes)
         if mix is not None:
-            other: LossOutput = self.loss(labels[mix.partners.to(device)], logits, query, own_keys, queue)
+            partners = rows.labels[mix.partners.to(rows.labels.device)]
+            other: LossOutput = self.loss(partners, rows.logits, rows.query, own_keys, queue)
             output = mix.outputs(output, other)
         if self.distillation is not None:
-            output = self.distillation(output, logits, *views)
-        totals.add(output, self._shots_C[labels])
-        return output.loss, second_rows
+            output = self.distillation(output, rows.logits, *rows.views)
+        totals.add(output, self._shots_C[rows.labels])
+        return output.loss
 
-    def _refusal(self, totals: _Totals) -> str | None:
-        if totals.vector[0]:
+    def _refusal(self, totals: _Totals, pending: PendingKeys | None) -> str | None:
+        if _not_finite(pending):
+            return "keys"
+        if totals.not_finite():
             return "loss"
-        if self.optimizer.refuse or not self.engine.was_step_applied():
+        if self.optimizer.refused or not self.engine.was_step_applied():
             return "gradient"
         return None
 
@@ -294,6 +325,10 @@ class Step:
             replaced=int(totals.vector[2]),
             stop=bool(totals.vector[3]),
         )
+
+
+def _not_finite(keys: PendingKeys | None) -> bool:
+    return keys is not None and not keys.wait().finite
 
 
 def prove_ranks_agree(step: Step) -> None:

@@ -37,7 +37,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(wrong):
     before, momentum = weight.detach().clone(), optimizer.state[weight]["momentum_buffer"].clone()
     weight.grad = torch.tensor([1.0, wrong])
     optimizer.step()
-    assert optimizer.refuse
+    assert optimizer.refused
     assert torch.equal(weight, before)
     assert torch.equal(optimizer.state[weight]["momentum_buffer"], momentum)
 

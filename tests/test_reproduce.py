@@ -1,6 +1,7 @@
 """Tables: rows as data, refused where they would mislead; every row launched as a user would."""
 
 import itertools
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from paco_ds import reproduce
 from paco_ds.errors import RecipeError, UserError
+from paco_ds.metrics.log import MetricsLog, StepRecord
 from paco_ds.models.recogniser import make_recogniser
 from paco_ds.table import SMALL_RECIPES, Row, Table, load_table, small_recipe
 
@@ -129,7 +131,148 @@ def test_commands_of_a_cluster_are_written_as_a_script(tmp_path):
     assert "# inferred: the baseline's lr" in text
 
 
+def test_a_table_at_small_scale_finds_the_recipe_of_its_card(tmp_path, capsys):
+    """Of the card that ships, whose name has capitals."""
+    card = SMALL_RECIPES.parents[2] / "shards" / "fashion-mnist-lt.yaml"
+    output = ["--output", str(tmp_path), "--keep", str(tmp_path / "kept"), "--draw-only"]
+    with pytest.raises(SystemExit):
+        reproduce.main(["--table", "13", "--scale", "small", "--data", str(card), *output])
+    assert "12 of 12 runs are not there yet: CE (seed 1)" in capsys.readouterr().err
+
+
 def test_a_data_set_without_a_small_recipe_is_named():
     """With those there are."""
     with pytest.raises(RecipeError, match="there are fashion-mnist-lt, glyphs"):
         small_recipe("mine")
+
+
+TOP1 = {"many": 0.9, "medium": 0.8, "few": None, "all": 0.85}
+
+
+def kept_job(tmp_path, *, seed=1, output="a", extra=(), **row):
+    """A row of the demo's recipe whose results are kept in tmp_path/kept."""
+    row = Row(**{"method": "PaCo", **row})
+    table = Table(title="t", recipe=str(SMALL_RECIPES.parent / "demo.yaml"), rows=(row,))
+    shards = f"data.shards={tmp_path / 'shards'}"
+    return reproduce.Job(table, row, seed, tmp_path / output, None, (shards, *extra), tmp_path / "kept")
+
+
+def finish(job, *, manifest="0" * 64, figures=TOP1):
+    """What a training leaves behind, as far as a kept result is made of it."""
+    job.run.mkdir(parents=True, exist_ok=True)
+    trained = {**figures, "world_size": 2, "seed": job.seed, "manifest_sha256": manifest, "versions": {"torch": "2"}}
+    for name in {"metrics.json", job.results.name}:
+        world_size = 2 if name == "metrics.json" else 1  # an evaluation has its own
+        (job.run / name).write_text(json.dumps(trained | {"world_size": world_size}))
+    log = MetricsLog(job.run / "metrics.jsonl")
+    for step in (1, 2):
+        log.step(StepRecord(step, 0, 1.0, 0.1, 1.0, 64.0, 0.0, 1.25))
+    log.close()
+    job.keep_result()
+
+
+def never_launch(command, **_):
+    raise AssertionError(f"launched {command}")
+
+
+def test_a_kept_result_says_what_was_trained_and_names_no_place(tmp_path):
+    """Recipe, seed, versions, data, ranks and seconds of the training; no path of this machine."""
+    one = kept_job(tmp_path, evaluate=("--tau-normalize=auto",))
+    finish(one)
+    text = (tmp_path / "kept" / "paco-seed1.json").read_text()
+    kept = json.loads(text)
+    assert {"ranks": 2, "seconds": 2.5, "seed": 1, "manifest_sha256": "0" * 64, "versions": {"torch": "2"}}.items() <= (
+        kept.items()
+    )
+    assert (kept["recipe"]["loss.method"], kept["evaluate"]) == ("paco", ["--tau-normalize=auto"])
+    assert str(tmp_path) not in text
+    assert str(SMALL_RECIPES.parents[2]) not in text
+
+
+def test_a_kept_result_counts_as_done_in_another_clone(tmp_path, monkeypatch):
+    """Nothing is launched, and the page is drawn without runs or shards."""
+    finish(kept_job(tmp_path))
+    elsewhere = kept_job(tmp_path, output="b", extra=("data.workers=3",))  # where it runs may differ
+    monkeypatch.setattr(reproduce.subprocess, "run", never_launch)
+    reproduce.run_job(elsewhere, ranks=4, slot=0, quiet=False)
+    elsewhere.output.mkdir()
+    reproduce.draw(elsewhere.table, [elsewhere], elsewhere.output)
+    assert "85.0" in (elsewhere.output / "comparison.html").read_text()
+
+
+def test_a_finished_run_is_kept(tmp_path, monkeypatch):
+    """As soon as its training has ended."""
+    one = kept_job(tmp_path)
+
+    class Done:
+        returncode = 0
+
+    def train(command, **_):
+        finish(one)
+        one.kept.unlink()
+        return Done
+
+    monkeypatch.setattr(reproduce.subprocess, "run", train)
+    reproduce.run_job(one, ranks=2, slot=0, quiet=False)
+    assert one.read().all == 0.85
+    assert one.kept.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"extra": ("optimizer.lr=0.3",)}, r"optimizer.lr: 0.2 there, 0.3 now"),
+        ({"extra": ("evaluation.checkpoint=best_all",)}, r"evaluation.checkpoint: 'last' there, 'best_all' now"),
+        ({"evaluate": ("--tau-normalize=auto",)}, r"options of the evaluation: \[\] there"),
+    ],
+)
+def test_a_kept_result_of_another_training_is_refused(tmp_path, change, message):
+    """Before anything is trained, each difference and the way out named."""
+    finish(kept_job(tmp_path))
+    with pytest.raises(UserError, match=message) as error:
+        kept_job(tmp_path, output="b", **change).check()
+    assert "another --keep folder" in str(error.value)
+
+
+def test_a_kept_result_of_other_shards_is_refused(tmp_path):
+    """By those that are here, and without any by the other results."""
+    finish(kept_job(tmp_path))
+    finish(kept_job(tmp_path, seed=2), manifest="1" * 64)
+    jobs = [kept_job(tmp_path, output="b", seed=seed) for seed in (1, 2)]
+    with pytest.raises(UserError, match="PaCo, seed 1 was trained on other shards than PaCo, seed 2"):
+        reproduce.draw(jobs[0].table, jobs, tmp_path)
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match=r"shards \(manifest\): '0{12}' there, '44136fa355b3' now"):
+        jobs[0].check()
+
+
+def test_a_file_that_is_no_kept_result_is_named(tmp_path):
+    """A metrics.json that was copied there by hand, say."""
+    (tmp_path / "kept").mkdir()
+    kept_job(tmp_path).kept.write_text(json.dumps(TOP1))
+    with pytest.raises(UserError, match=r"paco-seed1.json is no kept result \(KeyError\('recipe'\)\)"):
+        kept_job(tmp_path).check()
+
+
+def test_a_setting_younger_than_a_kept_result_is_at_its_default(tmp_path):
+    """A new version with another setting does not make old results worthless."""
+    one = kept_job(tmp_path)
+    finish(one)
+    kept = json.loads(one.kept.read_text())
+    del kept["recipe"]["step.mixup"]
+    one.kept.write_text(json.dumps(kept))
+    kept_job(tmp_path, output="b").check()
+
+
+def test_rows_that_two_tables_share_are_trained_once(tmp_path):
+    """PaCo of Table 13 and of Table 14, whose stand-ins are equal at small scale."""
+    small = small_recipe("fashion-mnist-lt")
+    jobs = [
+        reproduce.Job(table, table.rows[-1], 1, tmp_path / f"{number}", small, (), tmp_path / "kept")
+        for number in (13, 14)
+        for table in [load_table(number)]
+    ]
+    finish(jobs[0])
+    jobs[1].check()
+    assert jobs[1].done

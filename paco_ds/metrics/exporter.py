@@ -76,6 +76,12 @@ class Exporter:
         )
         self._data_wait = Counter("paco_data_wait_seconds", "Time spent waiting for images.", registry=registry)
         self._loss = Gauge("paco_loss", "Training loss of the last step.", registry=registry)
+        self._loss_parts = Gauge(
+            "paco_loss_part",
+            "Parts of the training loss of the last step, by name, of methods that have some.",
+            ["part"],
+            registry=registry,
+        )
         self._lr = Gauge("paco_learning_rate", "Learning rate of the last step.", registry=registry)
         self._queue_fill = Gauge("paco_queue_fill_ratio", "Filled share of the key queue.", registry=registry)
         self._grad_norm = Gauge(
@@ -167,6 +173,8 @@ class Exporter:
         self._duration.observe(record.step_seconds)
         self._data_wait.inc(record.data_wait_seconds)
         self._loss.set(record.loss)
+        for part, value in record.parts.items():
+            self._loss_parts.labels(part).set(value)
         self._lr.set(record.lr)
         self._grad_norm.set(record.grad_norm)
         self._queue_fill.set(record.queue_fill)

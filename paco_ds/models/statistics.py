@@ -37,11 +37,16 @@ class RunningStatistics:
         if self.buffers:
             torch._foreach_add_(self._sum, self.buffers)
 
-    def finish_step(self, ranks: Ranks, micro_batches: int, step: int) -> None:
+    def begin_mean(self, ranks: Ranks) -> None:
+        """Begin to add up over ranks; after the forward of this rank's last micro-batch."""
+        if self.buffers:
+            self._of_ranks = ranks.begin_sum(torch.cat([s.flatten() for s in self._sum]))
+
+    def finish_step(self, micro_batches: int, step: int) -> None:
         """Give every rank the mean over all micro-batches; `num_batches_tracked` is the step."""
         if not self.buffers:
             return
-        mean = ranks.sum(torch.cat([s.flatten() for s in self._sum])) / micro_batches
+        mean = self._of_ranks.wait() / micro_batches
         parts = mean.split([b.numel() for b in self.buffers])
         torch._foreach_copy_(self.buffers, [p.view_as(b) for p, b in zip(parts, self.buffers, strict=True)])
         for tracked in self.steps:

@@ -76,6 +76,23 @@ def loss_chart(x: Values, loss: Values, skipped: Values, x_label: str) -> Figure
 
 
 @styled
+def parts_chart(x: Values, parts: Mapping[str, Values], x_label: str) -> Figure:
+    """What the loss is made of: a panel per part, each on a scale of its own, four to a row."""
+    columns = min(len(parts), 4)
+    rows = -(-len(parts) // columns)
+    figure = Figure(figsize=(FULL, 2.2 * rows))
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True).flat
+    for axes, (name, values) in zip(panels, parts.items(), strict=False):
+        _curve(axes, x, values, INK, band=True)
+        axes.set_title(name.replace("_", " "), weight="bold", fontsize=9)
+        axes.set_xlabel(x_label)
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+    for axes in panels:
+        axes.set_axis_off()
+    return figure
+
+
+@styled
 def accuracy_chart(x: Sequence[float], figures: Mapping[str, Sequence[float | None]], x_label: str) -> Figure:
     """Top-1 accuracy of Many, Medium, Few and All over training, named at their last point."""
     figure, (axes,) = _panels(HALF, 2.9)
@@ -188,7 +205,7 @@ def comparison_chart(
     seeds: Mapping[str, Sequence[Sequence[float]]],
     paper: Mapping[str, Sequence[float | None]],
 ) -> Figure:
-    """A panel per group: a dot for each seed, a bar at the median, a diamond at the paper's figure.
+    """A panel per group: a dot for each seed, a bar at the mean, a diamond at the paper's figure; with both figures.
 
     Args:
         methods: names from top to bottom.
@@ -201,19 +218,20 @@ def comparison_chart(
         color = GROUP_COLORS[group]
         for row, values in enumerate(seeds[group]):
             if len(values):
-                middle = float(np.median(values))
+                middle = float(np.mean(values))
                 axes.plot([min(values), max(values)], [row, row], color=color, lw=7, alpha=0.16)
                 axes.plot(values, [row] * len(values), "o", color=color, ms=5, alpha=0.6, mew=0)
                 axes.plot([middle, middle], [row - 0.27, row + 0.27], color=color, lw=2.6)
                 axes.text(middle, row - 0.36, f"{middle:.1f}", ha="center", fontsize=8.5, color=INK)
             if (published := paper[group][row]) is not None:
                 axes.plot([published], [row], "D", mfc="none", mec=MUTED, ms=6)
+                axes.text(published, row + 0.23, f"{published:.1f}", ha="center", va="top", fontsize=7, color=MUTED)
         axes.set_title(group.capitalize(), color=color, weight="bold", fontsize=10)
         axes.grid(axis="x")
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.margins(x=0.18)
         axes.set_xlabel("top-1 accuracy, %")
-    panels[0].set_yticks(range(len(methods)), methods)
+    panels[0].set_yticks(range(len(methods)), [textwrap.fill(name, 34, break_on_hyphens=False) for name in methods])
     panels[0].tick_params(axis="y", labelcolor=INK, labelsize=9.5)
     panels[0].set_ylim(len(methods) - 0.5, -0.7)
     return figure

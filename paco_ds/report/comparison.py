@@ -1,4 +1,4 @@
-"""Methods side by side: medians over seeds with their spread, and what may be said of the difference."""
+"""Methods side by side: means over seeds with their spread, and what may be said of the difference."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
+from statistics import fmean
 
 from rich.console import Console
 from rich.table import Table
@@ -20,6 +20,7 @@ from paco_ds.report.run_report import inline, render
 SUBJECT = "paco"
 RIVALS = ("cross_entropy", "balanced_softmax")
 NAMES = {"paco": "PaCo", "cross_entropy": "cross-entropy", "balanced_softmax": "Balanced Softmax"}
+ALIASES = {"ce": "cross_entropy"}
 
 
 @dataclass(frozen=True)
@@ -45,16 +46,29 @@ class MethodResults:
         method: its name in recipes (paco, balanced_softmax, ...) or any other name.
         seeds: at least one run.
         paper: the paper's figures as fractions by many, medium, few, all, where it has them.
+        backbone: where methods on several backbones are compared; PaCo is held against those on its own.
     """
 
     method: str
     seeds: Sequence[SeedResult]
     paper: Mapping[str, float] | None = None
+    backbone: str | None = None
+
+    @property
+    def key(self) -> str:
+        """Cross-Entropy, cross entropy, cross_entropy and CE are one method."""
+        key = re.sub(r"[^a-z0-9]+", "_", self.method.lower()).strip("_")
+        return ALIASES.get(key, key)
 
     @property
     def name(self) -> str:
         """Its name in text."""
-        return NAMES.get(_key(self.method), self.method)
+        return NAMES.get(self.key, self.method)
+
+    @property
+    def label(self) -> str:
+        """Its name at the start of a line, with its backbone."""
+        return f"{self.backbone}, {self.name}" if self.backbone else self.name[0].upper() + self.name[1:]
 
     def percents(self, group: str) -> list[float]:
         """The seeds' figures of a group in percent."""
@@ -83,7 +97,7 @@ def write_comparison(
     for row in rows:
         if not row.seeds:
             raise ValueError(f"method {row.method!r} has no runs to compare; train it or leave it out")
-    if len({_key(row.method) for row in rows}) < len(rows):
+    if len({(row.backbone, row.key) for row in rows}) < len(rows):
         raise ValueError(f"two methods share a name among {', '.join(row.method for row in rows)}; rename one")
     sentences = verdicts(rows)
     console = Console() if console is None else console
@@ -93,7 +107,7 @@ def write_comparison(
 
     def figure() -> charts.Figure:
         seeds = {group: [row.percents(group) for row in rows] for group in GROUPS}
-        return charts.comparison_chart([_label(row) for row in rows], seeds, _paper(rows))
+        return charts.comparison_chart([row.label for row in rows], seeds, _paper(rows))
 
     charts.png(figure(), path_png)
     page = render(
@@ -103,10 +117,9 @@ def write_comparison(
             "groups": GROUPS,
             "rows": rows,
             "sentences": sentences,
-            "cells": {row.method: [_cell(row, group) for group in GROUPS] for row in rows},
+            "cells": {row.label: [_cell(row, group) for group in GROUPS] for row in rows},
             "with_paper": any(row.paper for row in rows),
-            "label": _label,
-            "chart": inline(figure(), "comparison", f"{title}: every seed and the median of each method"),
+            "chart": inline(figure(), "comparison", f"{title}: every seed and the mean of each method"),
         },
     )
     figures = {"title": title, "rows": [asdict(row) for row in rows], "sentences": sentences}
@@ -119,29 +132,38 @@ def write_comparison(
 
 
 def verdicts(rows: Sequence[MethodResults]) -> list[str]:
-    """One sentence for each rival of PaCo: the gap of the medians of All, and whether it exceeds the spread.
+    """Sentences that hold PaCo, on each backbone, against cross-entropy, Balanced Softmax and the best of the others:
+    the gap of the means of All, and whether it exceeds the spread.
 
     The spread is the wider of the two methods' ranges over seeds (greatest less least); a gap within it is
     noise as far as these seeds can tell.
     """
-    by_key = {_key(row.method): row for row in rows}
-    if SUBJECT not in by_key:
+    subjects = [row for row in rows if row.key == SUBJECT]
+    if not subjects:
         return [f"{NAMES[SUBJECT]} is not among the methods, so nothing is said of it."]
-    return [
-        _verdict(by_key[SUBJECT], by_key[rival])
-        if rival in by_key
-        else f"{NAMES[rival]} is not among the methods, so PaCo is not held against it."
+    sentences = [
+        f"{NAMES[rival]} is not among the methods, so PaCo is not held against it."
         for rival in RIVALS
+        if rival not in {row.key for row in rows}
     ]
+    for subject in subjects:
+        others = {row.key: row for row in rows if row.backbone == subject.backbone and row is not subject}
+        rivals = [others[rival] for rival in RIVALS if rival in others]
+        if others:
+            best = max(others.values(), key=lambda row: fmean(row.percents("all")))
+            rivals += [best] if best not in rivals else []
+        sentences += [_verdict(subject, rival) for rival in rivals]
+    return sentences
 
 
 def _verdict(ours: MethodResults, rival: MethodResults) -> str:
     mine, theirs = ours.percents("all"), rival.percents("all")
     # Rounded first, so that the sentence agrees with the figures printed in it.
-    here, there = round(median(mine), 1), round(median(theirs), 1)
+    here, there = round(fmean(mine), 1), round(fmean(theirs), 1)
     gap = round(here - there, 1)
     side = f"{abs(gap):.1f} points {'above' if gap > 0 else 'below'}" if gap else "equal to"
-    start = f"{ours.name}'s median All is {here:.1f} %, {side} {rival.name}'s {there:.1f} %"
+    place = f"{ours.backbone}: " if ours.backbone else ""
+    start = f"{place}{ours.name}'s mean All is {here:.1f} %, {side} {rival.name}'s {there:.1f} %"
     if min(len(mine), len(theirs)) < 2:
         return f"{start}; with a single seed the spread is unknown, so this settles nothing."
     spread = round(max(max(values) - min(values) for values in (mine, theirs)), 1)
@@ -151,15 +173,15 @@ def _verdict(ours: MethodResults, rival: MethodResults) -> str:
 
 
 def _table(rows: Sequence[MethodResults], title: str) -> Table:
-    heading = f"{title}: top-1 accuracy, %, median and range over seeds"
+    heading = f"{title}: top-1 accuracy, %, mean and range over seeds"
     table = Table(title=heading, title_justify="left")
-    table.add_column("method", no_wrap=True)
-    table.add_column("seeds", justify="right")
+    table.add_column("method", overflow="fold")
+    table.add_column("seeds", justify="right", no_wrap=True)
     for group in GROUPS:
-        table.add_column(group.capitalize(), justify="right")
+        table.add_column(group.capitalize(), justify="right", min_width=len("67.4-74.0"))
     for row in rows:
         cells = ("\n".join(part for part in _cell(row, group)[:2] if part) for group in GROUPS)
-        table.add_row(_label(row), str(len(row.seeds)), *cells)
+        table.add_row(row.label, str(len(row.seeds)), *cells)
         if row.paper:
             published = (_cell(row, group)[2] for group in GROUPS)
             table.add_row("  in the paper", "", *published, style="dim")
@@ -167,11 +189,11 @@ def _table(rows: Sequence[MethodResults], title: str) -> Table:
 
 
 def _cell(row: MethodResults, group: str) -> tuple[str, str, str]:
-    """Median, range over seeds, and the paper's figure."""
+    """Mean, range over seeds, and the paper's figure."""
     values = row.percents(group)
     published = (row.paper or {}).get(group)
     return (
-        f"{median(values):.1f}" if values else "-",
+        f"{fmean(values):.1f}" if values else "-",
         f"{min(values):.1f}-{max(values):.1f}" if len(values) > 1 else "",
         "" if published is None else f"{100 * published:.1f}",
     )
@@ -182,12 +204,3 @@ def _paper(rows: Sequence[MethodResults]) -> dict[str, list[float | None]]:
         group: [100 * row.paper[group] if row.paper and group in row.paper else None for row in rows]
         for group in GROUPS
     }
-
-
-def _label(row: MethodResults) -> str:
-    return row.name[0].upper() + row.name[1:]
-
-
-def _key(method: str) -> str:
-    """Cross-Entropy, cross entropy and cross_entropy are one method."""
-    return re.sub(r"[^a-z0-9]+", "_", method.lower()).strip("_")

@@ -47,6 +47,7 @@ BY_SHOT = {
 
 DESCRIPTIONS = {
     "loss": "Training loss over time",
+    "parts": "What the training loss is made of, over time",
     "accuracy": "Accuracy of Many, Medium, Few and All over time",
     "classes": "Accuracy of each class against its number of training images",
     "center": "Probability of the own center by shot, beside its optimum",
@@ -63,6 +64,7 @@ class RunFiles:
     Attributes:
         steps: float64 [steps] for each of STEP_COLUMNS and for each of BY_SHOT and shot (own_many, ...); NaN where
             a line has null or lacks the key.
+        parts: what the loss is made of, float64 [steps] by name, likewise; empty of methods that do not say.
         evaluations: the evaluation lines, in order.
         recipe: recipe.yaml as text and as a tree, None when missing.
         final: metrics.json, None when missing.
@@ -73,6 +75,7 @@ class RunFiles:
     recipe_text: str | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
     final: Mapping[str, Any] | None = None
+    parts: Mapping[str, Values] = field(default_factory=dict)
 
 
 def write_report(run_dir: Path) -> Path:
@@ -95,6 +98,7 @@ def read_run(run_dir: Path) -> RunFiles:
         raise FileNotFoundError(f"{log_path} is missing: {run_dir} is not the output directory of a run")
     names = [*STEP_COLUMNS, *(f"{kind}_{shot}" for kind in BY_SHOT for shot in SHOTS)]
     columns = {name: array("d") for name in names}
+    parts: dict[str, array[float]] = {}
     evaluations = []
     for line in log.read(log_path):
         if line["kind"] == "evaluation":
@@ -105,6 +109,10 @@ def read_run(run_dir: Path) -> RunFiles:
         for kind, key in BY_SHOT.items():
             for shot in SHOTS:
                 columns[f"{kind}_{shot}"].append(_float((line.get(key) or {}).get(shot)))
+        for name in parts.keys() | (line.get("parts") or {}).keys():
+            if name not in parts:
+                parts[name] = array("d", [_float(None)] * (len(columns["step"]) - 1))
+            parts[name].append(_float((line.get("parts") or {}).get(name)))
     recipe_path, final_path = run_dir / "recipe.yaml", run_dir / "metrics.json"
     recipe_text = recipe_path.read_text(encoding="utf-8") if recipe_path.exists() else None
     final = None
@@ -118,7 +126,7 @@ def read_run(run_dir: Path) -> RunFiles:
     except yaml.YAMLError as error:
         raise ValueError(f"{recipe_path} is not YAML: {error}") from error
     steps = {name: np.array(column) for name, column in columns.items()}
-    return RunFiles(steps, evaluations, recipe_text, recipe or {}, final)
+    return RunFiles(steps, evaluations, recipe_text, recipe or {}, final, {k: np.array(v) for k, v in parts.items()})
 
 
 def render(template: str, context: Mapping[str, Any]) -> str:
@@ -208,6 +216,8 @@ def _charts(run: RunFiles) -> dict[str, Markup]:
     x = steps["step"] / scale
     if len(x):
         made["loss"] = charts.loss_chart(x, steps["loss"], steps["skipped"] == 1, unit)
+        if run.parts:
+            made["parts"] = charts.parts_chart(x, run.parts, unit)
         share = 100 * steps["data_wait_seconds"] / steps["step_seconds"]
         panels = [("images/s", steps["images_per_second"]), ("data wait, %", share)]
         made["throughput"] = charts.two_panel_chart(x, panels, unit)

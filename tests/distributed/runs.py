@@ -267,7 +267,7 @@ def _micro_batch_lost(step: Step, active: bool) -> None:
 
 
 def _statistics_not_averaged(step: Step, active: bool) -> None:
-    step.statistics.finish_step = lambda ranks, micro_batches, number: None
+    step.statistics.finish_step = lambda micro_batches, number: None
 
 
 def _second_view_detached(step: Step, active: bool) -> None:

@@ -1,6 +1,12 @@
-"""Every method takes its steps on two ranks under DeepSpeed as on one, at every ZeRO stage in turn."""
+"""Every method takes its steps on two ranks under DeepSpeed as on one, and resumes. ZeRO stages, and the methods that
+are resumed, change from day to day; `make soak` runs all of them. The number of the day stands in the tests' names:
+METHODS_TURN=N repeats it.
+"""
 
 import json
+import os
+from datetime import date
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +31,10 @@ OVERRIDES = {
     "bcl": ("key_encoder=none", "queue.length=0"),
     "proco": ("key_encoder=none", "loss.temperature=0.1"),
 }
-STAGES = {method: i % 4 for i, method in enumerate(sorted(METHODS))} | {"bcl": 3, "supcon": 3}
+TURN = int(os.environ.get("METHODS_TURN", date.today().toordinal()))
+RESUMED = sorted(METHODS)[TURN % 4 :: 4]
+# another one each day, and each time that a method is resumed
+STAGES = {m: (i + TURN + TURN // 4) % 4 for i, m in enumerate(sorted(METHODS))} | {"bcl": 3, "supcon": 3}
 
 
 @pytest.fixture
@@ -49,7 +58,7 @@ def moved(outcome: Outcome, part: str) -> float:
     return update_difference(still, outcome, part)[0]
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", [pytest.param(m, id=f"{m}-stage{STAGES[m]}-turn{TURN}") for m in sorted(METHODS)])
 def test_two_ranks_take_the_steps_of_one(outcome, method):
     """Losses to 1e-5 and updates to 1e-3, the two ranks at a ZeRO stage, the one without."""
     two = outcome(2, STAGES[method], *settings_of(method))
@@ -92,22 +101,36 @@ def test_the_step_hands_over_what_changes_the_loss(outcome, plain, changed):
     assert abs(losses[0][0] - losses[1][0]) > 1e-3
 
 
+def resumed(pool, shards, folder: Path, stage: int, method: tuple[str, ...], stops: tuple[int, ...]) -> list[str]:
+    """What differs between a run on two ranks that was stopped after each of `stops` steps and one that was not."""
+    (folder / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    recipe, data = folder / "recipe.yaml", (f"data.shards={shards}", "engine.deepspeed=zero.json")
+    if "model.trained=routers" in method:
+        write_tiny_recipe(recipe, *data, *settings_of("ride"))
+        pool(2).run("tests.distributed.training:train", recipe=recipe, run=folder / "experts")
+        method = (*method, f"model.start_from={folder / 'experts'}")
+    write_tiny_recipe(recipe, *data, *method)
+    found = []
+    for name, its_stops in (("straight", (6,)), ("resumed", (*stops, 6))):
+        for stop in its_stops:
+            pool(2).run("tests.distributed.training:train", recipe=recipe, run=folder / name, stop_at_step=stop)
+        checkpoint = newest_checkpoint(folder / name)
+        losses = [line["loss"] for line in read(folder / name / "metrics.jsonl") if line["kind"] == "step"]
+        assert len(losses) == 6
+        state = {**checkpoint.model(), **{f"momentum of {k}": v for k, v in checkpoint.momentum().items()}}
+        found.append({**state, "losses": torch.tensor(losses, dtype=torch.float64)})
+    straight, again = found
+    assert straight.keys() == again.keys()
+    return [name for name, value in straight.items() if not torch.equal(again[name], value)]
+
+
 def test_a_loss_that_changes_over_training_resumes_bit_equal(pool, striped_shards, tmp_path):
     """Stopped before the epoch of re-weighting, with mixed images: the run without a stop."""
-    (tmp_path / "zero1.json").write_text(json.dumps({"zero_optimization": {"stage": 1}}))
     method = ("loss.method=ldam", "model.centers=cosine", "loss.ldam.drw_epoch=1", "step.mixup=0.4")
-    data = (f"data.shards={striped_shards}", "engine.deepspeed=zero1.json")
-    write_tiny_recipe(tmp_path / "recipe.yaml", *data, *method)
-    found = []
-    for name, stops in (("straight", (6,)), ("resumed", (3, 6))):
-        for stop in stops:
-            run = tmp_path / name
-            pool(2).run("tests.distributed.training:train", recipe=tmp_path / "recipe.yaml", run=run, stop_at_step=stop)
-        checkpoint = newest_checkpoint(run)
-        losses = [line["loss"] for line in read(run / "metrics.jsonl") if line["kind"] == "step"]
-        found.append((losses, {**checkpoint.model(), **{f"m.{k}": v for k, v in checkpoint.momentum().items()}}))
-    (losses, state), (resumed_losses, resumed_state) = found
-    assert len(losses) == 6
-    assert resumed_losses == losses
-    for name, value in state.items():
-        assert torch.equal(resumed_state[name], value), name
+    assert resumed(pool, striped_shards, tmp_path, 1, method, stops=(3,)) == []
+
+
+@pytest.mark.parametrize("method", [pytest.param(m, id=f"{m}-stage{STAGES[m]}-turn{TURN}") for m in RESUMED])
+def test_methods_whose_turn_it_is_resume_bit_equal(pool, striped_shards, tmp_path, method):
+    """A quarter of them a day, stopped in the first epoch: the run without a stop."""
+    assert resumed(pool, striped_shards, tmp_path, STAGES[method], settings_of(method), stops=(3,)) == []

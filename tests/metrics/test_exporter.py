@@ -34,6 +34,7 @@ RECORD = StepRecord(
     center_probability_optimum={"many": 0.4, "medium": 0.7, "few": None},
     positive_probability={"many": 0.01, "medium": 0.02, "few": None},
     positive_probability_optimum={"many": 0.015, "medium": 0.04, "few": None},
+    parts={"softmax": 1.2, "contrast": 3.0},
 )
 ACCURACY = ShotAccuracy(0.9, 0.8, 0.7, 0.85, {}, [])
 EXPECTED = {
@@ -44,6 +45,8 @@ EXPECTED = {
     "paco_step_duration_seconds_count": 1,
     "paco_data_wait_seconds_total": 0.25,
     "paco_loss": 1.5,
+    'paco_loss_part{part="softmax"}': 1.2,
+    'paco_loss_part{part="contrast"}': 3.0,
     "paco_learning_rate": 0.1,
     "paco_queue_fill_ratio": 0.75,
     "paco_grad_norm": 2.5,

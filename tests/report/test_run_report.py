@@ -196,6 +196,24 @@ def test_without_contrast_the_page_says_why(run_dir: Path) -> None:
     assert "Probability of each positive, p+" in page
 
 
+def test_parts_of_the_loss_are_drawn_where_a_method_says_them(run_dir: Path) -> None:
+    """Seven charts become eight; lines without a part, before it was there or refused, are gaps."""
+    assert "What the loss is made of" not in _page(run_dir)
+    log = MetricsLog(run_dir / "metrics.jsonl")
+    log.step(replace(RECORD, step=7, epoch=2, parts={"softmax": 1.5, "contrast": float("nan")}))
+    log.step(replace(RECORD, step=8, epoch=2, parts={"softmax": 1.25, "contrast": 3.0}))
+    log.step(replace(RECORD, step=9, epoch=2))
+    log.close()
+    parts = read_run(run_dir).parts
+    gap = pytest.approx(float("nan"), nan_ok=True)
+    assert parts["softmax"].tolist() == [*[gap] * 6, 1.5, 1.25, gap]
+    assert parts["contrast"].tolist() == [*[gap] * 6, gap, 3.0, gap]
+    page = _page(run_dir)
+    assert page.count("<svg") == 8
+    assert "What the loss is made of" in page
+    assert ">contrast<" in page
+
+
 def test_log_columns_are_read_in_order(run_dir: Path) -> None:
     """Null becomes NaN, true becomes 1, and a missing shot NaN."""
     steps = read_run(run_dir).steps

@@ -19,6 +19,7 @@ QUICK = {
     "shards": ["--only", "speed", "--images", "2000", "--repeats", "1"],
     "shuffle": [],
     "stream": ["--images", "1024", "--repeats", "2", "--memory-workers", "0", "2"],
+    "inference": ["--batch", "4", "--rounds", "1", "--only", "RIDEResNet, 3"],
     "views": ["--images", "16", "--repeats", "3"],
     "step": ["--only", "cifar_resnet32", "--bars-only", "--rounds", "3"],
 }

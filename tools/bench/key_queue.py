@@ -112,7 +112,7 @@ def times_of_a_rank(keys: int, repeats: int) -> Times:
         "shard_class_sums": lambda: shard.snapshot(CLASSES),
         "shard_logsumexp": lambda: attend(of_all, shard.keys_KD),
         "collectives": lambda: exchange_of_shards(ranks, own),
-        "gather": lambda: gather_keys(layout, ranks, rows, labels),
+        "gather": lambda: gather_keys(layout, ranks, rows, labels).wait(),
     }
     together = {name: _after_all(ranks, work) for name, work in works.items()}
     # what ranks wait for each other at the barrier is no part of the work
@@ -120,7 +120,7 @@ def times_of_a_rank(keys: int, repeats: int) -> Times:
     seconds = median_seconds(together, repeats)
     barrier = seconds.pop("barrier")
     ranks.on_bytes = counter = ByteCounter()
-    gather_keys(layout, ranks, rows, labels)
+    gather_keys(layout, ranks, rows, labels).wait()
     leave_job()
     return Times(
         **{name: 1000 * max(value - barrier, 0.0) for name, value in seconds.items()},

@@ -29,7 +29,7 @@ from prometheus_client import generate_latest
 from report import Bar, at_least, at_most, median_seconds, print_bars, print_table
 
 from paco_ds.data.order import EpochOrder
-from paco_ds.distributed import MicroBatchLayout
+from paco_ds.distributed import MicroBatchLayout, Pending
 from paco_ds.key_encoder import gather_keys
 from paco_ds.key_exchange import key_exchange
 from paco_ds.key_queue import KeyQueue
@@ -60,13 +60,13 @@ class Job:
         labels = torch.randint(CLASSES, (W, MICRO_BATCH), generator=generator, dtype=torch.int32)
         self.packed[:, MICRO_BATCH * DIM : -1] = labels.view(torch.float32)
         self.queue = KeyQueue(4 * self.layout.global_batch, DIM)
-        self.ranks_of_job: Any = SimpleNamespace(gather=lambda rows: self.packed)
+        self.ranks_of_job: Any = SimpleNamespace(begin_gather=lambda rows: Pending(self.packed))
         self.keys = self.merge()
 
     def merge(self) -> tuple[Tensor, Tensor]:
         """Everybody's keys and labels in lane order."""
         own = torch.zeros(MICRO_BATCH, DIM), torch.zeros(MICRO_BATCH, dtype=torch.int64)
-        keys = gather_keys(self.layout, self.ranks_of_job, *own, self.groups)
+        keys = gather_keys(self.layout, self.ranks_of_job, *own, self.groups).wait()
         return keys.keys_GD, keys.labels_G
 
     def exchange_in_a_loop(self) -> tuple[np.ndarray, list[int], list[int]]:

@@ -12,7 +12,7 @@ from report import reset_peak, status_bytes
 
 from paco_ds.data.manifest import open_data
 from paco_ds.data.stream import TrainingStream
-from paco_ds.distributed import MicroBatchLayout, Ranks
+from paco_ds.distributed import MicroBatchLayout, Pending, Ranks
 from paco_ds.losses.paco import class_prior
 from paco_ds.models.recogniser import make_recogniser
 from paco_ds.recipe import Recipe
@@ -46,6 +46,7 @@ class _Worker:
         self.ranks, self.parts = ranks, Parts()
         for name in COLLECTIVES:
             self.parts.time(dist, name, "collectives")
+        self.parts.time(Pending, "wait", "collectives")
 
     def warm_up(self) -> tuple[int, list[float]]:
         """Bytes by which resident memory grew, at its peak, since before the model was made; losses of the steps."""

@@ -62,7 +62,7 @@ class _Small:
         low, high = np.log(s.zoom).tolist()
         zoom = np.exp(low + (high - low) * rng.random())
         # whole pixels, which need no resampling
-        right, down = rng.integers(-s.shift, s.shift + 1), rng.integers(-s.shift, s.shift + 1)
+        right, down = int(rng.integers(-s.shift, s.shift + 1)), int(rng.integers(-s.shift, s.shift + 1))
         sampling = ScaledAndShifted(zoom * s.size / min(height, width), down, right, s.size)
         flip: tuple[Operation, ...] = (Flip(),) if happens(s.flip, rng) else ()
         cutout: tuple[Operation, ...] = (draw_cutout(s.size, s.cutout, rng),) if s.cutout else ()

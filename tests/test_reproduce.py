@@ -267,9 +267,9 @@ def test_a_setting_younger_than_a_kept_result_is_at_its_default(tmp_path):
 
 def test_rows_that_two_tables_share_are_trained_once(tmp_path):
     """PaCo of Table 13 and of Table 14, whose stand-ins are equal at small scale."""
-    small = small_recipe("fashion-mnist-lt")
+    small, no_shards = small_recipe("fashion-mnist-lt"), (f"data.shards={tmp_path}/shards",)
     jobs = [
-        reproduce.Job(table, table.rows[-1], 1, tmp_path / f"{number}", small, (), tmp_path / "kept")
+        reproduce.Job(table, table.rows[-1], 1, tmp_path / f"{number}", small, no_shards, tmp_path / "kept")
         for number in (13, 14)
         for table in [load_table(number)]
     ]

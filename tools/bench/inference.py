@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 # The checkout need not be installed. This folder stays on the path, for the module that benches share.
@@ -101,12 +101,12 @@ def chosen(only: Sequence[str]) -> list[Network]:
     return [next(n for n in every if n.name == REFERENCE), *rest]
 
 
-def timed(model: nn.Module, images: Tensor) -> Callable[[], object]:
+def timed(model: Recogniser, images: Tensor) -> Callable[[], object]:
     """The work that is measured: the answer, on CUDA once it is there."""
 
     def work() -> object:
         with torch.inference_mode():
-            logits = answer(model, images)  # type: ignore[arg-type]
+            logits = answer(model, images)
         if images.is_cuda:
             torch.cuda.synchronize()
         return logits
@@ -124,13 +124,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--channels-last", action="store_true", help="images and weights in that memory format")
     parser.add_argument("--json", action="store_true", help="end with a JSON line for each bar")
     arguments = parser.parse_args(argv)
+    if arguments.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {arguments.rounds}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     layout = torch.channels_last if arguments.channels_last else torch.contiguous_format
     images = torch.rand(arguments.batch, 3, arguments.size, arguments.size, device=device)
     images = images.contiguous(memory_format=layout)
     measured = chosen(arguments.only)
-    works = {n.name: timed(n.make(device).to(memory_format=layout), images) for n in measured}
-    seconds = median_seconds(works, arguments.rounds)
+    models = {n.name: n.make(device).to(memory_format=layout) for n in measured}
+    for model in models.values():
+        # on a CPU one image is enough, where the whole batch takes seconds; on CUDA kernels are chosen by its size
+        timed(model, images if images.is_cuda else images[:1])()
+    works = {name: timed(model, images) for name, model in models.items()}
+    seconds = median_seconds(works, arguments.rounds, warm_up=False)
     flops = {n.name: n.flops(arguments.size) for n in measured}
     reference = measured[0]
 

@@ -54,10 +54,13 @@ def _bar(name: str, ratio: float, bar: str, holds: bool, figures: Mapping[str, f
     return Bar(name, figures["ours"], figures.get("rival"), figures.get("floor"), ratio, bar, holds)
 
 
-def median_seconds(works: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+def median_seconds(
+    works: Mapping[str, Callable[[], object]], repeats: int, *, warm_up: bool = True
+) -> dict[str, float]:
     """Median wall seconds of each piece of work, all run in turn so that a noisy spell falls on all of them.
 
-    Each is called once unmeasured. The order rotates from round to round: nobody always follows the same.
+    Each is called once unmeasured, unless without `warm_up`. The order rotates from round to round: nobody always
+    follows the same.
 
     Raises:
         ValueError: repeats below 1.
@@ -65,7 +68,7 @@ def median_seconds(works: Mapping[str, Callable[[], object]], repeats: int) -> d
     if repeats < 1:
         raise ValueError(f"--repeats must be at least 1, got {repeats}")
     seconds: dict[str, list[float]] = {name: [] for name in works}
-    for work in works.values():
+    for work in works.values() if warm_up else ():
         work()
     names = list(works)
     for round_number in range(repeats):

@@ -149,9 +149,11 @@ class Checkpoints:
 
     def _check_meaning(self, checkpoint: Checkpoint) -> None:
         now = json.loads(json.dumps(self.recipe.meaning()))
-        # a setting younger than the checkpoint then was what it is by default
-        younger = {key: self.recipe.default(key) for key in now.keys() - checkpoint.state["meaning"].keys()}
-        saved = younger | checkpoint.state["meaning"]
+        saved = checkpoint.state["meaning"]
+        # a setting younger than the checkpoint then was what it is by default; one of a section that was left out, of
+        # which the name alone is saved, was nothing
+        younger = {key: self.recipe.default(key) for key in now.keys() - saved.keys() if not _left_out(key, saved)}
+        saved = younger | saved
         differences = [
             f"  {key}: {saved.get(key)!r} in the checkpoint, {now.get(key)!r} in this recipe"
             for key in sorted(saved.keys() | now.keys())
@@ -255,6 +257,12 @@ def how_to_go_on(run: Path) -> str:
     if not steps:
         return "There is no checkpoint yet: the same command starts again"
     return f"Run the same command again to go on from step {steps[-1]}"
+
+
+def _left_out(key: str, meaning: Mapping[str, Any]) -> bool:
+    """Whether a section around the setting `key` was null."""
+    parts = key.split(".")
+    return any(".".join(parts[:n]) in meaning for n in range(1, len(parts)))
 
 
 def _kept(named: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:

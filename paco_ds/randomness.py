@@ -23,7 +23,7 @@ class Stream(IntEnum):
 
 def generator(stream: Stream, *key: int) -> np.random.Generator:
     """A generator that depends on nothing but the stream and the key (non-negative numbers)."""
-    return np.random.Generator(np.random.PCG64([stream, *key]))
+    return np.random.Generator(np.random.PCG64(_words(stream, *key)))
 
 
 def permutation(length: int, stream: Stream, *key: int) -> np.ndarray:
@@ -31,4 +31,10 @@ def permutation(length: int, stream: Stream, *key: int) -> np.ndarray:
 
     Raw bits are sorted, since numpy promises those, but not its shuffle, to be the same in later versions.
     """
-    return np.argsort(np.random.PCG64([stream, *key]).random_raw(length), kind="stable")
+    return np.argsort(np.random.PCG64(_words(stream, *key)).random_raw(length), kind="stable")
+
+
+def _words(*key: int) -> np.ndarray | list[int]:
+    """A seed as the 32-bit words that numpy makes of a list of numbers: an array of them spares it a third of the time,
+    and is the same seed where each number is one word."""
+    return np.array(key, np.uint32) if max(key) < 2**32 else list(key)

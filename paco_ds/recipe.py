@@ -51,6 +51,18 @@ class DataSettings(Section):
     )
 
 
+class RoutersSettings(Section):
+    """Of model.trained routers: RIDE's second stage, which decides image by image how many experts are asked."""
+
+    top_logits: Count = Field(
+        50, description="largest mean logits that a router is shown, or all where there are fewer; CIFAR-100 30"
+    )
+    hidden: Count = Field(16, description="numbers that a router makes of an expert's feature")
+    threshold: Fraction = running(
+        0.5, description="probability above which the next expert is asked; higher saves more, lower asks more"
+    )
+
+
 class ModelSettings(Section):
     """Backbone and projection head; the centers have the backbone's feature dimension (F(x), Eq. 4)."""
 
@@ -65,11 +77,13 @@ class ModelSettings(Section):
     start_from: str | None = running(
         None, description="run directory of a first stage, file of weights, or torchvision:NAME; null: random weights"
     )
-    trained: Literal["all", "last_block", "centers", "center_scales"] = Field(
+    trained: Literal["all", "last_block", "centers", "center_scales", "routers"] = Field(
         "all",
         description="last_block: of a ResNet, with all BatchNorm; centers: a new classifier on a frozen backbone (cRT, "
-        "linear evaluation); center_scales: a factor for each center of a frozen classifier (LWS)",
+        "linear evaluation); center_scales: a factor for each center of a frozen classifier (LWS); routers: which "
+        "images go on to the next of frozen experts (RIDE)",
     )
+    routers: RoutersSettings = RoutersSettings()
     projection_hidden: Count | None = Field(None, description="hidden width; the feature dimension by default")
     projection: Literal["two_layer", "three_layer"] = Field(
         "two_layer",
@@ -149,6 +163,22 @@ class RideSettings(Section):
     beta: Fraction = Field(0.9999, lt=1, description="of the effective number of images")
 
 
+class RoutingSettings(Section):
+    """Of loss.method routing, which needs model.trained routers."""
+
+    positive_weight: Positive = Field(
+        100.0, description="of images that a later expert puts right; higher asks more experts; 100 as published"
+    )
+
+
+class DistillSettings(Section):
+    """A trained run teaches: beside the method's loss, its probabilities are learnt."""
+
+    teacher: str = running(..., description="run directory of the teacher, trained on the same shards")
+    weight: Positive = Field(1.0, description="of the divergence from the teacher; 1 as published for RIDE")
+    temperature: Positive = Field(1.5, description="divides the logits of both; 1.5 as published for RIDE")
+
+
 class BalPoESettings(Section):
     """Of loss.method balpoe, which needs model.experts."""
 
@@ -182,6 +212,7 @@ Method = Literal[
     "supcon",
     "multi_task",
     "ride",
+    "routing",
     "balpoe",
     "bcl",
     "proco",
@@ -211,9 +242,19 @@ class LossSettings(Section):
     ldam: LdamSettings = LdamSettings()
     multi_task: MultiTaskSettings = MultiTaskSettings()
     ride: RideSettings = RideSettings()
+    routing: RoutingSettings = RoutingSettings()
     balpoe: BalPoESettings = BalPoESettings()
     bcl: BclSettings = BclSettings()
     proco: ProCoSettings = ProCoSettings()
+    distill: DistillSettings | None = Field(None, description="a trained run that teaches, with any method of centers")
+
+    @model_validator(mode="after")
+    def _centers_can_be_taught(self) -> Self:
+        if self.distill is not None and not self.trains_centers:
+            raise ValueError(
+                f"distill teaches center logits, which method {self.method} does not train: set distill to null"
+            )
+        return self
 
     @property
     def contrast(self) -> bool:
@@ -222,8 +263,9 @@ class LossSettings(Section):
 
     @property
     def trains_centers(self) -> bool:
-        """False for the first of two stages: centers stay as they were drawn."""
-        return self.method != "supcon"
+        """False for the first of two stages, where centers stay as they were drawn, and for routing, where they stay
+        as they were trained."""
+        return self.method not in ("supcon", "routing")
 
     @property
     def prototypes(self) -> bool:
@@ -409,6 +451,22 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _routers_have_experts_and_their_loss(self) -> Self:
+        trained, method = self.model.trained, self.loss.method
+        if (trained == "routers") != (method == "routing"):
+            raise ValueError(
+                f"model.trained routers and loss.method routing belong together, as the second stage of experts, but "
+                f"here are model.trained {trained} and loss.method {method}: set both, with model.start_from the run "
+                f"of the experts, or neither"
+            )
+        if method == "routing" and (self.model.experts or 1) < 2:
+            raise ValueError(
+                f"loss.method routing chooses how many experts see an image and model.experts is "
+                f"{self.model.experts or 'null'}: set it to that of the first stage, which must have 2 at least"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _model_suits_method(self) -> Self:
         loss, model, method = self.loss, self.model, self.loss.method
         margins = {"ldam": loss.ldam.scale, "ride": loss.ride.scale if loss.ride.base == "ldam" else None}.get(method)
@@ -434,6 +492,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _method_suits_run(self) -> Self:
+        if self.step.mixup and self.loss.method == "routing":
+            raise ValueError(
+                f"step.mixup {self.step.mixup:g} mixes labels, and a router learns of one whether the experts gave it: "
+                f"set step.mixup to 0"
+            )
         if self.step.mixup and self.loss.contrast:
             raise ValueError(
                 f"step.mixup {self.step.mixup:g} mixes labels, of which the contrast of loss.method "
@@ -461,10 +524,13 @@ class Recipe(Section):
         return dict(_leaves(self, ""))
 
     def default(self, key: str) -> Any:
-        """What a setting, by its dotted key, is where nobody sets it; None for one that must be set."""
+        """What a setting, by its dotted key, is where nobody sets it; None for one that must be set, and for all of a
+        section that is left out by default."""
         *path, name = key.split(".")
         section: BaseModel = self
         for part in path:
+            if type(section).model_fields[part].default is None:
+                return None
             section = getattr(section, part)
         field = type(section).model_fields[name]
         value = None if field.is_required() else field.get_default(call_default_factory=True)

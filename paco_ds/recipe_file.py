@@ -16,7 +16,7 @@ from paco_ds.files import is_url
 from paco_ds.recipe import Recipe
 from paco_ds.view_settings import TrainView
 
-PATH_KEYS = ("data.shards", "data.cache.directory", "engine.deepspeed", "model.start_from")
+PATH_KEYS = ("data.shards", "data.cache.directory", "engine.deepspeed", "model.start_from", "loss.distill.teacher")
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:

@@ -33,6 +33,7 @@ from paco_ds.errors import TrainingError
 from paco_ds.key_encoder import KeyEncoder, Keys, PendingKeys, gather_keys
 from paco_ds.key_queue import KeyQueue, QueueSnapshot, digest
 from paco_ds.losses.base import Loss, LossOutput
+from paco_ds.losses.distillation import PART, Distillation
 from paco_ds.mixup import Mix, Mixup
 from paco_ds.models.recogniser import beside_each_other, by_expert
 from paco_ds.models.statistics import RunningStatistics
@@ -128,9 +129,10 @@ def _means(sums: Tensor, row: int) -> dict[str, float | None]:
 
 @dataclass(frozen=True)
 class _Rows:
-    """What the model makes of a micro-batch: labels and rows as the loss takes them; with one encoder for both views
-    also the second views' rows, without gradient."""
+    """What the model makes of a micro-batch: the views as it saw them, labels and rows as the loss takes them; with one
+    encoder for both views also the second views' rows, without gradient."""
 
+    views: Sequence[Tensor]
     labels: Tensor
     logits: Tensor
     query: Tensor | None
@@ -152,6 +154,7 @@ class Step:
         stop_requested: asked once a step; if any rank says True, all learn of it in `StepResult.stop`.
         steps_per_epoch: of a loss that changes over training, which is told the epoch of each step.
         mixup: mixes the images of each micro-batch in pairs; for methods without contrast.
+        distillation: adds what a teacher has to say; for methods that train centers.
 
     Raises:
         ValueError: the loss changes over training and `steps_per_epoch` is missing.
@@ -172,6 +175,7 @@ class Step:
         experts: int | None = None,
         steps_per_epoch: int | None = None,
         mixup: Mixup | None = None,
+        distillation: Distillation | None = None,
     ) -> None:
         if loss.changes_with_epoch and steps_per_epoch is None:
             raise ValueError("this loss changes from one epoch to the next: Step needs steps_per_epoch")
@@ -180,6 +184,9 @@ class Step:
         self.key_encoder, self.queue, self.contrast_scope = key_encoder, queue, contrast_scope
         self.experts, self.steps_per_epoch, self.mixup = experts, steps_per_epoch, mixup
         self.part_names, self._begin_epoch = loss.part_names, loss.begin_epoch
+        self.distillation = distillation
+        if distillation is not None:
+            self.part_names = (*self.part_names, PART)
         self.statistics = RunningStatistics(engine.module)
         self.stop_requested = stop_requested
         self._shots_C = torch.tensor([SHOTS.index(s) for s in shots_of_classes], device=ranks.device)
@@ -258,12 +265,15 @@ class Step:
         images = micro_batch.query.to(device, non_blocking=True)
         if self.queue is not None and self.key_encoder is None:
             assert micro_batch.key is not None
-            logits, query, *prototypes = self.engine(images, micro_batch.key.to(device, non_blocking=True))
+            views = [images, micro_batch.key.to(device, non_blocking=True)]
+            logits, query, *prototypes = self.engine(*views)
             second = beside_each_other(query[..., len(images) :, :]).detach()
             # anchor i then meets the 2 m - 1 other rows of both views, which is what the loss makes of queries alone
-            return _Rows(labels.repeat(2), logits, query, prototypes, second)
-        logits, query, *prototypes = self.engine(images if mix is None else mix.images(images))
-        return _Rows(labels, logits, query, prototypes)
+            return _Rows(views, labels.repeat(2), logits, query, prototypes, second)
+        if mix is not None:
+            images = mix.images(images)
+        logits, query, *prototypes = self.engine(images)
+        return _Rows([images], labels, logits, query, prototypes)
 
     def _loss(
         self,
@@ -284,6 +294,8 @@ class Step:
             partners = rows.labels[mix.partners.to(rows.labels.device)]
             other: LossOutput = self.loss(partners, rows.logits, rows.query, own_keys, queue)
             output = mix.outputs(output, other)
+        if self.distillation is not None:
+            output = self.distillation(output, rows.logits, *rows.views)
         totals.add(output, self._shots_C[rows.labels])
         return output.loss
 

@@ -23,6 +23,7 @@ from paco_ds.evaluation.runner import evaluate, load_recogniser
 from paco_ds.key_encoder import make_key_encoder
 from paco_ds.key_queue import KeyQueue
 from paco_ds.losses import make_loss
+from paco_ds.losses.distillation import Distillation
 from paco_ds.metrics.log import StepRecord
 from paco_ds.metrics.watch import BadSamples, Watch
 from paco_ds.mixup import Mixup
@@ -33,6 +34,7 @@ from paco_ds.recipe import Recipe
 from paco_ds.report import write_report
 from paco_ds.step import Step, StepResult, prove_ranks_agree
 from paco_ds.stop_request import StopRequest
+from paco_ds.teacher import Teacher
 from paco_ds.zero import set_momentum, stage_of, whole_model, whole_momentum
 
 
@@ -60,6 +62,10 @@ class Trainer:
         best = self.checkpoints.best(until=self.steps_done)
         self.best_score = best.state["score"] if best else -1.0
         self.refused_in_a_row = 0
+        distill = recipe.loss.distill
+        self.teacher = None if distill is None else Teacher(distill, manifest, ranks.device)
+        if checkpoint and self.teacher:
+            self.teacher.check_taught(checkpoint)
         self.stop_request, self.stop_agreed = StopRequest(), False
         # loader processes start here, before DeepSpeed's and the metrics' threads do
         self.stream = TrainingStream(recipe, manifest, self.layout, start=self.steps_done)
@@ -161,6 +167,7 @@ class Trainer:
                 "scale": self.recipe.step.scale,
                 "epoch": self.steps_done / self.steps_per_epoch,
                 "versions": versions(),
+                "teacher_sha256": self.teacher.sha256 if self.teacher else None,
             },
             write=self.ranks.first,
         )
@@ -199,7 +206,7 @@ class Trainer:
         if recipe.loss.contrast:
             queue = KeyQueue(recipe.queue.length, recipe.model.key_dim, self.ranks.device)
             key_encoder = make_key_encoder(self.engine, recipe, self.layout, self.ranks, self.total_steps)
-        train_split = recipe.data.train_split
+        train_split, distill = recipe.data.train_split, recipe.loss.distill
         step = Step(
             self.engine,
             self.optimizer,
@@ -214,6 +221,7 @@ class Trainer:
             experts=recipe.model.experts,
             steps_per_epoch=self.steps_per_epoch,
             mixup=Mixup(recipe.step.mixup, recipe.seed) if recipe.step.mixup else None,
+            distillation=Distillation(distill, self.teacher) if distill and self.teacher else None,
         )
         return queue, step
 
@@ -313,4 +321,5 @@ def _one_line(accuracy: ShotAccuracy) -> str:
     shots: Iterator[str] = (
         f"{name} {100 * value:.1f}" if value is not None else f"{name} -" for name, value in accuracy.top1().items()
     )
-    return "  ".join(shots)
+    experts = [] if accuracy.experts_used is None else [f"experts {accuracy.experts_used:.2f}"]
+    return "  ".join([*shots, *experts])

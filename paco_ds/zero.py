@@ -15,6 +15,7 @@ from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_set_full_optimizer_state,
+    safe_set_local_optimizer_state,
 )
 from torch import Tensor
 from torch.nn import Parameter
@@ -59,6 +60,10 @@ def set_momentum(engine: Any, momentum: Mapping[str, Tensor]) -> None:
             continue
         if stage_of(engine) == 0:
             engine.optimizer.state[parameter][MOMENTUM] = momentum[name].to(parameter.device).clone()
+        elif stage_of(engine) == 3:
+            safe_set_local_optimizer_state(
+                parameter, _own_partition(parameter, momentum[name].to(engine.device)), MOMENTUM
+            )
         else:
             safe_set_full_optimizer_state(parameter, momentum[name].to(engine.device), MOMENTUM)
 
@@ -85,6 +90,15 @@ def move_average(engine: Any, key: Sequence[Parameter], query: Sequence[Paramete
 
 def _partitioned(engine: Any, parameter: Parameter) -> bool:
     return stage_of(engine) > 0 and parameter.requires_grad
+
+
+def _own_partition(parameter: Any, whole: Tensor) -> Tensor:
+    """This rank's part of a whole tensor at stage 3, padded with zeros like the parameter's. DeepSpeed's own call for
+    whole tensors ends with an error on the last rank where their length is no multiple of the ranks (0.19.8)."""
+    size = parameter.ds_tensor.numel()
+    begin = size * torch.distributed.get_rank(parameter.ds_process_group)
+    part = whole.flatten()[begin : begin + size]
+    return torch.nn.functional.pad(part, (0, size - len(part)))
 
 
 def _make_momentum(engine: Any) -> None:

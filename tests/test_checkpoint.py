@@ -115,6 +115,33 @@ def test_a_setting_younger_than_the_checkpoint_was_then_its_default(tmp_path):
         Checkpoints(tmp_path, younger, "abc").latest()
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        (
+            "key_encoder=none",
+            "key_encoder.momentum=0.999",
+            "key_encoder.momentum: None in the checkpoint, 0.999 in this",
+        ),
+        ("loss.distill=null", "loss.distill={teacher: x}", "loss.distill.weight: None in the checkpoint, 1.0 in this"),
+        ("loss.distill={teacher: x}", "loss.distill=null", "loss.distill.weight: 1.0 in the checkpoint, None in this"),
+        (None, "loss.distill={teacher: x}", "loss.distill.weight: None in the checkpoint, 1.0 in this"),
+    ],
+)
+def test_a_section_left_out_is_not_one_with_its_defaults(tmp_path, before, now, message):
+    """Given now where the checkpoint had none, or is older than the section (None); or the other way round."""
+    recipe = tiny_recipe(before or "loss.distill=null")
+    Checkpoints(tmp_path, recipe, "abc").save(1, TENSORS.items(), TENSORS.items(), None, about={})
+    if before is None:
+        path = tmp_path / "checkpoints" / "step-00000001" / "state.json"
+        state = json.loads(path.read_text())
+        del state["meaning"]["loss.distill"]
+        path.write_text(json.dumps(state))
+        assert Checkpoints(tmp_path, recipe, "abc").latest().step == 1
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoints(tmp_path, tiny_recipe(now), "abc").latest()
+
+
 def test_a_rank_that_does_not_write_still_walks_through_the_collective(tmp_path):
     """Else the others would wait for it for ever."""
     walked = []

@@ -91,6 +91,7 @@ class ShotAccuracy:
         top5: the same four figures for the five largest logits, by name.
         per_class: top-1 accuracy of each class, None for a class without images.
         detail: what single predictions tell beyond this, where they were kept.
+        images_by_experts: images that 1, 2, ... experts were asked about, where routers decide that.
     """
 
     many: float | None
@@ -100,24 +101,41 @@ class ShotAccuracy:
     top5: Mapping[str, float | None]
     per_class: Sequence[float | None]
     detail: Detail | None = None
+    images_by_experts: Sequence[int] | None = None
+
+    @property
+    def experts_used(self) -> float | None:
+        """Mean number of experts asked about an image, where routers decide it."""
+        if not self.images_by_experts or not sum(self.images_by_experts):
+            return None
+        return sum(e * images for e, images in enumerate(self.images_by_experts, 1)) / sum(self.images_by_experts)
 
     def top1(self) -> dict[str, float | None]:
         """The four top-1 figures by name."""
         return {"many": self.many, "medium": self.medium, "few": self.few, "all": self.all}
 
     def to_json(self) -> dict[str, Any]:
-        """The keys many, medium, few, all, top5 and per_class of metrics.json."""
-        return {**self.top1(), "top5": dict(self.top5), "per_class": list(self.per_class)}
+        """The keys many, medium, few, all, top5 and per_class of metrics.json; with routers experts_used and
+        images_by_experts too."""
+        figures = {**self.top1(), "top5": dict(self.top5), "per_class": list(self.per_class)}
+        if self.images_by_experts is None:
+            return figures
+        return {**figures, "experts_used": self.experts_used, "images_by_experts": list(self.images_by_experts)}
 
     def table(self, title: str | None = None) -> Table:
         """Many / Medium / Few / All, top-1 and top-5 in percent, for a rich console's `print`."""
-        table = Table(title=title, title_justify="left")
+        table = Table(title=title, title_justify="left", caption=self._routing(), caption_justify="left")
         table.add_column("accuracy, %")
         for group in GROUPS:
             table.add_column(group.capitalize(), justify="right")
         for name, figures in (("top-1", self.top1()), ("top-5", self.top5)):
             table.add_row(name, *(percent(figures[group]) for group in GROUPS))
         return table
+
+    def _routing(self) -> str | None:
+        if self.images_by_experts is None or self.experts_used is None:
+            return None
+        return f"{self.experts_used:.2f} of {len(self.images_by_experts)} experts an image"
 
 
 def percent(fraction: float | None) -> str:

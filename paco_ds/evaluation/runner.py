@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,29 +21,35 @@ from paco_ds.recipe import Recipe
 
 @torch.no_grad()
 def evaluate(
-    model: Callable[[Tensor], tuple[Tensor, Tensor | None]],
+    model: Callable[[Tensor], tuple[Any, ...]],
     module: nn.Module,
     recipe: Recipe,
     manifest: Manifest,
     split: str,
     ranks: Ranks,
 ) -> ShotAccuracy:
-    """Accuracy of `model` (a DeepSpeed engine or the module itself) on a split.
+    """Accuracy of `model` (a DeepSpeed engine or the module itself) on a split; with routers the experts used too.
 
     Every rank runs equally many forwards (uneven ones hang ZeRO-3); padding is masked out.
     """
     counts, recorder = ClassCounts.zeros(len(manifest.classes), ranks.device), Recorder()
+    by_experts_E: Tensor | None = None  # images that 1, 2, ... experts were asked about
     was_training = module.training
     module.eval()
     for batch in evaluation_stream(recipe, manifest, split, ranks.rank, ranks.world_size):
-        logits = _answer(model(batch.query.to(ranks.device))[0])
+        logits, _, *used = model(batch.query.to(ranks.device))
+        logits = _answer(logits)
         labels, valid = batch.labels.to(ranks.device), batch.valid.to(ranks.device)
         counts.add(logits, labels, valid)
         recorder.add(logits, labels, valid)
+        if used:
+            found_E = torch.bincount(used[0][valid] - 1, minlength=recipe.model.experts or 1)
+            by_experts_E = found_E if by_experts_E is None else by_experts_E + found_E
     module.train(was_training)
     total = ClassCounts.from_tensor(ranks.sum(counts.as_tensor()))
     figures = detail(recorder.gather(ranks), manifest.split(recipe.data.train_split).class_counts)
-    return replace(shot_accuracy(total, _shots(manifest, recipe)), detail=figures)
+    by_experts = None if by_experts_E is None else ranks.sum(by_experts_E).tolist()
+    return replace(shot_accuracy(total, _shots(manifest, recipe)), detail=figures, images_by_experts=by_experts)
 
 
 def load_recogniser(checkpoint: Checkpoint, recipe: Recipe, manifest: Manifest) -> Recogniser:
@@ -54,7 +61,7 @@ def load_recogniser(checkpoint: Checkpoint, recipe: Recipe, manifest: Manifest) 
 
 class Ensemble(nn.Module):
     """Models of one data set as one: the mean of their probabilities, each model's being those of its experts' mean
-    logits. Of a single model it is that model.
+    logits. Of a single model it is that model, and how many experts its routers asked follows.
 
     Args:
         members: (model, whether it runs under bfloat16 autocast, as it was trained).
@@ -65,13 +72,14 @@ class Ensemble(nn.Module):
         self.models = nn.ModuleList(model for model, _ in members)
         self.autocast = [autocast for _, autocast in members]
 
-    def forward(self, images: Tensor) -> tuple[Tensor, None]:
+    def forward(self, images: Tensor) -> tuple[Any, ...]:
         of_each = []
         for model, autocast in zip(self.models, self.autocast, strict=True):
             with torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
-                of_each.append(_answer(model(images)[0]))
+                logits, _, *used = model(images)
+            of_each.append(_answer(logits))
         if len(of_each) == 1:
-            return of_each[0], None
+            return of_each[0], None, *used
         return torch.stack([logits.softmax(1) for logits in of_each]).mean(0).log(), None
 
 

@@ -18,6 +18,7 @@ from paco_ds.losses.multitask import make_multi_task
 from paco_ds.losses.paco import ParametricContrastiveLoss, class_prior, make_paco
 from paco_ds.losses.proco import make_proco
 from paco_ds.losses.ride import make_ride
+from paco_ds.losses.routing import make_routing
 from paco_ds.losses.supcon import make_supcon
 from paco_ds.recipe import LossSettings
 
@@ -34,6 +35,7 @@ METHODS: Mapping[str, Callable[[LossSettings, Sequence[int], Sequence[str] | Non
     "supcon": lambda settings, class_counts, class_names: make_supcon(settings),
     "multi_task": make_multi_task,
     "ride": make_ride,
+    "routing": make_routing,
     "balpoe": make_balpoe,
     "bcl": make_bcl,
     "proco": make_proco,

@@ -24,7 +24,7 @@ class LossOutput:
         positive_probability_B: p+, the geometric mean of the shares of the anchor's positives; None without
             contrast, nan where an anchor has no positive, as the next.
         positive_optimum_B: what p+ is where the loss is smallest (Remarks 1 and 2).
-        parts: scalars that the loss is made of, by name, those of `Loss.part_names`.
+        parts: scalars that the loss is made of, or that tell of it, by name, those of `Loss.part_names`.
     """
 
     loss: Tensor
@@ -37,7 +37,7 @@ class LossOutput:
 
 class Loss(nn.Module):
     """What a method's loss is to the step: called as `loss(labels_B, logits, query, key, queue)`, where a method
-    takes no notice of what it has no use for; of methods with prototypes these follow.
+    takes no notice of what it has no use for; prototypes (BCL), or what routers say (RIDE's second stage), follow.
 
     A loss keeps no state between steps. One that changes over training is told the epoch before every step, and
     depends on nothing else, so that a resumed run is the same run.

@@ -26,7 +26,13 @@ class Experts(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         common = self.shared(images)
-        return torch.stack([expert(common).mean((2, 3)) for expert in self.experts])
+        return torch.stack([self.feature(e, common) for e in range(len(self.experts))])
+
+    def feature(self, e: int, common: Tensor) -> Tensor:
+        """[B, feature_dim]: what expert `e`, from 0, makes of what `shared` made of the images. For whoever asks the
+        experts one after the other, each about the images that need it."""
+        pooled: Tensor = self.experts[e](common).mean((2, 3))
+        return pooled
 
 
 def make_experts(network: nn.Module, name: str, count: int, width: Width) -> Experts:

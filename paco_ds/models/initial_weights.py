@@ -24,6 +24,7 @@ from paco_ds.recipe_file import load_recipe
 
 TORCHVISION = "torchvision:"
 _SAME = ("backbone", "width", "experts", "expert_width")  # what the first stage must share
+_SAME_CENTERS = ("centers", "centers_scale")  # and where its centers are taken over as they are
 _BACKBONE = "query_encoder.backbone."
 _CLASSIFIERS = ("fc", "classifier", "heads", "head")  # what torchvision's networks call theirs
 
@@ -31,8 +32,8 @@ _CLASSIFIERS = ("fc", "classifier", "heads", "head")  # what torchvision's netwo
 def load_initial_weights(model: Recogniser, recipe: Recipe) -> None:
     """Put what `model.start_from` names into the encoders of a fresh model, in place.
 
-    Of a run: backbone and projection, and for `trained: center_scales` its centers; of a file or of torchvision: the
-    backbone.
+    Of a run: backbone and projection, and for `trained: center_scales` and `routers` its centers; of a file or of
+    torchvision: the backbone.
 
     Raises:
         RecipeError: nothing there, or weights of another network, naming what differs.
@@ -41,9 +42,15 @@ def load_initial_weights(model: Recogniser, recipe: Recipe) -> None:
     start = settings.start_from
     if start is None:
         return
+    is_run = not start.startswith(TORCHVISION) and (Path(start).is_dir() or not Path(start).suffix)
+    if settings.trained in ("center_scales", "routers") and not is_run:
+        raise RecipeError(
+            f"model.trained {settings.trained} needs trained centers too, which {start} has not: let model.start_from "
+            f"be the run directory of a first stage"
+        )
     if start.startswith(TORCHVISION):
         _fill(model, _of_torchvision(settings, start.removeprefix(TORCHVISION)), start)
-    elif Path(start).is_dir() or not Path(start).suffix:
+    elif is_run:
         _fill_from_run(model, settings, Path(start))
     else:
         _fill(model, _of_file(Path(start)), start)
@@ -55,8 +62,8 @@ def freeze(model: Recogniser, settings: ModelSettings) -> None:
     Raises:
         RecipeError: `last_block` of a network without residual stages.
     """
-    if settings.trained in ("centers", "center_scales"):
-        model.freeze_encoder()
+    if settings.trained in ("centers", "center_scales", "routers"):
+        model.freeze_encoder()  # centers that are not trained have no gradient from the start
     elif settings.trained == "last_block":
         network = model.query_encoder.backbone.network
         if not isinstance(network, ResNet):
@@ -79,7 +86,7 @@ def _fill_from_run(model: Recogniser, settings: ModelSettings, run: Path) -> Non
         ) from error
     differing = [
         f"{name} {getattr(first.model, name)!r} there, {getattr(settings, name)!r} here"
-        for name in _SAME
+        for name in (*_SAME, *(_SAME_CENTERS if settings.trained == "routers" else ()))
         if getattr(first.model, name) != getattr(settings, name)
     ]
     if differing:
@@ -91,9 +98,10 @@ def _fill_from_run(model: Recogniser, settings: ModelSettings, run: Path) -> Non
         if name.startswith(_BACKBONE) or (name.startswith("query_encoder.projection.") and model.has_projection)
     }
     _copy(model.query_encoder, encoder, f"model.start_from {run}", missing_ok="projection.")
-    if settings.trained == "center_scales":
+    if settings.trained in ("center_scales", "routers"):
         centers = {name.removeprefix("centers."): t for name, t in weights.items() if name.startswith("centers.")}
-        _copy(model.fixed_centers(), centers, f"model.start_from {run}, its centers")
+        fixed = model.centers if settings.trained == "routers" else model.fixed_centers()
+        _copy(fixed, centers, f"model.start_from {run}, its centers")
     model.restart_key_encoder()
 
 

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paco_ds.models.backbones import Backbone, make_backbone
+from paco_ds.models.experts import Experts
 from paco_ds.models.heads import CosineCenters, LinearCenters, Normalize, PerExpert, Projection, ScaledCenters
+from paco_ds.models.routing import Routers, ask_in_turn
 from paco_ds.recipe import ModelSettings, Recipe
 
 
@@ -47,6 +49,9 @@ class Recogniser(nn.Module):
     With `prototypes` a further output follows in training: unit rows [C, D], what this projection makes of the
     centers.
 
+    With `routers` (RIDE's second stage) what each router says, [E - 1, B], follows in training. In evaluation an image
+    is given to as many experts as they want: its mean logits [B, C], None, and the number of experts [B].
+
     Of E experts, logits are [E, B, C] and queries [E, B, D], as the losses take them; keys are [B, E D], an expert's
     beside the next one's, as the queue keeps them.
     """
@@ -58,12 +63,14 @@ class Recogniser(nn.Module):
         normalize: Normalize,
         with_key_encoder: bool,
         prototypes: nn.Module | None = None,
+        routers: Routers | None = None,
     ) -> None:
         super().__init__()
         self.normalize = normalize
         self.query_encoder = encoder
         self.centers = centers
         self.prototypes = prototypes
+        self.routers = routers
         self.key_encoder = _as_key_encoder(encoder) if with_key_encoder else None
         self.encoder_is_frozen = False
 
@@ -73,7 +80,7 @@ class Recogniser(nn.Module):
         return self.query_encoder.projection is not None
 
     def freeze_encoder(self) -> None:
-        """Train the centers alone: the query encoder gives what it gave when it was trained, BatchNorm included."""
+        """Train heads alone: the query encoder gives what it gave when it was trained, BatchNorm included."""
         self.query_encoder.requires_grad_(False)
         self.encoder_is_frozen = True
         self.train(self.training)
@@ -102,14 +109,27 @@ class Recogniser(nn.Module):
             assert self.key_encoder is not None
             with torch.no_grad():
                 return beside_each_other(self.key_encoder(self.normalize(images))[1])
+        if self.routers is not None and not self.training:
+            mean_logits, used = self._ask_in_turn(self.normalize(images))
+            return mean_logits, None, used
         feature, query = self.query_encoder(self.normalize(images))
         if second_view is not None:
             second_feature, second_query = self.query_encoder(self.normalize(second_view))
             feature, query = torch.cat([feature, second_feature], -2), torch.cat([query, second_query], -2)
+        if self.routers is not None:
+            logits = self.centers(feature).float()
+            return logits, query, self.routers(feature, logits)
         if self.prototypes is None or not self.training:
             return self.centers(feature).float(), query
         logits, rows = self.centers(feature, rows=True)
         return logits.float(), query, F.normalize(self.prototypes(rows).float(), dim=-1)
+
+    def _ask_in_turn(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        experts, centers = self.query_encoder.backbone.network, self.centers
+        assert isinstance(experts, Experts)
+        assert isinstance(centers, PerExpert)
+        assert self.routers is not None
+        return ask_in_turn(experts, centers, self.routers, images)
 
 
 def beside_each_other(rows: Tensor) -> Tensor:
@@ -151,8 +171,13 @@ def make_recogniser(recipe: Recipe, classes: int, mean: Sequence[float], std: Se
         if not recipe.loss.trains_centers:
             centers.requires_grad_(False)
         prototypes = project() if recipe.loss.prototypes else None
+        routers = None
+        if settings.trained == "routers":
+            assert settings.experts is not None
+            routers = Routers(settings.experts, dim, classes, settings.routers)
         with_key_encoder = recipe.loss.contrast and recipe.key_encoder is not None
-        return Recogniser(Encoder(backbone, projection), centers, Normalize(mean, std), with_key_encoder, prototypes)
+        encoder = Encoder(backbone, projection)
+        return Recogniser(encoder, centers, Normalize(mean, std), with_key_encoder, prototypes, routers)
 
 
 def _of_each_expert(settings: ModelSettings, make_head: Callable[[], nn.Module]) -> nn.Module:

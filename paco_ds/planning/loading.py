@@ -16,6 +16,7 @@ from paco_ds.data.shard import BadSample, ShardReader
 from paco_ds.data.views import MakeViews, make_view
 from paco_ds.engine import read_deepspeed_config
 from paco_ds.errors import DataError, UserError
+from paco_ds.models.initial_weights import freeze
 from paco_ds.models.recogniser import make_recogniser
 from paco_ds.randomness import Stream, generator, permutation
 from paco_ds.recipe import Recipe
@@ -125,6 +126,7 @@ def measure_step(recipe: Recipe, classes: int, device: torch.device, seconds: fl
     """
     m, size = recipe.step.micro_batch, recipe.views.query.size
     model = make_recogniser(recipe, classes, (0.5,) * 3, (0.25,) * 3).to(device)
+    freeze(model, recipe.model)
     autocast = bool(read_deepspeed_config(recipe.engine.deepspeed).get("torch_autocast", {}).get("enabled"))
     query, key = torch.randint(0, 256, (2, m, 3, size, size), dtype=torch.uint8, device=device)
     one_encoder = recipe.loss.contrast and recipe.key_encoder is None
@@ -133,8 +135,8 @@ def measure_step(recipe: Recipe, classes: int, device: torch.device, seconds: fl
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
             if model.key_encoder is not None:
                 model(key, keys=True)
-            logits, rows = model(query, key) if one_encoder else model(query)
-        (logits.sum() + (rows.sum() if rows is not None else 0)).backward()
+            outputs = model(query, key) if one_encoder else model(query)
+        torch.stack([rows.sum() for rows in outputs if rows is not None and rows.requires_grad]).sum().backward()
         model.zero_grad(set_to_none=True)
         if device.type == "cuda":
             torch.cuda.synchronize(device)

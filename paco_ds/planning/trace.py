@@ -72,7 +72,7 @@ def trace_step(recipe: Recipe, class_counts: tuple[int, ...], autocast: bool) ->
         "statistics": sum(b.numel() for b in RunningStatistics(model).buffers),
     }
     loss = make_loss(recipe.loss, class_counts)
-    sizes["loss_parts"] = len(loss.part_names)
+    sizes["loss_parts"] = len(loss.part_names) + (recipe.loss.distill is not None)
     with FakeTensorMode(allow_non_fake_inputs=True):
         parts: dict[str, Any] = _run(
             model.to_empty(device="cpu"), loss.to_empty(device="cpu"), recipe, len(class_counts), autocast

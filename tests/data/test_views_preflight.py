@@ -67,7 +67,9 @@ def test_both_rates_are_measured_on_real_work(recipe_file, striped_shards):
     recipe, threads = load_recipe(recipe_file), torch.get_num_threads()
     assert measure_loading(recipe, load_manifest(striped_shards), seconds=0.02) > 10
     assert torch.get_num_threads() == threads
-    for override in ([], ["key_encoder=none"], ["loss.method=cross_entropy"]):
+    routers = ["loss.method=routing", "model.trained=routers", "model.start_from=unused", "model.experts=2"]
+    methods = [], ["key_encoder=none"], ["loss.method=cross_entropy"], ["loss.method=bcl"], routers
+    for override in methods:
         rate = measure_step(load_recipe(recipe_file, override), 4, torch.device("cpu"), seconds=0.02)
         assert rate > 1
 

@@ -18,6 +18,7 @@ from paco_ds.key_queue import KeyQueue
 from paco_ds.losses import make_loss
 from paco_ds.losses.base import LossOutput
 from paco_ds.mixup import Mixup
+from paco_ds.models.initial_weights import freeze
 from paco_ds.models.recogniser import make_recogniser
 from paco_ds.recipe import Recipe
 from paco_ds.step import Step, StepResult, prove_ranks_agree
@@ -72,6 +73,7 @@ def make_step(ranks: Ranks, recipe: Recipe, config: dict[str, Any], state: dict[
     model = make_recogniser(recipe, len(CLASS_COUNTS), *NORMALIZATION)
     if state:
         model.load_state_dict(state)
+    freeze(model, recipe.model)
     engine, optimizer = ds.initialise(model, recipe, config, layout)
     loss = make_loss(recipe.loss, CLASS_COUNTS).to(ranks.device)
     key_encoder = queue = None

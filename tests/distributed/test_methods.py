@@ -26,6 +26,7 @@ OVERRIDES = {
     "ldam": ("model.centers=cosine", "loss.ldam.drw_epoch=0"),
     "multi_task": ("loss.multi_task.softmax=balanced_softmax", "loss.multi_task.weight=0.5"),
     "ride": (*EXPERTS, "loss.ride.reweight_epoch=0"),
+    "routing": (*EXPERTS, "model.trained=routers", "model.start_from=unused"),
     "balpoe": (*EXPERTS, "step.mixup=0.4"),
     "bcl": ("key_encoder=none", "queue.length=0"),
     "proco": ("key_encoder=none", "loss.temperature=0.1"),
@@ -64,9 +65,10 @@ def test_two_ranks_take_the_steps_of_one(outcome, method):
     check(two, outcome(1, 0, *settings_of(method)), FLOAT32)
     assert two.refused == [None] * STEPS
     assert all(value.isfinite().all() for value in two.after.values())
-    assert moved(two, "query_encoder") > 0
+    assert (moved(two, "query_encoder") > 0) == (method != "routing")
+    assert (moved(two, "centers") > 0) == (method not in ("supcon", "routing"))
     assert moved(two, "prototypes") > 0 or method != "bcl"
-    assert (moved(two, "centers") > 0) == (method != "supcon")
+    assert moved(two, "routers") > 0 or method != "routing"
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
@@ -102,8 +104,12 @@ def test_the_step_hands_over_what_changes_the_loss(outcome, plain, changed):
 def resumed(pool, shards, folder: Path, stage: int, method: tuple[str, ...], stops: tuple[int, ...]) -> list[str]:
     """What differs between a run on two ranks that was stopped after each of `stops` steps and one that was not."""
     (folder / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
-    recipe = folder / "recipe.yaml"
-    write_tiny_recipe(recipe, f"data.shards={shards}", "engine.deepspeed=zero.json", *method)
+    recipe, data = folder / "recipe.yaml", (f"data.shards={shards}", "engine.deepspeed=zero.json")
+    if "model.trained=routers" in method:
+        write_tiny_recipe(recipe, *data, *settings_of("ride"))
+        pool(2).run("tests.distributed.training:train", recipe=recipe, run=folder / "experts")
+        method = (*method, f"model.start_from={folder / 'experts'}")
+    write_tiny_recipe(recipe, *data, *method)
     found = []
     for name, its_stops in (("straight", (6,)), ("resumed", (*stops, 6))):
         for stop in its_stops:

@@ -25,7 +25,7 @@ def check(outcome: Outcome, expected: Outcome, bounds: dict[str, float]) -> None
     """Losses agree, and so does the update of every kind of state."""
     worst = max(abs(a - b) for a, b in zip(outcome.losses, expected.losses, strict=True))
     assert worst <= bounds["loss"], f"losses differ by {worst:.1e}"
-    for part in ("query_encoder", "key_encoder", "centers", "running"):
+    for part in ("query_encoder", "key_encoder", "centers", "routers", "running"):
         difference, size = update_difference(outcome, expected, part)
         assert difference <= bounds["update"] * size, f"update of {part} differs by {difference / size:.1e}"
 

@@ -9,6 +9,13 @@ import pytest
 import torch
 
 from paco_ds.checkpoint import newest_checkpoint
+from paco_ds.data.manifest import open_data
+from paco_ds.data.stream import evaluation_stream
+from paco_ds.errors import RecipeError
+from paco_ds.evaluation.runner import load_recogniser
+from paco_ds.models.initial_weights import freeze, load_initial_weights
+from paco_ds.models.recogniser import make_recogniser
+from paco_ds.recipe_file import load_recipe
 from tests.pool import RankError
 from tests.recipes import write_tiny_recipe
 
@@ -97,3 +104,103 @@ def test_tau_is_chosen_on_validation_and_normalises_the_centers(first_stage, tmp
         for t in done.stdout.split("val ")[1].split("\n")[0].split(", ")
     }
     assert scores[chosen] == max(scores.values())
+
+
+EXPERTS = ("model.experts=3", "model.centers=cosine", "loss.method=ride")
+ROUTERS = (
+    "model.trained=routers",
+    "loss.method=routing",
+    "loss.routing.positive_weight=1",
+    "data.sampler=class_balanced",
+    "optimizer.lr=0.002",
+    "evaluation.batch=2",  # small enough that an expert has no image on some rank
+)
+
+
+@pytest.fixture(scope="module")
+def experts(pool, recipe):
+    """A run of RIDE with three experts."""
+    pool(2).run(TRAIN, recipe=recipe, run=recipe.parent / "experts", overrides=EXPERTS)
+    return recipe.parent / "experts"
+
+
+def routing(experts, stage=1):
+    zero = f"engine.deepspeed={experts.parent / f'zero{stage}.json'}"
+    return (*EXPERTS, *ROUTERS, f"model.start_from={experts}", zero)
+
+
+def at_threshold(run, tmp_path, threshold):
+    """(what evaluate.py writes on one rank, what it prints)."""
+    output = tmp_path / f"at-{threshold}.json"
+    command = [sys.executable, EVALUATE, f"--run={run}", f"--output={output}"]
+    command.append(f"--set=model.routers.threshold={threshold!r}")
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(output.read_text()), done.stdout
+
+
+@pytest.fixture(scope="module")
+def routed(pool, recipe, experts):
+    """Routers on these experts, by 2 ranks at ZeRO-3, whose batches of 2 give each expert other numbers of images."""
+    run = recipe.parent / "routed"
+    pool(2).run(TRAIN, recipe=recipe, run=run, overrides=routing(experts, stage=3))
+    return run
+
+
+def test_routers_leave_the_experts_as_they_were_and_resume_bit_equal(pool, recipe, experts, routed, tmp_path):
+    """Backbone, BatchNorm and centers bit for bit, at ZeRO-3 on 2 ranks; a stopped run is the run without a stop."""
+    before, after = weights(experts), weights(routed)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    trained = sorted(after.keys() - before.keys())
+    assert {name.split(".")[0] for name in trained} == {"routers"}
+    for stop in (3, None):
+        pool(2).run(TRAIN, recipe=recipe, run=tmp_path / "run", overrides=routing(experts, 3), stop_at_step=stop)
+    resumed = weights(tmp_path / "run")
+    assert all(torch.equal(resumed[name], value) for name, value in after.items())
+
+
+def a_threshold_that_halves(run):
+    """Midway between the images of the test split, as the first router orders them."""
+    recipe = load_recipe(run / "recipe.yaml")
+    manifest = open_data(recipe, ["test"])
+    model = load_recogniser(newest_checkpoint(run), recipe, manifest)
+    freeze(model, recipe.model)
+    with torch.no_grad():
+        said = [model.train()(b.query)[2][0][b.valid] for b in evaluation_stream(recipe, manifest, "test", 0, 1)]
+    return float(torch.cat(said).sigmoid().quantile(0.5))
+
+
+def test_routed_evaluation_is_the_same_on_any_ranks_and_says_what_it_used(pool, recipe, experts, routed, tmp_path):
+    """Half of the images go on to the second expert: figures of 2 ranks at ZeRO-3 are those of one rank without; at
+    threshold 0 all figures are the first stage's."""
+    threshold = a_threshold_that_halves(routed)
+    overrides = (*routing(experts, stage=3), f"model.routers.threshold={threshold!r}")
+    pool(2).run(TRAIN, recipe=recipe, run=routed, overrides=overrides)  # finished before: evaluates once more
+    two = json.loads((routed / "metrics.json").read_text())
+    one, _ = at_threshold(routed, tmp_path, threshold)
+    assert two["images_by_experts"][0] == 10
+    assert sum(two["images_by_experts"]) == 20
+    for name in ("all", "per_class", "images_by_experts", "experts_used", "macro_f1"):
+        assert one[name] == pytest.approx(two[name]), name
+    everyone, printed = at_threshold(routed, tmp_path, 0.0)
+    assert "3.00 of 3 experts an image" in printed
+    first = json.loads((experts / "metrics.json").read_text())
+    assert everyone["images_by_experts"] == [0, 0, 20]
+    assert everyone["per_class"] == pytest.approx(first["per_class"])
+    assert "experts_used" not in first
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("model.start_from=/nowhere/run",), "is no trained run"),
+        (("model.experts=2",), "trained with another network: experts 3 there, 2 here"),
+        (("model.centers=linear",), "trained with another network: centers 'cosine' there, 'linear' here"),
+        (("model.start_from=/nowhere/weights.pth",), "routers needs trained centers too"),
+    ],
+)
+def test_routers_of_other_experts_are_refused_in_words(recipe, experts, overrides, message):
+    """Missing, of another number of experts or kind of centers, or without centers."""
+    settings = load_recipe(recipe, (*routing(experts), *overrides))
+    model = make_recogniser(settings, 4, (0.5,) * 3, (0.2,) * 3)
+    with pytest.raises(RecipeError, match=message):
+        load_initial_weights(model, settings)

@@ -44,6 +44,14 @@ def logits(experts: int | None = None, scale: float = 3.0) -> torch.Tensor:
     return (scale * rows(*shape, seed=2)).requires_grad_()
 
 
+OF_EXPERTS = ("ride", "routing", "balpoe")
+
+
+def further(method: str) -> list[torch.Tensor]:
+    """What a method takes beyond queries, keys and queue: prototypes, or what routers say."""
+    return {"bcl": [rows(CLASSES, DIM, seed=7)], "routing": [rows(EXPERTS - 1, BATCH, seed=8)]}.get(method, [])
+
+
 def loss_of(method: str, epoch: int = 0, **sections) -> Loss:
     loss = make_loss(LossSettings.model_validate({"method": method, **sections}), COUNTS)
     loss.begin_epoch(epoch)
@@ -434,12 +442,11 @@ class TestProCo:
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_gradcheck(method):
     """The gradient of every method is that of its value, by finite differences."""
-    experts = EXPERTS if method in ("ride", "balpoe") else None
+    experts = EXPERTS if method in OF_EXPERTS else None
     # the smoothness of RIDE's loss in the mean of experts is not its gradient's business: none flows there
     sections = {"ride": {"diversity": 0.0, "reweight_epoch": 0}} if method == "ride" else {}
     loss, v = loss_of(method, epoch=5, **sections, ldam={"drw_epoch": 1}), Views()
-    prototypes = [rows(CLASSES, DIM, seed=7).requires_grad_()] if method == "bcl" else []
-    inputs = [logits(experts), v.q, *prototypes]
+    inputs = [logits(experts), v.q, *(rows_.requires_grad_() for rows_ in further(method))]
 
     def value(z, q, *more):
         return loss(Y, z, q, v.k, v.queue, *more).loss
@@ -450,29 +457,32 @@ def test_gradcheck(method):
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_is_float32_under_autocast(method):
     """bfloat16 logits and rows give a float32 loss, as near as their own rounding."""
-    experts = EXPERTS if method in ("ride", "balpoe") else None
+    experts, more = EXPERTS if method in OF_EXPERTS else None, further(method)
     loss, v = loss_of(method), Views()
-    prototypes = [rows(CLASSES, DIM, seed=7)] if method == "bcl" else []
-    whole = loss(Y, logits(experts), v.q, v.k, v.queue, *prototypes).loss
+    whole = loss(Y, logits(experts), v.q, v.k, v.queue, *more).loss
     queue = QueueSnapshot.of(v.keys.float(), v.queue_labels, CLASSES)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = loss(
-            Y, logits(experts).bfloat16(), v.q.float(), v.k.float(), queue, *(p.float() for p in prototypes)
-        ).loss
+        half = loss(Y, logits(experts).bfloat16(), v.q.float(), v.k.float(), queue, *(p.float() for p in more)).loss
     assert half.dtype == torch.float32
     assert float(half) == pytest.approx(float(whole), rel=0.02)
 
 
-@pytest.mark.parametrize("method", ["bcl", "multi_task", "proco", "ride", "supcon"])
+@pytest.mark.parametrize("method", ["bcl", "multi_task", "proco", "ride", "routing", "supcon"])
 def test_can_be_planned_on_fake_tensors(method):
     """No method looks at numbers where the planner has none, and its parts are counted."""
-    experts = ("model.experts=2", "model.centers=cosine") if method == "ride" else ()
+    experts = ("model.experts=2", "model.centers=cosine") if method in OF_EXPERTS else ()
+    if method == "routing":
+        experts = (*experts, "model.trained=routers", "model.start_from=unused")
     trace = trace_step(tiny_recipe(f"loss.method={method}", *experts), tuple(COUNTS), autocast=False)
     assert trace.loss_parts == (0 if method == "supcon" else 2)
     assert trace.peak > 0
 
 
-NEED_COUNTS = sorted(set(METHODS) - {"cross_entropy", "focal", "supcon"})
+WITHOUT_COUNTS = ["cross_entropy", "focal", "routing", "supcon"]
+NEED_COUNTS = sorted(set(METHODS) - set(WITHOUT_COUNTS))
+
+
+ROUTERS = ("model.trained=routers", "model.start_from=unused")
 
 
 class TestBadInput:
@@ -488,7 +498,7 @@ class TestBadInput:
         with pytest.raises(DataError, match=r"set loss\.focal\.class_balanced=false"):
             make_loss(settings, [5, 0, 1])
 
-    @pytest.mark.parametrize("method", ["cross_entropy", "focal", "supcon"])
+    @pytest.mark.parametrize("method", WITHOUT_COUNTS)
     def test_methods_without_weights_take_empty_classes(self, method):
         """Counts play no part."""
         make_loss(LossSettings(method=method), [5, 0, 1])
@@ -506,12 +516,12 @@ class TestBadInput:
         with pytest.raises(ValueError, match="4 center logits, but 5 classes"):
             loss_of(method)(Y, torch.zeros(shape))
 
-    @pytest.mark.parametrize("method", ["focal", "ldam", "ride", "balpoe"])
+    @pytest.mark.parametrize("method", ["focal", "ldam", *OF_EXPERTS])
     def test_no_logits_or_no_images(self, method):
         """Neither is a loss of nothing."""
         with pytest.raises(ValueError, match="needs center logits"):
             loss_of(method)(Y, None)
-        experts = (EXPERTS,) if method in ("ride", "balpoe") else ()
+        experts = (EXPERTS,) if method in OF_EXPERTS else ()
         with pytest.raises(ValueError, match="without images"):
             loss_of(method)(Y[:0], torch.zeros(*experts, 0, CLASSES))
 
@@ -543,6 +553,18 @@ class TestBadInput:
             (["loss.method=ride", "loss.ride.base=cross_entropy"], "model.experts is null"),
             (["loss.method=balpoe"], "model.experts is null"),
             (["loss.method=balpoe", "model.experts=2"], "3 numbers for 2 experts"),
+            (["loss.method=routing", "model.experts=3"], "belong together.* model.trained all and loss.method routing"),
+            (
+                ["loss.method=ride", *ROUTERS, "model.experts=3", "model.centers=cosine"],
+                "belong together.* model.trained routers and loss.method ride",
+            ),
+            (["loss.method=routing", "model.experts=3", "model.trained=routers"], "set start_from"),
+            (["loss.method=routing", *ROUTERS], "model.experts is null: set it to that of the first stage"),
+            (["loss.method=routing", *ROUTERS, "model.experts=1"], "model.experts is 1.* must have 2 at least"),
+            (["loss.method=routing", *ROUTERS, "model.experts=2", "step.mixup=0.4"], "set step.mixup to 0"),
+            (["loss.method=supcon", "loss.distill={teacher: x}"], "supcon does not train: set distill to null"),
+            (["loss.method=routing", *ROUTERS, "model.experts=2", "loss.distill={teacher: x}"], "set distill to null"),
+            (["loss.distill={weight: 2}"], "'loss.distill.teacher' is missing"),
             (["loss.method=proco", "queue.length=0"], "set queue.length above 0"),
             (["loss.method=paco", "step.mixup=0.4"], "set step.mixup to 0"),
             (

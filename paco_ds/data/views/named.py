@@ -59,8 +59,10 @@ class _Small:
 
     def draw(self, height: int, width: int, rng: np.random.Generator) -> Drawn:
         s = self.settings
-        zoom = np.exp(rng.uniform(*np.log(s.zoom)))
-        right, down = rng.integers(-s.shift, s.shift + 1, 2)  # whole pixels, which need no resampling
+        low, high = np.log(s.zoom).tolist()
+        zoom = np.exp(low + (high - low) * rng.random())
+        # whole pixels, which need no resampling
+        right, down = int(rng.integers(-s.shift, s.shift + 1)), int(rng.integers(-s.shift, s.shift + 1))
         sampling = ScaledAndShifted(zoom * s.size / min(height, width), down, right, s.size)
         flip: tuple[Operation, ...] = (Flip(),) if happens(s.flip, rng) else ()
         cutout: tuple[Operation, ...] = (draw_cutout(s.size, s.cutout, rng),) if s.cutout else ()

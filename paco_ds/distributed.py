@@ -188,7 +188,7 @@ def join_job(threads: int | None, initialise: Callable[..., object] = dist.init_
     if world_size == 1:
         _refuse_unnamed_ranks()
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update({"MASTER_PORT": _free_port()} | alone | os.environ)
+        os.environ.update({"MASTER_PORT": free_port()} | alone | os.environ)
     elif missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise UserError(
             f"WORLD_SIZE is {world_size}, but {', '.join(missing)} is not set: launch with `deepspeed`, or set these "
@@ -272,7 +272,8 @@ def leave_job() -> None:
         dist.destroy_process_group()
 
 
-def _free_port() -> str:
+def free_port() -> str:
+    """A port of this host that is free for the moment, as MASTER_PORT wants it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])

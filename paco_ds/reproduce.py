@@ -27,6 +27,7 @@ from typing import Any
 from paco_ds.command import report_user_errors
 from paco_ds.data.card import load_card
 from paco_ds.data.manifest import MANIFEST_FILE
+from paco_ds.distributed import free_port
 from paco_ds.errors import RecipeError, UserError
 from paco_ds.files import is_url, sha256_file
 from paco_ds.kept_results import keep_result, read_result
@@ -38,7 +39,6 @@ from paco_ds.table import Row, Table, load_table, small_recipe
 
 HERE = Path(__file__).parent
 TRAIN, EVALUATE, BUILD = HERE / "train.py", HERE / "evaluate.py", HERE.parent / "tools" / "build_shards.py"
-FIRST_PORT = 29500
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class Job:
         return None if is_url(shards) or not manifest.exists() else sha256_file(manifest)
 
 
-def run_job(job: Job, ranks: int, slot: int, quiet: bool) -> None:
+def run_job(job: Job, ranks: int, quiet: bool) -> None:
     """Train a row with a seed, or go on with it, unless its result is kept. A finished run is launched too: it checks
     that it was trained by this row's recipe, and evaluates.
 
@@ -166,7 +166,8 @@ def run_job(job: Job, ranks: int, slot: int, quiet: bool) -> None:
     if job.kept is not None and job.done:
         return
     launcher = str(Path(sys.executable).with_name("deepspeed"))
-    training = job.training([launcher, "--num_gpus", str(ranks), "--master_port", str(FIRST_PORT + slot)])
+    # not the launcher's one port, which a second training on this host would find taken
+    training = job.training([launcher, "--num_gpus", str(ranks), "--master_port", free_port()])
     job.run.mkdir(parents=True, exist_ok=True)
     log = job.run / "run.log"
     for command in (training, job.evaluation()):
@@ -184,7 +185,7 @@ def run_job(job: Job, ranks: int, slot: int, quiet: bool) -> None:
 def run_jobs(jobs: Sequence[Job], ranks: int, at_once: int) -> None:
     """Train all, `at_once` at a time; the first that fails ends the rest after those under way."""
     with ThreadPoolExecutor(at_once) as pool:
-        running = [pool.submit(run_job, job, ranks, number % at_once, at_once > 1) for number, job in enumerate(jobs)]
+        running = [pool.submit(run_job, job, ranks, at_once > 1) for job in jobs]
         try:
             for job, future in zip(jobs, running, strict=True):
                 future.result()

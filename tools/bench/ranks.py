@@ -3,7 +3,6 @@
 import importlib
 import multiprocessing
 import os
-import socket
 import sys
 import time
 import traceback
@@ -13,6 +12,8 @@ from contextlib import contextmanager
 from functools import wraps
 from multiprocessing.connection import Connection
 from typing import Any
+
+from paco_ds.distributed import free_port
 
 PRELOAD = ["paco_ds.trainer"]  # imported once, by the fork server; a process then starts in half a second
 
@@ -75,7 +76,7 @@ class RankGroup:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
         os.environ["OMP_NUM_THREADS"] = "1"  # before the fork server imports torch
-        port = _free_port()
+        port = free_port()
         self._ranks: list[tuple[Any, Connection]] = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
@@ -124,7 +125,7 @@ def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> 
     Raises:
         BrokenProcessPool: a rank died. What a rank raises is raised here.
     """
-    port = _free_port()
+    port = free_port()
     with ProcessPoolExecutor(world_size, mp_context=multiprocessing.get_context("spawn")) as pool:
         calls = [
             pool.submit(_call, _environment(rank, world_size, port), function, arguments) for rank in range(world_size)
@@ -137,7 +138,7 @@ def _call(environment: Mapping[str, str], function: Callable[..., Any], argument
     return function(*arguments)
 
 
-def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+def _environment(rank: int, world_size: int, port: str) -> dict[str, str]:
     """What a launcher sets, for a job on this machine's CPU."""
     return {
         "RANK": str(rank),
@@ -145,7 +146,7 @@ def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
         "WORLD_SIZE": str(world_size),
         "LOCAL_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": port,
         "CUDA_VISIBLE_DEVICES": "",
     }
 
@@ -170,9 +171,3 @@ def _serve(pipe: Connection, environment: Mapping[str, str], worker: str, argume
         leave_job()
     except BaseException:
         pipe.send((True, traceback.format_exc()))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

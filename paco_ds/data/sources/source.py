@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import stat
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,6 @@ from paco_ds.errors import DataError
 ENDINGS = frozenset(("jpg", "jpeg", "png", "webp"))
 _SHOWN = 5
 _STAT_THREADS = 8  # a network file system answers many questions at once
-_STAT_BLOCK = 4096
 _MORE = 1 << 20
 _RANGE = 8 << 20  # of a page behind a URL
 
@@ -76,26 +76,29 @@ class Root:
 
     def sizes(self, names: Names) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Bytes and mtime (ns, 0 for a URL) of files, int64 [N] each; MISSING for what is no file."""
-        sizes = np.full(len(names), MISSING, np.int64)
-        stamps = np.zeros(len(names), np.int64)
         if not self.storage.is_local:
             found = self.storage.find("")
-            sizes[:] = [found.get(name, MISSING) for name in names]
-            return sizes, stamps
-
-        def look(start: int) -> None:
-            for row in range(start, min(start + _STAT_BLOCK, len(names))):
-                name = names[row]
-                try:
-                    about = os.stat(name if name.startswith("/") else self._prefix + name)
-                except (OSError, ValueError):  # ValueError: a name with a zero byte in it
-                    continue
-                if stat.S_ISREG(about.st_mode):
-                    sizes[row], stamps[row] = about.st_size, about.st_mtime_ns
-
+            sizes = np.array([found.get(name, MISSING) for name in names], np.int64)
+            return sizes, np.zeros(len(names), np.int64)
         with ThreadPoolExecutor(_STAT_THREADS) as pool:
-            list(pool.map(look, range(0, len(names), _STAT_BLOCK)))
+            parts = list(pool.map(self._sizes, names.blocks()))
+        sizes, stamps = np.concatenate((np.zeros((2, 0), np.int64), *parts), axis=1)
         return sizes, stamps
+
+    def _sizes(self, names: Names) -> npt.NDArray[np.int64]:
+        """As `sizes`, of local files: int64 [2, N]."""
+        sizes, stamps = array("q"), array("q")
+        for name in names:
+            size, stamp = MISSING, 0
+            try:
+                about = os.stat(name if name.startswith("/") else self._prefix + name)
+                if stat.S_ISREG(about.st_mode):
+                    size, stamp = about.st_size, about.st_mtime_ns
+            except (OSError, ValueError):  # ValueError: a name with a zero byte in it
+                pass
+            sizes.append(size)
+            stamps.append(stamp)
+        return np.stack((np.array(sizes, np.int64), np.array(stamps, np.int64)))
 
     def folders(self, folder: str) -> list[str]:
         """Names of the folders in a folder, sorted; DataError if there is none."""

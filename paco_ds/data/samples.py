@@ -52,9 +52,13 @@ class Names(Sequence[str]):
         return (raw.decode("utf-8", "surrogateescape") for raw in self.raws())
 
     def raws(self) -> Iterator[bytes]:
-        """The bytes of every name, in a tenth of the time that asking row by row takes."""
+        """The bytes of every name, in half the time that asking row by row takes."""
         for block in self.blocks():
             yield from (bytes(self.blob[a:b]) for a, b in pairwise(block.offsets.tolist()))
+
+    def texts(self) -> Iterator[str]:
+        """Every name as `text` gives it."""
+        return (raw.decode("utf-8", "backslashreplace") for raw in self.raws())
 
     def blocks(self) -> Iterator[Names]:
         """The names in order, some thousands at a time; the blob is shared."""

@@ -13,6 +13,7 @@ from typing import BinaryIO
 import numpy as np
 from isal.isal_zlib import crc32  # zlib's, in a tenth of its time
 
+from paco_ds.data.image_bytes import Encoded
 from paco_ds.data.shard import INDEX_DTYPE
 
 OWNER = "paco_ds"  # fixed, so that the same input gives the same bytes for every user
@@ -20,6 +21,7 @@ BLOCK = tarfile.BLOCKSIZE
 MAX_NAME = 100  # bytes of a member's name in a ustar header
 _MAX_SIZE = 8**11 - 1  # eleven octal digits
 _BUFFER = 256 << 10  # bytes hashed and written at a time: they stay in a core's own cache
+_ABOUT = 8 << 10  # bytes that a sample is likely not to need beside its image
 _PADDING = bytes(BLOCK)
 
 
@@ -58,7 +60,13 @@ class SampleTar:
         self._rows: list[tuple[int, int, int, int, int, int]] = []
         self.bytes = 0
 
-    def add(self, key: str, ending: str, image: bytes, about: bytes, label: int) -> None:
+    def room(self, size: int) -> memoryview:
+        """So many bytes of the buffer: `add` does not copy a JPEG that was read there. Good until it is called."""
+        self._make_room(BLOCK + size + _ABOUT)
+        start = self._filled + BLOCK
+        return self._buffer[start : start + size]
+
+    def add(self, key: str, ending: str, image: Encoded, about: bytes, label: int) -> None:
         """One sample; ValueError for a key or an image that a ustar header cannot hold."""
         if len(image) > _MAX_SIZE:
             raise ValueError(f"an image of {len(image)} bytes does not fit a tar member")
@@ -70,15 +78,28 @@ class SampleTar:
             before, after = image_header, image_padding + about_member
         else:
             before, after = about_member + image_header, image_padding
-        stretch = self._put(before, image, after)
-        self._rows.append((self.bytes, len(stretch), len(before), len(image), label, crc32(stretch)))
-        self.bytes += len(stretch)
+        size = len(before) + len(image) + len(after)
+        if self._filled + size > len(self._buffer):
+            image = bytes(image)  # it may lie where it is written over
+            self._make_room(size)
+        start, end = self._filled + len(before), self._filled + len(before) + len(image)
+        if len(before) > BLOCK or not (isinstance(image, memoryview) and image.obj is self._buffer.obj):
+            self._buffer[start:end] = image
+        self._buffer[self._filled : start] = before  # after the image, which may have lain here
+        self._buffer[end : self._filled + size] = after
+        stretch = self._buffer[self._filled : self._filled + size]
+        self._rows.append((self.bytes, size, len(before), len(image), label, crc32(stretch)))
+        self._filled += size
+        self.bytes += size
 
     def close(self) -> None:
         """End the tar; the file stays open."""
         size = 2 * BLOCK
         size += -(self.bytes + size) % tarfile.RECORDSIZE
-        self.bytes += len(self._put(bytes(size)))
+        self._make_room(size)
+        self._buffer[self._filled : self._filled + size] = bytes(size)
+        self._filled += size
+        self.bytes += size
         self._flush()
 
     @property
@@ -95,18 +116,11 @@ class SampleTar:
         offsets.append(self._rows[-1][0] + self._rows[-1][1] if self._rows else 0)
         return np.array(offsets, "<u8").tobytes()
 
-    def _put(self, *pieces: bytes) -> memoryview:
-        """Lay pieces behind each other into the buffer; where they lie, until the next call."""
-        size = sum(map(len, pieces))
+    def _make_room(self, size: int) -> None:
         if self._filled + size > len(self._buffer):
             self._flush()
             if size > len(self._buffer):
                 self._buffer = memoryview(bytearray(size))
-        start = self._filled
-        for piece in pieces:
-            self._buffer[self._filled : self._filled + len(piece)] = piece
-            self._filled += len(piece)
-        return self._buffer[start : self._filled]
 
     def _flush(self) -> None:
         rest = self._buffer[: self._filled]

@@ -34,7 +34,7 @@ class Arrays:
     root: Root
     load: Callable[[Root, str], Pixels]
 
-    def read(self, samples: Samples, row: int) -> bytes:
+    def read(self, samples: Samples, row: int, room: memoryview) -> bytes:
         """One image as PNG; the file it is in is loaded once in each process."""
         file = samples.names[row].rpartition("#")[0]
         pixels = _loaded(self.load, self.root, file)[samples.places[row]]

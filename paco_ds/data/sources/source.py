@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from paco_ds.data.image_bytes import BadImage
+from paco_ds.data.image_bytes import BadImage, Encoded
 from paco_ds.data.samples import MISSING, Names, Samples
 from paco_ds.data.storage import MissingFile, Storage, as_storage
 from paco_ds.errors import DataError
@@ -25,7 +25,6 @@ from paco_ds.errors import DataError
 ENDINGS = frozenset(("jpg", "jpeg", "png", "webp"))
 _SHOWN = 5
 _STAT_THREADS = 8  # a network file system answers many questions at once
-_MORE = 1 << 20
 _RANGE = 8 << 20  # of a page behind a URL
 
 
@@ -59,18 +58,19 @@ class Root:
         except OSError as error:
             raise DataError(f"{what} {self.path / name} cannot be read: {error.strerror}") from error
 
-    def read(self, name: str, expected: int) -> bytes:
-        """All bytes of an image file, of which so many are expected; OSError as the system gives it, or MissingFile."""
+    def read(self, name: str, room: memoryview) -> Encoded:
+        """The bytes of an image file, put into `room` if they are local; all of it is filled if the file is longer than
+        one byte less, which is what is expected. OSError as the system gives it, or MissingFile."""
+        expected = len(room) - 1
         if not self.storage.is_local:
             return self.storage.read(name, expected)
         descriptor = os.open(name if name.startswith("/") else self._prefix + name, os.O_RDONLY)
         try:
-            data = os.read(descriptor, expected + 1)
-            if len(data) == expected:
-                return data
-            while more := os.read(descriptor, _MORE):  # another size than it had, or a file system in no hurry
-                data += more
-            return data
+            size = os.readv(descriptor, (room,))
+            # Another size than it had, or a file system in no hurry.
+            while size < expected and (more := os.readv(descriptor, (room[size:],))):
+                size += more
+            return room[:size]
         finally:
             os.close(descriptor)
 
@@ -145,8 +145,12 @@ class _Ranges(io.RawIOBase):
 class Images(Protocol):
     """Reads the images of a source by the rows of their table; it is sent to worker processes."""
 
-    def read(self, samples: Samples, row: int) -> bytes:
-        """The encoded image; BadImage if it cannot be had, DataError if the source changed under the build."""
+    def read(self, samples: Samples, row: int, room: memoryview) -> Encoded:
+        """The encoded image; BadImage if it cannot be had, DataError if the source changed under the build.
+
+        Args:
+            room: a byte more than the table's size of the image. It may be put there, which spares a copy.
+        """
 
 
 @dataclass(frozen=True)
@@ -155,15 +159,15 @@ class Files:
 
     root: Root
 
-    def read(self, samples: Samples, row: int) -> bytes:
+    def read(self, samples: Samples, row: int, room: memoryview) -> Encoded:
         name = samples.names[row]
         try:
-            data = self.root.read(name, int(samples.sizes[row]))
+            data = self.root.read(name, room)
         except MissingFile as error:
             raise BadImage("missing", name) from error
         except OSError as error:
             raise BadImage("unreadable", name, error.strerror or str(error)) from error
-        if len(data) != samples.sizes[row]:
+        if len(data) != len(room) - 1:
             raise DataError(f"image {self.root}/{name} changed while the shards were built: start again")
         return data
 

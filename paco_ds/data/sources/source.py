@@ -7,7 +7,7 @@ import os
 import stat
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -24,7 +24,9 @@ from paco_ds.errors import DataError
 # How image files may end; others are left out of folders. What they are is decided by their bytes.
 ENDINGS = frozenset(("jpg", "jpeg", "png", "webp"))
 _SHOWN = 5
-_STAT_THREADS = 8  # a network file system answers many questions at once
+_STAT_THREADS, _STAT_BLOCK = 8, 256  # a network file system answers many questions at once
+# As `map`: a function, and what it is called with in turn; results in that order.
+MapOver = Callable[[Callable[[Names], npt.NDArray[np.int64]], Iterable[Names]], Iterable[npt.NDArray[np.int64]]]
 _RANGE = 8 << 20  # of a page behind a URL
 
 
@@ -74,19 +76,21 @@ class Root:
         finally:
             os.close(descriptor)
 
-    def sizes(self, names: Names) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def sizes(self, names: Names, look_up: MapOver = map) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Bytes and mtime (ns, 0 for a URL) of files, int64 [N] each; MISSING for what is no file."""
         if not self.storage.is_local:
             found = self.storage.find("")
             sizes = np.array([found.get(name, MISSING) for name in names], np.int64)
             return sizes, np.zeros(len(names), np.int64)
-        with ThreadPoolExecutor(_STAT_THREADS) as pool:
-            parts = list(pool.map(self._sizes, names.blocks()))
-        sizes, stamps = np.concatenate((np.zeros((2, 0), np.int64), *parts), axis=1)
+        sizes, stamps = np.concatenate((np.zeros((2, 0), np.int64), *look_up(self._sizes, names.blocks())), axis=1)
         return sizes, stamps
 
     def _sizes(self, names: Names) -> npt.NDArray[np.int64]:
         """As `sizes`, of local files: int64 [2, N]."""
+        with ThreadPoolExecutor(_STAT_THREADS) as pool:
+            return np.concatenate(list(pool.map(self._stats, names.blocks(_STAT_BLOCK))), axis=1)
+
+    def _stats(self, names: Names) -> npt.NDArray[np.int64]:
         sizes, stamps = array("q"), array("q")
         for name in names:
             size, stamp = MISSING, 0
@@ -190,12 +194,12 @@ class Source:
     ignored: Counter[str] = field(default_factory=Counter)
     bad: list[BadImage] = field(default_factory=list)
 
-    def checked(self) -> Source:
+    def checked(self, look_up: MapOver = map) -> Source:
         """The source with the sizes of its files looked up, and without what is missing, empty or listed twice."""
         splits, bad = {}, list(self.bad)
         for name, samples in self.splits.items():
             if isinstance(self.images, Files):
-                samples = samples.sized(*self.images.root.sizes(samples.names))
+                samples = samples.sized(*self.images.root.sizes(samples.names, look_up))
             reasons = {
                 "missing": np.flatnonzero(samples.sizes == MISSING),
                 "empty": np.flatnonzero(samples.sizes == 0),

@@ -24,7 +24,7 @@ from paco_ds.data.manifest import MANIFEST_FILE, Manifest, Split, load_manifest
 from paco_ds.data.ranks import Rank
 from paco_ds.data.sources import read_source
 from paco_ds.data.storage import Storage, as_storage
-from paco_ds.data.workers import warm_up
+from paco_ds.data.workers import Workers
 from paco_ds.data.write import Written
 from paco_ds.errors import DataError
 
@@ -50,10 +50,8 @@ def add_images(
     output = as_storage(directory)
     before = load_manifest(output)
     state = output.inside(STATE_FOLDER)
-    with rank.alive(state):
-        if options.workers > 1:
-            warm_up("paco_ds.data.build")
-        plan = _plan(before, card, root, output, options)
+    with rank.alive(state), Workers(options.workers, "paco_ds.data.build") as workers:
+        plan = _plan(before, card, root, output, options, workers)
         if plan.listing in before.listings:
             if rank.number == 0 and rank.plan(state) is not None:
                 clear_state(state)  # ended after the manifest was written, before the rest was cleared
@@ -68,17 +66,19 @@ def add_images(
                 file.write(output.read(MANIFEST_FILE))
             return _merged(before, plan, written)
 
-        manifest = write_plan(plan, output, options, rank, manifest_of, console)
+        manifest = write_plan(plan, output, options, rank, workers, manifest_of, console)
         if manifest is not None:
             remove_stale(output, manifest)
     remove_state(state)
     return manifest
 
 
-def _plan(before: Manifest, card: Card, root: str | Path, output: Storage, options: BuildOptions) -> BuildPlan:
+def _plan(
+    before: Manifest, card: Card, root: str | Path, output: Storage, options: BuildOptions, workers: Workers
+) -> BuildPlan:
     if card.imbalance is not None:
         raise DataError("a long-tailed part is drawn from a whole train, not from what is added: leave imbalance out")
-    source = select(card, read_source(card, root), options.seed)
+    source = select(card, read_source(card, root, workers.map), options.seed)
     known = {name: label for label, name in enumerate(before.classes)}
     classes = (*before.classes, *(name for name in source.classes if name not in known))
     label_of = {name: label for label, name in enumerate(classes)}

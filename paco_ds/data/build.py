@@ -7,7 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from paco_ds.data.shard import sha256_stored
 from paco_ds.data.sources.source import some
 from paco_ds.data.storage import MissingFile, Storage, as_storage
 from paco_ds.data.tar import BLOCK
-from paco_ds.data.workers import Report, run_jobs, warm_up
+from paco_ds.data.workers import Report, Workers
 from paco_ds.data.write import ShardJob, WriteSettings, Written, write_shard
 from paco_ds.errors import DataError
 from paco_ds.files import PARTIAL
@@ -70,13 +70,12 @@ def build_share(
     console = console or Console(quiet=True)
     output = as_storage(output)
     state = output.inside(STATE_FOLDER)
-    with rank.alive(state):
+    with rank.alive(state), ExitStack() as stack:
         if rank.number == 0:
             _refuse_existing(output, state, options.overwrite)
-        if options.workers > 1:
-            warm_up(__name__)
+        workers = stack.enter_context(Workers(options.workers, __name__))
         console.print(f"listing {card.name} under {root}", markup=False, highlight=False)
-        plan = plan_build(card, root, output, options)
+        plan = plan_build(card, root, output, options, workers.map)
         say_ignored(plan, console)
         refuse_bad(output, plan.source.bad, options.max_bad, rank)
         if rank.number == 0:
@@ -102,7 +101,7 @@ def build_share(
                 splits=described,
             )
 
-        manifest = write_plan(plan, output, options, rank, manifest_of, console)
+        manifest = write_plan(plan, output, options, rank, workers, manifest_of, console)
         if manifest is not None:
             remove_stale(output, manifest)
     remove_state(state)
@@ -114,6 +113,7 @@ def write_plan(
     output: Storage,
     options: BuildOptions,
     rank: Rank,
+    workers: Workers,
     manifest_of: Callable[[list[Written]], Manifest],
     console: Console,
 ) -> Manifest | None:
@@ -124,9 +124,8 @@ def write_plan(
     found = len(plan.source.bad)
     settings = _Once(plan.settings, state, plan.digest)
     images, size = plan.size(rank)
-    workers = max(1, min(options.workers, sum(map(rank.takes, range(len(plan.shards))))))
     with ShardProgress(console, "building", images, size) as progress:
-        for written in run_jobs(_write_once, settings, plan.jobs(rank), workers, progress):
+        for written in workers.run(_write_once, settings, plan.jobs(rank), progress):
             own[written.name] = written
             found += len(written.bad)
             if found > max(options.max_bad, _MOST_BAD):

@@ -15,6 +15,7 @@ from paco_ds.data.card import Card
 from paco_ds.data.ranks import Rank
 from paco_ds.data.selection import make_long_tailed, split_validation
 from paco_ds.data.sources import Source, read_source
+from paco_ds.data.sources.source import MapOver
 from paco_ds.data.storage import Storage
 from paco_ds.data.write import ShardJob, WriteSettings, plan_shards
 from paco_ds.errors import DataError
@@ -72,9 +73,11 @@ class BuildPlan:
         return sum(len(rows) for *_, rows in own), size
 
 
-def plan_build(card: Card, root: str | Path, output: Storage, options: BuildOptions) -> BuildPlan:
+def plan_build(
+    card: Card, root: str | Path, output: Storage, options: BuildOptions, look_up: MapOver = map
+) -> BuildPlan:
     """List the source, select from it, and cut it into shards; DataError as `build_shards`."""
-    source = select(card, read_source(card, root), options.seed)
+    source = select(card, read_source(card, root, look_up), options.seed)
     return plan_of(card, source, output, options, {}, {})
 
 

@@ -43,11 +43,11 @@ def card_of_options(options: Mapping[str, str | None]) -> Card:
     if pages:
         card["splits"] = {split: _SPLITS[source](page) for split, page in pages.items()}
         if source == "cifar":
-            card["meta"] = cifar.find_splits(Path(root))["meta"]
+            card["meta"] = cifar.find_splits(root)["meta"]
     elif source == "folder":
         card["splits"] = folder_splits(root)
     elif source == "cifar":
-        card |= cifar.find_splits(Path(root))
+        card |= cifar.find_splits(root)
     else:
         raise DataError(f"--source {source} needs --train: {_WHAT[source]}")
     return make_card(card, f"--source {source}")

@@ -9,7 +9,7 @@ from paco_ds.data.manifest import Manifest, Split
 from paco_ds.data.progress import ShardProgress
 from paco_ds.data.shard import ShardReader, check_shard, load_index
 from paco_ds.data.storage import MissingFile, Storage
-from paco_ds.data.workers import Report, run_jobs
+from paco_ds.data.workers import Report, Workers
 from paco_ds.errors import DataError
 
 _Job = tuple[int, str, int]  # place in the manifest, split, shard
@@ -21,9 +21,12 @@ def check_shards(manifest: Manifest, *, workers: int = 1, console: Console | Non
     jobs = [(place, split, number) for place, (_, split, number) in enumerate(jobs)]
     images = sum(split.samples for split in manifest.splits.values())
     size = sum(split.bytes for split in manifest.splits.values())
-    with ShardProgress(console or Console(quiet=True), "checking", images, size) as progress:
+    with (
+        Workers(min(workers, len(jobs)), __name__) as processes,
+        ShardProgress(console or Console(quiet=True), "checking", images, size) as progress,
+    ):
         settings = (manifest.storage, dict(manifest.splits))
-        found = dict(run_jobs(_check, settings, jobs, max(1, min(workers, len(jobs))), progress))
+        found = dict(processes.run(_check, settings, jobs, progress))
     problems = [line for place in range(len(jobs)) for line in found[place]]
     if not problems:
         for split in manifest.splits.values():

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 
 # The largest image that is decoded, in pixels: a decompression bomb is small as a file and fills memory.
 MAX_PIXELS = 178_956_970
+Encoded = bytes | memoryview
 _PIL_FORMAT = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 
 
@@ -27,15 +28,15 @@ class BadImage(Exception):  # noqa: N818 (counted and named by the builder; not 
         return f"{self.where}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
 
 
-def ending_of(data: bytes) -> str:
+def ending_of(data: Encoded) -> str:
     """jpg, png or webp by the first bytes, whatever the file is called.
 
     Raises:
         BadImage: `empty`, or `unknown_format`.
     """
-    if data.startswith(b"\xff\xd8\xff"):
+    if data[:3] == b"\xff\xd8\xff":
         return "jpg"
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
         return "png"
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
@@ -44,7 +45,7 @@ def ending_of(data: bytes) -> str:
     raise BadImage("unknown_format", detail=f"begins with {data[:8].hex(' ')}, no JPEG, PNG or WebP")
 
 
-def verify(data: bytes, ending: str) -> None:
+def verify(data: Encoded, ending: str) -> None:
     """Decode every pixel.
 
     Raises:
@@ -63,13 +64,13 @@ def verify(data: bytes, ending: str) -> None:
         image.load()
 
 
-def size_of(data: bytes) -> tuple[int, int]:
+def size_of(data: Encoded) -> tuple[int, int]:
     """Width and height by the header; BadImage as `verify`."""
     image = _opened(data, ending_of(data))
     return image.width, image.height
 
 
-def resized(data: bytes, ending: str, short: int, quality: int) -> tuple[bytes, str]:
+def resized(data: Encoded, ending: str, short: int, quality: int) -> tuple[Encoded, str]:
     """The image with its shorter side made ``short`` pixels, as JPEG, upright; the same bytes if it is that small.
 
     Returns the bytes and their ending. Raises BadImage as `verify`.
@@ -95,7 +96,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _opened(data: bytes, ending: str) -> Image.Image:
+def _opened(data: Encoded, ending: str) -> Image.Image:
     """The image as Pillow opens it, its size checked before a pixel is decoded."""
     with _as_bad_image():
         image = Image.open(io.BytesIO(data), formats=(_PIL_FORMAT[ending],))

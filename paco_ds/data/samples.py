@@ -8,11 +8,13 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 MISSING = -1  # size of an image that is listed but is not there
+_BLOCK = 2048  # rows that are taken as Python's objects at a time
 
 
 class Names(Sequence[str]):
@@ -47,16 +49,33 @@ class Names(Sequence[str]):
         return self.raw(row).decode("utf-8", "surrogateescape")
 
     def __iter__(self) -> Iterator[str]:
-        return (self[row] for row in range(len(self)))
+        return (raw.decode("utf-8", "surrogateescape") for raw in self.raws())
+
+    def raws(self) -> Iterator[bytes]:
+        """The bytes of every name, in half the time that asking row by row takes."""
+        for block in self.blocks():
+            blob = bytes(block.blob)
+            yield from (blob[a:b] for a, b in pairwise(block.offsets.tolist()))
+
+    def texts(self) -> Iterator[str]:
+        """Every name as `text` gives it."""
+        return (raw.decode("utf-8", "backslashreplace") for raw in self.raws())
+
+    def blocks(self, size: int = _BLOCK) -> Iterator[Names]:
+        """The names in order, so many at a time."""
+        for at in range(0, len(self), size):
+            offsets = self.offsets[at : at + size + 1]
+            yield Names(bytes(self.blob[offsets[0] : offsets[-1]]), offsets - offsets[0])
 
     def take(self, rows: npt.NDArray[np.int64]) -> Names:
         """The names of these rows, in their order."""
-        ends = np.cumsum(self.offsets[rows + 1] - self.offsets[rows], dtype=np.int64)
-        return Names(b"".join(map(self.raw, rows.tolist())), np.concatenate((np.zeros(1, np.int64), ends)))
+        begins, ends = self.offsets[rows], self.offsets[rows + 1]
+        blob = b"".join(self.blob[a:b] for a, b in zip(begins.tolist(), ends.tolist(), strict=True))
+        return Names(blob, np.concatenate((np.zeros(1, np.int64), np.cumsum(ends - begins, dtype=np.int64))))
 
     def repeated(self) -> npt.NDArray[np.int64]:
         """Rows whose name an earlier row has, ascending."""
-        hashes = np.fromiter((hash(self.raw(row)) for row in range(len(self))), np.int64, len(self))
+        hashes = np.fromiter(map(hash, self.raws()), np.int64, len(self))
         order = np.argsort(hashes, kind="stable")
         alike = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
         suspects = np.unique(np.concatenate((order[alike], order[alike + 1])))  # two names may share a hash

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from paco_ds.data.card import Resize
-from paco_ds.data.image_bytes import BadImage, ending_of, resized, verify
+from paco_ds.data.image_bytes import BadImage, Encoded, ending_of, resized, verify
 from paco_ds.data.manifest import Name, Shard, StrictModel, sample_key
 from paco_ds.data.samples import Samples
 from paco_ds.data.sources.source import Images
@@ -88,27 +88,27 @@ def write_shard(settings: WriteSettings, job: ShardJob, report: Report) -> Writt
     counts: dict[int, int] = {}
     bad: list[tuple[str, str, str]] = []
     progress = _Progress(report)
-    read = [0, *np.cumsum(samples.sizes).tolist()]
-    labels = samples.labels.tolist()
+    sizes, labels = samples.sizes.tolist(), samples.labels.tolist()
+    read = 0
     with _full_disk_named(settings.output, job.name):
         try:
             with settings.output.write(f"{job.name}.tar") as file:
                 tar = SampleTar(file)
-                for row in range(len(samples)):
+                for row, (size, label, source) in enumerate(zip(sizes, labels, samples.names.texts(), strict=True)):
                     try:
-                        image, ending = _image(settings, samples, row)
+                        image, ending = _image(settings, samples, row, tar.room(size + 1))
                     except BadImage as error:
-                        bad.append((error.reason, samples.names.text(row), error.detail))
+                        bad.append((error.reason, source, error.detail))
                     else:
-                        label = labels[row]
-                        about = {"label": label, "class": settings.classes[label], "source": samples.names.text(row)}
+                        about = _about(label, settings.classes[label], source)
                         key = sample_key(job.split, job.first_key + row - len(bad))
-                        tar.add(key, ending, image, _JSON.encode(about).encode(), label)
+                        tar.add(key, ending, image, about, label)
                         counts[label] = counts.get(label, 0) + 1
+                    read += size
                     if row % _REPORT_EVERY == 0:
-                        progress(row + 1, read[row + 1], len(bad))
+                        progress(row + 1, read, len(bad))
                 tar.close()
-                progress(len(samples), read[-1], len(bad))
+                progress(len(samples), read, len(bad))
                 if not counts:
                     raise _NothingLeft
                 index = io.BytesIO()
@@ -147,9 +147,14 @@ class _Progress:
         self._last = (images, size, bad)
 
 
-def _image(settings: WriteSettings, samples: Samples, row: int) -> tuple[bytes, str]:
+def _about(label: int, name: str, source: str) -> bytes:
+    """The JSON of a sample; strings one by one, which takes a quarter of the time of a dictionary."""
+    return f'{{"label": {label}, "class": {_JSON.encode(name)}, "source": {_JSON.encode(source)}}}'.encode()
+
+
+def _image(settings: WriteSettings, samples: Samples, row: int, room: memoryview) -> tuple[Encoded, str]:
     """The bytes to store and how their member ends."""
-    data = settings.images.read(samples, row)
+    data = settings.images.read(samples, row, room)
     ending = ending_of(data)
     if settings.verify:
         verify(data, ending)

@@ -239,7 +239,7 @@ def test_disk_that_fills_up_is_named(tiny_card: Path, tmp_path: Path, monkeypatc
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("paco_ds.data.tar.os.writev", full)
+    monkeypatch.setattr("paco_ds.data.tar.os.write", full)
     with pytest.raises(DataError, match=r"train-00000.tar cannot be written: No space left on device"):
         build_shards(load_card(tiny_card), images_of(tiny_card), tmp_path / "out", SMALL)
 

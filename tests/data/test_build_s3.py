@@ -1,21 +1,24 @@
 """Sources and shards on a real S3-compatible server that refuses and cuts connections."""
 
+import multiprocessing
 from pathlib import Path
 
 import pytest
 
 from paco_ds.data import storage as storage_module
-from paco_ds.data.build import build_shards
+from paco_ds.data.build import build_shards, build_share
 from paco_ds.data.build_plan import BuildOptions
 from paco_ds.data.card import load_card
+from paco_ds.data.card_of_options import card_of_options
 from paco_ds.data.check import check_shards
 from paco_ds.data.manifest import Manifest, load_manifest
+from paco_ds.data.ranks import Rank
 from paco_ds.data.sources import read_source
 from paco_ds.data.storage import Storage
 from paco_ds.errors import DataError
 from paco_ds.recipe import StorageSettings
 from tests.data.s3 import BUCKET, Proxy, s3_server
-from tests.data.test_sources_more import card
+from tests.data.test_sources_more import card, cifar100
 from tests.data.tiny import encoded
 
 
@@ -70,6 +73,57 @@ def test_images_on_s3_are_listed_once_and_read(s3: Proxy, tmp_path: Path) -> Non
     assert [str(bad) for bad in found.bad] == ["images/3.jpg: missing"]
     manifest = build_shards(listed, source.url, tmp_path / "out", BuildOptions(max_bad=1))
     assert manifest.split("train").samples == 3
+
+
+def _share(card: Path, place: str, rank: int) -> None:
+    options = BuildOptions(shard_bytes=20_000)
+    build_share(load_card(card), card.parent / "images", place, options, Rank(rank, 2, patience=60))
+
+
+def test_ranks_share_a_build_on_s3(tiny_card: Path, tiny_shards: Manifest, s3: Proxy) -> None:
+    """Two ranks that know each other by the files there alone leave the bytes of one, and nothing else."""
+    place = f"s3://{BUCKET}/shared"
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=_share, args=(tiny_card, place, rank)) for rank in (1, 0)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(60)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+    storage = Storage(place)
+    there = {path.name: path.read_bytes() for path in tiny_shards.directory.iterdir()}
+    assert {name: storage.read(name) for name in storage.find("")} == there
+
+
+def test_idx_files_on_s3_are_read(tiny_card: Path, tiny_shards: Manifest, s3: Proxy, tmp_path: Path) -> None:
+    """The same bytes as from a local folder."""
+    source = upload(tiny_card.parent / "images", "idx")
+    built = build_shards(load_card(tiny_card), source, tmp_path / "out", BuildOptions(shard_bytes=20_000))
+    assert built.sha256 == tiny_shards.sha256
+
+
+def test_cifar_pickles_on_s3_are_found_and_read(s3: Proxy, tmp_path: Path) -> None:
+    """With the card that they stand for by themselves; a missing file is named by its URL."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    cifar100(folder)
+    made = card_of_options({"source": "cifar", "root": str(folder)})
+    here = build_shards(made, folder, tmp_path / "here")
+    source = upload(folder, "cifar")
+    found = card_of_options({"source": "cifar", "root": source, "name": made.name})
+    assert build_shards(found, source, tmp_path / "there").sha256 == here.sha256
+    Storage(source).remove("train")
+    with pytest.raises(DataError, match=f"CIFAR file {source}/train is missing"):
+        read_source(found, source)
+
+
+def upload(folder: Path, name: str) -> str:
+    """Copy a folder's files to the server; their URL there."""
+    place = Storage(f"s3://{BUCKET}/{name}")
+    for path in folder.iterdir():
+        with place.write(path.name) as file:
+            file.write(path.read_bytes())
+    return place.url
 
 
 def test_s3_that_stays_away_ends_the_build_with_its_url(tiny_card: Path, s3: Proxy) -> None:

@@ -33,7 +33,8 @@ def card(source: str, splits: dict[str, Any], **settings: Any) -> Card:
 def read_all(source: Source, split: str = "train") -> list[bytes]:
     """The bytes of all images of a split."""
     samples = source.splits[split]
-    return [source.images.read(samples, row) for row in range(len(samples))]
+    rooms = [memoryview(bytearray(size + 1)) for size in samples.sizes.tolist()]
+    return [bytes(source.images.read(samples, row, room)) for row, room in enumerate(rooms)]
 
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32), dtype=np.uint8)

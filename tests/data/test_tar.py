@@ -42,12 +42,33 @@ def test_tar_is_webdatasets(tmp_path: Path, ending: str) -> None:
     assert (tar.index() == index_shard(tmp_path / "ours.tar")).all()
 
 
+@pytest.mark.parametrize("ending", ["jpg", "png"])
+def test_images_read_to_their_place_are_the_same(tmp_path: Path, ending: str) -> None:
+    """Beside small and long JSON, beyond the buffer, up to its end and over it."""
+    rng = np.random.default_rng(0)
+    sizes = [1, 511, 512, 700_000, *rng.integers(1, 130_000, 40).tolist(), 253_000, 262_144, 3]
+    abouts = [(b'{"label": %d}' % n).ljust(1 if n % 3 else 20_000) for n in range(len(sizes))]
+    with open(tmp_path / "copied.tar", "wb") as copied, open(tmp_path / "placed.tar", "wb") as placed:
+        one, other = SampleTar(copied), SampleTar(placed)
+        for number, (size, about) in enumerate(zip(sizes, abouts, strict=True)):
+            image = rng.bytes(size)
+            one.add(f"k-{number}", ending, image, about, number)
+            room = other.room(size + 1)
+            room[:size] = image
+            other.add(f"k-{number}", ending, room[:size], about, number)
+        one.close()
+        other.close()
+    assert (tmp_path / "placed.tar").read_bytes() == (tmp_path / "copied.tar").read_bytes()
+    assert (other.sha256, other.index().tolist()) == (one.sha256, one.index().tolist())
+    assert (other.index() == index_shard(tmp_path / "placed.tar")).all()
+
+
 def test_short_writes_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel may take a part of what it is given."""
     import os
 
-    whole = os.writev
-    monkeypatch.setattr("paco_ds.data.tar.os.writev", lambda fd, pieces: whole(fd, [b"".join(pieces)[:1000]]))
+    whole = os.write
+    monkeypatch.setattr("paco_ds.data.tar.os.write", lambda fd, piece: whole(fd, piece[:1000]))
     with open(tmp_path / "short.tar", "wb") as file:
         tar = SampleTar(file)
         tar.add("k-0", "jpg", encoded(side=40), b"{}", 0)

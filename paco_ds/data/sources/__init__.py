@@ -19,16 +19,19 @@ from paco_ds.data.card import (
 )
 from paco_ds.data.sources import cifar, folder, idx, inaturalist, listing, repack
 from paco_ds.data.sources.idx import read_idx
-from paco_ds.data.sources.source import Root, Source, some
+from paco_ds.data.sources.source import MapOver, Root, Source, some
 from paco_ds.errors import DataError
 
 __all__ = ["Root", "Source", "class_counts", "list_source", "read_idx", "read_source", "require_training_images"]
 
 
-def read_source(card: Card, root: str | Path | Root) -> Source:
+def read_source(card: Card, root: str | Path | Root, look_up: MapOver = map) -> Source:
     """List every image of the card's splits under ``root``, in an order that depends on nothing else, with its size.
 
     Images that are listed but missing, empty or listed twice are left out and stand in ``Source.bad``.
+
+    Args:
+        look_up: `map`, or one that spreads its work over processes.
 
     Raises:
         DataError: a file is missing or malformed, the splits do not agree on the classes, a split or a class of
@@ -39,7 +42,7 @@ def read_source(card: Card, root: str | Path | Root) -> Source:
     if repeated:
         raise DataError(f"{some(repeated)} of {card.name} is the name of more than one class: give them other names")
     require_training_images(source)
-    source = source.checked()
+    source = source.checked(look_up)
     for name, samples in source.splits.items():
         if not len(samples) and not source.bad:
             raise DataError(f"split {name} of {card.name} has no image under {root}")

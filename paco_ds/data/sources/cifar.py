@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import pickle
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from paco_ds.data.card import CifarCard
 from paco_ds.data.samples import SamplesBuilder
 from paco_ds.data.sources.idx import Arrays, add_array
 from paco_ds.data.sources.source import Root, Source, some
+from paco_ds.data.storage import as_storage
 from paco_ds.errors import DataError
 
 _SIDE = 32
@@ -47,14 +47,13 @@ class _Restricted(pickle.Unpickler):
 
 def read(card: CifarCard, root: Root) -> Source:
     """List the images of CIFAR's pickles; DataError if they are malformed or labels lie outside the classes."""
-    classes = card.classes or _names(root.path / str(card.meta))
+    classes = card.classes or _names(root, str(card.meta))
     splits = {}
     for name, split in card.splits.items():
         rows = SamplesBuilder()
         for file in split.files:
-            page = _unpickled(root.path / file)
-            labels = _labels(page, root.path / file)
-            images = _images(page, root.path / file)
+            page, place = _unpickled(root, file), root.storage.place(file)
+            labels, images = _labels(page, place), _images(page, place)
             if len(labels) != len(images):
                 raise DataError(f"{root}/{file} has {len(images)} images and {len(labels)} labels")
             outside = np.flatnonzero((labels < 0) | (labels >= len(classes)))
@@ -68,30 +67,32 @@ def read(card: CifarCard, root: Root) -> Source:
     return Source(classes, splits, Arrays(root, load_images))
 
 
-def load_images(path: Path) -> npt.NDArray[np.uint8]:
+def load_images(root: Root, file: str) -> npt.NDArray[np.uint8]:
     """The images of a pickle, uint8 [N, 32, 32, 3], RGB."""
-    return _images(_unpickled(path), path)
+    return _images(_unpickled(root, file), root.storage.place(file))
 
 
-def find_splits(root: Path) -> dict[str, Any]:
+def find_splits(root: str) -> dict[str, Any]:
     """What a card says of CIFAR-10's or CIFAR-100's folder as it is unpacked: splits and meta.
 
     Raises:
         DataError: the folder holds neither.
     """
-    if (root / "meta").is_file():
+    place = as_storage(root)
+    if place.exists("meta"):
         return {"meta": "meta", "splits": {"train": {"files": ["train"]}, "test": {"files": ["test"]}}}
-    if (root / "batches.meta").is_file():
+    if place.exists("batches.meta"):
         batches = [f"data_batch_{number}" for number in range(1, 6)]
         return {"meta": "batches.meta", "splits": {"train": {"files": batches}, "test": {"files": ["test_batch"]}}}
     raise DataError(f"{root} has neither meta (CIFAR-100) nor batches.meta (CIFAR-10): is it the unpacked folder?")
 
 
-def _unpickled(path: Path) -> dict[bytes, Any]:
-    if not path.is_file():
-        raise DataError(f"CIFAR file {path} is missing")
+def _unpickled(root: Root, file: str) -> dict[bytes, Any]:
+    path = root.storage.place(file)
+    with root.open(file, "CIFAR file") as stream:
+        raw = stream.read()
     try:
-        page = _Restricted(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+        page = _Restricted(io.BytesIO(raw), encoding="bytes").load()
     except Exception as error:  # a damaged pickle raises nearly anything
         raise DataError(f"{path} is no CIFAR pickle: {error}") from error
     if not isinstance(page, dict):
@@ -99,14 +100,14 @@ def _unpickled(path: Path) -> dict[bytes, Any]:
     return {key.encode() if isinstance(key, str) else key: value for key, value in page.items()}
 
 
-def _images(page: dict[bytes, Any], path: Path) -> npt.NDArray[np.uint8]:
+def _images(page: dict[bytes, Any], path: str) -> npt.NDArray[np.uint8]:
     data = page.get(b"data")
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3 * _SIDE**2:
         raise DataError(f"{path} has no data of uint8 [N, {3 * _SIDE**2}]")
     return data.reshape(-1, 3, _SIDE, _SIDE).transpose(0, 2, 3, 1)
 
 
-def _labels(page: dict[bytes, Any], path: Path) -> npt.NDArray[np.int64]:
+def _labels(page: dict[bytes, Any], path: str) -> npt.NDArray[np.int64]:
     for key in _LABELS:
         if key in page:
             labels = page[key]
@@ -116,8 +117,8 @@ def _labels(page: dict[bytes, Any], path: Path) -> npt.NDArray[np.int64]:
     raise DataError(f"{path} has neither {' nor '.join(key.decode() for key in _LABELS)}")
 
 
-def _names(path: Path) -> tuple[str, ...]:
-    page = _unpickled(path)
+def _names(root: Root, file: str) -> tuple[str, ...]:
+    page, path = _unpickled(root, file), root.storage.place(file)
     for key in _NAMES:
         if key in page:
             names = tuple(n.decode() if isinstance(n, bytes) else str(n) for n in page[key])

@@ -27,24 +27,25 @@ class Arrays:
     """Images that have no encoded bytes, in files of many: stored as PNG.
 
     Attributes:
-        load: a function at the top of a module, from the path of a file to uint8 [N, H, W] or [N, H, W, 3] (RGB).
+        load: a function at the top of a module, from the root and the name of a file to uint8 [N, H, W] or
+            [N, H, W, 3] (RGB).
     """
 
     root: Root
-    load: Callable[[Path], Pixels]
+    load: Callable[[Root, str], Pixels]
 
-    def read(self, samples: Samples, row: int) -> bytes:
+    def read(self, samples: Samples, row: int, room: memoryview) -> bytes:
         """One image as PNG; the file it is in is loaded once in each process."""
         file = samples.names[row].rpartition("#")[0]
-        pixels = _loaded(self.load, self.root.path / file)[samples.places[row]]
+        pixels = _loaded(self.load, self.root, file)[samples.places[row]]
         if pixels.ndim == 3:
             pixels = pixels[..., ::-1]  # OpenCV writes blue, green, red
         return bytes(cv2.imencode(".png", np.ascontiguousarray(pixels))[1])
 
 
 @lru_cache(maxsize=8)
-def _loaded(load: Callable[[Path], Pixels], path: Path) -> Pixels:
-    return load(path)
+def _loaded(load: Callable[[Root, str], Pixels], root: Root, file: str) -> Pixels:
+    return load(root, file)
 
 
 def add_array(rows: SamplesBuilder, file: str, labels: npt.NDArray[np.integer], image_bytes: int) -> None:
@@ -57,7 +58,7 @@ def read(card: IdxCard, root: Root) -> Source:
     """List the images of IDX files; DataError if they are malformed or labels lie outside the card's classes."""
     splits = {}
     for name, files in card.splits.items():
-        images, labels = read_idx(root.path / files.images), read_idx(root.path / files.labels)
+        images, labels = load_idx(root, files.images), load_idx(root, files.labels)
         if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
             raise DataError(
                 f"split {name}: {files.images} has shape {images.shape} and {files.labels} {labels.shape}; "
@@ -70,18 +71,23 @@ def read(card: IdxCard, root: Root) -> Source:
         rows = SamplesBuilder()
         add_array(rows, files.images, labels, images[0].nbytes if len(images) else 0)
         splits[name] = rows.build()
-    return Source(card.classes, splits, Arrays(root, read_idx))
+    return Source(card.classes, splits, Arrays(root, load_idx))
 
 
 def read_idx(path: Path) -> Pixels:
+    """As `load_idx`, of a local file."""
+    return load_idx(Root(path.parent), path.name)
+
+
+def load_idx(root: Root, file: str) -> Pixels:
     """The array of an IDX file of unsigned bytes, gzipped or not (format: http://yann.lecun.com/exdb/mnist).
 
     Raises:
         DataError: missing, damaged gzip, wrong magic number, or a length other than its header says.
     """
-    if not path.is_file():
-        raise DataError(f"IDX file {path} is missing")
-    raw = path.read_bytes()
+    path = root.storage.place(file)
+    with root.open(file, "IDX file") as stream:
+        raw = stream.read()
     if raw[:2] == b"\x1f\x8b":
         try:
             raw = gzip.decompress(raw)

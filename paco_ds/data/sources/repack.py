@@ -15,7 +15,7 @@ from pathlib import Path
 import braceexpand
 
 from paco_ds.data.card import WebdatasetCard
-from paco_ds.data.image_bytes import BadImage
+from paco_ds.data.image_bytes import BadImage, Encoded
 from paco_ds.data.samples import Samples, SamplesBuilder
 from paco_ds.data.sources.source import ENDINGS, Root, Source, class_names, ending
 from paco_ds.errors import DataError
@@ -37,21 +37,20 @@ class Members:
     def __setstate__(self, root: Root) -> None:
         self.root, self._open = root, {}
 
-    def read(self, samples: Samples, row: int) -> bytes:
+    def read(self, samples: Samples, row: int, room: memoryview) -> Encoded:
         name = samples.names[row]
         tar = name.partition("#")[0]
-        size = int(samples.sizes[row])
         try:
             if tar not in self._open:
                 if len(self._open) >= _MAX_OPEN:
                     os.close(self._open.pop(next(iter(self._open))))
                 self._open[tar] = os.open(self.root.path / tar, os.O_RDONLY)
-            data = os.pread(self._open[tar], size, int(samples.places[row]))
+            size = os.preadv(self._open[tar], (room[:-1],), int(samples.places[row]))
         except OSError as error:
             raise BadImage("unreadable", name, error.strerror or str(error)) from error
-        if len(data) != size:
+        if size != len(room) - 1:
             raise DataError(f"{self.root}/{tar} changed while the shards were built: start again")
-        return data
+        return room[:-1]
 
 
 def read(card: WebdatasetCard, root: Root) -> Source:

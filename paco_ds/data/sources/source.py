@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import os
 import stat
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -15,7 +16,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from paco_ds.data.image_bytes import BadImage
+from paco_ds.data.image_bytes import BadImage, Encoded
 from paco_ds.data.samples import MISSING, Names, Samples
 from paco_ds.data.storage import MissingFile, Storage, as_storage
 from paco_ds.errors import DataError
@@ -23,9 +24,9 @@ from paco_ds.errors import DataError
 # How image files may end; others are left out of folders. What they are is decided by their bytes.
 ENDINGS = frozenset(("jpg", "jpeg", "png", "webp"))
 _SHOWN = 5
-_STAT_THREADS = 8  # a network file system answers many questions at once
-_STAT_BLOCK = 4096
-_MORE = 1 << 20
+_STAT_THREADS, _STAT_BLOCK = 8, 256  # a network file system answers many questions at once
+# As `map`: a function, and what it is called with in turn; results in that order.
+MapOver = Callable[[Callable[[Names], npt.NDArray[np.int64]], Iterable[Names]], Iterable[npt.NDArray[np.int64]]]
 _RANGE = 8 << 20  # of a page behind a URL
 
 
@@ -59,43 +60,49 @@ class Root:
         except OSError as error:
             raise DataError(f"{what} {self.path / name} cannot be read: {error.strerror}") from error
 
-    def read(self, name: str, expected: int) -> bytes:
-        """All bytes of an image file, of which so many are expected; OSError as the system gives it, or MissingFile."""
+    def read(self, name: str, room: memoryview) -> Encoded:
+        """The bytes of an image file, put into `room` if they are local; all of it is filled if the file is longer than
+        one byte less, which is what is expected. OSError as the system gives it, or MissingFile."""
+        expected = len(room) - 1
         if not self.storage.is_local:
             return self.storage.read(name, expected)
         descriptor = os.open(name if name.startswith("/") else self._prefix + name, os.O_RDONLY)
         try:
-            data = os.read(descriptor, expected + 1)
-            if len(data) == expected:
-                return data
-            while more := os.read(descriptor, _MORE):  # another size than it had, or a file system in no hurry
-                data += more
-            return data
+            size = os.readv(descriptor, (room,))
+            # Another size than it had, or a file system in no hurry.
+            while size < expected and (more := os.readv(descriptor, (room[size:],))):
+                size += more
+            return room[:size]
         finally:
             os.close(descriptor)
 
-    def sizes(self, names: Names) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def sizes(self, names: Names, look_up: MapOver = map) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Bytes and mtime (ns, 0 for a URL) of files, int64 [N] each; MISSING for what is no file."""
-        sizes = np.full(len(names), MISSING, np.int64)
-        stamps = np.zeros(len(names), np.int64)
         if not self.storage.is_local:
             found = self.storage.find("")
-            sizes[:] = [found.get(name, MISSING) for name in names]
-            return sizes, stamps
-
-        def look(start: int) -> None:
-            for row in range(start, min(start + _STAT_BLOCK, len(names))):
-                name = names[row]
-                try:
-                    about = os.stat(name if name.startswith("/") else self._prefix + name)
-                except (OSError, ValueError):  # ValueError: a name with a zero byte in it
-                    continue
-                if stat.S_ISREG(about.st_mode):
-                    sizes[row], stamps[row] = about.st_size, about.st_mtime_ns
-
-        with ThreadPoolExecutor(_STAT_THREADS) as pool:
-            list(pool.map(look, range(0, len(names), _STAT_BLOCK)))
+            sizes = np.array([found.get(name, MISSING) for name in names], np.int64)
+            return sizes, np.zeros(len(names), np.int64)
+        sizes, stamps = np.concatenate((np.zeros((2, 0), np.int64), *look_up(self._sizes, names.blocks())), axis=1)
         return sizes, stamps
+
+    def _sizes(self, names: Names) -> npt.NDArray[np.int64]:
+        """As `sizes`, of local files: int64 [2, N]."""
+        with ThreadPoolExecutor(_STAT_THREADS) as pool:
+            return np.concatenate(list(pool.map(self._stats, names.blocks(_STAT_BLOCK))), axis=1)
+
+    def _stats(self, names: Names) -> npt.NDArray[np.int64]:
+        sizes, stamps = array("q"), array("q")
+        for name in names:
+            size, stamp = MISSING, 0
+            try:
+                about = os.stat(name if name.startswith("/") else self._prefix + name)
+                if stat.S_ISREG(about.st_mode):
+                    size, stamp = about.st_size, about.st_mtime_ns
+            except (OSError, ValueError):  # ValueError: a name with a zero byte in it
+                pass
+            sizes.append(size)
+            stamps.append(stamp)
+        return np.stack((np.array(sizes, np.int64), np.array(stamps, np.int64)))
 
     def folders(self, folder: str) -> list[str]:
         """Names of the folders in a folder, sorted; DataError if there is none."""
@@ -142,8 +149,12 @@ class _Ranges(io.RawIOBase):
 class Images(Protocol):
     """Reads the images of a source by the rows of their table; it is sent to worker processes."""
 
-    def read(self, samples: Samples, row: int) -> bytes:
-        """The encoded image; BadImage if it cannot be had, DataError if the source changed under the build."""
+    def read(self, samples: Samples, row: int, room: memoryview) -> Encoded:
+        """The encoded image; BadImage if it cannot be had, DataError if the source changed under the build.
+
+        Args:
+            room: a byte more than the table's size of the image. It may be put there, which spares a copy.
+        """
 
 
 @dataclass(frozen=True)
@@ -152,15 +163,15 @@ class Files:
 
     root: Root
 
-    def read(self, samples: Samples, row: int) -> bytes:
+    def read(self, samples: Samples, row: int, room: memoryview) -> Encoded:
         name = samples.names[row]
         try:
-            data = self.root.read(name, int(samples.sizes[row]))
+            data = self.root.read(name, room)
         except MissingFile as error:
             raise BadImage("missing", name) from error
         except OSError as error:
             raise BadImage("unreadable", name, error.strerror or str(error)) from error
-        if len(data) != samples.sizes[row]:
+        if len(data) != len(room) - 1:
             raise DataError(f"image {self.root}/{name} changed while the shards were built: start again")
         return data
 
@@ -183,12 +194,12 @@ class Source:
     ignored: Counter[str] = field(default_factory=Counter)
     bad: list[BadImage] = field(default_factory=list)
 
-    def checked(self) -> Source:
+    def checked(self, look_up: MapOver = map) -> Source:
         """The source with the sizes of its files looked up, and without what is missing, empty or listed twice."""
         splits, bad = {}, list(self.bad)
         for name, samples in self.splits.items():
             if isinstance(self.images, Files):
-                samples = samples.sized(*self.images.root.sizes(samples.names))
+                samples = samples.sized(*self.images.root.sizes(samples.names, look_up))
             reasons = {
                 "missing": np.flatnonzero(samples.sizes == MISSING),
                 "empty": np.flatnonzero(samples.sizes == 0),

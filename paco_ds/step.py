@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from paco_ds.data.manifest import SHOTS
-from paco_ds.data.stream import MicroBatch
+from paco_ds.data.stream.batches import MicroBatch
 from paco_ds.distributed import MicroBatchLayout, Pending, Ranks
 from paco_ds.errors import TrainingError
 from paco_ds.key_encoder import KeyEncoder, Keys, PendingKeys, gather_keys

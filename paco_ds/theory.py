@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from paco_ds.command import report_user_errors
+from paco_ds.data.build.sources import class_counts
 from paco_ds.data.card import load_card
 from paco_ds.data.manifest import MANIFEST_FILE, load_manifest
-from paco_ds.data.sources import class_counts
 from paco_ds.errors import DataError, UserError
 
 Floats = NDArray[np.float64]

@@ -14,7 +14,7 @@ import torch
 from paco_ds import engine as ds
 from paco_ds.checkpoint import Checkpoint, Checkpoints
 from paco_ds.data.manifest import open_data
-from paco_ds.data.stream import TrainingStream
+from paco_ds.data.stream.batches import TrainingStream
 from paco_ds.distributed import MicroBatchLayout, Ranks
 from paco_ds.errors import RecipeError, TrainingError
 from paco_ds.evaluation.accuracy import ShotAccuracy

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from paco_ds.checkpoint import Checkpoint
 from paco_ds.data.manifest import Manifest
-from paco_ds.data.stream import evaluation_stream
+from paco_ds.data.stream.batches import evaluation_stream
 from paco_ds.distributed import Ranks
 from paco_ds.evaluation.accuracy import ClassCounts, ShotAccuracy, shot_accuracy
 from paco_ds.evaluation.predictions import Recorder, detail

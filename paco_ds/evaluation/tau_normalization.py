@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from paco_ds.data.manifest import Manifest
-from paco_ds.data.stream import evaluation_stream
+from paco_ds.data.stream.batches import evaluation_stream
 from paco_ds.distributed import Ranks
 from paco_ds.errors import RecipeError
 from paco_ds.evaluation.accuracy import ClassCounts

@@ -13,7 +13,7 @@ import torch
 
 from paco_ds.data.manifest import Manifest
 from paco_ds.data.shard import BadSample, ShardReader
-from paco_ds.data.views import MakeViews, make_view
+from paco_ds.data.stream.views import MakeViews, make_view
 from paco_ds.engine import read_deepspeed_config
 from paco_ds.errors import DataError, UserError
 from paco_ds.models.initial_weights import freeze

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from paco_ds.data.manifest import Manifest, load_manifest
-from paco_ds.data.order import EpochOrder
-from paco_ds.data.plan import held_bytes, micro_batches_ahead, shards_at_once
 from paco_ds.data.storage import open_storage
+from paco_ds.data.stream.order import EpochOrder
+from paco_ds.data.stream.plan import held_bytes, micro_batches_ahead, shards_at_once
 from paco_ds.distributed import MicroBatchLayout
 from paco_ds.engine import read_deepspeed_config
 from paco_ds.errors import DataError, RecipeError, UserError

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from paco_ds.data.decode import decode
 from paco_ds.data.manifest import Manifest
 from paco_ds.data.shard import BadSample, ShardReader
-from paco_ds.data.views import MakeViews, Pixels, make_view
+from paco_ds.data.stream.decode import decode
+from paco_ds.data.stream.views import MakeViews, Pixels, make_view
 from paco_ds.errors import DataError
 from paco_ds.randomness import Stream, generator, permutation
 from paco_ds.recipe import Recipe

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from paco_ds.data.build import build_shards
-from paco_ds.data.build_plan import BuildOptions
+from paco_ds.data.build.plan import BuildOptions
+from paco_ds.data.build.shards import build_shards
 from paco_ds.data.card import load_card
 from paco_ds.data.manifest import Manifest, load_manifest
 from tests.data.tiny import TINY_CARD, TINY_COUNTS, write_idx

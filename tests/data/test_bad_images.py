@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from paco_ds.data import image_bytes
-from paco_ds.data.build import build_shards
-from paco_ds.data.build_plan import BuildOptions
+from paco_ds.data.build import image_bytes
+from paco_ds.data.build.check import check_shards
+from paco_ds.data.build.command import main
+from paco_ds.data.build.image_bytes import BadImage, ending_of, resized, verify
+from paco_ds.data.build.plan import BuildOptions
+from paco_ds.data.build.shards import build_shards
 from paco_ds.data.card import Card, changed, folder_card
-from paco_ds.data.check import check_shards
-from paco_ds.data.command import main
-from paco_ds.data.image_bytes import BadImage, ending_of, resized, verify
 from paco_ds.data.manifest import Manifest
 from paco_ds.data.shard import RawSample, ShardReader
 from paco_ds.errors import DataError

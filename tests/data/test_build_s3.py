@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 
 from paco_ds.data import storage as storage_module
-from paco_ds.data.build import build_shards, build_share
-from paco_ds.data.build_plan import BuildOptions
+from paco_ds.data.build.card_of_options import card_of_options
+from paco_ds.data.build.check import check_shards
+from paco_ds.data.build.plan import BuildOptions
+from paco_ds.data.build.ranks import Rank
+from paco_ds.data.build.shards import build_shards, build_share
+from paco_ds.data.build.sources import read_source
 from paco_ds.data.card import load_card
-from paco_ds.data.card_of_options import card_of_options
-from paco_ds.data.check import check_shards
 from paco_ds.data.manifest import Manifest, load_manifest
-from paco_ds.data.ranks import Rank
-from paco_ds.data.sources import read_source
 from paco_ds.data.storage import Storage
 from paco_ds.errors import DataError
 from paco_ds.recipe import StorageSettings

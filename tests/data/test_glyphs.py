@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 import pytest
 
-from paco_ds.data.build import build_shards
+from paco_ds.data.build.shards import build_shards
 from paco_ds.data.card import load_card
 
 ROOT = Path(__file__).parents[2]

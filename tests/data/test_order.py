@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from paco_ds.data.order import EpochOrder
+from paco_ds.data.stream.order import EpochOrder
 from paco_ds.distributed import MicroBatchLayout
 from paco_ds.errors import RecipeError
 

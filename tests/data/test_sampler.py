@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from paco_ds.data.order import EpochOrder
-from paco_ds.data.sampler import ClassSampler, class_shares, places_of_classes
+from paco_ds.data.stream.order import EpochOrder
+from paco_ds.data.stream.sampler import ClassSampler, class_shares, places_of_classes
 
 COUNTS = (1000, 300, 100, 30, 10, 4, 0)
 KINDS = ("instance_balanced", "square_root", "class_balanced", "progressively_balanced")

@@ -15,7 +15,7 @@ from paco_ds.data.cache import FileCache
 from paco_ds.data.manifest import Manifest, load_manifest, open_data
 from paco_ds.data.shard import BadSample, ShardReader, check_shard
 from paco_ds.data.storage import MissingFile, Storage
-from paco_ds.data.stream import TrainingStream
+from paco_ds.data.stream.batches import TrainingStream
 from paco_ds.distributed import MicroBatchLayout
 from paco_ds.errors import DataError
 from paco_ds.recipe import StorageSettings

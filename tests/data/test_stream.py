@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from paco_ds.data.manifest import load_manifest
-from paco_ds.data.order import EpochOrder
 from paco_ds.data.shard import ShardReader
-from paco_ds.data.stream import TrainingStream, evaluation_stream
+from paco_ds.data.stream.batches import TrainingStream, evaluation_stream
+from paco_ds.data.stream.order import EpochOrder
 from paco_ds.distributed import MicroBatchLayout
 from paco_ds.errors import DataError
 from tests.data.tiny import flip_byte

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paco_ds.data.plan import Planned, TrainingPlan, held_bytes
-from paco_ds.data.read_ahead import TrainingSamples
-from paco_ds.data.sampler import ClassSampler
 from paco_ds.data.shard import Stored
+from paco_ds.data.stream.plan import Planned, TrainingPlan, held_bytes
+from paco_ds.data.stream.read_ahead import TrainingSamples
+from paco_ds.data.stream.sampler import ClassSampler
 from paco_ds.distributed import MicroBatchLayout
 
 SAMPLERS = ("instance_balanced", "square_root", "class_balanced", "progressively_balanced")

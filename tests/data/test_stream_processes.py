@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from paco_ds.data.loader_processes import _raising
+from paco_ds.data.stream.loader_processes import _raising
 from paco_ds.errors import TrainingError
 
 SCRIPT = """
 import os, signal, sys
 import psutil
 from paco_ds.data.manifest import load_manifest
-from paco_ds.data.stream import TrainingStream
+from paco_ds.data.stream.batches import TrainingStream
 from paco_ds.distributed import MicroBatchLayout
 from tests.recipes import tiny_recipe
 

@@ -11,8 +11,8 @@ import pytest
 
 from paco_ds.data import shard as shard_module
 from paco_ds.data.manifest import Manifest, load_manifest
-from paco_ds.data.plan import TrainingPlan
-from paco_ds.data.stream import TrainingStream
+from paco_ds.data.stream.batches import TrainingStream
+from paco_ds.data.stream.plan import TrainingPlan
 from paco_ds.distributed import MicroBatchLayout
 from tests.recipes import tiny_recipe
 

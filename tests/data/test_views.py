@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from paco_ds.data.decode import EncodedImage, open_image
 from paco_ds.data.shard import RawSample
-from paco_ds.data.views import Drawn, MakeViews, make_view, pair
-from paco_ds.data.views.crop import Box, resampled
-from paco_ds.data.views.cutout import Cutout
-from paco_ds.data.views.geometry import Interpolation, TranslateX, TranslateY
-from paco_ds.data.views.point import AutoContrast, Equalize
+from paco_ds.data.stream.decode import EncodedImage, open_image
+from paco_ds.data.stream.views import Drawn, MakeViews, make_view, pair
+from paco_ds.data.stream.views.crop import Box, resampled
+from paco_ds.data.stream.views.cutout import Cutout
+from paco_ds.data.stream.views.geometry import Interpolation, TranslateX, TranslateY
+from paco_ds.data.stream.views.point import AutoContrast, Equalize
 from paco_ds.view_settings import (
     ChainView,
     CifarKeyView,

@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools" / "bench"))
 
 import views
 
-from paco_ds.data.decode import decode
-from paco_ds.data.views import MakeViews, make_view
+from paco_ds.data.stream.decode import decode
+from paco_ds.data.stream.views import MakeViews, make_view
 from paco_ds.recipe_file import load_recipe
 
 

@@ -13,15 +13,15 @@ from scipy import stats
 from timm.data.auto_augment import rand_augment_transform
 from torchvision import transforms
 
-from paco_ds.data.views import make_view
-from paco_ds.data.views.autoaugment import CIFAR10_POLICY, draw_cifar10_policy, operation_of
-from paco_ds.data.views.blur import Blur, Sharpness
-from paco_ds.data.views.color import Brightness, Contrast, Gray, Hue, Saturation, draw_jitter
-from paco_ds.data.views.crop import resized_crop
-from paco_ds.data.views.cutout import Cutout
-from paco_ds.data.views.geometry import Flip, Interpolation, Rotate, ShearX, ShearY, TranslateX, TranslateY
-from paco_ds.data.views.point import AutoContrast, Equalize, Invert, Posterize, Solarize, SolarizeAdd
-from paco_ds.data.views.randaugment import draw_randaugment
+from paco_ds.data.stream.views import make_view
+from paco_ds.data.stream.views.autoaugment import CIFAR10_POLICY, draw_cifar10_policy, operation_of
+from paco_ds.data.stream.views.blur import Blur, Sharpness
+from paco_ds.data.stream.views.color import Brightness, Contrast, Gray, Hue, Saturation, draw_jitter
+from paco_ds.data.stream.views.crop import resized_crop
+from paco_ds.data.stream.views.cutout import Cutout
+from paco_ds.data.stream.views.geometry import Flip, Interpolation, Rotate, ShearX, ShearY, TranslateX, TranslateY
+from paco_ds.data.stream.views.point import AutoContrast, Equalize, Invert, Posterize, Solarize, SolarizeAdd
+from paco_ds.data.stream.views.randaugment import draw_randaugment
 from paco_ds.view_settings import (
     CifarKeyView,
     CifarView,

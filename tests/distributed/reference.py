@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paco_ds.data.stream import MicroBatch
+from paco_ds.data.stream.batches import MicroBatch
 from paco_ds.models.recogniser import Recogniser, make_recogniser
 from paco_ds.randomness import Stream, permutation
 from paco_ds.recipe import Recipe

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from paco_ds import engine as ds
-from paco_ds.data.stream import MicroBatch
+from paco_ds.data.stream.batches import MicroBatch
 from paco_ds.distributed import ByteCounter, MicroBatchLayout, Ranks
 from paco_ds.errors import RecipeError, TrainingError
 from paco_ds.key_encoder import make_key_encoder

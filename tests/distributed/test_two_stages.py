@@ -10,7 +10,7 @@ import torch
 
 from paco_ds.checkpoint import newest_checkpoint
 from paco_ds.data.manifest import open_data
-from paco_ds.data.stream import evaluation_stream
+from paco_ds.data.stream.batches import evaluation_stream
 from paco_ds.errors import RecipeError
 from paco_ds.evaluation.runner import load_recogniser
 from paco_ds.models.initial_weights import freeze, load_initial_weights

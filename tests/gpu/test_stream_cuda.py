@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from paco_ds.data.manifest import load_manifest
-from paco_ds.data.stream import TrainingStream
+from paco_ds.data.stream.batches import TrainingStream
 from paco_ds.distributed import MicroBatchLayout
 from tests.recipes import tiny_recipe
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from paco_ds.data.add import add_images
-from paco_ds.data.build import build_shards
-from paco_ds.data.build_plan import BuildOptions
+from paco_ds.data.build.add import add_images
+from paco_ds.data.build.check import check_shards
+from paco_ds.data.build.plan import BuildOptions
+from paco_ds.data.build.shards import build_shards
 from paco_ds.data.card import folder_card
-from paco_ds.data.check import check_shards
 from paco_ds.data.manifest import load_manifest
 from tests.data.tiny import encoded
 

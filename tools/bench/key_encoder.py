@@ -35,7 +35,7 @@ THRESHOLDS = {"all partitioned": 0, "DeepSpeed's default": 100_000}
 
 def update_milliseconds(repeats: int, overrides: Sequence[str], pixels: int) -> dict[str, float]:
     """Milliseconds of `ours`, `published`, `floor` and `step`, on one rank of its own process."""
-    from paco_ds.data.stream import MicroBatch
+    from paco_ds.data.stream.batches import MicroBatch
     from paco_ds.distributed import leave_job
 
     step, settings = _make_step({"stage": 0}, (*overrides, "step.micro_batches=1"))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from paco_ds.data.stream import MicroBatch
+from paco_ds.data.stream.batches import MicroBatch
 from paco_ds.models.recogniser import Recogniser
 from paco_ds.randomness import Stream, permutation
 from paco_ds.recipe import Recipe

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from prometheus_client import generate_latest
 from report import Bar, at_least, at_most, median_seconds, print_bars, print_table
 
-from paco_ds.data.order import EpochOrder
+from paco_ds.data.stream.order import EpochOrder
 from paco_ds.distributed import MicroBatchLayout, Pending
 from paco_ds.key_encoder import gather_keys
 from paco_ds.key_exchange import key_exchange

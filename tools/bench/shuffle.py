@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from report import at_least, print_bars, print_table
 
-from paco_ds.data.order import EpochOrder
-from paco_ds.data.sampler import ClassSampler
+from paco_ds.data.stream.order import EpochOrder
+from paco_ds.data.stream.sampler import ClassSampler
 
 IMAGES, CLASSES, SHARDS, BATCH = 437_513, 8_142, 300, 128
 BAR = 0.97

@@ -32,7 +32,7 @@ from loss import ALPHA, TAU
 from ranks import RankGroup
 from report import MIB, Bar, at_least, at_most, print_bars, print_table
 
-from paco_ds.data.build import build_shards
+from paco_ds.data.build.shards import build_shards
 from paco_ds.data.card import folder_card
 from paco_ds.recipe import Recipe
 from paco_ds.recipe_file import validate_recipe

@@ -11,7 +11,7 @@ from ranks import Parts
 from report import reset_peak, status_bytes
 
 from paco_ds.data.manifest import open_data
-from paco_ds.data.stream import TrainingStream
+from paco_ds.data.stream.batches import TrainingStream
 from paco_ds.distributed import MicroBatchLayout, Pending, Ranks
 from paco_ds.losses.paco import class_prior
 from paco_ds.models.recogniser import make_recogniser

@@ -37,15 +37,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from report import MIB, at_least, print_bars, print_table
 
-from paco_ds.data.build import build_shards
-from paco_ds.data.build_plan import BuildOptions
+from paco_ds.data.build.plan import BuildOptions
+from paco_ds.data.build.shards import build_shards
 from paco_ds.data.card import folder_card
 from paco_ds.data.manifest import load_manifest
-from paco_ds.data.plan import TrainingPlan, held_bytes
-from paco_ds.data.read_ahead import TrainingSamples
 from paco_ds.data.shard import ShardReader
 from paco_ds.data.storage import Storage
-from paco_ds.data.stream import TrainingStream
+from paco_ds.data.stream.batches import TrainingStream
+from paco_ds.data.stream.plan import TrainingPlan, held_bytes
+from paco_ds.data.stream.read_ahead import TrainingSamples
 from paco_ds.distributed import MicroBatchLayout
 from paco_ds.recipe import Recipe
 from paco_ds.recipe_file import load_recipe

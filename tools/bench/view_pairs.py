@@ -18,12 +18,12 @@ from torchvision.transforms import functional
 # The checkout need not be installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from paco_ds.data.views import Operation, Pixels
-from paco_ds.data.views.blur import Blur, Sharpness
-from paco_ds.data.views.color import Brightness, Contrast, Gray, Hue, Saturation
-from paco_ds.data.views.crop import Box, CenterCrop
-from paco_ds.data.views.geometry import Flip, Interpolation, Rotate, ShearX, ShearY, TranslateX, TranslateY
-from paco_ds.data.views.point import AutoContrast, Equalize, Invert, Posterize, Solarize, SolarizeAdd
+from paco_ds.data.stream.views import Operation, Pixels
+from paco_ds.data.stream.views.blur import Blur, Sharpness
+from paco_ds.data.stream.views.color import Brightness, Contrast, Gray, Hue, Saturation
+from paco_ds.data.stream.views.crop import Box, CenterCrop
+from paco_ds.data.stream.views.geometry import Flip, Interpolation, Rotate, ShearX, ShearY, TranslateX, TranslateY
+from paco_ds.data.stream.views.point import AutoContrast, Equalize, Invert, Posterize, Solarize, SolarizeAdd
 
 FILL = (124, 116, 104)
 _PIL_MODES = {

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from report import at_least, median_seconds, print_bars, print_table
 
 from paco_ds.data.shard import RawSample
-from paco_ds.data.views import MakeViews, make_view
+from paco_ds.data.stream.views import MakeViews, make_view
 from paco_ds.randomness import Stream, generator
 from paco_ds.recipe_file import load_recipe
 

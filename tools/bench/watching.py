@@ -38,7 +38,7 @@ from report import Bar, at_most, print_bars, print_table
 
 from paco_ds import engine as ds
 from paco_ds.data.manifest import SHOTS
-from paco_ds.data.stream import MicroBatch
+from paco_ds.data.stream.batches import MicroBatch
 from paco_ds.distributed import MicroBatchLayout, Ranks, leave_job
 from paco_ds.key_encoder import make_key_encoder
 from paco_ds.key_queue import KeyQueue, QueueSnapshot

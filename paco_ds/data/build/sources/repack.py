@@ -1,0 +1,188 @@
+"""Owns the source `webdataset`: samples of other tars, to be packed again in another size, order or selection.
+
+Tars are scanned once for where each image and label lies; nothing but JSON and numbers is decoded.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import tarfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import braceexpand
+
+from paco_ds.data.card import WebdatasetCard
+from paco_ds.data.build.image_bytes import BadImage, Encoded
+from paco_ds.data.build.samples import Samples, SamplesBuilder
+from paco_ds.data.build.sources.source import ENDINGS, Root, Source, class_names, ending
+from paco_ds.errors import DataError
+
+_MAX_OPEN = 64
+_MOST_ABOUT = 1 << 20  # bytes of JSON
+
+
+@dataclass
+class Members:
+    """Images that are members of tars; one tar stays open, since rows are read in any order from a few of them."""
+
+    root: Root
+    _open: dict[str, int] = field(default_factory=dict, repr=False)
+
+    def __getstate__(self) -> Root:
+        return self.root
+
+    def __setstate__(self, root: Root) -> None:
+        self.root, self._open = root, {}
+
+    def read(self, samples: Samples, row: int, room: memoryview) -> Encoded:
+        name = samples.names[row]
+        tar = name.partition("#")[0]
+        try:
+            if tar not in self._open:
+                if len(self._open) >= _MAX_OPEN:
+                    os.close(self._open.pop(next(iter(self._open))))
+                self._open[tar] = os.open(self.root.path / tar, os.O_RDONLY)
+            size = os.preadv(self._open[tar], (room[:-1],), int(samples.places[row]))
+        except OSError as error:
+            raise BadImage("unreadable", name, error.strerror or str(error)) from error
+        if size != len(room) - 1:
+            raise DataError(f"{self.root}/{tar} changed while the shards were built: start again")
+        return room[:-1]
+
+
+def read(card: WebdatasetCard, root: Root) -> Source:
+    """List the samples of tars; labels are the numbers in them, class names those beside them or the card's."""
+    names: dict[int, str] = {}
+    splits = {}
+    bad: list[BadImage] = []
+    for split, tars in card.splits.items():
+        scan = _Scan(card, root, SamplesBuilder(), names, bad)
+        for tar in _expanded(root, tars.tars):
+            scan.tar(tar)
+        splits[split] = scan.rows.build()
+    given = class_names(card.classes, root)
+    largest = max((int(s.labels.max()) for s in splits.values() if len(s)), default=-1)
+    if given is not None and largest >= len(given):
+        raise DataError(f"label {largest} of the tars is out of range, the labels are 0 to {len(given) - 1}")
+    classes = given or tuple(names.get(label, str(label)) for label in range(largest + 1))
+    return Source(classes, splits, Members(root), bad=bad)
+
+
+def _expanded(root: Root, pattern: str) -> list[str]:
+    """The tars of a pattern with braces and stars, in the order of their names."""
+    tars: list[str] = []
+    for name in braceexpand.braceexpand(pattern):
+        if "*" not in name and "?" not in name:
+            tars.append(name)
+            continue
+        folder, _, last = name.rpartition("/")
+        try:
+            found = sorted(n for n in os.listdir(root.path / folder) if fnmatch.fnmatchcase(n, last))
+        except OSError:
+            found = []
+        tars += [f"{folder}/{n}" if folder else n for n in found]
+    if not tars:
+        raise DataError(f"no tar under {root} is called {pattern}")
+    missing = [tar for tar in tars if not (root.path / tar).is_file()]
+    if missing:
+        raise DataError(f"tar {root}/{missing[0]} is missing ({len(missing)} of {len(tars)})")
+    return tars
+
+
+@dataclass
+class _Sample:
+    """The members of one key that matter: where the image is, and what says its label."""
+
+    image: tuple[str, int, int] | None = None
+    about: bytes | None = None
+    cls: bytes | None = None
+
+
+@dataclass
+class _Scan:
+    """Reads tars one after another into a table."""
+
+    card: WebdatasetCard
+    root: Root
+    rows: SamplesBuilder
+    names: dict[int, str]
+    bad: list[BadImage]
+
+    def tar(self, tar: str) -> None:
+        """Add the samples of a tar; DataError if it is damaged, since a reader would end at the place silently."""
+        path = self.root.path / tar
+        key, sample, end = "", _Sample(), 0
+        try:
+            with tarfile.open(path, "r:") as archive:
+                while (member := archive.next()) is not None:
+                    archive.members = []  # type: ignore[attr-defined]  # it would keep every member
+                    end = member.offset_data + member.size
+                    if not member.isreg():
+                        continue
+                    folder, _, base = member.name.rpartition("/")
+                    stem, _, suffix = base.partition(".")
+                    if f"{folder}/{stem}" != key:
+                        self._take(tar, key, sample)
+                        key, sample = f"{folder}/{stem}", _Sample()
+                    if ending(base) in ENDINGS:
+                        sample.image = (member.name, member.offset_data, member.size)
+                    elif suffix.lower() in ("json", "cls"):
+                        self._label_of(archive, member, suffix.lower(), sample)
+        except (tarfile.TarError, OSError, EOFError) as error:
+            raise DataError(f"{path} is damaged or no tar ({error}): copy it again") from error
+        self._take(tar, key, sample)
+        _require_whole(path, end)
+
+    def _label_of(self, archive: tarfile.TarFile, member: tarfile.TarInfo, suffix: str, sample: _Sample) -> None:
+        if member.size > _MOST_ABOUT:
+            raise DataError(f"{archive.name!s}: {member.name} has {member.size} bytes, too many to say a label")
+        file = archive.extractfile(member)
+        assert file is not None  # a regular file
+        if suffix == "json":
+            sample.about = file.read()
+        else:
+            sample.cls = file.read()
+
+    def _take(self, tar: str, key: str, sample: _Sample) -> None:
+        """One sample into the table, or among the bad ones."""
+        if sample == _Sample():
+            return
+        where = f"{tar}#{key.lstrip('/')}"
+        if sample.image is None:
+            self.bad.append(BadImage("no_image", where))
+            return
+        member, offset, size = sample.image
+        label, name = self._label(sample, f"{self.root}/{where}")
+        if name is not None and self.names.setdefault(label, name) != name:
+            raise DataError(
+                f"{self.root}/{where}: label {label} is called {name!r}, and {self.names[label]!r} before it"
+            )
+        self.rows.add(f"{tar}#{member}", label, place=offset, size=size)
+
+    def _label(self, sample: _Sample, where: str) -> tuple[int, str | None]:
+        name = None
+        try:
+            if sample.about is not None:
+                about = json.loads(sample.about)
+                label, name = about[self.card.label_key], about.get(self.card.class_key)
+            else:
+                label = int(sample.cls or b"")
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{where} has no label: neither .json with {self.card.label_key!r} (label_key) nor .cls ({error!r})"
+            ) from error
+        if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < 2**31:
+            raise DataError(f"{where}: label {label!r} is no number from 0")
+        return label, None if name is None else str(name)
+
+
+def _require_whole(path: Path, end: int) -> None:
+    """tarfile, like webdataset, ends silently at a damaged header: what follows the last member must be zeros."""
+    with open(path, "rb") as file:
+        file.seek(-(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
+        tail = file.read(2 * tarfile.BLOCKSIZE)
+    if len(tail) < 2 * tarfile.BLOCKSIZE or any(tail):
+        raise DataError(f"{path} is damaged after byte {end}: no end of a tar there; copy it again")

@@ -1,0 +1,158 @@
+"""The stream: planned samples read from shards, decoded, turned into views and batched, as a webdataset pipeline.
+
+Training yields one optimizer step of this rank at a time: its micro-batches, each with both views as bytes (keys
+are needed for all of them before the first query). Loader processes each make a part of every micro-batch, so any
+number of them gives the same bytes, and together they read and hold no more than one would. A bad sample keeps its
+place: another of its class stands in, and it is reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import webdataset as wds
+from torch import Tensor
+
+from paco_ds.data.manifest import Manifest
+from paco_ds.data.shard import ShardReader
+from paco_ds.data.stream.load import Load, Part, Replaced, Together, collate
+from paco_ds.data.stream.loader_processes import start_loading
+from paco_ds.data.stream.plan import EvaluationPlan, TrainingPlan, micro_batches_ahead, shards_at_once
+from paco_ds.data.stream.read_ahead import EvaluationSamples, TrainingSamples
+from paco_ds.data.stream.sampler import ClassSampler, SharedLabels
+from paco_ds.data.stream.views import MakeViews, make_view
+from paco_ds.distributed import MicroBatchLayout, local_world_size
+from paco_ds.errors import RecipeError
+from paco_ds.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """m images: `query` and `key` uint8 [m, 3, H, W] (`key` None without a key encoder), `labels` int64 [m].
+
+    `ids` int64 [m] are the planned sample ids; `valid` bool [m] is False where an evaluation batch is padded.
+    """
+
+    query: Tensor
+    key: Tensor | None
+    labels: Tensor
+    ids: Tensor
+    valid: Tensor
+    replaced: tuple[Replaced, ...] = ()
+
+
+def join(parts: Sequence[Part]) -> MicroBatch:
+    """The micro-batch of its parts; page-locked where there is a GPU, to which it then goes while that computes."""
+    first = parts[0].views
+    views = [_joined([part.views[view] for part in parts]) for view in range(len(first))]
+    return MicroBatch(
+        query=views[0],
+        key=views[1] if len(views) > 1 else None,
+        labels=torch.from_numpy(np.concatenate([part.labels for part in parts])),
+        ids=torch.from_numpy(np.concatenate([part.ids for part in parts])),
+        valid=torch.from_numpy(np.concatenate([part.valid for part in parts])),
+        replaced=tuple(r for part in parts for r in part.replaced),
+    )
+
+
+def _joined(images: list[Tensor]) -> Tensor:
+    if len(images) == 1 and not torch.cuda.is_available():
+        return images[0]
+    shape = (sum(len(each) for each in images), *images[0].shape[1:])
+    out = torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    return torch.cat(images, out=out)
+
+
+class TrainingStream:
+    """Iterates over optimizer steps: a list of this rank's micro-batches each. Loader processes start here.
+
+    Args:
+        start: global step to begin with; every later one follows until the recipe's last epoch.
+    """
+
+    def __init__(self, recipe: Recipe, manifest: Manifest, layout: MicroBatchLayout, start: int = 0) -> None:
+        split = manifest.split(recipe.data.train_split)
+        reader = ShardReader(manifest.storage, split)
+        refuse_small_cache(recipe, manifest, layout, local_world_size())
+        sampler = None
+        if recipe.data.sampler != "instance_balanced":
+            sampler = ClassSampler(
+                recipe.data.sampler,
+                reader.counts,
+                SharedLabels(reader.labels()),
+                split.class_counts,
+                seed=recipe.seed,
+                epochs=recipe.schedule.epochs,
+            )
+        self.plan = TrainingPlan(
+            reader.counts,
+            layout,
+            seed=recipe.seed,
+            window=recipe.data.window,
+            start=start,
+            epochs=recipe.schedule.epochs,
+            sampler=sampler,
+        )
+        kinds = (recipe.views.query, recipe.views.key) if recipe.loss.contrast else (recipe.views.query,)
+        make_views = MakeViews(tuple(map(make_view, kinds)), recipe.data.max_pixels)
+        pipeline = wds.DataPipeline(
+            TrainingSamples(self.plan, reader),
+            wds.map(Load(reader, make_views, recipe.seed, substitute=True)),
+            Together(self.plan),
+        )
+        workers = min(recipe.data.workers, layout.micro_batch)  # each makes at least one image of a micro-batch
+        self._accumulation, self._parts_of_each = layout.accumulation, max(workers, 1)
+        # all of the next step is made while the one under way is computed
+        self._parts = start_loading(pipeline, workers, ahead=micro_batches_ahead(layout))
+
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
+        return self
+
+    def __next__(self) -> list[MicroBatch]:
+        return [self._micro_batch() for _ in range(self._accumulation)]
+
+    def close(self) -> None:
+        """End the loader processes."""
+        del self._parts
+
+    def _micro_batch(self) -> MicroBatch:
+        return join([next(self._parts) for _ in range(self._parts_of_each)])
+
+
+def refuse_small_cache(recipe: Recipe, manifest: Manifest, layout: MicroBatchLayout, ranks: int) -> None:
+    """Raise RecipeError where data.cache would not hold the shards that the ranks of a host read from at one time.
+
+    Such a cache would fetch whole shards again and again, for a window each. Without one only ranges can be read.
+    """
+    cache, split = recipe.data.cache, manifest.split(recipe.data.train_split)
+    if cache is None and manifest.storage.is_pipe:
+        raise RecipeError("a pipe: command gives whole shards, not ranges of them: set data.cache.directory and .bytes")
+    if cache is None or manifest.storage.is_local:
+        return
+    counts = [shard.samples for shard in split.shards]
+    shards = shards_at_once(counts, layout, recipe.data.window, ranks)
+    needed = sum(sorted((shard.bytes for shard in split.shards), reverse=True)[:shards])
+    if cache.bytes < needed:
+        raise RecipeError(
+            f"data.cache.bytes {cache.bytes} cannot hold the {shards} shards that {ranks} ranks of this host read from "
+            f"at one time: raise it to {needed}, or leave data.cache out, and only ranges of shards are read"
+        )
+
+
+def evaluation_stream(
+    recipe: Recipe, manifest: Manifest, split: str, rank: int = 0, world_size: int = 1
+) -> Iterator[MicroBatch]:
+    """Batches of a split, every image exactly once over all ranks, equally many batches on each."""
+    reader = ShardReader(manifest.storage, manifest.split(split))
+    batch = recipe.evaluation.batch
+    make_views = MakeViews((make_view(recipe.views.evaluation),), recipe.data.max_pixels)
+    pipeline = wds.DataPipeline(
+        EvaluationSamples(EvaluationPlan(len(reader), batch, rank, world_size), reader),
+        wds.map(Load(reader, make_views, recipe.seed, substitute=False)),
+        wds.batched(batch, collation_fn=collate),
+    )
+    for part in start_loading(pipeline, recipe.data.workers):
+        yield join([part])

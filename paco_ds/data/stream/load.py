@@ -1,0 +1,133 @@
+"""Making of images what a step needs: stored samples decoded, turned into views, and gathered.
+
+A bad sample keeps its place: another of its class stands in, and it is reported.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from paco_ds.data.shard import BadSample, RawSample, ShardReader, Stored
+from paco_ds.data.stream.plan import Planned, TrainingPlan, this_worker
+from paco_ds.data.stream.views import MakeViews
+from paco_ds.errors import DataError
+from paco_ds.randomness import Stream, generator
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A sample that could not be used, and the place its substitute took."""
+
+    key: str
+    shard: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a loader process made of a micro-batch: `views` uint8 [views, images, 3, H, W], of one shared memory."""
+
+    views: Tensor
+    labels: np.ndarray
+    ids: np.ndarray
+    valid: np.ndarray
+    replaced: tuple[Replaced, ...] = ()
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A sample's views, uint8 [size, size, 3] each: the query's (evaluation's), and the key's if there is one."""
+
+    plan: Planned
+    views: tuple[np.ndarray, ...]
+    label: int
+    replaced: tuple[Replaced, ...] = ()
+
+
+@dataclass(frozen=True)
+class Load:
+    """Reads a planned sample and makes its views; in training a bad one is replaced, in evaluation it is an error."""
+
+    reader: ShardReader
+    make_views: MakeViews
+    seed: int
+    substitute: bool
+
+    def __call__(self, sample: tuple[Planned, Stored]) -> Loaded:
+        plan, stored = sample
+        try:
+            return self._loaded(plan, stored.sample())
+        except BadSample as bad:
+            if not self.substitute:
+                raise DataError(
+                    f"sample {bad.key} of {bad.shard} cannot be evaluated ({bad.reason}); an accuracy without it would "
+                    f"be of another set. Copy the shard again, or rebuild it; tools/build_shards.py check finds all"
+                ) from bad
+            return self._substitute(plan, bad)
+
+    def _loaded(self, plan: Planned, raw: RawSample) -> Loaded:
+        streams = _VIEW_STREAMS[: len(self.make_views.views)]
+        rngs = [generator(stream, self.seed, plan.epoch, plan.position) for stream in streams]
+        return Loaded(plan, self.make_views(raw, *rngs), raw.label)
+
+    def _substitute(self, plan: Planned, bad: BadSample) -> Loaded:
+        """Another sample of the class (any, if none can be read), a function of (seed, epoch, position)."""
+        rng = generator(Stream.SUBSTITUTE, self.seed, plan.epoch, plan.position)
+        samples = len(self.reader)
+        classmates = rng.permutation(self.reader.ids_of_class(int(self.reader.labels()[plan.sample_id])))
+        anyone = (int(rng.integers(samples)) for _ in range(_MOST_TRIES))
+        replaced = [Replaced(bad.key, bad.shard, bad.reason)]
+        for candidate in itertools.chain(classmates[:_MOST_TRIES], anyone):
+            if candidate == plan.sample_id:
+                continue
+            try:
+                return replace(self._loaded(plan, self.reader.read(int(candidate))), replaced=tuple(replaced))
+            except BadSample as also_bad:
+                replaced.append(Replaced(also_bad.key, also_bad.shard, also_bad.reason))
+        names = ", ".join(f"{r.key} ({r.reason})" for r in replaced[:5])
+        raise DataError(
+            f"{len(replaced)} samples drawn one after the other are unreadable: {names}, ... "
+            f"Run tools/build_shards.py check on the shards' directory"
+        )
+
+
+_MOST_TRIES = 100  # a set of which a hundred draws fail is not worth reading on
+_VIEW_STREAMS = (Stream.QUERY_VIEW, Stream.KEY_VIEW)
+
+
+def collate(samples: Sequence[Loaded]) -> Part:
+    """Views and labels of some images of a micro-batch."""
+    height, width, channels = samples[0].views[0].shape
+    views = torch.empty((len(samples[0].views), len(samples), channels, height, width), dtype=torch.uint8)
+    for number, sample in enumerate(samples):
+        for image, view in zip(views[:, number], sample.views, strict=True):
+            cv2.split(view, list(image.numpy()))  # a tenth of the time of numpy's transposition
+    return Part(
+        views=views,
+        labels=np.array([s.label for s in samples]),
+        ids=np.array([s.plan.sample_id for s in samples]),
+        valid=np.array([s.plan.valid for s in samples]),
+        replaced=tuple(r for s in samples for r in s.replaced),
+    )
+
+
+@dataclass(frozen=True)
+class Together:
+    """Collates the samples that a loader process makes of each micro-batch; how many, it knows only there."""
+
+    plan: TrainingPlan
+
+    def __call__(self, samples: Iterable[Loaded]) -> Iterator[Part]:
+        samples = iter(samples)
+        for size in itertools.cycle(map(len, self.plan.lanes_of(*this_worker()))):
+            part = list(itertools.islice(samples, size))
+            if not part:
+                return
+            yield collate(part)

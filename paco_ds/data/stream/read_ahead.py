@@ -1,0 +1,106 @@
+"""Reading ahead of need: windows of stored samples fetched by threads while earlier ones are decoded.
+
+A loader process holds, for each of its lanes, what is left of the window under way, given back sample by sample, and
+maybe the next one. The lanes' next windows are asked for at different steps, evenly over a window, so that reading
+is steady and what is held stays at about lanes x window samples; `steps_ahead` at the least are between asking for
+a window and its first sample.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+from torch.utils.data import IterableDataset
+
+from paco_ds.data.shard import ShardReader, Stored
+from paco_ds.data.stream.plan import EvaluationPlan, Planned, TrainingPlan, Window, steps_ahead, this_worker
+
+_THREADS_LOCAL, _THREADS_REMOTE = 2, 16  # one request of a remote store is slow, many at once are not
+
+
+class TrainingSamples(IterableDataset):
+    """Planned samples and their stored bytes, micro-batch by micro-batch: the share of this loader process."""
+
+    def __init__(self, plan: TrainingPlan, reader: ShardReader) -> None:
+        self.plan, self.reader = plan, reader
+
+    def __iter__(self) -> Iterator[tuple[Planned, Stored]]:
+        return self.share(*this_worker())
+
+    def share(self, worker: int, workers: int) -> Iterator[tuple[Planned, Stored]]:
+        """What one of so many loader processes takes."""
+        lanes = [lane for of_slot in self.plan.lanes_of(worker, workers) for lane in of_slot]
+        self.reader.keep = max(self.reader.keep, 2 * len(lanes))
+        windows = self.plan.windows(lanes)
+        pool = ThreadPoolExecutor(_threads(self.reader), thread_name_prefix="read-ahead")
+        try:
+            window = next(windows, None)
+            now = [self._fetch(pool, window, row) for row in range(len(lanes))] if window else []
+            while window is not None:
+                # in a thread, since a sampler lays out a new epoch here
+                following = pool.submit(next, windows, None)
+                later: list[Future[_Held]] = []
+                for step in range(window.start, window.start + window.steps):
+                    due = self._due(window, step, len(lanes))
+                    if (following.done() or due == len(lanes)) and (coming := following.result()) is not None:
+                        later += [self._fetch(pool, coming, row) for row in range(len(later), due)]
+                    for row, lane in enumerate(lanes):
+                        planned = self.plan.planned(window, step, lane, row)
+                        yield planned, now[row].result().take(planned.sample_id)
+                window, now = following.result(), later
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _fetch(self, pool: ThreadPoolExecutor, window: Window, row: int) -> Future[_Held]:
+        return pool.submit(_Held, self.reader, window.ids[row])
+
+    def _due(self, window: Window, step: int, lanes: int) -> int:
+        """How many lanes' next windows have been asked for at a step of this one."""
+        left = window.start + window.steps - step
+        quiet = steps_ahead(self.plan.window)
+        spread = max(self.plan.window - quiet, 1)
+        return lanes * (spread - min(max(left - quiet, 0), spread)) // spread
+
+
+class EvaluationSamples(IterableDataset):
+    """Planned samples of a split and their stored bytes, batch by batch; the next batches are being read."""
+
+    def __init__(self, plan: EvaluationPlan, reader: ShardReader) -> None:
+        self.plan, self.reader = plan, reader
+
+    def __iter__(self) -> Iterator[tuple[Planned, Stored]]:
+        pool = ThreadPoolExecutor(2, thread_name_prefix="read-ahead")
+        waiting: list[tuple[list[Planned], Future[_Held]]] = []
+        try:
+            for batch in self.plan.batches_of(*this_worker()):
+                waiting.append((batch, pool.submit(_Held, self.reader, [p.sample_id for p in batch])))
+                if len(waiting) > 2:
+                    yield from _taken(*waiting.pop(0))
+            for batch, held in waiting:
+                yield from _taken(batch, held)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _taken(batch: list[Planned], held: Future[_Held]) -> Iterator[tuple[Planned, Stored]]:
+    for planned in batch:
+        yield planned, held.result().take(planned.sample_id)
+
+
+class _Held:
+    """Samples read together; each is let go when it was taken as often as it was planned."""
+
+    def __init__(self, reader: ShardReader, ids: Sequence[int] | np.ndarray) -> None:
+        self._times = Counter(int(i) for i in ids)
+        self._stored = {stored.sample_id: stored for stored in reader.read_window(sorted(self._times))}
+
+    def take(self, sample_id: int) -> Stored:
+        self._times[sample_id] -= 1
+        return self._stored[sample_id] if self._times[sample_id] else self._stored.pop(sample_id)
+
+
+def _threads(reader: ShardReader) -> int:
+    return _THREADS_LOCAL if reader.storage.is_local else _THREADS_REMOTE

@@ -1,0 +1,135 @@
+"""Owns the operations that move pixels: flip, shear, translation, rotation; what comes from outside has one color."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+import cv2
+import numpy as np
+
+from paco_ds.data.stream.views.view import Pixels
+
+Color = tuple[int, int, int]
+
+
+class Interpolation(Enum):
+    """How a pixel is made from those around its origin."""
+
+    NEAREST = cv2.INTER_NEAREST
+    BILINEAR = cv2.INTER_LINEAR
+    BICUBIC = cv2.INTER_CUBIC
+
+
+@dataclass(frozen=True)
+class Flip:
+    """Left becomes right."""
+
+    def __call__(self, view: Pixels) -> Pixels:
+        return cv2.flip(view, 1)
+
+
+@dataclass(frozen=True)
+class ShearX:
+    """Rows move by `factor` times their height in the view."""
+
+    factor: float
+    interpolation: Interpolation
+    fill: Color
+
+    def __call__(self, view: Pixels) -> Pixels:
+        return _moved(view, ((1, self.factor, 0), (0, 1, 0)), self.interpolation, self.fill)
+
+
+@dataclass(frozen=True)
+class ShearY:
+    """Columns move by `factor` times their place in the view."""
+
+    factor: float
+    interpolation: Interpolation
+    fill: Color
+
+    def __call__(self, view: Pixels) -> Pixels:
+        return _moved(view, ((1, 0, 0), (self.factor, 1, 0)), self.interpolation, self.fill)
+
+
+@dataclass(frozen=True)
+class TranslateX:
+    """To the left by `share` of the width."""
+
+    share: float
+    interpolation: Interpolation
+    fill: Color
+
+    def __call__(self, view: Pixels) -> Pixels:
+        return _translated(view, 1, self.share * view.shape[1], self.interpolation, self.fill)
+
+
+@dataclass(frozen=True)
+class TranslateY:
+    """Up by `share` of the height."""
+
+    share: float
+    interpolation: Interpolation
+    fill: Color
+
+    def __call__(self, view: Pixels) -> Pixels:
+        return _translated(view, 0, self.share * view.shape[0], self.interpolation, self.fill)
+
+
+@dataclass(frozen=True)
+class Rotate:
+    """Counter-clockwise about the center, by degrees."""
+
+    degrees: float
+    interpolation: Interpolation
+    fill: Color
+
+    def __call__(self, view: Pixels) -> Pixels:
+        cos, sin = math.cos(math.radians(self.degrees)), math.sin(math.radians(self.degrees))
+        x, y = view.shape[1] / 2, view.shape[0] / 2
+        rows = ((cos, -sin, x - cos * x + sin * y), (sin, cos, y - sin * x - cos * y))
+        return _moved(view, rows, self.interpolation, self.fill)
+
+
+def _moved(view: Pixels, rows: tuple[tuple[float, ...], ...], interpolation: Interpolation, fill: Color) -> Pixels:
+    """Pixel (x, y) comes from rows @ (x, y, 1), both in PIL's coordinates, where pixel centers are at halves."""
+    matrix = np.array(rows, np.float64)
+    matrix[:, 2] += matrix[:, :2] @ (0.5, 0.5) - 0.5  # OpenCV's are at whole numbers
+    return cv2.warpAffine(
+        view,
+        matrix,
+        (view.shape[1], view.shape[0]),
+        flags=interpolation.value | cv2.WARP_INVERSE_MAP,
+        borderMode=cv2.BORDER_CONSTANT,
+        borderValue=fill,
+    )
+
+
+def _translated(view: Pixels, axis: int, pixels: float, interpolation: Interpolation, fill: Color) -> Pixels:
+    """Pixel i along `axis` comes from i + pixels: the same mix of neighbours for all, less work than `_moved`."""
+    floor, nearest = math.floor(pixels), math.floor(pixels + 0.5)
+    first, weights = _weights(pixels - floor, interpolation)
+    kernel, anchor = np.array([weights]), (nearest - floor - first, 0)
+    if axis == 0:
+        kernel, anchor = kernel.T, (0, anchor[0])
+    mixed = cv2.filter2D(view, -1, kernel, anchor=anchor, borderType=cv2.BORDER_REPLICATE)
+    side = view.shape[axis]
+    start, end = max(nearest, 0), min(side + nearest, side)  # of what stays in view
+    if start >= end:
+        return np.full_like(view, fill)
+    before, after = start - nearest, side + nearest - end
+    if axis == 0:
+        return cv2.copyMakeBorder(mixed[start:end], before, after, 0, 0, cv2.BORDER_CONSTANT, value=fill)
+    return cv2.copyMakeBorder(mixed[:, start:end], 0, 0, before, after, cv2.BORDER_CONSTANT, value=fill)
+
+
+def _weights(share: float, interpolation: Interpolation) -> tuple[int, tuple[float, ...]]:
+    """For a point `share` of the way from pixel 0 to pixel 1: the first pixel that counts, and the weights from it."""
+    if interpolation is Interpolation.NEAREST:
+        return 0, (1.0, 0.0) if share < 0.5 else (0.0, 1.0)
+    if interpolation is Interpolation.BILINEAR:
+        return 0, (1 - share, share)
+    d = share  # Keys' cubic with a = -1, PIL's for transformations
+    return -1, (-d + 2 * d**2 - d**3, 1 - 2 * d**2 + d**3, d + d**2 - d**3, d**3 - d**2)

@@ -1,7 +1,0 @@
-"""From an encoded image to its views."""
-
-from paco_ds.data.views.named import make_view
-from paco_ds.data.views.pair import MakeViews
-from paco_ds.data.views.view import Drawn, Operation, Pixels, Sampling, View
-
-__all__ = ["Drawn", "MakeViews", "Operation", "Pixels", "Sampling", "View", "make_view"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -126,3 +127,18 @@ def test_label_outside_the_classes_is_refused() -> None:
         _counted(torch.zeros(1, 3), torch.tensor([3]))
     with pytest.raises(ValueError, match="logits have 4 classes, the counts 3"):
         ClassCounts.zeros(3).add(torch.zeros(1, 4), torch.tensor([0]), torch.tensor([True]))
+
+
+def test_experts_used_are_told_where_routers_decide() -> None:
+    """The mean over images, in metrics.json and under the table; nothing without routers."""
+    plain = shot_accuracy(_counted(*_batch()), SHOTS_12)
+    routed = replace(plain, images_by_experts=[10, 20, 10])
+    assert routed.to_json() == {**plain.to_json(), "experts_used": 2.0, "images_by_experts": [10, 20, 10]}
+    assert replace(plain, images_by_experts=[0, 0, 0]).experts_used is None
+    printed = {}
+    for name, accuracy in (("plain", plain), ("routed", routed)):
+        console = Console(file=io.StringIO(), width=80)
+        console.print(accuracy.table())
+        printed[name] = console.file.getvalue()
+    assert "2.00 of 3 experts an image" in printed["routed"]
+    assert "experts" not in printed["plain"]

@@ -115,6 +115,24 @@ def test_build_that_ended_between_manifest_and_tidying_up_is_done(
     assert contents(out) == contents(tiny_shards.directory)
 
 
+def test_build_that_ended_before_its_empty_folder_was_removed_is_refused_and_tidied(
+    tiny_card: Path, tiny_shards: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The very last moment: nothing is left to do but to remove the folder of what the build knew."""
+    card, out = load_card(tiny_card), tmp_path / "out"
+
+    def end(*_: object) -> None:
+        raise Stop
+
+    monkeypatch.setattr(build_module, "remove_state", end)
+    with pytest.raises(Stop):
+        build_shards(card, images_of(tiny_card), out, SMALL)
+    monkeypatch.undo()
+    with pytest.raises(DataError, match="holds shards already"):
+        build_shards(card, images_of(tiny_card), out, SMALL)
+    assert contents(out) == contents(tiny_shards.directory)
+
+
 def test_killed_command_goes_on(tmp_path: Path) -> None:
     """SIGKILL to all of its processes at some moment, three times over; then the same command to its end."""
     for number in range(60):

@@ -292,6 +292,7 @@ def _refuse_existing(output: Storage, state: Storage, overwrite: bool, plan: str
     if MANIFEST_FILE in files:
         if state.exists(PLAN_FILE) and (plan is None or Rank().plan(state) == plan):
             return  # killed after the manifest was written, before the rest was cleared
+        remove_state(state)  # killed when only the empty folder was left
         raise DataError(f"{output.url} holds shards already; give another --output, or --overwrite to replace them")
     foreign = [tar for tar in files if tar.endswith(".tar") and f"{tar.removesuffix('.tar')}.index.npy" not in files]
     if foreign:

@@ -17,12 +17,12 @@ from deepspeed.accelerator import get_accelerator
 
 from paco_ds.distributed import MicroBatchLayout, Ranks, environment_ranks, join_job
 from paco_ds.errors import RecipeError, UserError
+from paco_ds.gradients import average
 from paco_ds.models.execution import prepare
 from paco_ds.models.recogniser import Recogniser
 from paco_ds.optimizer import GuardedSGD
 from paco_ds.recipe import Recipe
 
-_BUCKET = 2**23  # numbers of gradients that are reduced at a time, 32 MiB
 _OWNED = {  # DeepSpeed keys that the recipe decides: {key: recipe setting}
     "train_batch_size": "step.micro_batch and step.micro_batches",
     "train_micro_batch_size_per_gpu": "step.micro_batch",
@@ -31,6 +31,7 @@ _OWNED = {  # DeepSpeed keys that the recipe decides: {key: recipe setting}
     "optimizer": "the optimizer section",
     "scheduler": "the schedule section",
 }
+_REDUCTION = {"communication_data_type", "prescale_gradients", "gradient_predivide_factor"}  # left to DeepSpeed
 _REFUSED = {
     "fp16": "its loss scaling never recovers with this step; use torch_autocast with bfloat16",
     "bf16": "it casts the weights, which breaks BatchNorm; use torch_autocast with bfloat16",
@@ -168,7 +169,12 @@ def initialise(
         "gradient_clipping": (settings.clip_norm or 0.0) if stage > 0 else 0.0,
     }
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=complete)
-    if stage == 0:
-        # DeepSpeed would gather all gradients into one buffer, a whole copy of them.
-        engine.allreduce_gradients = partial(engine.allreduce_gradients, bucket_size=_BUCKET)
+    if stage == 0 and not _REDUCTION & config.keys():
+        engine.allreduce_gradients = partial(_average_gradients, engine)
     return engine, optimizer
+
+
+def _average_gradients(engine: Any) -> None:
+    """In place of `engine.allreduce_gradients`, which DeepSpeed calls after every backward."""
+    if engine.is_gradient_accumulation_boundary():
+        average([p.grad for p in engine.module.parameters() if p.grad is not None])

@@ -13,6 +13,7 @@ from paco_ds import engine as ds
 from paco_ds.data.stream.batches import MicroBatch
 from paco_ds.distributed import ByteCounter, MicroBatchLayout, Ranks
 from paco_ds.errors import RecipeError, TrainingError
+from paco_ds.gradients import average
 from paco_ds.key_encoder import make_key_encoder
 from paco_ds.key_queue import KeyQueue
 from paco_ds.losses import make_loss
@@ -295,3 +296,21 @@ FAULTS = {
     "second view detached": _second_view_detached,
 }
 EVERYWHERE = ("gradients doubled", "statistics not averaged", "no moving average", "second view detached")
+
+
+def average_gradients(ranks: Ranks) -> tuple[float, bool]:
+    """(largest error, whether memory and strides stayed) of gradients drawn by rank, against the mean of the draws."""
+
+    def drawn(rank: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(rank)
+        shapes = [(300, 300), (7,), (), (64, 32, 6, 6), (4, 3, 3, 3), (70_000,)]
+        gradients = [torch.randn(shape, generator=generator) for shape in shapes]
+        return [g.to(memory_format=torch.channels_last) if g.ndim == 4 else g for g in gradients]
+
+    gradients = drawn(ranks.rank)
+    before = [(g.data_ptr(), g.stride()) for g in gradients]
+    average([])
+    average(gradients)
+    expected = [torch.stack(of_ranks).mean(0) for of_ranks in zip(*map(drawn, range(ranks.world_size)), strict=True)]
+    error = max(float((g - e).abs().max()) for g, e in zip(gradients, expected, strict=True))
+    return error, before == [(g.data_ptr(), g.stride()) for g in gradients]

@@ -55,12 +55,16 @@ def _bar(name: str, ratio: float, bar: str, holds: bool, figures: Mapping[str, f
 
 
 def median_seconds(
-    works: Mapping[str, Callable[[], object]], repeats: int, *, warm_up: bool = True
+    works: Mapping[str, Callable[[], object]],
+    repeats: int,
+    *,
+    warm_up: bool = True,
+    before: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
     """Median wall seconds of each piece of work, all run in turn so that a noisy spell falls on all of them.
 
     Each is called once unmeasured, unless without `warm_up`. The order rotates from round to round: nobody always
-    follows the same.
+    follows the same. `before` is called before each, off the clock.
 
     Raises:
         ValueError: repeats below 1.
@@ -69,11 +73,13 @@ def median_seconds(
         raise ValueError(f"--repeats must be at least 1, got {repeats}")
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for work in works.values() if warm_up else ():
+        before()
         work()
     names = list(works)
     for round_number in range(repeats):
         first = round_number % len(names)
         for name in names[first:] + names[:first]:
+            before()
             start = time.perf_counter()
             works[name]()
             seconds[name].append(time.perf_counter() - start)

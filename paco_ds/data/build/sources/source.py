@@ -234,8 +234,9 @@ def require_inside(where: str, name: str) -> None:
 
 
 def ending(name: str) -> str:
-    """A file name's ending, in small letters, without the dot."""
-    return os.path.splitext(name)[1].lower().removeprefix(".")
+    """A file name's ending, in small letters, without the dot, as `os.path.splitext` finds it in twice the time."""
+    _, dot, last = name.rpartition("/")[2].lstrip(".").rpartition(".")
+    return last.lower() if dot else ""
 
 
 def some(names: Iterable[str]) -> str:

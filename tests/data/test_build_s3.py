@@ -135,3 +135,21 @@ def test_s3_that_stays_away_ends_the_build_with_its_url(tiny_card: Path, s3: Pro
             build_shards(load_card(tiny_card), tiny_card.parent / "images", away)
     finally:
         s3.make("", 0)
+
+
+def test_shards_on_s3_are_packed_again(tiny_card: Path, tiny_shards: Manifest, s3: Proxy, tmp_path: Path) -> None:
+    """As they are from a disk, though a connection is cut; a cut tar and one that is not there are named."""
+    place = f"s3://{BUCKET}/again"
+    build_shards(load_card(tiny_card), tiny_card.parent / "images", place, BuildOptions(shard_bytes=20_000))
+    splits = {name: {"tars": f"{name}-*.tar"} for name in ("train", "test")}
+    expected = build_shards(card("webdataset", splits), tiny_shards.directory, tmp_path / "disk", BuildOptions(seed=7))
+    s3.make("cut", 1, cut_after=100)
+    built = build_shards(card("webdataset", splits), place, tmp_path / "s3", BuildOptions(seed=7))
+    assert built.sha256 == expected.sha256
+    whole = Storage(place).read("train-00000.tar")
+    with Storage(place).write("cut-0.tar") as file:
+        file.write(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"again/cut-0\.tar is damaged"):
+        read_source(card("webdataset", {"train": {"tars": "cut-*.tar"}}), place)
+    with pytest.raises(DataError, match=r"again/none-1\.tar is missing"):
+        read_source(card("webdataset", {"train": {"tars": "none-1.tar"}}), place)

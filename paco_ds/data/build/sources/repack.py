@@ -10,7 +10,6 @@ import json
 import os
 import tarfile
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import braceexpand
 
@@ -18,6 +17,7 @@ from paco_ds.data.card import WebdatasetCard
 from paco_ds.data.build.image_bytes import BadImage, Encoded
 from paco_ds.data.build.samples import Samples, SamplesBuilder
 from paco_ds.data.build.sources.source import ENDINGS, Root, Source, class_names, ending
+from paco_ds.data.storage import MissingFile, Storage
 from paco_ds.errors import DataError
 
 _MAX_OPEN = 64
@@ -40,6 +40,8 @@ class Members:
     def read(self, samples: Samples, row: int, room: memoryview) -> Encoded:
         name = samples.names[row]
         tar = name.partition("#")[0]
+        if not self.root.storage.is_local:
+            return self._read_range(tar, int(samples.places[row]), len(room) - 1)
         try:
             if tar not in self._open:
                 if len(self._open) >= _MAX_OPEN:
@@ -49,8 +51,17 @@ class Members:
         except OSError as error:
             raise BadImage("unreadable", name, error.strerror or str(error)) from error
         if size != len(room) - 1:
-            raise DataError(f"{self.root}/{tar} changed while the shards were built: start again")
+            raise self._changed(tar)
         return room[:-1]
+
+    def _read_range(self, tar: str, place: int, size: int) -> bytes:
+        try:
+            return self.root.storage.read_range(tar, place, size)
+        except MissingFile:
+            raise self._changed(tar) from None
+
+    def _changed(self, tar: str) -> DataError:
+        return DataError(f"{self.root.storage.place(tar)} changed while the shards were built: start again")
 
 
 def read(card: WebdatasetCard, root: Root) -> Source:
@@ -79,17 +90,22 @@ def _expanded(root: Root, pattern: str) -> list[str]:
             tars.append(name)
             continue
         folder, _, last = name.rpartition("/")
-        try:
-            found = sorted(n for n in os.listdir(root.path / folder) if fnmatch.fnmatchcase(n, last))
-        except OSError:
-            found = []
+        found = sorted(n for n in _names(root, folder) if fnmatch.fnmatchcase(n, last))
         tars += [f"{folder}/{n}" if folder else n for n in found]
     if not tars:
         raise DataError(f"no tar under {root} is called {pattern}")
-    missing = [tar for tar in tars if not (root.path / tar).is_file()]
+    missing = [tar for tar in tars if not root.storage.exists(tar)]
     if missing:
         raise DataError(f"tar {root}/{missing[0]} is missing ({len(missing)} of {len(tars)})")
     return tars
+
+
+def _names(root: Root, folder: str) -> list[str]:
+    """Names of the files directly in a folder; none where there is no such folder."""
+    if root.storage.is_local:
+        place = root.path / folder
+        return [entry.name for entry in os.scandir(place) if entry.is_file()] if place.is_dir() else []
+    return [name for name in root.storage.find(folder) if "/" not in name]
 
 
 @dataclass
@@ -113,10 +129,11 @@ class _Scan:
 
     def tar(self, tar: str) -> None:
         """Add the samples of a tar; DataError if it is damaged, since a reader would end at the place silently."""
-        path = self.root.path / tar
+        place, local = self.root.storage.place(tar), self.root.storage.is_local
         key, sample, end = "", _Sample(), 0
         try:
-            with tarfile.open(path, "r:") as archive:
+            # what lies behind a URL comes as a stream from end to end, since a request a member would take longer
+            with self.root.open(tar, "tar") as file, tarfile.open(fileobj=file, mode="r:" if local else "r|") as archive:
                 while (member := archive.next()) is not None:
                     archive.members = []  # type: ignore[attr-defined]  # it would keep every member
                     end = member.offset_data + member.size
@@ -132,9 +149,9 @@ class _Scan:
                     elif suffix.lower() in ("json", "cls"):
                         self._label_of(archive, member, suffix.lower(), sample)
         except (tarfile.TarError, OSError, EOFError) as error:
-            raise DataError(f"{path} is damaged or no tar ({error}): copy it again") from error
+            raise DataError(f"{place} is damaged or no tar ({error}): copy it again") from error
         self._take(tar, key, sample)
-        _require_whole(path, end)
+        _require_whole(self.root.storage, tar, end)
 
     def _label_of(self, archive: tarfile.TarFile, member: tarfile.TarInfo, suffix: str, sample: _Sample) -> None:
         if member.size > _MOST_ABOUT:
@@ -179,10 +196,9 @@ class _Scan:
         return label, None if name is None else str(name)
 
 
-def _require_whole(path: Path, end: int) -> None:
+def _require_whole(storage: Storage, tar: str, end: int) -> None:
     """tarfile, like webdataset, ends silently at a damaged header: what follows the last member must be zeros."""
-    with open(path, "rb") as file:
-        file.seek(-(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
-        tail = file.read(2 * tarfile.BLOCKSIZE)
+    start = -(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    tail = storage.read_range(tar, start, max(0, min(2 * tarfile.BLOCKSIZE, storage.size(tar) - start)))
     if len(tail) < 2 * tarfile.BLOCKSIZE or any(tail):
-        raise DataError(f"{path} is damaged after byte {end}: no end of a tar there; copy it again")
+        raise DataError(f"{storage.place(tar)} is damaged after byte {end}: no end of a tar there; copy it again")

@@ -128,6 +128,11 @@ def index_shard(path: str | Path) -> np.ndarray:
     return index
 
 
+# numpy reads the header of an array as a Python literal, which Python 3.11 may refuse ("AST constructor recursion depth
+# mismatch") where several threads do it at a time, as they do for the indexes of many shards
+_PARSING = threading.Lock()
+
+
 def load_index(place: Storage | str | Path, shard: Shard) -> np.ndarray:
     """INDEX_DTYPE [samples] of a shard; DataError if the file is not the one that the manifest lists."""
     storage = as_storage(place)
@@ -141,7 +146,8 @@ def load_index(place: Storage | str | Path, shard: Shard) -> np.ndarray:
     if hashlib.sha256(raw).hexdigest() != shard.index_sha256:
         raise DataError(f"{path} is damaged, its SHA-256 is not the manifest's: copy it again or rebuild it")
     try:
-        index = np.load(io.BytesIO(raw), allow_pickle=False)
+        with _PARSING:
+            index = np.load(io.BytesIO(raw), allow_pickle=False)
     except ValueError as error:
         raise DataError(f"{path} is no index ({error}): rebuild the shards") from error
     if index.dtype != INDEX_DTYPE or index.shape != (shard.samples,):

@@ -3,6 +3,7 @@
 import json
 import pickle
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -163,3 +164,12 @@ def test_tar_of_unpaired_members_has_no_index(tmp_path: Path) -> None:
         tar.write({"__key__": "b", "json": b"{}"})
     with pytest.raises(DataError, match=r"a.png, b.json are not one sample's image and JSON"):
         index_shard(path)
+
+
+def test_threads_may_read_indexes_at_a_time(tiny_shards: Manifest) -> None:
+    """Python 3.11 refuses to read an array's header in several threads at a time, once in a few thousand."""
+    shard = tiny_shards.split("train").shards[0]
+    expected = load_index(tiny_shards.storage, shard)
+    with ThreadPoolExecutor(8) as pool:
+        for index in pool.map(lambda _: load_index(tiny_shards.storage, shard), range(2000)):
+            assert np.array_equal(index, expected)

@@ -115,6 +115,7 @@ def _exporter() -> Exporter:
     shots = {"many": 0.5, "medium": 0.5, "few": 0.5}
     figures: dict[str, Any] = dict.fromkeys(StepRecord.__dataclass_fields__, 1.0)
     figures |= {name: shots for name in figures if "probability" in name}
+    figures["parts"] = {"softmax": 0.5, "contrast": 0.5}
     exporter.observe_step(StepRecord(**figures), 32)
     return exporter
 

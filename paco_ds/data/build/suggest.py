@@ -28,7 +28,7 @@ _LONGEST_QUEUE = 8192  # of the published runs
 _QUEUE_SHARE = 1 / 14  # of an epoch's images: ImageNet-LT's 8192 of 115,846
 _SMALL_SET = 20_000  # images below which a step of 128 leaves few steps an epoch
 _SAMPLED = 64  # images looked at for their size
-_CONFIGS = Path(__file__).parents[2] / "ds_configs"
+_CONFIGS = Path(__file__).parents[3] / "ds_configs"
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from paco_ds.data.stream.load import Part
 from paco_ds.errors import TrainingError, UserError
 
-_NEWS = 5.0  # seconds within which the end of a loader process is known
+_NEWS = 20.0  # seconds within which the end of a loader process is known
 
 
 def start_loading(pipeline: wds.DataPipeline, workers: int, ahead: int = 2) -> Iterator[Part]:

@@ -11,7 +11,7 @@ from paco_ds.checkpoint import MODEL, Checkpoint, chosen_checkpoint
 from paco_ds.data.manifest import Manifest
 from paco_ds.errors import CheckpointError, RecipeError
 from paco_ds.evaluation.runner import Ensemble, load_recogniser
-from paco_ds.recipe import DistillSettings
+from paco_ds.loss_settings import DistillSettings
 from paco_ds.recipe_file import load_recipe
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from paco_ds.errors import RecipeError
+from paco_ds.loss_settings import LossSettings
 from paco_ds.losses.balpoe import make_balpoe
 from paco_ds.losses.base import Loss, LossOutput
 from paco_ds.losses.bcl import make_bcl
@@ -20,7 +21,6 @@ from paco_ds.losses.proco import make_proco
 from paco_ds.losses.ride import make_ride
 from paco_ds.losses.routing import make_routing
 from paco_ds.losses.supcon import make_supcon
-from paco_ds.recipe import LossSettings
 
 __all__ = ["METHODS", "Loss", "LossOutput", "ParametricContrastiveLoss", "class_prior", "make_loss"]
 

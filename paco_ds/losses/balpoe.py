@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from paco_ds.key_queue import QueueSnapshot
+from paco_ds.loss_settings import LossSettings
 from paco_ds.losses.base import Loss, LossOutput, logits_by_expert, own
 from paco_ds.losses.paco import class_prior
-from paco_ds.recipe import LossSettings
 
 
 class BalPoELoss(Loss):

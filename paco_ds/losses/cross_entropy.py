@@ -13,9 +13,9 @@ Predictions use plain logits.
 
 from collections.abc import Sequence
 
+from paco_ds.loss_settings import LossSettings
 from paco_ds.losses.base import counts_of_classes, effective_number_weights
 from paco_ds.losses.paco import ParametricContrastiveLoss, class_prior, general_form
-from paco_ds.recipe import LossSettings
 
 Names = Sequence[str] | None
 

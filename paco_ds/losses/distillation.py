@@ -17,8 +17,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from paco_ds.loss_settings import DistillSettings
 from paco_ds.losses.base import LossOutput
-from paco_ds.recipe import DistillSettings
 
 PART = "distillation"
 

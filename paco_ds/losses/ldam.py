@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from paco_ds.key_queue import QueueSnapshot
+from paco_ds.loss_settings import LossSettings
 from paco_ds.losses.base import Loss, LossOutput, counts_of_classes, effective_number_weights, logits_by_expert, own
-from paco_ds.recipe import LossSettings
 
 
 class LdamLoss(Loss):

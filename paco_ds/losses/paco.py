@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from paco_ds.key_queue import QueueSnapshot
+from paco_ds.loss_settings import LossSettings
 from paco_ds.losses.base import Loss, LossOutput, counts_of_classes, rows_by_expert
 from paco_ds.losses.closed_form import ClosedForm, Form
-from paco_ds.recipe import LossSettings
 
 
 class ParametricContrastiveLoss(Loss):

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from paco_ds.key_queue import QueueSnapshot
+from paco_ds.loss_settings import LossSettings
 from paco_ds.losses.base import Loss, LossOutput, own, rows_by_expert
 from paco_ds.losses.paco import ParametricContrastiveLoss, class_prior, general_form
 from paco_ds.losses.von_mises_fisher import log_normaliser
-from paco_ds.recipe import LossSettings
 
 
 class ProCoLoss(Loss):

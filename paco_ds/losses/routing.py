@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from paco_ds.key_queue import QueueSnapshot
+from paco_ds.loss_settings import LossSettings
 from paco_ds.losses.base import Loss, LossOutput, rows_by_expert
-from paco_ds.recipe import LossSettings
 
 
 class RoutingLoss(Loss):

@@ -11,8 +11,8 @@ frozen backbone afterwards.
 
 from typing import Any
 
+from paco_ds.loss_settings import LossSettings
 from paco_ds.losses.paco import ParametricContrastiveLoss, general_form
-from paco_ds.recipe import LossSettings
 
 
 def make_supcon(settings: LossSettings, **differs: Any) -> ParametricContrastiveLoss:

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from paco_ds.loss_settings import DistillSettings, LossSettings
 from paco_ds.losses import make_loss
 from paco_ds.losses.base import LossOutput
 from paco_ds.losses.distillation import Distillation, divergence_from_teacher
-from paco_ds.recipe import DistillSettings, LossSettings
 
 BATCH, CLASSES, EXPERTS = 5, 4, 3
 

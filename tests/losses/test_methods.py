@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from paco_ds.errors import DataError, RecipeError
 from paco_ds.key_queue import QueueSnapshot
+from paco_ds.loss_settings import LossSettings, Method, RideSettings
 from paco_ds.losses import METHODS, make_loss
 from paco_ds.losses.balpoe import BalPoELoss
 from paco_ds.losses.base import Loss
@@ -19,7 +20,6 @@ from paco_ds.losses.paco import ParametricContrastiveLoss
 from paco_ds.losses.proco import ProCoLoss
 from paco_ds.losses.von_mises_fisher import log_normaliser
 from paco_ds.planning.trace import trace_step
-from paco_ds.recipe import LossSettings, Method, RideSettings
 from tests.recipes import tiny_recipe
 
 COUNTS, CLASSES, DIM, BATCH, EXPERTS = [50, 20, 9, 3, 1], 5, 8, 6, 3

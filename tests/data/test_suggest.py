@@ -51,6 +51,14 @@ def test_head_of_a_small_set_keeps_its_center() -> None:
     assert any("alpha K = 3.9" in line for line in found.reasons)
 
 
+def test_a_very_small_set_still_has_steps_in_an_epoch() -> None:
+    """Micro-batches shrink with it, down to what BatchNorm needs."""
+    found = suggest(manifest_of([48, 10, 2]))
+    assert (found.micro_batches, found.micro_batch) == (2, 4)
+    assert "7 steps an epoch" in found.reasons[0]
+    assert suggest(manifest_of([400, 100, 20])).micro_batch == 32
+
+
 def test_histogram_counts_every_class_once() -> None:
     """Bounds double; a class without images has a row of its own."""
     assert histogram([0, 1, 2, 3, 4, 7, 8, 1000]) == [

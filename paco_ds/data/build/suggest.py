@@ -26,6 +26,7 @@ PUBLISHED_ALPHA = 0.05
 ALPHA_K_OF_HEAD = 4.5  # of ImageNet-LT: alpha .05, its largest class has K = 90
 _LONGEST_QUEUE = 8192  # of the published runs
 _QUEUE_SHARE = 1 / 14  # of an epoch's images: ImageNet-LT's 8192 of 115,846
+_LEAST_MICRO_BATCH, _FEWEST_STEPS = 4, 8  # BatchNorm needs some images, an epoch some steps
 _SMALL_SET = 20_000  # images below which a step of 128 leaves few steps an epoch
 _SAMPLED = 64  # images looked at for their size
 _CONFIGS = Path(__file__).parents[3] / "ds_configs"
@@ -56,6 +57,8 @@ def suggest(manifest: Manifest, train_split: str = "train") -> Suggestion:
     samples, head = int(counts.sum()), int(counts.max())
     micro_batches = 2 if samples < _SMALL_SET else 4
     micro_batch = 32
+    while micro_batch > _LEAST_MICRO_BATCH and samples < _FEWEST_STEPS * micro_batch * micro_batches:
+        micro_batch //= 2
     batch = micro_batch * micro_batches
     shortest = 4 * batch
     wanted = 2 ** round(math.log2(max(samples * _QUEUE_SHARE, 1)))
@@ -69,7 +72,7 @@ def suggest(manifest: Manifest, train_split: str = "train") -> Suggestion:
     temperature = 0.2 if samples >= _SMALL_SET else 0.3
     reasons = (
         f"step {micro_batches} x {micro_batch}: "
-        + ("the published runs'" if micro_batches == 4 else f"half the published, since {samples:,} images are few")
+        + ("the published runs'" if micro_batches == 4 else f"less than the published 4 x 32, since {samples:,} images are few")
         + f"; {steps:,} steps an epoch",
         f"queue {queue}: about 7 % of an epoch as on ImageNet-LT, within 4 steps' {shortest} and the published "
         f"{_LONGEST_QUEUE}; a queue that is long against the training costs Many",

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from paco_ds.data.build.plan import BuildOptions, BuildPlan, plan_of, select
+from paco_ds.data.build.ranks import Rank
 from paco_ds.data.build.shards import (
     STATE_FOLDER,
     clear_state,
@@ -18,14 +20,12 @@ from paco_ds.data.build.shards import (
     say_ignored,
     write_plan,
 )
-from paco_ds.data.build.plan import BuildOptions, BuildPlan, plan_of, select
-from paco_ds.data.card import Card
-from paco_ds.data.manifest import MANIFEST_FILE, Manifest, Split, load_manifest
-from paco_ds.data.build.ranks import Rank
 from paco_ds.data.build.sources import read_source
-from paco_ds.data.storage import Storage, as_storage
 from paco_ds.data.build.workers import Workers
 from paco_ds.data.build.write import Written
+from paco_ds.data.card import Card
+from paco_ds.data.manifest import MANIFEST_FILE, Manifest, Split, load_manifest
+from paco_ds.data.storage import Storage, as_storage
 from paco_ds.errors import DataError
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from paco_ds.data.card import SPLIT_NAMES, Card, folder_splits, make_card, name_of
 from paco_ds.data.build.sources import cifar
+from paco_ds.data.card import SPLIT_NAMES, Card, folder_splits, make_card, name_of
 from paco_ds.errors import DataError
 
 # Options that a kind of source has a use for, by name of the card's key.

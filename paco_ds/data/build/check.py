@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 from rich.console import Console
 
-from paco_ds.data.manifest import Manifest, Split
 from paco_ds.data.build.progress import ShardProgress
+from paco_ds.data.build.workers import Report, Workers
+from paco_ds.data.manifest import Manifest, Split
 from paco_ds.data.shard import ShardReader, check_shard, load_index
 from paco_ds.data.storage import MissingFile, Storage
-from paco_ds.data.build.workers import Report, Workers
 from paco_ds.errors import DataError
 
 _Job = tuple[int, str, int]  # place in the manifest, split, shard

@@ -16,14 +16,14 @@ from rich.console import Console
 from rich.table import Table
 
 from paco_ds.data.build.add import add_images
-from paco_ds.data.build.shards import BAD_IMAGES_FILE, build_share
-from paco_ds.data.build.plan import SHARD_BYTES, BuildOptions
-from paco_ds.data.card import SOURCES, SPLIT_NAMES, Card, changed, load_card
 from paco_ds.data.build.card_of_options import card_of_options
 from paco_ds.data.build.check import check_shards
-from paco_ds.data.manifest import SHOTS, Manifest, load_manifest
+from paco_ds.data.build.plan import SHARD_BYTES, BuildOptions
 from paco_ds.data.build.ranks import rank_of_environment
+from paco_ds.data.build.shards import BAD_IMAGES_FILE, build_share
 from paco_ds.data.build.suggest import histogram, suggest, write_files
+from paco_ds.data.card import SOURCES, SPLIT_NAMES, Card, changed, load_card
+from paco_ds.data.manifest import SHOTS, Manifest, load_manifest
 from paco_ds.errors import DataError
 
 

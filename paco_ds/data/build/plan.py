@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from paco_ds.data.card import Card
 from paco_ds.data.build.ranks import Rank
 from paco_ds.data.build.selection import make_long_tailed, split_validation
 from paco_ds.data.build.sources import Source, read_source
 from paco_ds.data.build.sources.source import MapOver
-from paco_ds.data.storage import Storage
 from paco_ds.data.build.write import ShardJob, WriteSettings, plan_shards
+from paco_ds.data.card import Card
+from paco_ds.data.storage import Storage
 from paco_ds.errors import DataError
 
 SHARD_BYTES = 256 * 2**20

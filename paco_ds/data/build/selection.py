@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from paco_ds.data.card import Imbalance
 from paco_ds.data.build.samples import Samples
+from paco_ds.data.card import Imbalance
 
 _PARETO_POWER = 3  # 1,000 classes from 1280 to 5 images then have 116,600 in all; ImageNet-LT has 115,846
 _IMBALANCE_STREAM, _VALIDATION_STREAM = 1, 2  # the two draws of one seed are independent

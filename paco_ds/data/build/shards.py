@@ -15,18 +15,18 @@ import numpy as np
 from pydantic import ValidationError
 from rich.console import Console
 
-from paco_ds.data.build.plan import BuildOptions, BuildPlan, plan_build
-from paco_ds.data.card import Card
 from paco_ds.data.build.image_bytes import BadImage
-from paco_ds.data.manifest import MANIFEST_FILE, Manifest, Sha256, Shard, Split, StrictModel, load_manifest
+from paco_ds.data.build.plan import BuildOptions, BuildPlan, plan_build
 from paco_ds.data.build.progress import ShardProgress
 from paco_ds.data.build.ranks import PLAN_FILE, Rank
-from paco_ds.data.shard import sha256_stored
 from paco_ds.data.build.sources.source import some
-from paco_ds.data.storage import MissingFile, Storage, as_storage
 from paco_ds.data.build.tar import BLOCK
 from paco_ds.data.build.workers import Report, Workers
 from paco_ds.data.build.write import ShardJob, WriteSettings, Written, write_shard
+from paco_ds.data.card import Card
+from paco_ds.data.manifest import MANIFEST_FILE, Manifest, Sha256, Shard, Split, StrictModel, load_manifest
+from paco_ds.data.shard import sha256_stored
+from paco_ds.data.storage import MissingFile, Storage, as_storage
 from paco_ds.errors import DataError
 from paco_ds.files import PARTIAL
 

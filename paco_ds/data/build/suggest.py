@@ -72,7 +72,11 @@ def suggest(manifest: Manifest, train_split: str = "train") -> Suggestion:
     temperature = 0.2 if samples >= _SMALL_SET else 0.3
     reasons = (
         f"step {micro_batches} x {micro_batch}: "
-        + ("the published runs'" if micro_batches == 4 else f"less than the published 4 x 32, since {samples:,} images are few")
+        + (
+            "the published runs'"
+            if micro_batches == 4
+            else f"less than the published 4 x 32, since {samples:,} images are few"
+        )
         + f"; {steps:,} steps an epoch",
         f"queue {queue}: about 7 % of an epoch as on ImageNet-LT, within 4 steps' {shortest} and the published "
         f"{_LONGEST_QUEUE}; a queue that is long against the training costs Many",

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from paco_ds.data.card import Resize
 from paco_ds.data.build.image_bytes import BadImage, Encoded, ending_of, resized, verify
-from paco_ds.data.manifest import Name, Shard, StrictModel, sample_key
 from paco_ds.data.build.samples import Samples
 from paco_ds.data.build.sources.source import Images
-from paco_ds.data.storage import Storage
 from paco_ds.data.build.tar import BLOCK, SampleTar
+from paco_ds.data.card import Resize
+from paco_ds.data.manifest import Name, Shard, StrictModel, sample_key
+from paco_ds.data.storage import Storage
 from paco_ds.errors import DataError
 
 _JSON = json.JSONEncoder(ensure_ascii=False)

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from paco_ds.data.build.sources import cifar, folder, idx, inaturalist, listing, repack
+from paco_ds.data.build.sources.idx import read_idx
+from paco_ds.data.build.sources.source import MapOver, Root, Source, some
 from paco_ds.data.card import (
     Card,
     CifarCard,
@@ -17,9 +20,6 @@ from paco_ds.data.card import (
     ListCard,
     WebdatasetCard,
 )
-from paco_ds.data.build.sources import cifar, folder, idx, inaturalist, listing, repack
-from paco_ds.data.build.sources.idx import read_idx
-from paco_ds.data.build.sources.source import MapOver, Root, Source, some
 from paco_ds.errors import DataError
 
 __all__ = ["Root", "Source", "class_counts", "list_source", "read_idx", "read_source", "require_training_images"]

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from paco_ds.data.card import CifarCard
 from paco_ds.data.build.samples import SamplesBuilder
 from paco_ds.data.build.sources.idx import Arrays, add_array
 from paco_ds.data.build.sources.source import Root, Source, some
+from paco_ds.data.card import CifarCard
 from paco_ds.data.storage import as_storage
 from paco_ds.errors import DataError
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
-from paco_ds.data.card import FolderCard
 from paco_ds.data.build.samples import SamplesBuilder
 from paco_ds.data.build.sources.source import ENDINGS, Files, Root, Source, ending, some
+from paco_ds.data.card import FolderCard
 from paco_ds.errors import DataError
 
 

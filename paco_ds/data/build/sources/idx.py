@@ -13,9 +13,9 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from paco_ds.data.card import IdxCard
 from paco_ds.data.build.samples import Samples, SamplesBuilder
 from paco_ds.data.build.sources.source import Root, Source
+from paco_ds.data.card import IdxCard
 from paco_ds.errors import DataError
 
 _UINT8 = 0x08

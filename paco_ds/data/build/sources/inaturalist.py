@@ -14,10 +14,10 @@ import ijson
 import numpy as np
 import numpy.typing as npt
 
-from paco_ds.data.card import INaturalistCard
 from paco_ds.data.build.samples import Names, Samples, SamplesBuilder
 from paco_ds.data.build.sources.folder import add_images
 from paco_ds.data.build.sources.source import Files, Root, Source, require_inside, some
+from paco_ds.data.card import INaturalistCard
 from paco_ds.errors import DataError
 
 _CHUNK = 1 << 20

@@ -9,9 +9,9 @@ from typing import BinaryIO
 
 import numpy as np
 
-from paco_ds.data.card import CsvCard, ListCard
 from paco_ds.data.build.samples import Samples, SamplesBuilder
 from paco_ds.data.build.sources.source import Files, Root, Source, class_names, require_inside, some
+from paco_ds.data.card import CsvCard, ListCard
 from paco_ds.errors import DataError
 
 _LARGEST_LABEL = 10_000_000  # a label beyond it is a mistake, not a class

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 
 import braceexpand
 
-from paco_ds.data.card import WebdatasetCard
 from paco_ds.data.build.image_bytes import BadImage, Encoded
 from paco_ds.data.build.samples import Samples, SamplesBuilder
 from paco_ds.data.build.sources.source import ENDINGS, Root, Source, class_names, ending
+from paco_ds.data.card import WebdatasetCard
 from paco_ds.data.storage import MissingFile, Storage
 from paco_ds.errors import DataError
 
@@ -133,7 +133,10 @@ class _Scan:
         key, sample, end = "", _Sample(), 0
         try:
             # what lies behind a URL comes as a stream from end to end, since a request a member would take longer
-            with self.root.open(tar, "tar") as file, tarfile.open(fileobj=file, mode="r:" if local else "r|") as archive:
+            with (
+                self.root.open(tar, "tar") as file,
+                tarfile.open(fileobj=file, mode="r:" if local else "r|") as archive,
+            ):
                 while (member := archive.next()) is not None:
                     archive.members = []  # type: ignore[attr-defined]  # it would keep every member
                     end = member.offset_data + member.size

@@ -1,0 +1,1 @@
+"""From source images to shards: listing, planning, writing, checking."""

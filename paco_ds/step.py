@@ -203,15 +203,15 @@ class Step:
         totals.vector[3] = self.stop_requested()
 
         pending = self._make_keys(step, micro_batches)
-        self.optimizer.guard = lambda: _not_finite(pending) or totals.not_finite()
+        self.optimizer.guard = lambda: totals.not_finite() or _not_finite(pending)
         newest = self._run_queries(step, micro_batches, pending, totals)
         refused = self._refusal(totals, pending)
+        keys = None if newest is None else newest.wait()  # of a refused step too: no collective outlives its step
         if refused:
-            self.statistics.restore()
+            self.statistics.abandon_step()
         else:
             self.statistics.finish_step(self.layout.micro_batches, step)
-            if self.queue is not None and newest is not None:
-                keys = newest.wait()
+            if self.queue is not None and keys is not None:
                 self.queue.push(keys.keys_GD, keys.labels_G)
         return self._result(totals, refused, known=refused != "keys")
 
@@ -300,9 +300,12 @@ class Step:
         return output.loss
 
     def _refusal(self, totals: _Totals, pending: PendingKeys | None) -> str | None:
+        loss_not_finite = (
+            totals.not_finite()
+        )  # first, and always: the flags that ranks must agree on lie in the same sum
         if _not_finite(pending):
             return "keys"
-        if totals.not_finite():
+        if loss_not_finite:
             return "loss"
         if self.optimizer.refused or not self.engine.was_step_applied():
             return "gradient"

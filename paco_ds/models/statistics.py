@@ -52,6 +52,12 @@ class RunningStatistics:
         for tracked in self.steps:
             tracked.fill_(step + 1)
 
+    def abandon_step(self) -> None:
+        """Go back to what the step began with, once the sum that was begun is over."""
+        if self.buffers:
+            self._of_ranks.wait()
+        self.restore()
+
     def restore(self) -> None:
         """Go back to what the step began with."""
         if self.buffers:

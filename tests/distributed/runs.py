@@ -314,3 +314,15 @@ def average_gradients(ranks: Ranks) -> tuple[float, bool]:
     expected = [torch.stack(of_ranks).mean(0) for of_ranks in zip(*map(drawn, range(ranks.world_size)), strict=True)]
     error = max(float((g - e).abs().max()) for g, e in zip(gradients, expected, strict=True))
     return error, before == [(g.data_ptr(), g.stride()) for g in gradients]
+
+
+def stop_heard_in_a_refused_step(ranks: Ranks, fault: str, stage: int) -> tuple[str | None, bool]:
+    """(refusal, stop) of a step with a fault on rank 1, in which rank 1 alone is asked to stop."""
+    recipe = tiny_recipe()
+    step = make_step(ranks, recipe, deepspeed_config(stage, autocast=False))
+    step.stop_requested = lambda: ranks.rank == 1
+    if ranks.rank == 1:
+        FAULTS[fault](step, True)
+    result = step(0, [made_micro_batch(recipe, 0, j) for j in step.layout.own], recipe.lr)
+    step.engine.destroy()
+    return result.refused, result.stop

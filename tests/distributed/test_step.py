@@ -176,3 +176,11 @@ def test_one_flipped_bit_on_one_rank_is_named(pool, what, rank):
 def test_momentum_goes_in_and_out_of_every_stage(pool, world_size, stage):
     """Pins the two private calls that DeepSpeed's stages need for it."""
     assert all(pool(world_size).run("tests.distributed.runs:momentum_there_and_back", stage=stage))
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("fault", ["keys", "loss"])
+def test_ranks_agree_to_stop_in_a_refused_step_too(pool, fault, stage):
+    """One rank alone is asked; the other would wait for it for ever."""
+    found = pool(2).run("tests.distributed.runs:stop_heard_in_a_refused_step", fault=fault, stage=stage)
+    assert found == [(fault, True)] * 2

@@ -14,10 +14,11 @@ from typing import Any
 import deepspeed
 import ninja
 from deepspeed.accelerator import get_accelerator
+from deepspeed.constants import default_pg_timeout
 
 from paco_ds.distributed import MicroBatchLayout, Ranks, environment_ranks, join_job
 from paco_ds.errors import RecipeError, UserError
-from paco_ds.gradients import average
+from paco_ds.gradients import GradientMean
 from paco_ds.models.execution import prepare
 from paco_ds.models.recogniser import Recogniser
 from paco_ds.optimizer import GuardedSGD
@@ -144,7 +145,7 @@ def unname_shared_memory(ranks: Ranks) -> None:
 
 
 def initialise(
-    model: Recogniser, recipe: Recipe, config: dict[str, Any], layout: MicroBatchLayout
+    model: Recogniser, recipe: Recipe, config: dict[str, Any], layout: MicroBatchLayout, ranks: Ranks
 ) -> tuple[Any, GuardedSGD]:
     """(DeepSpeed engine around the model, the optimizer inside it). Weights must stand in the model before."""
     stage = config.get("zero_optimization", {}).get("stage", 0)
@@ -170,11 +171,12 @@ def initialise(
     }
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=complete)
     if stage == 0 and not _REDUCTION & config.keys():
-        engine.allreduce_gradients = partial(_average_gradients, engine)
+        mean = GradientMean(ranks, default_pg_timeout.total_seconds())
+        engine.allreduce_gradients = partial(_average_gradients, engine, mean)
     return engine, optimizer
 
 
-def _average_gradients(engine: Any) -> None:
+def _average_gradients(engine: Any, mean: GradientMean) -> None:
     """In place of `engine.allreduce_gradients`, which DeepSpeed calls after every backward."""
     if engine.is_gradient_accumulation_boundary():
-        average([p.grad for p in engine.module.parameters() if p.grad is not None])
+        mean([p.grad for p in engine.module.parameters() if p.grad is not None])

@@ -1,34 +1,74 @@
 """The mean of the ranks' gradients without ZeRO, where they lie.
 
 DeepSpeed gathers them in buckets, which copies every gradient twice and needs the memory of a bucket; on CPU that takes
-as long as the exchange. Here large gradients go out as they are, all at once, and the many small ones share a buffer.
+as long as the exchange. Here large gradients go out as they are, all at once, and the many small ones share a buffer;
+ranks of one host that compute on CPU exchange them through memory that they share.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from paco_ds.distributed import Ranks, local_world_size
+from paco_ds.shared_memory import SharedMemoryMean
+
+log = logging.getLogger(__name__)
+
 _LARGE = 2**16  # numbers; one collective for each smaller gradient would take longer than its copy
 
 
-@torch.no_grad()
-def average(gradients: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> None:
-    """Replace gradients by their mean over ranks; every rank gives as many, of the same shapes, in the same order."""
-    world_size = dist.get_world_size(group)
-    if world_size == 1 or not gradients:
-        return
-    large = [g for g in gradients if g.numel() >= _LARGE and g.is_contiguous()]
-    small = [g for g in gradients if g.numel() < _LARGE or not g.is_contiguous()]
-    under_way = [dist.all_reduce(g, group=group, async_op=True) for g in large]
-    if small:
-        buffer = torch.cat([g.flatten() for g in small])
-        dist.all_reduce(buffer, group=group)
-        parts = buffer.split([g.numel() for g in small])
-        torch._foreach_copy_(small, [part.view_as(g) for part, g in zip(parts, small, strict=True)])
-    for work in under_way:
-        work.wait()
-    torch._foreach_mul_(list(gradients), 1 / world_size)
+class GradientMean:
+    """Replaces gradients by their mean over ranks. Made and called by all ranks together.
+
+    Args:
+        timeout: seconds to wait for another rank in shared memory; elsewhere the process group has its own.
+
+    Attributes:
+        shared: through which ranks of one host exchange gradients on CPU; None where gloo or NCCL does.
+    """
+
+    def __init__(self, ranks: Ranks, timeout: float) -> None:
+        self._ranks = ranks
+        self.shared: SharedMemoryMean | None = None
+        if ranks.device.type == "cpu" and 1 < ranks.world_size == local_world_size():
+            try:
+                self.shared = SharedMemoryMean(ranks, timeout)
+            except OSError as error:
+                if ranks.first:
+                    log.warning("no shared memory (%s): gradients go through sockets, which takes longer", error)
+
+    @torch.no_grad()
+    def __call__(self, gradients: Sequence[Tensor]) -> None:
+        """In place; every rank gives as many gradients, of the same shapes, in the same order."""
+        if self._ranks.world_size == 1 or not gradients:
+            return
+        if self.shared is not None and all(g.dtype == torch.float32 for g in gradients):
+            self._through_shared_memory(self.shared, gradients)
+        else:
+            self._by_collectives(gradients)
+
+    def _through_shared_memory(self, mean: SharedMemoryMean, gradients: Sequence[Tensor]) -> None:
+        flat = [g.view(-1) if g.is_contiguous() else g.flatten() for g in gradients]
+        mean(flat)
+        for gradient, values in zip(gradients, flat, strict=True):
+            if not gradient.is_contiguous():
+                gradient.copy_(values.view(gradient.shape))
+
+    def _by_collectives(self, gradients: Sequence[Tensor]) -> None:
+        group = self._ranks.group
+        large = [g for g in gradients if g.numel() >= _LARGE and g.is_contiguous()]
+        small = [g for g in gradients if g.numel() < _LARGE or not g.is_contiguous()]
+        under_way = [dist.all_reduce(g, group=group, async_op=True) for g in large]
+        if small:
+            buffer = torch.cat([g.flatten() for g in small])
+            dist.all_reduce(buffer, group=group)
+            parts = buffer.split([g.numel() for g in small])
+            torch._foreach_copy_(small, [part.view_as(g) for part, g in zip(parts, small, strict=True)])
+        for work in under_way:
+            work.wait()
+        torch._foreach_mul_(list(gradients), 1 / self._ranks.world_size)

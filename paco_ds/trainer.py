@@ -75,7 +75,7 @@ class Trainer:
         else:
             load_initial_weights(model, recipe)
         freeze(model, recipe.model)
-        self.engine, self.optimizer = ds.initialise(model, recipe, config, self.layout)
+        self.engine, self.optimizer = ds.initialise(model, recipe, config, self.layout, ranks)
         self.queue, self.step = self._make_step()
         if checkpoint:
             set_momentum(self.engine, checkpoint.momentum())

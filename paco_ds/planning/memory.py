@@ -4,7 +4,7 @@ P is the bytes of trained weights (query encoder and centers, float32), Kp those
 micro-batches a rank. What a stage holds was read from DeepSpeed 0.19 and is held against real runs by the tests.
 
     stage   weights          momentum   copies of weights   gradients
-    0       P + Kp           P          -                   P, and P flattened while they are reduced
+    0       P + Kp           P          -                   P, reduced where they lie
     1       P + Kp           P / W      P / W               P, and a bucket
     2       P + Kp           P / W      P / W               P / W if A > 1, and a bucket
     3       (P + Kp) / W     P / W      gathered in use     P / W, and a bucket
@@ -20,6 +20,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from paco_ds.distributed import MicroBatchLayout
 from paco_ds.planning.trace import StepTrace
 from paco_ds.recipe import Recipe
+from paco_ds.shared_memory import shared_bytes
 
 FLOAT = 4
 Device = Literal["cuda", "cpu"]
@@ -164,10 +165,11 @@ def _while_queries_run(
 
 def _while_weights_are_updated(trace: StepTrace, layout: MicroBatchLayout, zero: Any, device: Device) -> dict[str, int]:
     trained, own = FLOAT * sum(trace.trained), _share(trace.trained, layout.world_size)
-    in_bucket = min(trained, FLOAT * zero.reduce_bucket_size)
     if zero.stage == 0:
-        # reduced as one flat copy; on CUDA the decayed gradients are a list of their own (foreach)
-        return {"gradients": trained, "update": max(in_bucket, trained if device == "cuda" else 0)}
+        # reduced where they lie; on CPU ranks of one host exchange them through memory that they share
+        shared = shared_bytes(layout.world_size, sum(trace.trained)) if device == "cpu" else 0
+        return {"gradients": trained, "reduction buckets": shared}
+    in_bucket = min(trained, FLOAT * zero.reduce_bucket_size)
     held = {1: trained - in_bucket, 2: own if layout.accumulation > 1 else 0, 3: 0}[zero.stage]
     # the bucket is flattened once more to be reduced; the update takes the own gradients and their decayed copy
     return {

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -53,9 +55,10 @@ def _two_steps(ranks: Ranks, recipe: Recipe, stage: int, autocast: bool) -> Step
 def collectives(
     ranks: Ranks, overrides: tuple[str, ...], stage: int, zero: dict[str, Any] | None = None, steps: int = 3
 ) -> list[dict[str, int]]:
-    """Bytes this rank sends in each step, by collective, as torch's own operations show them."""
+    """Bytes this rank sends in each step, by collective, as torch's own operations show them: on hosts of its own."""
     recipe = tiny_recipe(*overrides)
-    step = make_step(ranks, recipe, deepspeed_config(stage, autocast=False, **(zero or {})))
+    with patch.dict(os.environ, LOCAL_SIZE="1"):
+        step = make_step(ranks, recipe, deepspeed_config(stage, autocast=False, **(zero or {})))
     sent = []
     for number in range(steps):
         batches = [made_micro_batch(recipe, number, j) for j in step.layout.own]

@@ -13,7 +13,7 @@ from paco_ds import engine as ds
 from paco_ds.data.stream.batches import MicroBatch
 from paco_ds.distributed import ByteCounter, MicroBatchLayout, Ranks
 from paco_ds.errors import RecipeError, TrainingError
-from paco_ds.gradients import average
+from paco_ds.gradients import GradientMean
 from paco_ds.key_encoder import make_key_encoder
 from paco_ds.key_queue import KeyQueue
 from paco_ds.losses import make_loss
@@ -75,7 +75,7 @@ def make_step(ranks: Ranks, recipe: Recipe, config: dict[str, Any], state: dict[
     if state:
         model.load_state_dict(state)
     freeze(model, recipe.model)
-    engine, optimizer = ds.initialise(model, recipe, config, layout)
+    engine, optimizer = ds.initialise(model, recipe, config, layout, ranks)
     loss = make_loss(recipe.loss, CLASS_COUNTS).to(ranks.device)
     key_encoder = queue = None
     if recipe.loss.contrast:
@@ -298,22 +298,35 @@ FAULTS = {
 EVERYWHERE = ("gradients doubled", "statistics not averaged", "no moving average", "second view detached")
 
 
-def average_gradients(ranks: Ranks) -> tuple[float, bool]:
-    """(largest error, whether memory and strides stayed) of gradients drawn by rank, against the mean of the draws."""
+def average_gradients(
+    ranks: Ranks, shared: bool, dtype: torch.dtype = torch.float32
+) -> tuple[float, bool, list[Tensor]]:
+    """Gradients drawn by rank, averaged twice over.
 
-    def drawn(rank: int) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(rank)
-        shapes = [(300, 300), (7,), (), (64, 32, 6, 6), (4, 3, 3, 3), (70_000,)]
-        gradients = [torch.randn(shape, generator=generator) for shape in shapes]
+    Returns:
+        (largest error against the mean of the draws, whether memory and strides stayed, the means).
+    """
+
+    def drawn(rank: int, call: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(2 * rank + call)
+        shapes = [(300, 300), (7,), (), (64, 32, 6, 6), (4, 3, 3, 3), (1_200_000,)]
+        gradients = [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
         return [g.to(memory_format=torch.channels_last) if g.ndim == 4 else g for g in gradients]
 
-    gradients = drawn(ranks.rank)
-    before = [(g.data_ptr(), g.stride()) for g in gradients]
-    average([])
-    average(gradients)
-    expected = [torch.stack(of_ranks).mean(0) for of_ranks in zip(*map(drawn, range(ranks.world_size)), strict=True)]
-    error = max(float((g - e).abs().max()) for g, e in zip(gradients, expected, strict=True))
-    return error, before == [(g.data_ptr(), g.stride()) for g in gradients]
+    mean = GradientMean(ranks, timeout=60)
+    if not shared:
+        mean.shared = None
+    mean([])
+    errors, stayed = [], []
+    for call in range(2):
+        gradients = drawn(ranks.rank, call)
+        before = [(g.data_ptr(), g.stride()) for g in gradients]
+        mean(gradients)
+        everybodys = (drawn(rank, call) for rank in range(ranks.world_size))
+        expected = [torch.stack(of_ranks).mean(0) for of_ranks in zip(*everybodys, strict=True)]
+        errors += [float((g - e).abs().max()) for g, e in zip(gradients, expected, strict=True)]
+        stayed.append(before == [(g.data_ptr(), g.stride()) for g in gradients])
+    return max(errors), all(stayed), gradients
 
 
 def stop_heard_in_a_refused_step(ranks: Ranks, fault: str, stage: int) -> tuple[str | None, bool]:

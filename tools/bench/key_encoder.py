@@ -100,7 +100,7 @@ def _make_step(zero: dict[str, Any], overrides: Sequence[str]) -> tuple[Any, Any
     ranks = ds.start(recipe)
     layout = MicroBatchLayout(recipe.step.micro_batch, recipe.step.micro_batches, ranks.rank, ranks.world_size)
     model = make_recogniser(recipe, CLASSES, (0.5,) * 3, (0.25,) * 3)
-    engine, optimizer = ds.initialise(model, recipe, {"zero_optimization": zero}, layout)
+    engine, optimizer = ds.initialise(model, recipe, {"zero_optimization": zero}, layout, ranks)
     queue = KeyQueue(QUEUE, recipe.model.projection_dim, ranks.device)
     key_encoder = make_key_encoder(engine, recipe, layout, ranks, total_steps=1)
     loss = make_loss(recipe.loss, [1] * CLASSES).to(ranks.device)

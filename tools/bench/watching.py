@@ -152,7 +152,7 @@ def make_step(recipe: Recipe, classes: int, ranks: Ranks) -> Step:
     counts = [1000 // rank for rank in range(1, classes + 1)]
     layout = MicroBatchLayout(recipe.step.micro_batch, recipe.step.micro_batches, ranks.rank, ranks.world_size)
     model = make_recogniser(recipe, classes, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-    engine, optimizer = ds.initialise(model, recipe, {"zero_optimization": {"stage": 1}}, layout)
+    engine, optimizer = ds.initialise(model, recipe, {"zero_optimization": {"stage": 1}}, layout, ranks)
     return Step(
         engine,
         optimizer,

@@ -99,6 +99,12 @@ class Exporter:
             ["shot"],
             registry=registry,
         )
+        self._experts = Gauge(
+            "paco_images_by_experts_ratio",
+            "Share of the images of the last evaluation that routers gave to so many experts.",
+            ["experts"],
+            registry=registry,
+        )
         self._center_probability = Gauge(
             "paco_center_probability",
             "Probability of the own center, by shot, when last seen.",
@@ -191,8 +197,11 @@ class Exporter:
         self._bad_samples.labels(reason).inc()
 
     def observe_accuracy(self, accuracy: ShotAccuracy) -> None:
-        """Show many, medium, few and all of an evaluation."""
+        """Show many, medium, few and all of an evaluation, and where there are routers what they asked for."""
         _set_by_shot(self._accuracy, accuracy.top1())
+        images_by_experts = accuracy.images_by_experts or ()
+        for experts, images in enumerate(images_by_experts, 1):
+            self._experts.labels(experts).set(images / max(1, sum(images_by_experts)))
 
     def add_collective_bytes(self, op: str, count: int) -> None:
         """Count bytes of a collective."""

@@ -72,7 +72,7 @@ class MetricsLog:
 
     def evaluation(self, step: int, epoch: int, split: str, accuracy: ShotAccuracy) -> None:
         """Append {"kind": "evaluation", ...} with top-1 and top-5 of the shots and All, balanced accuracy, macro F1 and
-        calibration error, flushed.
+        calibration error, and with routers the mean number of experts asked, flushed.
 
         `epoch` is the number of epochs completed. Accuracies of single classes are left to metrics.json: with
         thousands of classes they would outgrow everything else here.
@@ -84,6 +84,8 @@ class MetricsLog:
                 "macro_f1": accuracy.detail.macro_f1,
                 "calibration_error": accuracy.detail.calibration_error,
             }
+        if accuracy.experts_used is not None:
+            figures["experts_used"] = accuracy.experts_used
         self._append({"kind": "evaluation", "step": step, "epoch": epoch, "split": split, **figures})
 
     def cut_after(self, step: int) -> None:

@@ -36,7 +36,7 @@ RECORD = StepRecord(
     positive_probability_optimum={"many": 0.015, "medium": 0.04, "few": None},
     parts={"softmax": 1.2, "contrast": 3.0},
 )
-ACCURACY = ShotAccuracy(0.9, 0.8, 0.7, 0.85, {}, [])
+ACCURACY = ShotAccuracy(0.9, 0.8, 0.7, 0.85, {}, [], images_by_experts=[6, 2])
 EXPECTED = {
     "paco_samples_total": 32,
     "paco_steps_total": 1,
@@ -53,6 +53,7 @@ EXPECTED = {
     'paco_bad_samples_total{reason="crc"}': 1,
     'paco_shot_accuracy_ratio{shot="few"}': 0.7,
     'paco_shot_accuracy_ratio{shot="all"}': 0.85,
+    'paco_images_by_experts_ratio{experts="1"}': 0.75,
     'paco_center_probability{shot="many"}': 0.5,
     'paco_center_probability_optimum{shot="medium"}': 0.7,
     'paco_positive_probability{shot="medium"}': 0.02,

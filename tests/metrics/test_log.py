@@ -130,6 +130,14 @@ def test_damage_before_the_last_line_is_named(path: Path) -> None:
     assert path.read_bytes() == b"".join(lines)
 
 
+def test_an_evaluation_says_how_many_experts_routers_asked(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.evaluation(1, 1, "val", ACCURACY)
+    log.evaluation(2, 1, "val", replace(ACCURACY, images_by_experts=[6, 2]))
+    log.close()
+    assert [line.get("experts_used") for line in read(tmp_path / "metrics.jsonl")] == [None, 1.25]
+
+
 def test_log_without_a_path_writes_nothing(tmp_path: Path) -> None:
     """Ranks other than 0 make the same calls."""
     log = MetricsLog(None)

@@ -169,8 +169,9 @@ def environment_ranks() -> tuple[int, int, int]:
 
 
 def local_world_size() -> int:
-    """Ranks of this job on this host, as a launcher set them (torchrun's name, or DeepSpeed's); 1 without one."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    """Ranks of this job on this host, as a launcher set them (DeepSpeed's name, or torchrun's); all without one."""
+    names = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "WORLD_SIZE")
+    return next((int(size) for size in map(os.environ.get, names) if size), 1)
 
 
 def join_job(threads: int | None, initialise: Callable[..., object] = dist.init_process_group) -> Ranks:
@@ -198,7 +199,7 @@ def join_job(threads: int | None, initialise: Callable[..., object] = dist.init_
     if cuda:
         torch.cuda.set_device(local_rank)
     else:
-        on_host = int(os.environ.get("LOCAL_SIZE", world_size))
+        on_host = local_world_size()
         if on_host < world_size:
             check_gloo_interface()
         torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // on_host))

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from paco_ds.distributed import Ranks, local_world_size
-from paco_ds.shared_memory import SharedMemoryMean
+from paco_ds.shared_memory import NoSharedMemoryError, SharedMemoryMean, shared_bytes
 
 log = logging.getLogger(__name__)
 
@@ -27,20 +27,26 @@ class GradientMean:
 
     Args:
         timeout: seconds to wait for another rank in shared memory; elsewhere the process group has its own.
+        share: whether CPU ranks of one host share memory.
 
     Attributes:
-        shared: through which ranks of one host exchange gradients on CPU; None where gloo or NCCL does.
+        shared: through which they exchange gradients; None where gloo or NCCL does.
     """
 
-    def __init__(self, ranks: Ranks, timeout: float) -> None:
+    def __init__(self, ranks: Ranks, timeout: float, *, share: bool = True) -> None:
         self._ranks = ranks
         self.shared: SharedMemoryMean | None = None
-        if ranks.device.type == "cpu" and 1 < ranks.world_size == local_world_size():
+        if share and ranks.device.type == "cpu" and 1 < ranks.world_size == local_world_size():
             try:
                 self.shared = SharedMemoryMean(ranks, timeout)
-            except OSError as error:
+            except NoSharedMemoryError as error:
                 if ranks.first:
-                    log.warning("no shared memory (%s): gradients go through sockets, which takes longer", error)
+                    log.warning(
+                        "ranks cannot share memory (%s; %d MiB are needed, and a folder for temporary files that all "
+                        "see): gradients go through sockets, which takes longer",
+                        error,
+                        shared_bytes(ranks.world_size) / 2**20,
+                    )
 
     @torch.no_grad()
     def __call__(self, gradients: Sequence[Tensor]) -> None:

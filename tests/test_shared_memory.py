@@ -5,7 +5,10 @@ Threads stand in for ranks here; tests/distributed/test_gradients.py has real on
 
 import errno
 import os
+import random
+import tempfile
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +20,7 @@ import torch
 from paco_ds import shared_memory
 from paco_ds.distributed import Ranks
 from paco_ds.gradients import GradientMean
-from paco_ds.shared_memory import SharedMemoryMean, shared_bytes
+from paco_ds.shared_memory import NoSharedMemoryError, SharedMemoryMean, resident_bytes, shared_bytes
 
 
 class ThreadRanks(Ranks):
@@ -56,17 +59,27 @@ def small_chunks(monkeypatch):
 
 
 @pytest.fixture
-def folder(monkeypatch, tmp_path):
-    """Where the memory is made, in place of /dev/shm."""
-    monkeypatch.setattr(shared_memory, "_FOLDER", str(tmp_path))
-    return tmp_path
+def folder(monkeypatch):
+    """Where temporary files are made; a short path, as addresses of sockets are."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
 @pytest.mark.parametrize("lengths", [(), (1,), (8,), (0, 3), (5, 3, 8), (7, 30, 2, 9)])
-def test_tensors_become_their_mean_wherever_chunks_end(small_chunks, folder, world_size, lengths):
+def test_tensors_become_their_mean_wherever_chunks_end(small_chunks, world_size, lengths):
+    """Ranks that are late at random; three calls in a row through the same buffers."""
+
     def work(ranks):
         mean = SharedMemoryMean(ranks, timeout=10)
+        meet, late = mean._meet, random.Random(ranks.rank)
+
+        def meet_late(numbers: int) -> None:
+            time.sleep(late.choice([0, 0, 0.001]))
+            meet(numbers)
+
+        mean._meet = meet_late
         for call in range(3):
             tensors = [torch.arange(n, dtype=torch.float32) * (ranks.rank + 1) + call for n in lengths]
             mean(tensors)
@@ -83,14 +96,7 @@ def test_nothing_is_left_behind_once_all_have_opened_it(folder):
     assert not list(folder.iterdir())
 
 
-def test_the_memory_is_as_large_as_planned(folder, monkeypatch):
-    seen = []
-    monkeypatch.setattr(os, "posix_fallocate", lambda file, start, size: seen.append(size) or os.truncate(file, size))
-    on_ranks(2, lambda ranks: SharedMemoryMean(ranks, 10))
-    assert seen == [shared_bytes(2)]
-
-
-def test_a_full_shared_memory_is_said_and_sockets_are_used(folder, monkeypatch, caplog):
+def test_memory_that_cannot_be_had_is_said_and_sockets_are_used(folder, monkeypatch, caplog):
     def full(file: int, start: int, size: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -98,51 +104,104 @@ def test_a_full_shared_memory_is_said_and_sockets_are_used(folder, monkeypatch, 
     monkeypatch.setenv("LOCAL_SIZE", "2")
     assert [mean.shared for mean in on_ranks(2, lambda ranks: GradientMean(ranks, 10))] == [None, None]
     assert caplog.messages == [
-        "no shared memory ([Errno 28] No space left on device): gradients go through sockets, which takes longer"
+        "ranks cannot share memory (rank 0: [Errno 28] No space left on device; 12 MiB are needed, and a folder for "
+        "temporary files that all see): gradients go through sockets, which takes longer"
     ]
     assert not list(folder.iterdir())
 
 
-def test_all_ranks_refuse_memory_that_one_cannot_open(folder, monkeypatch):
-    """As ranks in containers of their own."""
-    opened = SharedMemoryMean._open
+NO_FILES = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    def another_folder(self: SharedMemoryMean, folder: Path) -> OSError | None:
-        return opened(self, folder / "elsewhere" if self._rank == 1 else folder)
 
-    monkeypatch.setattr(SharedMemoryMean, "_open", another_folder)
-    errors = on_ranks(3, lambda ranks: SharedMemoryMean(ranks, 10))
-    assert all(isinstance(error, FileNotFoundError) for error in errors)
+@pytest.mark.parametrize("step", ["_connect", "_take"])
+def test_all_ranks_do_without_memory_that_one_cannot_have(folder, monkeypatch, step):
+    """As where rank 1 sees another /tmp, in a container of its own."""
+    works = getattr(SharedMemoryMean, step)
+
+    def fails(self: SharedMemoryMean, given: Any) -> Any:
+        if self._rank == 1:
+            raise NO_FILES
+        return works(self, given)
+
+    monkeypatch.setattr(SharedMemoryMean, step, fails)
+    check_refused(folder, "rank 1: [Errno 24] Too many open files")
+
+
+@pytest.mark.parametrize("step", ["send_fds", "mmap"])
+def test_all_ranks_do_without_memory_that_rank_0_cannot_give(folder, monkeypatch, step):
+    def fails(*arguments: Any) -> None:
+        raise NO_FILES
+
+    monkeypatch.setattr(shared_memory.socket if step == "send_fds" else shared_memory.mmap, step, fails)
+    check_refused(folder, "rank 0: [Errno 24] Too many open files")
+
+
+def check_refused(folder: Path, reason: str) -> None:
+    """By all ranks, long before the time is over."""
+    began = time.monotonic()
+    errors = on_ranks(3, lambda ranks: SharedMemoryMean(ranks, 30))
+    assert time.monotonic() - began < 10
+    assert {type(error) for error in errors} == {NoSharedMemoryError}
+    assert {str(error) for error in errors} == {reason}
     assert not list(folder.iterdir())
 
 
-def test_ranks_of_several_hosts_do_not_look_for_it(folder, monkeypatch):
+def test_ranks_of_several_hosts_do_not_look_for_it(monkeypatch):
     monkeypatch.setenv("LOCAL_SIZE", "1")
     assert [mean.shared for mean in on_ranks(2, lambda ranks: GradientMean(ranks, 10))] == [None, None]
 
 
 @pytest.mark.parametrize("ended", [0, 1])
-def test_a_rank_that_ended_ends_the_wait_of_the_others(small_chunks, folder, ended):
+def test_a_rank_that_ended_ends_the_wait_of_the_others(small_chunks, ended):
     def work(ranks):
         mean = SharedMemoryMean(ranks, timeout=30)
         mean([torch.ones(20)])
         if ranks.rank == ended:
-            for link in mean._links:
-                link.close()  # as the kernel does for a process that died
+            mean.close()  # as the kernel does for a process that died
         else:
             mean([torch.ones(20)])
 
-    errors = [error for error in on_ranks(2, work) if error is not None]
-    assert [isinstance(error, ConnectionError) for error in errors] == [True]
+    errors = on_ranks(2, work)
+    assert errors[ended] is None
+    error = errors[1 - ended]
+    assert isinstance(error, ConnectionError)
+    assert str(error) == f"rank {ended} ended, or gave up, while rank {1 - ended} averaged gradients with it"
 
 
-def test_a_rank_that_does_not_come_is_not_waited_for_without_end(folder):
+def test_a_rank_that_does_not_come_is_not_waited_for_without_end():
+    """Nor does what it left unfinished become part of a later call."""
+
     def work(ranks):
         mean = SharedMemoryMean(ranks, timeout=0.2)
         if ranks.rank == 0:
+            with pytest.raises(TimeoutError, match=r"rank 0 waited 0.2 s .* with rank 1, which did not come"):
+                mean([torch.ones(20)])
+        ranks.gather_objects(None)
+        with pytest.raises(ConnectionError):
             mean([torch.ones(20)])
-        return mean  # alive until the other has given up
+        return "done"
 
-    error, _ = on_ranks(2, work)
-    assert isinstance(error, TimeoutError)
-    assert str(error) == "rank 0 waited 0.2 s to average gradients with a rank that did not come"
+    assert on_ranks(2, work) == ["done", "done"]
+
+
+def test_ranks_that_have_other_gradients_are_told(small_chunks):
+    """Their numbers would be averaged with those of another parameter."""
+    first, *others = on_ranks(3, lambda ranks: SharedMemoryMean(ranks, 10)([torch.ones(20 + (ranks.rank == 2))]))
+    assert isinstance(first, ValueError)
+    assert str(first) == (
+        "rank 2 has 21 numbers to average and rank 0 20: a parameter has a gradient on some ranks only"
+    )
+    assert {type(error) for error in others} == {ConnectionError}
+
+
+def test_numbers_of_another_precision_are_refused():
+    first, _ = on_ranks(2, lambda ranks: SharedMemoryMean(ranks, 10)([torch.ones(3, dtype=torch.float64)]))
+    assert isinstance(first, ValueError)
+    assert "float64" in str(first)
+
+
+def test_the_resident_share_is_less_than_the_memory():
+    """Of two ranks 10 of 12 MiB; a small mean touches little of it."""
+    assert (shared_bytes(2), resident_bytes(2, 10**9)) == (12 * 2**20, 10 * 2**20)
+    assert resident_bytes(64, 10**9) < 12 * 2**20
+    assert (resident_bytes(2, 1000), resident_bytes(1, 10**9)) == (10_000, 0)

@@ -20,7 +20,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from paco_ds.distributed import MicroBatchLayout
 from paco_ds.planning.trace import StepTrace
 from paco_ds.recipe import Recipe
-from paco_ds.shared_memory import shared_bytes
+from paco_ds.shared_memory import resident_bytes
 
 FLOAT = 4
 Device = Literal["cuda", "cpu"]
@@ -167,7 +167,7 @@ def _while_weights_are_updated(trace: StepTrace, layout: MicroBatchLayout, zero:
     trained, own = FLOAT * sum(trace.trained), _share(trace.trained, layout.world_size)
     if zero.stage == 0:
         # reduced where they lie; on CPU ranks of one host exchange them through memory that they share
-        shared = shared_bytes(layout.world_size, sum(trace.trained)) if device == "cpu" else 0
+        shared = resident_bytes(layout.world_size, sum(trace.trained)) if device == "cpu" else 0
         return {"gradients": trained, "reduction buckets": shared}
     in_bucket = min(trained, FLOAT * zero.reduce_bucket_size)
     held = {1: trained - in_bucket, 2: own if layout.accumulation > 1 else 0, 3: 0}[zero.stage]

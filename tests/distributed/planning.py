@@ -53,11 +53,20 @@ def _two_steps(ranks: Ranks, recipe: Recipe, stage: int, autocast: bool) -> Step
 
 
 def collectives(
-    ranks: Ranks, overrides: tuple[str, ...], stage: int, zero: dict[str, Any] | None = None, steps: int = 3
+    ranks: Ranks,
+    overrides: tuple[str, ...],
+    stage: int,
+    zero: dict[str, Any] | None = None,
+    steps: int = 3,
+    one_host: bool = False,
 ) -> list[dict[str, int]]:
-    """Bytes this rank sends in each step, by collective, as torch's own operations show them: on hosts of its own."""
+    """Bytes this rank sends in each step, by collective, as torch's own operations show them.
+
+    Args:
+        one_host: whether the ranks know that they share a host; a plan is of several.
+    """
     recipe = tiny_recipe(*overrides)
-    with patch.dict(os.environ, LOCAL_SIZE="1"):
+    with patch.dict(os.environ, {} if one_host else {"LOCAL_SIZE": "1"}):
         step = make_step(ranks, recipe, deepspeed_config(stage, autocast=False, **(zero or {})))
     sent = []
     for number in range(steps):

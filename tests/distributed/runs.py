@@ -313,9 +313,8 @@ def average_gradients(
         gradients = [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
         return [g.to(memory_format=torch.channels_last) if g.ndim == 4 else g for g in gradients]
 
-    mean = GradientMean(ranks, timeout=60)
-    if not shared:
-        mean.shared = None
+    mean = GradientMean(ranks, timeout=60, share=shared)
+    assert (mean.shared is not None) == (shared and ranks.world_size > 1)
     mean([])
     errors, stayed = [], []
     for call in range(2):

@@ -67,6 +67,15 @@ def test_planned_bytes_of_deepspeed_are_those_it_sends(pool, stage):
                 assert count <= sent[op] <= count + 64, (op, planned, sent)
 
 
+def test_ranks_of_one_host_send_no_gradients_at_stage_0(pool):
+    """They go through shared memory: what several hosts sum up beside them is all that is left."""
+    recipe = tiny_recipe()
+    rows = plan_traffic(recipe, trace(), layout_of(recipe, 0, 2), zero_settings(deepspeed_config(0, False)), step=2)
+    left = sum(row.bytes for row in rows if row.op == "all_reduce" and row.what != "gradients")
+    for *_, sent in pool(2).run("tests.distributed.planning:collectives", overrides=(), stage=0, one_host=True):
+        assert left <= sent["all_reduce"] <= left + 64
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_planned_memory_is_within_15_percent_of_a_real_run(pool, world_size):
     """ZeRO-1; growth of resident memory over the start of a rank whose allocator gives back what is freed."""

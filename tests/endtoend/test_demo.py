@@ -122,9 +122,11 @@ def test_a_rank_that_dies_ends_the_job(shards, tmp_path):
 
 
 def test_a_killed_rank_ends_the_job_and_is_named(shards, tmp_path):
-    """Even the first, as the kernel does when memory runs out; nothing is left behind, and it is said how to go on."""
+    """Even the first, as the kernel does when memory runs out; nothing is left behind, and it is said how to go on.
+    At stage 0 ranks wait for each other at sockets of their own (paco_ds/shared_memory.py) as well as in gloo."""
     run = tmp_path / "run"
-    overrides = ("metrics.serve=false", f"data.shards={shards}", "data.workers=1", "checkpoint.every_steps=2")
+    stage0 = f"engine.deepspeed={ROOT / 'ds_configs' / 'zero0.json'}"
+    overrides = ("metrics.serve=false", f"data.shards={shards}", "data.workers=1", "checkpoint.every_steps=2", stage0)
     launch = (DEEPSPEED, "--num_gpus", 2, "--master_port", 29615, ROOT / "paco_ds" / "train.py", "--config", RECIPE)
     words = [*launch, "--output", run, *(f"--set={s}" for s in overrides)]
     job = subprocess.Popen([str(w) for w in words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

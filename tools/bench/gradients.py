@@ -47,13 +47,12 @@ class Gradients:
         torch.manual_seed(ranks.rank)
         self._gradients = [torch.randn(shape) for shape in shapes]
         self._copies = [g.clone() for g in self._gradients]
-        shared, sockets = GradientMean(ranks, timeout=60), GradientMean(ranks, timeout=60)
+        shared = GradientMean(ranks, timeout=60)
         if shared.shared is None:
             raise RuntimeError("the ranks of this bench share no memory; see above")
-        sockets.shared = None
         self._ways: dict[str, Callable[[Sequence[Tensor]], object]] = {
             OURS: shared,
-            SOCKETS: sockets,
+            SOCKETS: GradientMean(ranks, timeout=60, share=False),
             BUCKETS: self._in_buckets,
             DEEPSPEED: self._deepspeed,
             FLOOR: self._copy,

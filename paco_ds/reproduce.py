@@ -216,6 +216,7 @@ def draw(table: Table, jobs: Sequence[Job], output: Path) -> None:
         )
         for row in table.rows
     ]
+    output.mkdir(parents=True, exist_ok=True)  # none was made where all results were kept ones
     page, picture = output / "comparison.html", output / "comparison.png"
     write_comparison(rows, page, picture, title=table.title)
     print(f"written: {page}, {picture}")

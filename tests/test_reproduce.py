@@ -196,7 +196,6 @@ def test_a_kept_result_counts_as_done_in_another_clone(tmp_path, monkeypatch):
     elsewhere = kept_job(tmp_path, output="b", extra=("data.workers=3",))  # where it runs may differ
     monkeypatch.setattr(reproduce.subprocess, "run", never_launch)
     reproduce.run_job(elsewhere, ranks=4, quiet=False)
-    elsewhere.output.mkdir()
     reproduce.draw(elsewhere.table, [elsewhere], elsewhere.output)
     assert "85.0" in (elsewhere.output / "comparison.html").read_text()
 

@@ -182,6 +182,8 @@ class _Offer:
     """
 
     def __init__(self, stack: ExitStack, world_size: int) -> None:
+        if not hasattr(os, "memfd_create"):
+            raise OSError("only Linux has memory without a name")
         self.memory = os.memfd_create("paco_ds gradients")
         stack.callback(os.close, self.memory)
         os.posix_fallocate(self.memory, 0, shared_bytes(world_size))  # too little is said now, not by a bus error later
@@ -196,7 +198,7 @@ def _attempt(step: Callable[..., Any], *arguments: Any) -> Any:
     """What a step returns, or why it could not be taken."""
     try:
         return step(*arguments)
-    except (OSError, AttributeError) as error:  # the latter: no Linux
+    except OSError as error:
         return error
 
 

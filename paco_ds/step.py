@@ -300,9 +300,8 @@ class Step:
         return output.loss
 
     def _refusal(self, totals: _Totals, pending: PendingKeys | None) -> str | None:
-        loss_not_finite = (
-            totals.not_finite()
-        )  # first, and always: the flags that ranks must agree on lie in the same sum
+        # first, and always: the flags that ranks must agree on lie in the same sum
+        loss_not_finite = totals.not_finite()
         if _not_finite(pending):
             return "keys"
         if loss_not_finite:

@@ -1,6 +1,7 @@
 """Results kept beside a project: a JSON file for each finished training, with the recipe that it belongs to.
 
 A file holds the figures of metrics.json, and `recipe` (all that decides what is learnt and on what it is judged),
+`first_stage` (the same of the training it started from, if it is a second stage),
 `evaluate` (options of evaluate.py that the figures came with), `ranks` and `seconds` of the training. It names no place
 on a machine, so it is good in another clone.
 """
@@ -20,7 +21,14 @@ JUDGED_BY = ("evaluation.split", "evaluation.test_split", "evaluation.checkpoint
 
 
 def keep_result(
-    path: Path, figures: Mapping[str, Any], recipe: Recipe, options: Sequence[str], *, ranks: int, seconds: float
+    path: Path,
+    figures: Mapping[str, Any],
+    recipe: Recipe,
+    first_stage: Recipe | None,
+    options: Sequence[str],
+    *,
+    ranks: int,
+    seconds: float,
 ) -> None:
     """Write what a training reached, as a whole or not at all, a key to a line.
 
@@ -34,14 +42,17 @@ def keep_result(
         "seconds": round(seconds, 1),
         "evaluate": list(options),
         "recipe": _identity(recipe),
+        **({"first_stage": _identity(first_stage)} if first_stage else {}),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in kept.items())
     replace_text(path, f"{{\n{lines}\n}}\n")
 
 
-def read_result(path: Path, recipe: Recipe, options: Sequence[str], manifest_sha256: str | None) -> dict[str, Any]:
-    """What a training of this recipe reached.
+def read_result(
+    path: Path, recipe: Recipe, first_stage: Recipe | None, options: Sequence[str], manifest_sha256: str | None
+) -> dict[str, Any]:
+    """What a training of this recipe, after one of `first_stage` if it is a second stage, reached.
 
     Args:
         manifest_sha256: of the shards that are here, or None where there are none to compare.
@@ -54,10 +65,10 @@ def read_result(path: Path, recipe: Recipe, options: Sequence[str], manifest_sha
         saved, trained_on, evaluated = kept["recipe"], kept["manifest_sha256"], kept["evaluate"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no kept result ({error!r}): move it away to train that row again") from None
-    now = _identity(recipe)
-    # a setting younger than the file then was what it is by default
-    saved = {key: recipe.default(key) for key in now.keys() - saved.keys()} | saved
-    found = [(key, saved.get(key), now.get(key)) for key in sorted(saved.keys() | now.keys())]
+    found = _compared(saved, recipe)
+    if first_stage is not None:
+        before = _compared(kept.get("first_stage", {}), first_stage)
+        found += [(f"first stage: {key}", then, here) for key, then, here in before]
     found += [("options of the evaluation", evaluated, list(options))]
     if manifest_sha256 is not None:
         found += [("shards (manifest)", trained_on[:12], manifest_sha256[:12])]
@@ -68,6 +79,13 @@ def read_result(path: Path, recipe: Recipe, options: Sequence[str], manifest_sha
             + "\nGive another --keep folder (one for each data set), or move the file away to train that row again"
         )
     return dict(kept)
+
+
+def _compared(saved: Mapping[str, Any], recipe: Recipe) -> list[tuple[str, Any, Any]]:
+    """(key, what was saved, what is now); a setting younger than the file then was what it is by default."""
+    now = _identity(recipe)
+    saved = {key: recipe.default(key) for key in now.keys() - saved.keys()} | dict(saved)
+    return [(key, saved.get(key), now.get(key)) for key in sorted(saved.keys() | now.keys())]
 
 
 def _identity(recipe: Recipe) -> dict[str, Any]:

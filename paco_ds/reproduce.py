@@ -3,7 +3,8 @@
     python tools/reproduce.py --table 13 --scale small --data shards/fashion-mnist-lt.yaml --output runs/table13
     python tools/reproduce.py --table 9 --scale paper --output runs/table9       writes the commands for a cluster
 
-Each (row, seed) is a run of its own, launched as a user would launch it, so an interrupted table goes on. With
+Each (row, seed) is a run of its own, launched as a user would launch it, so an interrupted table goes on. A second
+stage starts from the run of the row that it names, which is trained first, also where its result is kept. With
 --keep DIR the result of each finished run is kept as DIR/ROW-seedN.json. A kept result of the same recipe, data and
 seed counts as done, so a table goes on from another clone, and is drawn there, without the runs; tables of one data
 set may share DIR, and rows that two of them have in common are trained once. One of another recipe is refused.
@@ -12,16 +13,19 @@ set may share DIR, and rows that two of them have in common are trained once. On
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shlex
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from paco_ds.command import report_user_errors
@@ -33,7 +37,6 @@ from paco_ds.files import is_url, sha256_file
 from paco_ds.kept_results import keep_result, read_result
 from paco_ds.metrics.log import read as read_log
 from paco_ds.recipe import Recipe
-from paco_ds.recipe_file import load_recipe
 from paco_ds.report.comparison import MethodResults, SeedResult, write_comparison
 from paco_ds.table import Row, Table, load_table, small_recipe
 
@@ -84,9 +87,17 @@ class Job:
         return (self.kept or self.results).exists()
 
     @property
+    def first_stage(self) -> Job | None:
+        """The training that it starts from, if it is a second stage."""
+        row = self.table.first_stage(self.row)
+        return None if row is None else replace(self, row=row)
+
+    @property
     def overrides(self) -> tuple[str, ...]:
-        """Those of the row and its seed, and then those of every row."""
-        return (*self.row.set, *(self.row.small if self.small else ()), f"seed={self.seed}", *self.extra)
+        """Where it starts from, its seed, and those of every row: what comes after the row's own."""
+        first = self.first_stage
+        start = (f"model.start_from={first.run}",) if first else ()
+        return (*start, f"seed={self.seed}", *self.extra)
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -95,22 +106,25 @@ class Job:
         Raises:
             RecipeError: recipe and overrides do not fit each other.
         """
-        return load_recipe(self.small or self.table.recipe_of(self.row), self.overrides)
+        return self.table.resolve(self.row, self.small, self.overrides)
 
     def check(self) -> None:
         """Before anything is trained.
 
         Raises:
-            RecipeError: recipe and overrides do not fit each other.
+            RecipeError: recipe and overrides do not fit each other, or those of its first stage.
             UserError: what is kept belongs to another training.
         """
+        if self.first_stage:
+            self.first_stage.check()
         recipe = self.recipe
         if self.kept is not None and self.kept.exists():
-            read_result(self.kept, recipe, self.row.evaluate, self._manifest_sha256())
+            read_result(self.kept, recipe, self._first_recipe, self.row.evaluate, self._manifest_sha256())
 
     def training(self, launcher: Sequence[str]) -> list[str]:
         """The command that trains it, or goes on with it."""
-        overrides = [f"--set={override}" for override in self.overrides]
+        own = (*self.row.set, *(self.row.small if self.small else ()))
+        overrides = [f"--set={override}" for override in (*own, *self.overrides)]
         recipe = str(self.small or self.table.recipe_of(self.row))
         return [*launcher, str(TRAIN), "--config", recipe, "--output", str(self.run), *overrides]
 
@@ -128,7 +142,7 @@ class Job:
         """
         if self.kept is None:
             return dict(json.loads(self.results.read_text()))
-        return read_result(self.kept, self.recipe, self.row.evaluate, self._manifest_sha256())
+        return read_result(self.kept, self.recipe, self._first_recipe, self.row.evaluate, self._manifest_sha256())
 
     def read(self) -> SeedResult:
         """Its top-1 accuracies; raises as `figures` does."""
@@ -145,10 +159,15 @@ class Job:
             self.kept,
             json.loads(self.results.read_text()),
             self.recipe,
+            self._first_recipe,
             self.row.evaluate,
             ranks=trained["world_size"],
             seconds=sum(step["step_seconds"] for step in steps),
         )
+
+    @property
+    def _first_recipe(self) -> Recipe | None:
+        return self.first_stage.recipe if self.first_stage else None
 
     def _manifest_sha256(self) -> str | None:
         shards = self.recipe.data.shards
@@ -157,14 +176,34 @@ class Job:
 
 
 def run_job(job: Job, ranks: int, quiet: bool) -> None:
-    """Train a row with a seed, or go on with it, unless its result is kept. A finished run is launched too: it checks
-    that it was trained by this row's recipe, and evaluates.
+    """Train a row with a seed, or go on with it, unless its result is kept.
 
     Raises:
-        UserError: the training or its evaluation failed.
+        UserError: the training or its evaluation failed, or that of its first stage.
     """
     if job.kept is not None and job.done:
         return
+    if job.first_stage:  # whose weights are needed, also where its result is kept
+        train(job.first_stage, ranks, quiet)
+    train(job, ranks, quiet)
+    job.keep_result()
+
+
+_UNDER_WAY: defaultdict[Path, Lock] = defaultdict(Lock)  # run directories: rows may start from the same first stage
+
+
+def train(job: Job, ranks: int, quiet: bool) -> None:
+    """Launch its training and its evaluation. A finished run is launched too: it checks that it was trained by this
+    row's recipe, and evaluates.
+
+    Raises:
+        UserError: one of them failed.
+    """
+    with _UNDER_WAY[job.run]:
+        _launch(job, ranks, quiet)
+
+
+def _launch(job: Job, ranks: int, quiet: bool) -> None:
     launcher = str(Path(sys.executable).with_name("deepspeed"))
     # not the launcher's one port, which a second training on this host would find taken
     training = job.training([launcher, "--num_gpus", str(ranks), "--master_port", free_port()])
@@ -179,7 +218,6 @@ def run_job(job: Job, ranks: int, quiet: bool) -> None:
         if status:
             where = str(log) if quiet else "above"
             raise UserError(f"{job.name} did not finish; see {where}. The same command goes on")
-    job.keep_result()
 
 
 def run_jobs(jobs: Sequence[Job], ranks: int, at_once: int) -> None:
@@ -215,6 +253,7 @@ def draw(table: Table, jobs: Sequence[Job], output: Path) -> None:
             row.backbone,
         )
         for row in table.rows
+        if row.drawn
     ]
     output.mkdir(parents=True, exist_ok=True)  # none was made where all results were kept ones
     page, picture = output / "comparison.html", output / "comparison.png"
@@ -236,7 +275,11 @@ def _check_same_data(jobs: Sequence[Job]) -> None:
 def write_commands(jobs: Sequence[Job], path: Path) -> None:
     """The commands of all trainings and evaluations as a script for a cluster, `hosts` being its hostfile."""
     lines = ["#!/bin/sh", "# Each training goes on where it stopped when it is given again.", "set -e"]
-    for job in jobs:
+    trained: set[Path] = set()
+    for job in itertools.chain.from_iterable((each.first_stage, each) for each in jobs):
+        if job is None or job.run in trained:
+            continue
+        trained.add(job.run)
         lines += ["", f"# {job.row.name}, seed {job.seed}"]
         if job.row.inferred:
             lines.append(f"# inferred: {job.row.inferred}")
@@ -283,6 +326,7 @@ def main(argv: list[str] | None = None) -> int:
         jobs = [
             Job(table, row, seed, arguments.output, small, tuple(extra), arguments.keep)
             for row in table.rows
+            if row.drawn
             for seed in range(1, arguments.seeds + 1)
         ]
         if arguments.scale == "paper":

@@ -7,11 +7,14 @@
       - {method: CE, set: [loss.method=cross_entropy], paper: {all: 48.4}}
 
 At small scale a row is the small recipe of a data set with the row's `set` and then its `small` overrides, which name
-the stand-in of its backbone.
+the stand-in of its backbone. A second stage starts from the run, of the same seed, of the row that its `after` names:
+
+      - {method: CE, LWS, after: CE, set: [loss.method=cross_entropy, model.trained=center_scales]}
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Self
 
@@ -50,6 +53,8 @@ class Row(Section):
     recipe: str | None = Field(None, description="at paper scale, where it is not the table's; relative to the table")
     set: tuple[str, ...] = Field((), description="overrides that make the method, at any scale")
     small: tuple[str, ...] = Field((), description="further overrides at small scale")
+    after: str | None = Field(None, description="name of the row, above, whose run this second stage starts from")
+    drawn: bool = Field(True, description="false: a first stage alone, whose own figures say nothing")
     evaluate: tuple[str, ...] = Field((), description="options of evaluate.py that give the row's figures")
     inferred: str | None = Field(None, description="which of its values neither paper nor code says")
     paper: PaperFigures | None = None
@@ -80,19 +85,35 @@ class Table(Section):
             raise ValueError(f"rows share the run folders {sorted(twice)}; give each row a method name of its own")
         return self
 
+    @model_validator(mode="after")
+    def _first_stages_are_above(self) -> Self:
+        above: set[str] = set()
+        for row in self.rows:
+            if row.after is not None and row.after not in above:
+                raise ValueError(f"row {row.name} is after {row.after!r}, which is no row above it")
+            above.add(row.name)
+        return self
+
+    def first_stage(self, row: Row) -> Row | None:
+        """The row whose run a row starts from, if it is a second stage."""
+        return next((other for other in self.rows if other.name == row.after), None)
+
     def recipe_of(self, row: Row) -> str:
         """Path of a row's recipe as it is written."""
         return row.recipe or self.recipe
 
-    def resolve(self, row: Row, small_recipe: Path | None = None) -> Recipe:
+    def resolve(self, row: Row, small_recipe: Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
         """The recipe of a row with its overrides, as it is written or, with a small recipe, at small scale.
+
+        Args:
+            overrides: further ones; those of a second stage have `model.start_from`.
 
         Raises:
             RecipeError: recipe and overrides do not fit each other.
         """
         if small_recipe is None:
-            return load_recipe(self.recipe_of(row), row.set)
-        return load_recipe(small_recipe, (*row.set, *row.small))
+            return load_recipe(self.recipe_of(row), (*row.set, *overrides))
+        return load_recipe(small_recipe, (*row.set, *row.small, *overrides))
 
 
 def load_table(name: str | Path) -> Table:

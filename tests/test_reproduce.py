@@ -24,7 +24,7 @@ def test_every_row_of_a_shipped_table_is_a_valid_recipe_and_a_model(path):
     assert table.rows
     small = [None] if table.scale == "here" else [None, *sorted(SMALL_RECIPES.glob("*.yaml"))]
     for row, recipe in itertools.product(table.rows, small):
-        resolved = table.resolve(row, recipe)
+        resolved = table.resolve(row, recipe, ("model.start_from=run",) if row.after else ())
         with torch.device("meta"):
             make_recogniser(resolved, 20, (0.5,) * 3, (0.2,) * 3)
 
@@ -50,6 +50,7 @@ def test_only_wanted_values_differ_between_rows():
         (ROWS + "  - {method: CE+BS}\n  - {method: CE BS}\n", r"rows share the run folders \['ce-bs'\]"),
         (ROWS + "  - {metod: x}\n", r"metod"),
         ("title: [", r"t.yaml"),
+        (ROWS + "  - {method: LWS, after: CE}\n  - {method: CE}\n", "row LWS is after 'CE', which is no row above it"),
     ],
 )
 def test_a_wrong_table_is_refused(tmp_path, text, message):
@@ -158,7 +159,7 @@ def kept_job(tmp_path, *, seed=1, output="a", extra=(), **row):
     return reproduce.Job(table, row, seed, tmp_path / output, None, (shards, *extra), tmp_path / "kept")
 
 
-def finish(job, *, manifest="0" * 64, figures=TOP1):
+def finish(job, *, manifest="0" * 64, figures=TOP1, keep=True):
     """What a training leaves behind, as far as a kept result is made of it."""
     job.run.mkdir(parents=True, exist_ok=True)
     trained = {**figures, "world_size": 2, "seed": job.seed, "manifest_sha256": manifest, "versions": {"torch": "2"}}
@@ -169,7 +170,8 @@ def finish(job, *, manifest="0" * 64, figures=TOP1):
     for step in (1, 2):
         log.step(StepRecord(step, 0, 1.0, 0.1, 1.0, 64.0, 0.0, 1.25))
     log.close()
-    job.keep_result()
+    if keep:
+        job.keep_result()
 
 
 def never_launch(command, **_):
@@ -276,3 +278,72 @@ def test_rows_that_two_tables_share_are_trained_once(tmp_path):
     finish(jobs[0])
     jobs[1].check()
     assert jobs[1].done
+
+
+def second_stage(tmp_path, *, keep=True, output="a", first_set=(), extra=()):
+    """(first stage, second stage that starts from it), both of the demo's recipe on two rows of one table."""
+    first = Row(method="SupCon, first stage", set=("loss.method=supcon", *first_set), drawn=False)
+    trained = ("loss.method=cross_entropy", "model.trained=centers")
+    second = Row(method="SupCon, two stages", after=first.name, set=trained)
+    table = Table(title="t", recipe=str(SMALL_RECIPES.parent / "demo.yaml"), rows=(first, second))
+    kept, shards = tmp_path / "kept" if keep else None, f"data.shards={tmp_path / 'shards'}"
+    job = reproduce.Job(table, second, 3, tmp_path / output, None, (shards, *extra), kept)
+    return job.first_stage, job
+
+
+def launched_by(monkeypatch, job):
+    """Run directories of the trainings that `run_job` launches, each finished at once."""
+    runs = []
+
+    class Done:
+        returncode = 0
+
+    def train(command, **_):
+        runs.append(Path(command[command.index("--output") + 1]))
+        finish(next(each for each in (job, job.first_stage) if each.run == runs[-1]), keep=False)
+        return Done
+
+    monkeypatch.setattr(reproduce.subprocess, "run", train)
+    reproduce.run_job(job, ranks=2, quiet=False)
+    return runs
+
+
+def test_a_second_stage_starts_from_the_run_of_its_first_with_the_same_seed(tmp_path, monkeypatch):
+    """Which is trained before it, and whose recipe is kept with its result."""
+    first, second = second_stage(tmp_path)
+    second.check()
+    assert launched_by(monkeypatch, second) == [first.run, second.run]
+    assert f"--set=model.start_from={tmp_path}/a/supcon--first-stage-seed3" in second.training([])
+    kept = json.loads(second.kept.read_text())
+    assert (kept["recipe"]["model.trained"], kept["first_stage"]["loss.method"]) == ("centers", "supcon")
+    assert not first.kept.exists()
+
+
+def test_a_second_stage_of_which_the_result_is_kept_trains_no_first_stage(tmp_path, monkeypatch):
+    """Unless the first stage is another one, which is refused and said."""
+    finish(second_stage(tmp_path)[1])
+    elsewhere = second_stage(tmp_path, output="b")[1]
+    elsewhere.check()
+    assert launched_by(monkeypatch, elsewhere) == []
+    other = second_stage(tmp_path, output="c", first_set=("loss.temperature=0.7",))[1]
+    with pytest.raises(UserError, match=r"first stage: loss.temperature: 0.3 there, 0.7 now"):
+        other.check()
+
+
+def test_a_first_stage_alone_is_trained_and_not_drawn(tmp_path):
+    """Its centers are as they were drawn, so its figures say nothing."""
+    _, second = second_stage(tmp_path, keep=False)
+    finish(second)
+    reproduce.draw(second.table, [second], tmp_path)
+    assert "first stage" not in (tmp_path / "comparison.html").read_text()
+
+
+def test_a_first_stage_that_two_rows_start_from_is_in_the_script_once(tmp_path):
+    """Before both."""
+    table = load_table("ds_configs/tables/methods.yaml")
+    rows = [row for row in table.rows if row.name in ("CE, LWS", "CE, cRT", "SupCon, two stages")]
+    reproduce.write_commands([reproduce.Job(table, row, 1, tmp_path, None, ()) for row in rows], tmp_path / "c.sh")
+    titles = [line for line in (tmp_path / "c.sh").read_text().splitlines() if line.endswith("seed 1")]
+    assert [title.strip("# ").removesuffix(", seed 1") for title in titles] == [
+        "CE", "CE, cRT", "CE, LWS", "SupCon, first stage", "SupCon, two stages"
+    ]  # fmt: skip

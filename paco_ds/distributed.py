@@ -82,13 +82,19 @@ class Ranks:
 
     def exchange(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         """All-to-all of rows: the first send[0] rows go to rank 0, and so on; receive[r] come from rank r."""
+        return self.begin_exchange(rows, send, receive).wait()
+
+    def begin_exchange(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Pending:
+        """Begin an all-to-all of rows, see `exchange`."""
         if self.world_size == 1:
-            return rows
+            return Pending(rows)
         out = torch.empty((sum(receive), *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
-        dist.all_to_all_single(out, rows.contiguous(), list(receive), list(send), group=self.group)
+        work = dist.all_to_all_single(
+            out, rows.contiguous(), list(receive), list(send), group=self.group, async_op=True
+        )
         row_bytes = rows[:1].nbytes if len(rows) else 0
         self.on_bytes("all_to_all", row_bytes * (sum(send) - send[self.rank]))
-        return out
+        return Pending(out, work)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Small host-side values of all ranks (addresses, lists of names); not for the training step."""

@@ -34,6 +34,20 @@ class Keys:
     finite: bool
 
 
+class PendingImages:
+    """Images on their way to the ranks that make their keys."""
+
+    def __init__(self, arriving: Pending, in_group_order: np.ndarray | None = None) -> None:
+        self._arriving, self._in_group_order = arriving, in_group_order
+
+    def wait(self) -> Tensor:
+        """Those of this rank's groups, [A m, 3, H, W] in group order."""
+        images = self._arriving.wait()
+        if self._in_group_order is None:
+            return images
+        return images[torch.from_numpy(self._in_group_order).to(images.device)]
+
+
 class PendingKeys:
     """Keys that are being gathered: ranks wait for each other where keys are needed, not where they were made."""
 
@@ -96,17 +110,33 @@ class KeyEncoder:
         """key <- momentum key + (1 - momentum) query; once per optimizer step, before its keys are made."""
         move_average(self.engine, self._key, self._query, 1 - self.momentum(step))
 
-    def keys(self, step: int, views: Sequence[Tensor], labels: Sequence[Tensor]) -> PendingKeys:
+    def begin_exchange(self, step: int, views: Sequence[Tensor]) -> PendingImages:
+        """Begin to send each image to the rank that runs its group, at most once.
+
+        Who sends what follows from the permutation, so no sizes are exchanged, and nothing else of the step need be
+        known: images can be on their way while the step before computes.
+
+        Args:
+            views: key views of this rank's A micro-batches of global step `step`, uint8 [m, 3, H, W] each, on any
+                device.
+        """
+        images = torch.cat(list(views))
+        if self.batch_norm == "local":
+            return PendingImages(Pending(images))
+        exchange = key_exchange(self._groups(step), self.layout)
+        rows = images[torch.from_numpy(exchange.rows)].to(self.ranks.device)
+        arriving = self.ranks.begin_exchange(rows, exchange.send, exchange.receive)
+        return PendingImages(arriving, exchange.in_group_order)
+
+    def keys(self, step: int, images: PendingImages, labels: Sequence[Tensor]) -> PendingKeys:
         """Make this rank's share of the keys of the global batch, and begin to gather them all.
 
         Args:
-            views: key views of this rank's A micro-batches, uint8 [m, 3, H, W] each, on any device.
-            labels: their classes, int64 [m] each.
+            images: of this step.
+            labels: classes of this rank's A micro-batches, int64 [m] each.
         """
-        groups = self._groups(step)
-        mine = self._exchange_images(torch.cat(list(views)), groups)
-        keys = torch.cat([self._encode(images) for images in mine.split(self.layout.micro_batch)])
-        return gather_keys(self.layout, self.ranks, keys, torch.cat(list(labels)), groups)
+        keys = torch.cat([self._encode(group) for group in images.wait().split(self.layout.micro_batch)])
+        return gather_keys(self.layout, self.ranks, keys, torch.cat(list(labels)), self._groups(step))
 
     def _groups(self, step: int) -> np.ndarray:
         """Lanes of each group, [M, m]: group g is normalised together, by rank g mod W."""
@@ -115,19 +145,6 @@ class KeyEncoder:
         if self.batch_norm == "shuffle":
             lanes = permutation(len(lanes), Stream.KEY_GROUPS, self.seed, step)
         return lanes.reshape(layout.micro_batches, layout.micro_batch)
-
-    def _exchange_images(self, images: Tensor, groups: np.ndarray) -> Tensor:
-        """Each image to the rank that runs its group, at most once: [A m, ...] -> [A m, ...] in group order.
-
-        Who sends what follows from the permutation, so no sizes are exchanged.
-        """
-        layout, ranks = self.layout, self.ranks
-        if self.batch_norm == "local":
-            return images
-        exchange = key_exchange(groups, layout)
-        rows = images[torch.from_numpy(exchange.rows)]
-        arrived = ranks.exchange(rows.to(ranks.device), exchange.send, exchange.receive)
-        return arrived[torch.from_numpy(exchange.in_group_order).to(arrived.device)]
 
     def _encode(self, images: Tensor) -> Tensor:
         keys: Tensor = self.engine(images.to(self.ranks.device, non_blocking=True), keys=True)

@@ -12,8 +12,9 @@ gradient, and those of the second views are gathered, without, for the queue.
 Guard: keys, a loss or a gradient norm that are not finite change no rank's weights, momentum, statistics or queue.
 Only the moving average may stand, which is finite whenever the weights are.
 
-Ranks wait for each other three times: for the images whose keys they make, before the first loss for the keys, and for
-the gradients. What they add up of losses and statistics is on its way during the last backward.
+Ranks wait for each other twice: before the first loss for the keys, and for the gradients. The images whose keys they
+make came while the step before computed, where `begin_exchange` was called for them then. What they add up of losses
+and statistics is on its way during the last backward.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from paco_ds.data.manifest import SHOTS
 from paco_ds.data.stream.batches import MicroBatch
 from paco_ds.distributed import MicroBatchLayout, Pending, Ranks
 from paco_ds.errors import TrainingError
-from paco_ds.key_encoder import KeyEncoder, Keys, PendingKeys, gather_keys
+from paco_ds.key_encoder import KeyEncoder, Keys, PendingImages, PendingKeys, gather_keys
 from paco_ds.key_queue import KeyQueue, QueueSnapshot, digest
 from paco_ds.losses.base import Loss, LossOutput
 from paco_ds.losses.distillation import PART, Distillation
@@ -191,8 +192,20 @@ class Step:
         self.stop_requested = stop_requested
         self._shots_C = torch.tensor([SHOTS.index(s) for s in shots_of_classes], device=ranks.device)
 
-    def __call__(self, step: int, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
-        """Run global step `step` (from 0) with this rank's A micro-batches, in the order of `layout.own`."""
+    def begin_exchange(self, step: int, micro_batches: Sequence[MicroBatch]) -> PendingImages | None:
+        """Begin to send the images of a step to the ranks that make their keys; None if there is no key encoder."""
+        if self.key_encoder is None:
+            return None
+        return self.key_encoder.begin_exchange(step, [b.key for b in micro_batches if b.key is not None])
+
+    def __call__(
+        self, step: int, micro_batches: Sequence[MicroBatch], lr: float, key_images: PendingImages | None = None
+    ) -> StepResult:
+        """Run global step `step` (from 0) with this rank's A micro-batches, in the order of `layout.own`.
+
+        Args:
+            key_images: what `begin_exchange` gave for this step, on every rank; by default it is called now.
+        """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.refused = False
@@ -202,7 +215,7 @@ class Step:
         totals.vector[2] = sum(len(b.replaced) for b in micro_batches)
         totals.vector[3] = self.stop_requested()
 
-        pending = self._make_keys(step, micro_batches)
+        pending = self._make_keys(step, micro_batches, key_images)
         self.optimizer.guard = lambda: totals.not_finite() or _not_finite(pending)
         newest = self._run_queries(step, micro_batches, pending, totals)
         refused = self._refusal(totals, pending)
@@ -215,12 +228,15 @@ class Step:
                 self.queue.push(keys.keys_GD, keys.labels_G)
         return self._result(totals, refused, known=refused != "keys")
 
-    def _make_keys(self, step: int, micro_batches: Sequence[MicroBatch]) -> PendingKeys | None:
+    def _make_keys(
+        self, step: int, micro_batches: Sequence[MicroBatch], images: PendingImages | None
+    ) -> PendingKeys | None:
         if self.key_encoder is None:
             return None
+        images = images or self.begin_exchange(step, micro_batches)
+        assert images is not None
         self.key_encoder.update(step)
-        views = [b.key for b in micro_batches if b.key is not None]
-        return self.key_encoder.keys(step, views, [b.labels for b in micro_batches])
+        return self.key_encoder.keys(step, images, [b.labels for b in micro_batches])
 
     def _run_queries(
         self, step: int, micro_batches: Sequence[MicroBatch], pending: PendingKeys | None, totals: _Totals

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,13 +15,13 @@ import torch
 from paco_ds import engine as ds
 from paco_ds.checkpoint import Checkpoint, Checkpoints
 from paco_ds.data.manifest import open_data
-from paco_ds.data.stream.batches import TrainingStream
+from paco_ds.data.stream.batches import MicroBatch, TrainingStream
 from paco_ds.distributed import MicroBatchLayout, Ranks
 from paco_ds.errors import RecipeError, TrainingError
 from paco_ds.evaluation.accuracy import ShotAccuracy
 from paco_ds.evaluation.results import now, versions, write_results
 from paco_ds.evaluation.runner import evaluate, load_recogniser
-from paco_ds.key_encoder import make_key_encoder
+from paco_ds.key_encoder import PendingImages, make_key_encoder
 from paco_ds.key_queue import KeyQueue
 from paco_ds.losses import make_loss
 from paco_ds.losses.distillation import Distillation
@@ -36,6 +37,14 @@ from paco_ds.step import Step, StepResult, prove_ranks_agree
 from paco_ds.stop_request import StopRequest
 from paco_ds.teacher import Teacher
 from paco_ds.zero import set_momentum, stage_of, whole_model, whole_momentum
+
+
+@dataclass(frozen=True)
+class _StepImages:
+    """A step's micro-batches of this rank, and its key images on their way where there is a key encoder."""
+
+    micro_batches: Sequence[MicroBatch]
+    keys: PendingImages | None
 
 
 class Trainer:
@@ -77,6 +86,7 @@ class Trainer:
         freeze(model, recipe.model)
         self.engine, self.optimizer = ds.initialise(model, recipe, config, self.layout, ranks)
         self.queue, self.step = self._make_step()
+        self._next: _StepImages | None = None
         if checkpoint:
             set_momentum(self.engine, checkpoint.momentum())
             if self.queue is not None:
@@ -99,6 +109,8 @@ class Trainer:
             if self.stop_agreed or self.steps_done == last or self._checkpoint_due(at_epoch_end):
                 self.save()
         if self.steps_done < self.total_steps:
+            if self._next and self._next.keys:
+                self._next.keys.wait()  # no rank leaves while another still receives
             self.watch.say(f"stopped after step {self.steps_done} of {self.total_steps}; it can go on from here")
             return None
         return self._finish()
@@ -106,11 +118,13 @@ class Trainer:
     def train_step(self) -> StepResult:
         """One optimizer step: wait for its images, take it, tell what came of it."""
         began = time.perf_counter()
-        micro_batches = next(self.stream)
-        waited = time.perf_counter() - began
         number = self.steps_done
+        images = self._next or self._images_of(number)
+        # one step ahead: its key images go from rank to rank while this step computes
+        self._next = self._images_of(number + 1) if number + 1 < self.total_steps else None
+        waited = time.perf_counter() - began
         lr = learning_rate(self.recipe, number, self.steps_per_epoch)
-        result = self.step(number, micro_batches, lr)
+        result = self.step(number, images.micro_batches, lr, images.keys)
         self.steps_done += 1
         self.stop_agreed = result.stop
         seconds = time.perf_counter() - began
@@ -133,7 +147,7 @@ class Trainer:
             bad_samples=result.replaced,
         )
         self.watch.step(record, self.layout.accumulation * self.layout.micro_batch, result.refused)
-        mine = ((r.key, r.shard, r.reason) for batch in micro_batches for r in batch.replaced)
+        mine = ((r.key, r.shard, r.reason) for batch in images.micro_batches for r in batch.replaced)
         self.bad_samples.add(mine, on_all_ranks=result.replaced)
         self._refuse_to_go_on_for_ever(result)
         every = self.recipe.engine.digest_every
@@ -245,6 +259,11 @@ class Trainer:
                 )
         if self.steps_done:
             self.watch.say(f"goes on from the checkpoint of step {self.steps_done} of {self.total_steps}")
+
+    def _images_of(self, step: int) -> _StepImages:
+        """The next of the stream, which are those of this step."""
+        micro_batches = next(self.stream)
+        return _StepImages(micro_batches, self.step.begin_exchange(step, micro_batches))
 
     def _after_epoch(self) -> None:
         self.bad_samples.begin_epoch()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from paco_ds.distributed import MicroBatchLayout
+from paco_ds.distributed import MicroBatchLayout, Pending
 from paco_ds.key_encoder import KeyEncoder
 from paco_ds.key_exchange import key_exchange
 from paco_ds.randomness import Stream, permutation
@@ -56,10 +56,10 @@ def test_every_image_ends_in_its_group(W, M, m):
         def exchange_rows(rows, send, receive, arriving=arriving, W=W):
             assert sum(receive) == len(arriving)
             assert len(send) == W
-            return arriving
+            return Pending(arriving)
 
         encoder = KeyEncoder.__new__(KeyEncoder)
-        encoder.layout, encoder.batch_norm = layout, "shuffle"
-        encoder.ranks = SimpleNamespace(device="cpu", exchange=exchange_rows)
-        arrived = encoder._exchange_images(own[layout.rank], groups)
+        encoder.layout, encoder.batch_norm, encoder.seed = layout, "shuffle", 3
+        encoder.ranks = SimpleNamespace(device="cpu", begin_exchange=exchange_rows)
+        arrived = encoder.begin_exchange(1, own[layout.rank].split(m)).wait()
         np.testing.assert_array_equal(arrived.numpy(), groups[layout.rank :: W].ravel())

@@ -109,8 +109,9 @@ def _static(
         parts["own weights, copy"] = own
     images = _image_bytes(recipe)
     views = 2 if recipe.loss.contrast else 1
-    # on CUDA the images of a step wait on the host
-    parts["input images"] = images * (views * layout.accumulation if device == "cpu" else 1)
+    # on CUDA the images of this step and the next wait on the host
+    here = 2 * views * layout.accumulation if device == "cpu" else 1
+    parts["input images"] = images * (here + _key_images_under_way(recipe, layout))
     if recipe.loss.contrast:
         dim, row = recipe.model.key_dim, FLOAT * recipe.model.key_dim + 8
         ring = recipe.queue.length * row
@@ -127,15 +128,21 @@ def _while_keys_are_made(
 ) -> dict[str, int]:
     if not recipe.loss.contrast or recipe.key_encoder is None:
         return {}
-    moving = 0
-    if recipe.key_encoder.batch_norm == "shuffle":
-        # rows picked to be sent, rows arrived, rows in group order
-        moving = (3 if layout.world_size > 1 else 2) * layout.accumulation * _image_bytes(recipe)
+    # as they arrived, and in group order
+    moving = (2 if recipe.key_encoder.batch_norm == "shuffle" else 1) * layout.accumulation * _image_bytes(recipe)
     return {
         "input images": moving,
         "working memory": trace.key_peak,
         "weights gathered": _gathered(trace.followed, layout, zero),
     }
+
+
+def _key_images_under_way(recipe: Recipe, layout: MicroBatchLayout) -> int:
+    """Micro-batches of the next step's key images: rows picked to be sent, and rows arriving from others."""
+    if not recipe.loss.contrast or recipe.key_encoder is None:
+        return 0
+    both = layout.world_size > 1 and recipe.key_encoder.batch_norm == "shuffle"
+    return (2 if both else 1) * layout.accumulation
 
 
 def _while_queries_run(

@@ -123,19 +123,25 @@ def run_steps(
     fault_rank: int = 0,
     fault_step: int = 1,
     zero: dict[str, Any] | None = None,
+    ahead: bool = False,
 ) -> Outcome:
-    """`steps` optimizer steps at the recipe's learning rate, with a fault of `FAULTS` injected."""
+    """`steps` optimizer steps at the recipe's learning rate, with a fault of `FAULTS` injected.
+
+    With `ahead` key images are under way a step ahead, as the trainer has them.
+    """
     recipe = tiny_recipe(*overrides)
     step = make_step(ranks, recipe, deepspeed_config(stage, autocast, **(zero or {})))
     before = _on_cpu(whole_model(step.engine))
     counter = ByteCounter()
     ranks.on_bytes = counter
-    results = []
-    for number in range(steps):
+    every = [[made_micro_batch(recipe, number, j) for j in step.layout.own] for number in range(steps)]
+    results, images = [], None
+    for number, batches in enumerate(every):
         if fault and (ranks.rank == fault_rank or fault in EVERYWHERE):
             FAULTS[fault](step, number == fault_step)
-        batches = [made_micro_batch(recipe, number, j) for j in step.layout.own]
-        results.append(step(number, batches, recipe.lr))
+        arriving = images
+        images = step.begin_exchange(number + 1, every[number + 1]) if ahead and number + 1 < steps else None
+        results.append(step(number, batches, recipe.lr, arriving))
     ranks.on_bytes = ByteCounter()
     if fault not in EVERYWHERE:
         prove_ranks_agree(step)

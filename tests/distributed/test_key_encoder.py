@@ -121,6 +121,22 @@ def test_one_encoder_changes_nothing_where_something_is_not_finite(pool, fault):
                 assert value.equal(getattr(after, kind)[name]), name
 
 
+@pytest.mark.parametrize("batch_norm", ["shuffle", "local"])
+@pytest.mark.parametrize(("world_size", "stage"), [(1, 0), (2, 0), (2, 3)])
+def test_images_sent_a_step_ahead_change_no_bit_and_no_byte(pool, world_size, stage, batch_norm):
+    """As the trainer has them, beside images that each step sends itself; in a refused step's neighbours too."""
+    overrides = (f"key_encoder.batch_norm={batch_norm}", "step.micro_batches=4", "step.micro_batch=4")
+    arguments = {"stage": stage, "steps": 4, "fault": "keys", "overrides": overrides}
+    ahead = pool(world_size).run(RUN_STEPS, ahead=True, **arguments)
+    for outcome, expected in zip(ahead, pool(world_size).run(RUN_STEPS, **arguments), strict=True):
+        assert outcome.refused == [None, "keys", None, None]
+        assert outcome.bytes_sent == expected.bytes_sent
+        assert ("all_to_all" in outcome.bytes_sent) == (world_size > 1 and batch_norm == "shuffle")
+        for kind in ("after", "momentum", "queue"):
+            for name, value in getattr(expected, kind).items():
+                assert value.equal(getattr(outcome, kind)[name]), name
+
+
 @pytest.mark.parametrize(("world_size", "stage"), [(1, 0), (2, 3), (4, 1)])
 def test_keys_of_the_global_batch_are_met_by_every_query(pool, world_size, stage):
     """Whoever computes them; and the meaning is another than the micro-batch's."""

@@ -38,6 +38,7 @@ from paco_ds.recipe import Recipe
 from paco_ds.recipe_file import validate_recipe
 
 WORLD_SIZE = 2
+STEPS_PER_EPOCH = 62  # 1,000 images of a batch of 16; CIFAR-100-LT has 84 steps of 128
 PARTS = ("data", "key forward", "query forward", "loss", "backward", "collectives", "optimizer", "EMA")
 
 
@@ -226,14 +227,15 @@ def print_timings(size: Size, timings: dict[str, Timing], rounds: int) -> None:
 
 
 def make_shards(size: Size, work: Path) -> Path:
-    """Shards of one photo-sized JPEG a class (small sizes: as many as a batch needs), of blurred noise."""
+    """Shards of photo-sized JPEGs (small sizes: of the view's) of blurred noise, equally many of each class, enough for
+    epochs as long as those of the published sets: each begins with new windows to read."""
     rng = np.random.default_rng(0)
     height, width = (375, 500) if size.pixels > 64 else (size.pixels, size.pixels)
     images = [
         cv2.imencode(".jpg", cv2.GaussianBlur(rng.integers(0, 256, (height, width, 3), dtype=np.uint8), (0, 0), 1.5))[1]
         for _ in range(8)
     ]
-    each = -(-2 * WORLD_SIZE * size.micro_batch // size.classes)
+    each = -(-STEPS_PER_EPOCH * WORLD_SIZE * size.micro_batch // size.classes)
     for label in range(size.classes):
         folder = work / "images" / "train" / f"{label:05d}"
         folder.mkdir(parents=True)

@@ -172,11 +172,12 @@ def initialise(
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=complete)
     if stage == 0 and not _REDUCTION & config.keys():
         mean = GradientMean(ranks, default_pg_timeout.total_seconds())
-        engine.allreduce_gradients = partial(_average_gradients, engine, mean)
+        engine.allreduce_gradients = partial(_average_gradients, engine, optimizer, mean)
+        engine.zero_grad = optimizer.zero_grad  # DeepSpeed's walks through every module to find the same weights
     return engine, optimizer
 
 
-def _average_gradients(engine: Any, mean: GradientMean) -> None:
+def _average_gradients(engine: Any, optimizer: GuardedSGD, mean: GradientMean) -> None:
     """In place of `engine.allreduce_gradients`, which DeepSpeed calls after every backward."""
     if engine.is_gradient_accumulation_boundary():
-        mean([p.grad for p in engine.module.parameters() if p.grad is not None])
+        mean(optimizer.gradients())

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils import get_total_norm
 
@@ -45,8 +46,12 @@ class GuardedSGD(torch.optim.SGD):
         if not self.refused:
             super().step(closure)
 
+    def gradients(self) -> list[Tensor]:
+        """Of all weights that have one."""
+        return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+
     def _clip(self) -> float:
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        gradients = self.gradients()
         norm = float(get_total_norm(gradients))
         if self.clip_norm and norm > self.clip_norm:
             torch._foreach_mul_(gradients, self.clip_norm / norm)

@@ -80,12 +80,8 @@ class Ranks:
         self.on_bytes("all_gather", rows.nbytes * (self.world_size - 1))
         return Pending(out.view(self.world_size, *rows.shape), work)
 
-    def exchange(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
-        """All-to-all of rows: the first send[0] rows go to rank 0, and so on; receive[r] come from rank r."""
-        return self.begin_exchange(rows, send, receive).wait()
-
     def begin_exchange(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Pending:
-        """Begin an all-to-all of rows, see `exchange`."""
+        """Begin an all-to-all of rows: the first send[0] go to rank 0, and so on; receive[r] come from rank r."""
         if self.world_size == 1:
             return Pending(rows)
         out = torch.empty((sum(receive), *rows.shape[1:]), dtype=rows.dtype, device=rows.device)

@@ -66,9 +66,11 @@ def read_result(
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no kept result ({error!r}): move it away to train that row again") from None
     found = _compared(saved, recipe)
-    if first_stage is not None:
-        before = _compared(kept.get("first_stage", {}), first_stage)
-        found += [(f"first stage: {key}", then, here) for key, then, here in before]
+    before = kept.get("first_stage")
+    if first_stage is not None and before is not None:
+        found += [(f"first stage: {key}", then, here) for key, then, here in _compared(before, first_stage)]
+    else:
+        found += [("starts from a first stage", before is not None, first_stage is not None)]
     found += [("options of the evaluation", evaluated, list(options))]
     if manifest_sha256 is not None:
         found += [("shards (manifest)", trained_on[:12], manifest_sha256[:12])]

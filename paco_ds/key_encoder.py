@@ -35,14 +35,16 @@ class Keys:
 
 
 class PendingImages:
-    """Images on their way to the ranks that make their keys."""
+    """Images of global step `step` on their way to the ranks that make their keys."""
 
-    def __init__(self, arriving: Pending, in_group_order: np.ndarray | None = None) -> None:
+    def __init__(self, step: int, arriving: Pending, in_group_order: np.ndarray | None = None) -> None:
+        self.step = step
         self._arriving, self._in_group_order = arriving, in_group_order
 
-    def wait(self) -> Tensor:
-        """Those of this rank's groups, [A m, 3, H, W] in group order."""
+    def take(self) -> Tensor:
+        """Those of this rank's groups, [A m, 3, H, W] in group order. Only once: nothing of them is kept."""
         images = self._arriving.wait()
+        del self._arriving
         if self._in_group_order is None:
             return images
         return images[torch.from_numpy(self._in_group_order).to(images.device)]
@@ -106,6 +108,11 @@ class KeyEncoder:
         self._key = [p for _, p in model.key_encoder.named_parameters()]
         self._query = [queries[name] for name, _ in model.key_encoder.named_parameters()]
 
+    @property
+    def exchanges(self) -> bool:
+        """Whether images go from rank to rank at all."""
+        return self.batch_norm == "shuffle" and self.layout.world_size > 1
+
     def update(self, step: int) -> None:
         """key <- momentum key + (1 - momentum) query; once per optimizer step, before its keys are made."""
         move_average(self.engine, self._key, self._query, 1 - self.momentum(step))
@@ -122,20 +129,28 @@ class KeyEncoder:
         """
         images = torch.cat(list(views))
         if self.batch_norm == "local":
-            return PendingImages(Pending(images))
+            return PendingImages(step, Pending(images))
         exchange = key_exchange(self._groups(step), self.layout)
-        rows = images[torch.from_numpy(exchange.rows)].to(self.ranks.device)
+        # page-locked where there is a GPU, so that the host does not wait for what that still computes
+        rows = torch.empty(images.shape, dtype=images.dtype, pin_memory=torch.cuda.is_available())
+        torch.index_select(images, 0, torch.from_numpy(exchange.rows), out=rows)
+        rows = rows.to(self.ranks.device, non_blocking=True)
         arriving = self.ranks.begin_exchange(rows, exchange.send, exchange.receive)
-        return PendingImages(arriving, exchange.in_group_order)
+        return PendingImages(step, arriving, exchange.in_group_order)
 
     def keys(self, step: int, images: PendingImages, labels: Sequence[Tensor]) -> PendingKeys:
         """Make this rank's share of the keys of the global batch, and begin to gather them all.
 
         Args:
-            images: of this step.
+            images: what `begin_exchange` gave for this step; they are taken from there.
             labels: classes of this rank's A micro-batches, int64 [m] each.
+
+        Raises:
+            ValueError: images of another step, which would be given the labels of this one.
         """
-        keys = torch.cat([self._encode(group) for group in images.wait().split(self.layout.micro_batch)])
+        if images.step != step:
+            raise ValueError(f"images of step {images.step} where keys of step {step} are made")
+        keys = torch.cat([self._encode(group) for group in images.take().split(self.layout.micro_batch)])
         return gather_keys(self.layout, self.ranks, keys, torch.cat(list(labels)), self._groups(step))
 
     def _groups(self, step: int) -> np.ndarray:

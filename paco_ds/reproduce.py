@@ -19,9 +19,8 @@ import os
 import shlex
 import subprocess
 import sys
-from collections import defaultdict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +35,7 @@ from paco_ds.errors import RecipeError, UserError
 from paco_ds.files import is_url, sha256_file
 from paco_ds.kept_results import keep_result, read_result
 from paco_ds.metrics.log import read as read_log
+from paco_ds.models.initial_weights import require_same_network
 from paco_ds.recipe import Recipe
 from paco_ds.report.comparison import MethodResults, SeedResult, write_comparison
 from paco_ds.table import Row, Table, load_table, small_recipe
@@ -94,10 +94,10 @@ class Job:
 
     @property
     def overrides(self) -> tuple[str, ...]:
-        """Where it starts from, its seed, and those of every row: what comes after the row's own."""
+        """Its seed, those of every row, and where a second stage starts from: what comes after the row's own."""
         first = self.first_stage
         start = (f"model.start_from={first.run}",) if first else ()
-        return (*start, f"seed={self.seed}", *self.extra)
+        return (f"seed={self.seed}", *self.extra, *start)
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -112,12 +112,13 @@ class Job:
         """Before anything is trained.
 
         Raises:
-            RecipeError: recipe and overrides do not fit each other, or those of its first stage.
+            RecipeError: recipe and overrides do not fit each other, or not those of its first stage.
             UserError: what is kept belongs to another training.
         """
-        if self.first_stage:
-            self.first_stage.check()
-        recipe = self.recipe
+        recipe, first = self.recipe, self.first_stage
+        if first is not None:
+            first.check()
+            require_same_network(first.recipe.model, recipe.model, first.run)
         if self.kept is not None and self.kept.exists():
             read_result(self.kept, recipe, self._first_recipe, self.row.evaluate, self._manifest_sha256())
 
@@ -175,35 +176,48 @@ class Job:
         return None if is_url(shards) or not manifest.exists() else sha256_file(manifest)
 
 
-def run_job(job: Job, ranks: int, quiet: bool) -> None:
-    """Train a row with a seed, or go on with it, unless its result is kept.
+class Trainings:
+    """Launches each training once, whoever needs it first; others wait for the same outcome.
 
-    Raises:
-        UserError: the training or its evaluation failed, or that of its first stage.
+    Args:
+        ranks: of each training on this host.
+        quiet: whether output goes to RUN/run.log.
     """
-    if job.kept is not None and job.done:
-        return
-    if job.first_stage:  # whose weights are needed, also where its result is kept
-        train(job.first_stage, ranks, quiet)
-    train(job, ranks, quiet)
-    job.keep_result()
 
+    def __init__(self, ranks: int, quiet: bool) -> None:
+        self._ranks, self._quiet = ranks, quiet
+        self._outcomes: dict[Path, Future[None]] = {}
+        self._lock = Lock()
 
-_UNDER_WAY: defaultdict[Path, Lock] = defaultdict(Lock)  # run directories: rows may start from the same first stage
+    def run(self, job: Job) -> None:
+        """Train a row with a seed, or go on with it, unless its result is kept.
 
+        Raises:
+            UserError: the training or its evaluation failed, or that of its first stage.
+        """
+        if job.kept is not None and job.done:
+            return
+        if job.first_stage is not None:  # whose weights are needed, also where its result is kept
+            self._train(job.first_stage)
+        self._train(job)
+        job.keep_result()
 
-def train(job: Job, ranks: int, quiet: bool) -> None:
-    """Launch its training and its evaluation. A finished run is launched too: it checks that it was trained by this
-    row's recipe, and evaluates.
-
-    Raises:
-        UserError: one of them failed.
-    """
-    with _UNDER_WAY[job.run]:
-        _launch(job, ranks, quiet)
+    def _train(self, job: Job) -> None:
+        with self._lock:
+            first = job.run not in self._outcomes
+            outcome = self._outcomes.setdefault(job.run, Future())
+        if first:
+            try:
+                _launch(job, self._ranks, self._quiet)
+                outcome.set_result(None)
+            except BaseException as error:
+                outcome.set_exception(error)
+        outcome.result()
 
 
 def _launch(job: Job, ranks: int, quiet: bool) -> None:
+    """Its training and its evaluation, as a user would launch them. A finished run is launched too: it checks that it
+    was trained by this row's recipe, and evaluates."""
     launcher = str(Path(sys.executable).with_name("deepspeed"))
     # not the launcher's one port, which a second training on this host would find taken
     training = job.training([launcher, "--num_gpus", str(ranks), "--master_port", free_port()])
@@ -222,8 +236,9 @@ def _launch(job: Job, ranks: int, quiet: bool) -> None:
 
 def run_jobs(jobs: Sequence[Job], ranks: int, at_once: int) -> None:
     """Train all, `at_once` at a time; the first that fails ends the rest after those under way."""
+    trainings = Trainings(ranks, quiet=at_once > 1)
     with ThreadPoolExecutor(at_once) as pool:
-        running = [pool.submit(run_job, job, ranks, at_once > 1) for job in jobs]
+        running = [pool.submit(trainings.run, job) for job in jobs]
         try:
             for job, future in zip(jobs, running, strict=True):
                 future.result()

@@ -9,7 +9,7 @@
 At small scale a row is the small recipe of a data set with the row's `set` and then its `small` overrides, which name
 the stand-in of its backbone. A second stage starts from the run, of the same seed, of the row that its `after` names:
 
-      - {method: CE, LWS, after: CE, set: [loss.method=cross_entropy, model.trained=center_scales]}
+      - {method: LWS, after: CE, set: [loss.method=cross_entropy, model.trained=center_scales]}
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Row(Section):
     recipe: str | None = Field(None, description="at paper scale, where it is not the table's; relative to the table")
     set: tuple[str, ...] = Field((), description="overrides that make the method, at any scale")
     small: tuple[str, ...] = Field((), description="further overrides at small scale")
-    after: str | None = Field(None, description="name of the row, above, whose run this second stage starts from")
+    after: str | None = Field(None, description="name of the first stage's row, above, whose run this one starts from")
     drawn: bool = Field(True, description="false: a first stage alone, whose own figures say nothing")
     evaluate: tuple[str, ...] = Field((), description="options of evaluate.py that give the row's figures")
     inferred: str | None = Field(None, description="which of its values neither paper nor code says")
@@ -87,11 +87,16 @@ class Table(Section):
 
     @model_validator(mode="after")
     def _first_stages_are_above(self) -> Self:
-        above: set[str] = set()
+        above: dict[str, Row] = {}
         for row in self.rows:
             if row.after is not None and row.after not in above:
                 raise ValueError(f"row {row.name} is after {row.after!r}, which is no row above it")
-            above.add(row.name)
+            if row.after is not None and above[row.after].after is not None:
+                raise ValueError(f"row {row.name} is after {row.after!r}, which is a second stage itself")
+            above[row.name] = row
+        begun = {row.after for row in self.rows}
+        if idle := [row.name for row in self.rows if not row.drawn and row.name not in begun]:
+            raise ValueError(f"rows {idle} are not drawn, and no row is after them: nothing would train them")
         return self
 
     def first_stage(self, row: Row) -> Row | None:

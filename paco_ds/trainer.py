@@ -21,6 +21,7 @@ from paco_ds.errors import RecipeError, TrainingError
 from paco_ds.evaluation.accuracy import ShotAccuracy
 from paco_ds.evaluation.results import now, versions, write_results
 from paco_ds.evaluation.runner import evaluate, load_recogniser
+from paco_ds.files import replace_text
 from paco_ds.key_encoder import PendingImages, make_key_encoder
 from paco_ds.key_queue import KeyQueue
 from paco_ds.losses import make_loss
@@ -93,24 +94,27 @@ class Trainer:
                 self.queue.load_state_dict(checkpoint.queue())
         if ranks.first:
             run.mkdir(parents=True, exist_ok=True)
-            (run / "recipe.yaml").write_text(recipe.to_yaml())
+            replace_text(run / "recipe.yaml", recipe.to_yaml())  # a second stage may be reading it
         self.watch = Watch(recipe, run, ranks, total_steps=self.total_steps, steps_done=self.steps_done)
         self.bad_samples = BadSamples(self.watch, recipe, ranks, self.steps_per_epoch * self.layout.global_batch)
 
     def run(self) -> ShotAccuracy | None:
         """Train to the end, evaluate, report. None if the run was stopped before its end."""
         self._announce()
-        last = min(self.total_steps, self.stop_at_step or self.total_steps)
-        while self.steps_done < last and not self.stop_agreed:
+        while self.steps_done < self.last_step and not self.stop_agreed:
             self.train_step()
             at_epoch_end = self.steps_done % self.steps_per_epoch == 0
             if at_epoch_end:
                 self._after_epoch()
-            if self.stop_agreed or self.steps_done == last or self._checkpoint_due(at_epoch_end):
+            if (
+                self.stop_agreed
+                or self.steps_done == self.last_step
+                or self._checkpoint_due(self.steps_done, at_epoch_end)
+            ):
                 self.save()
         if self.steps_done < self.total_steps:
             if self._next and self._next.keys:
-                self._next.keys.wait()  # no rank leaves while another still receives
+                self._next.keys.take()  # no rank leaves while another still receives
             self.watch.say(f"stopped after step {self.steps_done} of {self.total_steps}; it can go on from here")
             return None
         return self._finish()
@@ -119,10 +123,10 @@ class Trainer:
         """One optimizer step: wait for its images, take it, tell what came of it."""
         began = time.perf_counter()
         number = self.steps_done
+        self._waited = 0.0
         images = self._next or self._images_of(number)
         # one step ahead: its key images go from rank to rank while this step computes
-        self._next = self._images_of(number + 1) if number + 1 < self.total_steps else None
-        waited = time.perf_counter() - began
+        self._next = self._images_of(number + 1) if self._looks_ahead(number + 1) else None
         lr = learning_rate(self.recipe, number, self.steps_per_epoch)
         result = self.step(number, images.micro_batches, lr, images.keys)
         self.steps_done += 1
@@ -135,7 +139,7 @@ class Trainer:
             lr=lr,
             grad_norm=result.grad_norm,
             images_per_second=self.layout.global_batch / seconds,
-            data_wait_seconds=waited,
+            data_wait_seconds=self._waited,
             step_seconds=seconds,
             queue_fill=self.queue.fill_ratio if self.queue is not None else 0.0,
             center_probability=result.center_probability,
@@ -197,6 +201,11 @@ class Trainer:
     @property
     def total_steps(self) -> int:
         return self.stream.plan.total_steps
+
+    @property
+    def last_step(self) -> int:
+        """After which the run ends, or is to stop."""
+        return min(self.total_steps, self.stop_at_step or self.total_steps)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -262,8 +271,19 @@ class Trainer:
 
     def _images_of(self, step: int) -> _StepImages:
         """The next of the stream, which are those of this step."""
+        began = time.perf_counter()
         micro_batches = next(self.stream)
+        self._waited += time.perf_counter() - began
         return _StepImages(micro_batches, self.step.begin_exchange(step, micro_batches))
+
+    def _looks_ahead(self, done: int) -> bool:
+        """Whether to ask for the images of the step after so many. Not where an epoch or the run ends, or a checkpoint
+        is due: what cannot be read then must not take with it what was trained before."""
+        key_encoder = self.step.key_encoder
+        if key_encoder is None or not key_encoder.exchanges:
+            return False
+        at_epoch_end = done % self.steps_per_epoch == 0
+        return done < self.last_step and not at_epoch_end and not self._checkpoint_due(done, at_epoch_end)
 
     def _after_epoch(self) -> None:
         self.bad_samples.begin_epoch()
@@ -298,11 +318,11 @@ class Trainer:
                 f"{self.checkpoints.folder} (move later ones away) with a lower optimizer.lr or optimizer.clip_norm"
             )
 
-    def _checkpoint_due(self, at_epoch_end: bool) -> bool:
+    def _checkpoint_due(self, done: int, at_epoch_end: bool) -> bool:
         settings = self.recipe.checkpoint
-        if settings.every_steps and self.steps_done % settings.every_steps == 0:
+        if settings.every_steps and done % settings.every_steps == 0:
             return True
-        return at_epoch_end and (self.steps_done // self.steps_per_epoch) % settings.every_epochs == 0
+        return at_epoch_end and (done // self.steps_per_epoch) % settings.every_epochs == 0
 
     def _finish(self) -> ShotAccuracy:
         split, step = self.recipe.evaluation.test_split, self.steps_done

@@ -19,7 +19,7 @@ def test_one_process_needs_no_group_and_sends_nothing():
     rows = torch.arange(6.0).view(3, 2)
     assert torch.equal(ranks.sum(rows.clone()), rows)
     assert torch.equal(ranks.gather(rows), rows[None])
-    assert torch.equal(ranks.exchange(rows, [3], [3]), rows)
+    assert torch.equal(ranks.begin_exchange(rows, [3], [3]).wait(), rows)
     assert ranks.gather_objects("x") == ["x"]
     assert not counter.sent
 

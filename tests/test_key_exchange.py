@@ -61,5 +61,14 @@ def test_every_image_ends_in_its_group(W, M, m):
         encoder = KeyEncoder.__new__(KeyEncoder)
         encoder.layout, encoder.batch_norm, encoder.seed = layout, "shuffle", 3
         encoder.ranks = SimpleNamespace(device="cpu", begin_exchange=exchange_rows)
-        arrived = encoder.begin_exchange(1, own[layout.rank].split(m)).wait()
+        arrived = encoder.begin_exchange(1, own[layout.rank].split(m)).take()
         np.testing.assert_array_equal(arrived.numpy(), groups[layout.rank :: W].ravel())
+
+
+def test_images_of_another_step_are_refused():
+    """Else every key would be given another image's label."""
+    encoder = KeyEncoder.__new__(KeyEncoder)
+    encoder.layout, encoder.batch_norm = MicroBatchLayout(2, 1, 0, 1), "local"
+    images = encoder.begin_exchange(3, [torch.zeros(2, 3, 4, 4)])
+    with pytest.raises(ValueError, match="images of step 3 where keys of step 4 are made"):
+        encoder.keys(4, images, [torch.zeros(2)])

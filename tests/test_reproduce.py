@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from paco_ds.models.recogniser import make_recogniser
 from paco_ds.table import SMALL_RECIPES, Row, Table, load_table, small_recipe
 
 SHIPPED = sorted(Path(__file__).parent.parent.glob("ds_configs/tables/*.yaml"))
+METHODS = SHIPPED[0].parent / "methods.yaml"
 ROWS = "title: t\nrecipe: r.yaml\nrows:\n"
 
 
@@ -51,6 +54,11 @@ def test_only_wanted_values_differ_between_rows():
         (ROWS + "  - {metod: x}\n", r"metod"),
         ("title: [", r"t.yaml"),
         (ROWS + "  - {method: LWS, after: CE}\n  - {method: CE}\n", "row LWS is after 'CE', which is no row above it"),
+        (
+            ROWS + "  - {method: A}\n  - {method: B, after: A}\n  - {method: C, after: B}\n",
+            "row C is after 'B', which is a second stage itself",
+        ),
+        (ROWS + "  - {method: A, drawn: false}\n", r"rows \['A'\] are not drawn, and no row is after them"),
     ],
 )
 def test_a_wrong_table_is_refused(tmp_path, text, message):
@@ -83,7 +91,7 @@ def test_a_row_is_launched_with_its_overrides_and_its_seed(tmp_path, monkeypatch
         returncode = 0
 
     monkeypatch.setattr(reproduce.subprocess, "run", lambda command, **_: launched.append(command) or Done)
-    reproduce.run_job(one, ranks=4, quiet=False)
+    reproduce.Trainings(ranks=4, quiet=False).run(one)
     result = one.read()
     assert (result.seed, result.all, result.few) == (2, 0.85, None)
     (command,) = launched
@@ -197,7 +205,7 @@ def test_a_kept_result_counts_as_done_in_another_clone(tmp_path, monkeypatch):
     finish(kept_job(tmp_path))
     elsewhere = kept_job(tmp_path, output="b", extra=("data.workers=3",))  # where it runs may differ
     monkeypatch.setattr(reproduce.subprocess, "run", never_launch)
-    reproduce.run_job(elsewhere, ranks=4, quiet=False)
+    reproduce.Trainings(ranks=4, quiet=False).run(elsewhere)
     reproduce.draw(elsewhere.table, [elsewhere], elsewhere.output)
     assert "85.0" in (elsewhere.output / "comparison.html").read_text()
 
@@ -215,7 +223,7 @@ def test_a_finished_run_is_kept(tmp_path, monkeypatch):
         return Done
 
     monkeypatch.setattr(reproduce.subprocess, "run", train)
-    reproduce.run_job(one, ranks=2, quiet=False)
+    reproduce.Trainings(ranks=2, quiet=False).run(one)
     assert one.read().all == 0.85
     assert one.kept.exists()
 
@@ -292,7 +300,7 @@ def second_stage(tmp_path, *, keep=True, output="a", first_set=(), extra=()):
 
 
 def launched_by(monkeypatch, job):
-    """Run directories of the trainings that `run_job` launches, each finished at once."""
+    """Run directories of the trainings that are launched, each finished at once."""
     runs = []
 
     class Done:
@@ -304,7 +312,7 @@ def launched_by(monkeypatch, job):
         return Done
 
     monkeypatch.setattr(reproduce.subprocess, "run", train)
-    reproduce.run_job(job, ranks=2, quiet=False)
+    reproduce.Trainings(ranks=2, quiet=False).run(job)
     return runs
 
 
@@ -330,6 +338,74 @@ def test_a_second_stage_of_which_the_result_is_kept_trains_no_first_stage(tmp_pa
         other.check()
 
 
+def test_the_start_of_a_second_stage_is_its_first_whatever_is_set_for_every_row(tmp_path):
+    """`--set model.start_from=` is for first stages."""
+    first, second = second_stage(tmp_path, extra=("model.start_from=torchvision:IMAGENET1K_V2",))
+    assert second.training([])[-1] == f"--set=model.start_from={first.run}"
+    assert first.recipe.model.start_from == "torchvision:IMAGENET1K_V2"
+
+
+def test_stages_of_different_networks_are_refused_before_anything_is_trained(tmp_path):
+    """With what differs."""
+    second = second_stage(tmp_path, first_set=("model.width=8",))[1]
+    with pytest.raises(RecipeError, match=r"seed3 was trained with another network: width 8 there, 16 here"):
+        second.check()
+
+
+def test_a_kept_result_without_a_first_stage_is_none_of_a_second_stage(tmp_path):
+    """And the other way round: where a training started from is part of what it is."""
+    second = second_stage(tmp_path)[1]
+    finish(second)
+    kept = json.loads(second.kept.read_text())
+    del kept["first_stage"]
+    second.kept.write_text(json.dumps(kept))
+    with pytest.raises(UserError, match="starts from a first stage: False there, True now"):
+        second.check()
+
+
+def two_second_stages(tmp_path):
+    """(their first stage, two jobs that start from it)."""
+    first = Row(method="CE", set=("loss.method=cross_entropy",))
+    rows = [
+        Row(method=name, after="CE", set=(f"model.trained={trained}", "loss.method=cross_entropy"))
+        for name, trained in (("cRT", "centers"), ("LWS", "center_scales"))
+    ]
+    table = Table(title="t", recipe=str(SMALL_RECIPES.parent / "demo.yaml"), rows=(first, *rows))
+    jobs = [reproduce.Job(table, row, 1, tmp_path, None, (f"data.shards={tmp_path}/shards",)) for row in rows]
+    return jobs[0].first_stage, jobs
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_rows_at_a_time_that_start_from_one_run_train_it_once(tmp_path, monkeypatch, status):
+    """Both wait for it; if it fails, neither is begun."""
+    first, jobs = two_second_stages(tmp_path)
+    launched = []
+
+    def train(command, **_):
+        launched.append(Path(command[command.index("--output") + 1]))
+        if launched[-1] == first.run:
+            time.sleep(0.1)  # long enough for the other row to come for it
+        finish(next(job for job in (first, *jobs) if job.run == launched[-1]), keep=False)
+        return subprocess.CompletedProcess(command, status if launched[-1] == first.run else 0)
+
+    monkeypatch.setattr(reproduce.subprocess, "run", train)
+    if status:
+        with pytest.raises(UserError, match=r"CE, seed 1 did not finish; see .*run\.log"):
+            reproduce.run_jobs(jobs, ranks=1, at_once=2)
+        assert launched == [first.run]
+    else:
+        reproduce.run_jobs(jobs, ranks=1, at_once=2)
+        assert launched[0] == first.run
+        assert sorted(launched[1:]) == sorted(job.run for job in jobs)
+
+
+def test_rows_that_are_not_drawn_are_no_results_that_are_missing(tmp_path, capsys):
+    """Of the 19 rows of methods.yaml one is a first stage alone."""
+    with pytest.raises(SystemExit):
+        reproduce.main(["--table", str(METHODS), "--seeds=1", "--draw-only", f"--output={tmp_path}"])
+    assert "18 of 18 runs are not there yet" in capsys.readouterr().err
+
+
 def test_a_first_stage_alone_is_trained_and_not_drawn(tmp_path):
     """Its centers are as they were drawn, so its figures say nothing."""
     _, second = second_stage(tmp_path, keep=False)
@@ -340,7 +416,7 @@ def test_a_first_stage_alone_is_trained_and_not_drawn(tmp_path):
 
 def test_a_first_stage_that_two_rows_start_from_is_in_the_script_once(tmp_path):
     """Before both."""
-    table = load_table("ds_configs/tables/methods.yaml")
+    table = load_table(METHODS)
     rows = [row for row in table.rows if row.name in ("CE, LWS", "CE, cRT", "SupCon, two stages")]
     reproduce.write_commands([reproduce.Job(table, row, 1, tmp_path, None, ()) for row in rows], tmp_path / "c.sh")
     titles = [line for line in (tmp_path / "c.sh").read_text().splitlines() if line.endswith("seed 1")]

@@ -56,6 +56,17 @@ def load_initial_weights(model: Recogniser, recipe: Recipe) -> None:
         _fill(model, _of_file(Path(start)), start)
 
 
+def require_same_network(first: ModelSettings, second: ModelSettings, run: str | Path) -> None:
+    """Raise RecipeError, naming what differs, if a second stage cannot take over the weights of the first, in `run`."""
+    differing = [
+        f"{name} {getattr(first, name)!r} there, {getattr(second, name)!r} here"
+        for name in (*_SAME, *(_SAME_CENTERS if second.trained == "routers" else ()))
+        if getattr(first, name) != getattr(second, name)
+    ]
+    if differing:
+        raise RecipeError(f"model.start_from {run} was trained with another network: {'; '.join(differing)}")
+
+
 def freeze(model: Recogniser, settings: ModelSettings) -> None:
     """Leave gradients to what `model.trained` names, in place.
 
@@ -84,13 +95,7 @@ def _fill_from_run(model: Recogniser, settings: ModelSettings, run: Path) -> Non
             f"model.start_from {run} is no trained run ({error}): train the first stage with --output {run}, or name "
             f"the folder where it is"
         ) from error
-    differing = [
-        f"{name} {getattr(first.model, name)!r} there, {getattr(settings, name)!r} here"
-        for name in (*_SAME, *(_SAME_CENTERS if settings.trained == "routers" else ()))
-        if getattr(first.model, name) != getattr(settings, name)
-    ]
-    if differing:
-        raise RecipeError(f"model.start_from {run} was trained with another network: {'; '.join(differing)}")
+    require_same_network(first.model, settings, run)
     weights = checkpoint.model()
     encoder = {
         name.removeprefix("query_encoder."): tensor

@@ -109,9 +109,11 @@ def _static(
         parts["own weights, copy"] = own
     images = _image_bytes(recipe)
     views = 2 if recipe.loss.contrast else 1
-    # on CUDA the images of this step and the next wait on the host
-    here = 2 * views * layout.accumulation if device == "cpu" else 1
-    parts["input images"] = images * (here + _key_images_under_way(recipe, layout))
+    exchanges = _exchanges(recipe, layout)
+    # on CUDA the images of this step, and of the next where those travel ahead, wait on the host
+    here = views * layout.accumulation * (2 if exchanges else 1) if device == "cpu" else 1
+    # key images of the next step: rows picked to be sent, and rows arriving
+    parts["input images"] = images * (here + (2 * layout.accumulation if exchanges else 0))
     if recipe.loss.contrast:
         dim, row = recipe.model.key_dim, FLOAT * recipe.model.key_dim + 8
         ring = recipe.queue.length * row
@@ -128,8 +130,9 @@ def _while_keys_are_made(
 ) -> dict[str, int]:
     if not recipe.loss.contrast or recipe.key_encoder is None:
         return {}
-    # as they arrived, and in group order
-    moving = (2 if recipe.key_encoder.batch_norm == "shuffle" else 1) * layout.accumulation * _image_bytes(recipe)
+    # in group order; those of whole micro-batches stay on the host
+    whole = recipe.key_encoder.batch_norm == "local"
+    moving = 0 if whole and device == "cuda" else layout.accumulation * _image_bytes(recipe)
     return {
         "input images": moving,
         "working memory": trace.key_peak,
@@ -137,12 +140,10 @@ def _while_keys_are_made(
     }
 
 
-def _key_images_under_way(recipe: Recipe, layout: MicroBatchLayout) -> int:
-    """Micro-batches of the next step's key images: rows picked to be sent, and rows arriving from others."""
-    if not recipe.loss.contrast or recipe.key_encoder is None:
-        return 0
-    both = layout.world_size > 1 and recipe.key_encoder.batch_norm == "shuffle"
-    return (2 if both else 1) * layout.accumulation
+def _exchanges(recipe: Recipe, layout: MicroBatchLayout) -> bool:
+    """Whether key images go from rank to rank; they do a step ahead."""
+    encoder = recipe.key_encoder if recipe.loss.contrast else None
+    return encoder is not None and encoder.batch_norm == "shuffle" and layout.world_size > 1
 
 
 def _while_queries_run(

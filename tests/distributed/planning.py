@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from paco_ds.data.stream.batches import MicroBatch
 from paco_ds.distributed import Ranks
 from paco_ds.recipe import Recipe
 from paco_ds.step import Step
@@ -47,9 +48,23 @@ def growth(ranks: Ranks, overrides: tuple[str, ...], stage: int, autocast: bool 
 
 def _two_steps(ranks: Ranks, recipe: Recipe, stage: int, autocast: bool) -> Step:
     step = make_step(ranks, recipe, deepspeed_config(stage, autocast))
+    ahead = step.key_encoder is not None and step.key_encoder.exchanges
+    batches, images = _made(step, recipe, 0), None
     for number in range(2):
-        step(number, [made_micro_batch(recipe, number, j) for j in step.layout.own], recipe.lr)
+        if ahead:  # the trainer has the next step's images, and key images under way, while a step computes
+            following = _made(step, recipe, number + 1)
+            arriving = step.begin_exchange(number + 1, following)
+            step(number, batches, recipe.lr, images)
+            batches, images = following, arriving
+        else:
+            step(number, _made(step, recipe, number), recipe.lr)
+    if images is not None:
+        images.take()
     return step
+
+
+def _made(step: Step, recipe: Recipe, number: int) -> list[MicroBatch]:
+    return [made_micro_batch(recipe, number, j) for j in step.layout.own]
 
 
 def collectives(

@@ -185,6 +185,33 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(pool, recipe, tmp_p
     assert newest_checkpoint(run).step == STOP
 
 
+@pytest.mark.parametrize(
+    ("unreadable", "overrides", "logged", "saved"),
+    [
+        pytest.param(4, (), 4, ["step-00000004"], id="at the end of an epoch"),
+        pytest.param(3, ("checkpoint.every_steps=3",), 3, ["step-00000003"], id="after a checkpoint"),
+        pytest.param(3, (), 2, [], id="within an epoch: the step before asks for them"),
+        pytest.param(3, ("key_encoder.batch_norm=local",), 3, [], id="nothing to send ahead"),
+    ],
+)
+def test_images_that_cannot_be_read_take_no_epoch_and_no_checkpoint_with_them(
+    pool, recipe, tmp_path, unreadable, overrides, logged, saved
+):
+    """They are asked for a step ahead, but not past what is to be evaluated or saved first."""
+    run = tmp_path / "run"
+    with pytest.raises(RankError) as error:
+        pool(2).run(
+            "tests.distributed.training:train_until_unreadable",
+            recipe=recipe,
+            run=run,
+            overrides=overrides,
+            step=unreadable,
+        )
+    assert str(error.value).count("DataError: the next shard is gone") == 2
+    assert len(steps_logged(run)) == logged
+    assert [path.name for path in (run / "checkpoints").glob("step-*")] == saved
+
+
 def test_a_checkpoint_of_another_meaning_is_refused_by_the_setting(pool, recipe, tmp_path):
     """Each difference is named with both values; what is only running may change."""
     run = tmp_path / "run"

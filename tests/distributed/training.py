@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -9,10 +10,13 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from paco_ds.data.stream.batches import MicroBatch
 from paco_ds.distributed import ByteCounter, Ranks
+from paco_ds.errors import DataError
 from paco_ds.recipe_file import load_recipe
 from paco_ds.trainer import Trainer
 
@@ -64,6 +68,24 @@ def train_with_a_flipped_bit(ranks: Ranks, recipe: Path, run: Path, rank: int, a
                 trainer.queue.keys_KD.view(torch.int32)[1, 1] ^= 1
 
         trainer.train_step = step_then_flip
+        trainer.run()
+
+
+def train_until_unreadable(ranks: Ranks, recipe: Path, run: Path, overrides: tuple[str, ...], step: int) -> None:
+    """As `train`; the images of `step` (from 0) and of all later ones cannot be read by any rank."""
+    with _trainer(ranks, recipe, run, overrides) as trainer:
+        readable = itertools.islice(trainer.stream, step)
+
+        class Unreadable:
+            def __next__(self) -> list[MicroBatch]:
+                for micro_batches in readable:
+                    return micro_batches
+                raise DataError("the next shard is gone")
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(stream, name)
+
+        stream, trainer.stream = trainer.stream, Unreadable()
         trainer.run()
 
 

@@ -105,7 +105,7 @@ class TrainingStream:
         )
         workers = min(recipe.data.workers, layout.micro_batch)  # each makes at least one image of a micro-batch
         self._accumulation, self._parts_of_each = layout.accumulation, max(workers, 1)
-        # all of the next step is made while the one under way is computed
+        # all of the step that is asked for next is made while the one under way is computed
         self._parts = start_loading(pipeline, workers, ahead=micro_batches_ahead(layout))
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:

@@ -19,9 +19,10 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from paco_ds.errors import CheckpointError
+from paco_ds.errors import CheckpointError, RecipeError
 from paco_ds.files import sha256_file
 from paco_ds.recipe import Recipe
+from paco_ds.recipe_file import load_recipe
 
 logger = logging.getLogger(__name__)
 
@@ -249,6 +250,25 @@ def chosen_checkpoint(run: Path, recipe: Recipe) -> Checkpoint:
         if best.state["criterion"] == recipe.evaluation.checkpoint:
             return best
     return newest_checkpoint(run)
+
+
+def open_run(run: Path, setting: str, remedy: str) -> tuple[Recipe, Checkpoint]:
+    """The recipe of a trained run that a setting names, and the weights that stand for it.
+
+    Args:
+        setting: its dotted key, for the message.
+        remedy: what else to do than to train it, for the message.
+
+    Raises:
+        RecipeError: there is no such run.
+    """
+    try:
+        recipe = load_recipe(run / "recipe.yaml")
+        return recipe, chosen_checkpoint(run, recipe)
+    except (RecipeError, CheckpointError) as error:
+        raise RecipeError(
+            f"{setting} {run} is no trained run ({error}): train it with --output {run}, or {remedy}"
+        ) from error
 
 
 def how_to_go_on(run: Path) -> str:

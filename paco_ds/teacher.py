@@ -7,12 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from paco_ds.checkpoint import MODEL, Checkpoint, chosen_checkpoint
+from paco_ds.checkpoint import MODEL, Checkpoint, open_run
 from paco_ds.data.manifest import Manifest
 from paco_ds.errors import CheckpointError, RecipeError
 from paco_ds.evaluation.runner import Ensemble, load_recogniser
 from paco_ds.loss_settings import DistillSettings
-from paco_ds.recipe_file import load_recipe
 
 
 class Teacher:
@@ -31,14 +30,8 @@ class Teacher:
 
     def __init__(self, settings: DistillSettings, manifest: Manifest, device: torch.device) -> None:
         run = Path(settings.teacher)
-        try:
-            recipe = load_recipe(run / "recipe.yaml")
-            checkpoint = chosen_checkpoint(run, recipe)
-        except (RecipeError, CheckpointError) as error:
-            raise RecipeError(
-                f"loss.distill.teacher {run} is no trained run ({error}): train the teacher with --output {run}, name "
-                f"the folder where it is, or set loss.distill to null"
-            ) from error
+        remedy = "name the folder where it is, or set loss.distill to null"
+        recipe, checkpoint = open_run(run, "loss.distill.teacher", remedy)
         try:
             checkpoint.check_data(manifest.sha256)
         except CheckpointError as error:

@@ -16,11 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models.resnet import ResNet
 
-from paco_ds.checkpoint import chosen_checkpoint
-from paco_ds.errors import CheckpointError, RecipeError
+from paco_ds.checkpoint import open_run
+from paco_ds.errors import RecipeError
 from paco_ds.models.recogniser import Recogniser
 from paco_ds.recipe import ModelSettings, Recipe
-from paco_ds.recipe_file import load_recipe
 
 TORCHVISION = "torchvision:"
 _SAME = ("backbone", "width", "experts", "expert_width")  # what the first stage must share
@@ -87,14 +86,7 @@ def freeze(model: Recogniser, settings: ModelSettings) -> None:
 
 
 def _fill_from_run(model: Recogniser, settings: ModelSettings, run: Path) -> None:
-    try:
-        first = load_recipe(run / "recipe.yaml")
-        checkpoint = chosen_checkpoint(run, first)
-    except (RecipeError, CheckpointError) as error:
-        raise RecipeError(
-            f"model.start_from {run} is no trained run ({error}): train the first stage with --output {run}, or name "
-            f"the folder where it is"
-        ) from error
+    first, checkpoint = open_run(run, "model.start_from", "name the folder where it is")
     require_same_network(first.model, settings, run)
     weights = checkpoint.model()
     encoder = {

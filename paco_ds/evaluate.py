@@ -98,6 +98,11 @@ def _normalized(
     split = recipe.evaluation.split
     if split is None:
         raise RecipeError("--tau-normalize auto chooses tau on evaluation.split, which is null: give a number instead")
+    if split == recipe.evaluation.test_split:
+        raise RecipeError(
+            f"--tau-normalize auto would choose tau on {split}, the test split: give a number, or shards with a "
+            f"validation split (tools/build_shards.py build ... --validation-share .05)"
+        )
     manifest.check_files(split)
     chosen, balanced = choose_tau(model.to(ranks.device), recipe, manifest, split, ranks)
     if ranks.first:

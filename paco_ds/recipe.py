@@ -223,6 +223,11 @@ class EvaluationSettings(Section):
                 f"checkpoint {self.checkpoint} is chosen on a validation split during training: set split and "
                 f"every_epochs, or checkpoint last"
             )
+        if self.checkpoint != "last" and self.split == self.test_split:
+            raise ValueError(
+                f"checkpoint {self.checkpoint} would be chosen on {self.split}, the test split: nothing is chosen on "
+                f"test. Build the shards with --validation-share and set split to val, or checkpoint to last"
+            )
         return self
 
 

@@ -323,12 +323,14 @@ def main(argv: list[str] | None = None) -> int:
     with report_user_errors():
         table = load_table(arguments.table)
         small, extra = None, list(arguments.set)
+        if arguments.data is not None:
+            name = load_card(arguments.data).name.lower()  # as its recipe and its folder of shards are called
+            shards = HERE.parent / "data" / name
+            extra.insert(0, f"data.shards={shards}")
         if arguments.scale == "small":
             if arguments.data is None:
                 raise RecipeError("--scale small needs --data, a card such as shards/fashion-mnist-lt.yaml")
-            name = load_card(arguments.data).name.lower()  # as its recipe and its folder of shards are called
-            small, shards = small_recipe(name), HERE.parent / "data" / name
-            extra.insert(0, f"data.shards={shards}")
+            small = small_recipe(name)
             table = table.model_copy(update={"title": f"{table.title}; here stand-ins on {name}"})
         elif arguments.scale is None and table.scale == "paper":
             raise RecipeError(

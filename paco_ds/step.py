@@ -353,7 +353,8 @@ def prove_ranks_agree(step: Step) -> None:
     """Compare digests of queue and buffers between ranks.
 
     Raises:
-        TrainingError: names what differs and the ranks where it does; going on would train different models.
+        TrainingError: names what differs and the ranks where it does, or, where no value is that of more than half of
+            them, the ranks that agree with each other; going on would train different models.
     """
     digests = {"buffers": digest(step.engine.module.buffers())}
     if step.queue is not None:
@@ -362,9 +363,14 @@ def prove_ranks_agree(step: Step) -> None:
     differences = []
     for name, of_ranks in zip(digests, zip(*gathered, strict=True), strict=True):
         most, count = Counter(of_ranks).most_common(1)[0]
-        if count < len(of_ranks):
+        if count == len(of_ranks):
+            continue
+        if count > len(of_ranks) / 2:
             odd = [rank for rank, value in enumerate(of_ranks) if value != most]
             differences.append(f"{name} of ranks {odd} differ from those of the other {count} ranks")
+        else:
+            alike = [str([rank for rank, v in enumerate(of_ranks) if v == value]) for value in dict.fromkeys(of_ranks)]
+            differences.append(f"{name} differ between ranks {' and '.join(alike)}, and nothing tells which are right")
     if differences:
         raise TrainingError(
             f"{'; '.join(differences)}. Their results cannot be trusted: run again from the last checkpoint, and check "

@@ -195,3 +195,28 @@ class TestBase:
         """Missing, no path, or a chain."""
         with pytest.raises(RecipeError, match=message):
             load_recipe(self.write(tmp_path, own))
+
+
+@pytest.mark.parametrize(
+    ("name", "backbone", "alpha", "lr", "global_batch"),
+    [
+        ("gpaco_imagenet_lt_resnet50", "resnet50", 0.045, 0.04, 128),
+        ("gpaco_imagenet_lt_resnext50", "resnext50_32x4d", 0.05, 0.06, 128),
+        ("gpaco_imagenet_lt_resnext101", "resnext101_32x4d", 0.05, 0.06, 128),
+        ("gpaco_inaturalist2018_resnet50", "resnet50", 0.05, 0.04, 128),
+        ("gpaco_inaturalist2018_resnet152", "resnet152", 0.05, 0.04, 128),
+        ("gpaco_places_lt_resnet152", "resnet152", 0.02, 0.02, 128),
+    ],
+)
+def test_gpaco_has_its_published_settings(name, backbone, alpha, lr, global_batch):
+    """One encoder, a head of three layers, and what its scripts set."""
+    recipe = load_recipe(Path(__file__).parents[1] / "ds_configs" / "recipes" / f"{name}.yaml")
+    assert (recipe.key_encoder, recipe.model.projection) == (None, "three_layer")
+    assert (recipe.model.backbone, recipe.loss.alpha, recipe.optimizer.lr) == (backbone, alpha, lr)
+    assert (recipe.step.global_batch, recipe.queue.length) == (global_batch, 8192)
+
+
+def test_nothing_is_chosen_on_the_test_split():
+    """Neither the best weights, where a set has no other split."""
+    with pytest.raises(RecipeError, match="would be chosen on val, the test split"):
+        tiny_recipe("evaluation.checkpoint=best_all", "evaluation.split=val", "evaluation.test_split=val")

@@ -39,8 +39,23 @@ def test_the_papers_tables_have_their_36_rows():
     assert all(row.paper for table in rows.values() for row in table)
 
 
-def test_only_wanted_values_differ_between_rows():
-    """A row of Table 11 without RandAugment has none."""
+@pytest.mark.parametrize("number", [13, 14])
+@pytest.mark.parametrize("small", [None, SMALL_RECIPES / "glyphs.yaml"], ids=["paper", "small"])
+def test_rows_that_are_compared_differ_in_their_method_alone(number, small):
+    """The same images, views, network, batch, epochs and learning rate: the same budget."""
+    table = load_table(number)
+    first, *others = (table.resolve(row, small).meaning() for row in table.rows)
+    for other in others:
+        assert {key for key in first.keys() | other.keys() if first.get(key) != other.get(key)} <= {
+            "loss.method",
+            "loss.multi_task.softmax",
+            "loss.multi_task.contrast",
+            "loss.multi_task.weight",
+        }
+
+
+def test_rows_without_randaugment_have_none():
+    """Those of Table 11."""
     plain = [r for r in load_table(11).rows if "without RandAugment" in r.method]
     assert len(plain) == 2
     for row in plain:
@@ -139,6 +154,16 @@ def test_commands_of_a_cluster_are_written_as_a_script(tmp_path):
     assert text.count("deepspeed --hostfile hosts") == 9
     assert text.count("--tau-normalize=auto") == 3
     assert "# inferred: the baseline's lr" in text
+
+
+def test_commands_of_a_cluster_are_of_the_shards_of_the_card(tmp_path):
+    """Where one is given, on the small scale and on the large."""
+    card = SMALL_RECIPES.parents[2] / "shards" / "imagenet_lt.yaml"
+    arguments = ["--table", "13", "--scale", "paper", "--data", str(card), "--output", str(tmp_path)]
+    assert reproduce.main(arguments) == 0
+    lines = [line for line in (tmp_path / "commands.sh").read_text().splitlines() if line.startswith("deepspeed")]
+    assert len(lines) == 12
+    assert all("/data/imagenet-lt'" in line or "/data/imagenet-lt " in line for line in lines)
 
 
 def test_a_table_at_small_scale_finds_the_recipe_of_its_card(tmp_path, capsys):

@@ -193,7 +193,8 @@ class Manifest(StrictModel):
         """The split of that name; DataError naming the ones there are."""
         if name not in self.splits:
             known = ", ".join(self.splits)
-            raise DataError(f"{self.storage.url} has no split {name!r}; its splits are: {known}")
+            cut = "; build with --validation-share .05, or set evaluation.split to null" if name == "val" else ""
+            raise DataError(f"{self.storage.url} has no split {name!r}; its splits are: {known}{cut}")
         return self.splits[name]
 
     def shots_of_classes(self, train_split: str = "train") -> tuple[str, ...]:

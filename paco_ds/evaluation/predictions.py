@@ -119,7 +119,7 @@ def confusions(
     pairs_N = predictions.labels_N[wrong_N] * classes + predictions.predicted_N[wrong_N]
     pair_P, images_P = pairs_N.unique(return_counts=True)
     total_C = torch.bincount(predictions.labels_N, minlength=classes)
-    order = torch.sort(images_P, descending=True, stable=True).indices[:MOST_CONFUSIONS]
+    order = torch.sort(images_P, descending=True, stable=True).indices[:most]
     return [
         (own := pair // classes, pair % classes, images, images / int(total_C[own]))
         for pair, images in zip(pair_P[order].tolist(), images_P[order].tolist(), strict=True)

@@ -1,4 +1,9 @@
-"""Owns the multi-task baselines: cross-entropy or Balanced Softmax plus a weighted SupCon term (Tables 12, 13).
+"""Owns the multi-task baselines: cross-entropy or Balanced Softmax plus a weighted SupCon term (Tables 13, 14)::
+
+    L_i = softmax_i - weight r_y / |P(i)| sum_P(i) log(exp(s_j + b_j) / sum_A(i) exp(s_k + b_k))
+
+r_y = C e_y / sum_c e_c with e_c = (1 - beta) / (1 - beta^n_c) (Cui et al. 2019) where the contrast is re-weighted, 1
+elsewhere; b_j = log q(y_j) where it is balanced ("CE + Balanced Softmax"; our reading), and 0 elsewhere.
 
 Unlike in PaCo, each term has its own denominator. Shapes: B anchors, C classes, D dimension.
 """
@@ -68,7 +73,7 @@ class MultiTaskLoss(Loss):
 def make_multi_task(
     settings: LossSettings, class_counts: Sequence[int], class_names: Sequence[str] | None
 ) -> MultiTaskLoss:
-    """The rows of Tables 12 to 14 that are sums: the softmax term is cross-entropy or Balanced Softmax, the contrast
+    """The rows of Tables 13 and 14 that are sums: the softmax term is cross-entropy or Balanced Softmax, the contrast
     SupCon, re-weighted by effective numbers (each anchor by r_y) or with log q(y_j) added to the contrast logits.
     """
     own = settings.multi_task

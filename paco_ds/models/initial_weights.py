@@ -106,9 +106,7 @@ def _fill(model: Recogniser, weights: dict[str, Tensor], where: str) -> None:
     """Backbone weights as torchvision names them, the classifier's left out."""
     network = model.query_encoder.backbone.network
     wanted = network.state_dict().keys()
-    classifier = {
-        name for name in weights.keys() - wanted if name.split(".")[0] in ("fc", "classifier", "heads", "head")
-    }
+    classifier = {name for name in weights.keys() - wanted if name.split(".")[0] in _CLASSIFIERS}
     _copy(network, {name: t for name, t in weights.items() if name not in classifier}, f"model.start_from {where}")
     model.restart_key_encoder()
 
@@ -147,7 +145,13 @@ def _of_file(path: Path) -> dict[str, Tensor]:
 
 
 def _of_torchvision(settings: ModelSettings, name: str) -> dict[str, Tensor]:
-    known = [w.name for w in torchvision.models.get_model_weights(settings.backbone)]
+    try:
+        known = [w.name for w in torchvision.models.get_model_weights(settings.backbone)]
+    except ValueError:
+        raise RecipeError(
+            f"model.start_from {TORCHVISION}{name}: torchvision has no weights of {settings.backbone}; give a file of "
+            f"weights, or one of its networks"
+        ) from None
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         raise RecipeError(

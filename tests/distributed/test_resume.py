@@ -97,7 +97,7 @@ def test_a_bit_that_flips_on_one_rank_ends_the_run(pool, recipe, tmp_path):
         )
     for rank in range(2):
         assert f"rank {rank} of 2 raised" in str(error.value)
-    assert str(error.value).count("TrainingError: queue of ranks [1] differ") == 2
+    assert str(error.value).count("TrainingError: queue differ between ranks [0] and [1], and nothing tells which") == 2
     assert [step[0] for step in steps_logged(tmp_path / "run")] == [1, 2, 3, 4]
 
 

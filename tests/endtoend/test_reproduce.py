@@ -1,0 +1,57 @@
+"""A table as a user makes it: rows trained by the launcher, a second stage among them, kept, and drawn elsewhere."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from paco_ds.checkpoint import newest_checkpoint
+from tests.recipes import write_tiny_recipe
+
+REPRODUCE = Path(__file__).parents[2] / "tools" / "reproduce.py"
+TABLE = """
+title: Two rows
+recipe: tiny.yaml
+rows:
+  - method: SupCon, first stage
+    set: [loss.method=supcon]
+    drawn: false
+  - method: SupCon, two stages
+    after: SupCon, first stage
+    set: [loss.method=cross_entropy, model.trained=centers]
+  - method: Balanced Softmax
+    set: [loss.method=balanced_softmax]
+"""
+
+
+@pytest.mark.timeout(300)
+def test_a_table_is_trained_kept_and_drawn_elsewhere(striped_shards, tmp_path):
+    """Two rows at a time; the classifier of the second stage stands on the backbone of the first."""
+    (tmp_path / "zero1.json").write_text(json.dumps({"zero_optimization": {"stage": 1}}))
+    settings = (f"data.shards={striped_shards}", "engine.deepspeed=zero1.json", "evaluation.checkpoint=last")
+    write_tiny_recipe(tmp_path / "tiny.yaml", *settings)
+    (tmp_path / "table.yaml").write_text(TABLE)
+
+    def reproduce(output, *more):
+        options = ("--table", "table.yaml", "--seeds", "1", "--ranks", "1", "--keep", "kept", "--output", output, *more)
+        done = subprocess.run([sys.executable, REPRODUCE, *options], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr + "".join(p.read_text() for p in tmp_path.glob("*/*/run.log"))
+        return done.stdout
+
+    assert "SupCon, two stages, seed 1: All" in reproduce("runs", "--jobs", "2")
+    first, second = (
+        newest_checkpoint(tmp_path / "runs" / f"supcon--{name}-seed1").model() for name in ("first-stage", "two-stages")
+    )
+    backbone = [name for name in second if name.startswith("query_encoder.backbone.")]
+    assert backbone
+    assert all(torch.equal(first[name], second[name]) for name in backbone)
+    assert not torch.equal(first["centers.weight"], second["centers.weight"])
+    assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == [
+        "balanced-softmax-seed1.json",
+        "supcon--two-stages-seed1.json",
+    ]
+    assert "Balanced Softmax" in reproduce("elsewhere", "--draw-only")
+    assert not list((tmp_path / "elsewhere").glob("*-seed1"))

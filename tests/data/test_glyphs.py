@@ -1,10 +1,11 @@
 """Glyph images from the typefaces that matplotlib ships, built as iNaturalist's."""
 
-import json
+import importlib
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import matplotlib
 import numpy as np
@@ -41,13 +42,16 @@ def test_made_set_builds(glyphs: Path, tmp_path: Path) -> None:
     assert min(manifest.split("test").class_counts) > 0
 
 
-def test_profile_of_inaturalists_size_has_its_sum() -> None:
+@pytest.fixture
+def make_glyphs(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script as a module."""
+    monkeypatch.syspath_prepend(ROOT / "shards")
+    return importlib.import_module("make_glyphs")
+
+
+def test_profile_of_inaturalists_size_has_its_sum(make_glyphs: ModuleType) -> None:
     """437,513 images of 8,142 classes, falling by 500, none empty."""
-    sys.path.insert(0, str(ROOT / "shards"))
-    try:
-        from make_glyphs import profile
-    finally:
-        sys.path.pop(0)
+    profile = make_glyphs.profile
     counts = profile(np.full(8142, 1000), 500, 437_513)
     assert (counts.sum(), counts.min()) == (437_513, 1)
     assert counts.max() < 400
@@ -55,14 +59,32 @@ def test_profile_of_inaturalists_size_has_its_sum() -> None:
         profile(np.full(8142, 100), 500, 437_513)
 
 
-def test_look_alikes_of_other_scripts_are_one_class(glyphs: Path) -> None:
-    """No two classes are Latin, Greek and Cyrillic capital A."""
-    names = [entry["name"] for entry in json.loads((glyphs / "train.json").read_text())["categories"]]
-    assert len({*names} & {"U+0041 A", "U+0391 Α", "U+0410 А"}) <= 1
+def test_look_alikes_of_other_scripts_are_one_class(make_glyphs: ModuleType, glyphs: Path) -> None:
+    """Of Latin, Greek and Cyrillic capitals the first that looks so is taken, in real typefaces."""
+    characters = [ord(c) for c in "ABO\u0391\u0392\u0393\u0410\u0411\u0412"]  # A B O; Alpha, Beta, Gamma; A, Be, Ve
+    typefaces = [t for t in make_glyphs.read_typefaces(glyphs.parent / "fonts") if t.path.name.startswith("DejaVu")]
+    seen = np.array([make_glyphs.looks((typeface, characters)) for typeface in typefaces])
+    assert (seen != 0).all()
+    kept = make_glyphs.distinct(characters, seen)
+    assert [chr(characters[column]) for column in kept] == ["A", "B", "O", "\u0393", "\u0411"]
 
 
-def test_families_are_not_shared_between_splits(glyphs: Path) -> None:
-    """File names carry the typeface's number; each is in one split."""
-    faces = {name: {path.stem for path in (glyphs / name).rglob("*.png")} for name in ("train", "val", "test")}
-    assert not faces["train"] & faces["val"]
-    assert not (faces["train"] | faces["val"]) & faces["test"]
+@pytest.mark.parametrize(("alike", "both", "kept"), [(3, 10, [0, 1]), (4, 10, [0]), (3, 6, [0]), (0, 0, [0, 1])])
+def test_look_alikes_look_alike_where_a_typeface_has_both(
+    make_glyphs: ModuleType, alike: int, both: int, kept: list[int]
+) -> None:
+    """Above 30 % of those typefaces; one that lacks either has no say."""
+    first, second = np.arange(1, 21), np.arange(101, 121)
+    second[:alike] = first[:alike]
+    second[both:] = 0
+    assert make_glyphs.distinct([65, 913], np.stack([first, second], 1)) == kept
+
+
+def test_families_are_not_shared_between_splits(make_glyphs: ModuleType, glyphs: Path) -> None:
+    """File names carry the typeface's number; all typefaces of a family are in one split, and none is left out."""
+    typefaces = make_glyphs.read_typefaces(glyphs.parent / "fonts")
+    drawn = {name: {int(path.stem) for path in (glyphs / name).rglob("*.png")} for name in ("train", "val", "test")}
+    families = {name: {typefaces[number].path.parent.name for number in drawn[name]} for name in drawn}
+    assert sorted(len(found) for found in families.values()) == [1, 1, 2]
+    assert set.union(*families.values()) == set(FAMILIES)
+    assert max(len(drawn[name]) for name in ("val", "test")) > 1

@@ -1,6 +1,7 @@
 """What an optimizer step means, in plain torch on one process: every number of ranks must give this.
 
-Written apart from paco_ds.step: no DeepSpeed, no collectives, the loss as a loop over anchors.
+Written apart from paco_ds.step: no DeepSpeed, no collectives, the loss as a loop over anchors. PaCo, GPaCo, and BCL
+with one encoder and no queue.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ def plain_steps(recipe: Recipe, steps: int, lr: float) -> Outcome:
     before = copy.deepcopy(model.state_dict())
     trained = [p for p in model.parameters() if p.requires_grad]
     velocity = [torch.zeros_like(p) for p in trained]
-    norms = [m for m in model.query_encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [
+        m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
+    ]
     queue_keys, queue_labels = torch.empty(0, recipe.model.key_dim), torch.empty(0, dtype=torch.long)
     losses = []
     for step in range(steps):
@@ -44,16 +47,22 @@ def plain_steps(recipe: Recipe, steps: int, lr: float) -> Outcome:
             for norm, (mean, var) in zip(norms, statistics, strict=True):
                 norm.running_mean.copy_(mean)
                 norm.running_var.copy_(var)
-            logits, query = model(batch.query)
-            if keys is None:
+            if model.prototypes is not None:
+                prototypes = F.normalize(model.prototypes(model.centers.weight), dim=1)
+                views = (*_logits_and_rows(model, batch.query), *_logits_and_rows(model, batch.key))
+                loss = _bcl(recipe, batch.labels, *views, prototypes)
+            elif keys is None:
+                logits, query = model(batch.query)
                 second_logits, own = model(batch.key)
                 second_rows.append(_beside(own.detach()))
                 loss = _loss_of_both_views(
                     recipe, batch.labels, logits, second_logits, query, own, queue_keys, queue_labels
                 )
             elif recipe.loss.contrast_scope == "global_batch":
+                logits, query = model(batch.query)
                 loss = _loss(recipe, batch.labels, logits, query, keys, labels, queue_keys, queue_labels)
             else:
+                logits, query = model(batch.query)
                 own = keys[j * len(batch.labels) : (j + 1) * len(batch.labels)]
                 loss = _loss(recipe, batch.labels, logits, query, own, batch.labels, queue_keys, queue_labels)
             loss = loss / len(batches)
@@ -67,9 +76,10 @@ def plain_steps(recipe: Recipe, steps: int, lr: float) -> Outcome:
             norm.running_var.copy_(var)
             norm.num_batches_tracked.fill_(step + 1)
         _sgd(trained, velocity, recipe, lr)
-        keys = torch.cat(second_rows) if keys is None else keys
-        queue_keys = torch.cat([queue_keys, keys])[-recipe.queue.length :]
-        queue_labels = torch.cat([queue_labels, labels])[-recipe.queue.length :]
+        if recipe.queue.length:
+            keys = torch.cat(second_rows) if keys is None else keys
+            queue_keys = torch.cat([queue_keys, keys])[-recipe.queue.length :]
+            queue_labels = torch.cat([queue_labels, labels])[-recipe.queue.length :]
         losses.append(step_loss)
     return Outcome(losses, before, copy.deepcopy(model.state_dict()), {}, {})
 
@@ -139,6 +149,38 @@ def _loss_of_both_views(
             same = torch.cat([labels[others], labels, queue_labels]) == label
             total = total + _anchor_loss(recipe, label, logits[i], view[i], rows, same)
     return total / (2 * m)
+
+
+def _logits_and_rows(model: Recogniser, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a view alone: prototypes are made of the centers once for both."""
+    feature, row = model.query_encoder(model.normalize(images))
+    return model.centers(feature), row
+
+
+def _bcl(
+    recipe: Recipe,
+    labels: Tensor,
+    first_logits: Tensor,
+    first: Tensor,
+    second_logits: Tensor,
+    second: Tensor,
+    prototypes: Tensor,
+) -> Tensor:
+    """Zhu et al. 2022, anchor by anchor: the logit-adjusted softmax and, of every class, the mean of
+    exp over its rows, of which its prototype is one."""
+    logits, rows = torch.cat([first_logits, second_logits]), torch.cat([first, second, prototypes])
+    labels = labels.repeat(2)
+    of_row = torch.cat([labels, torch.arange(len(prototypes))])
+    log_prior = torch.log(torch.tensor(CLASS_COUNTS) / sum(CLASS_COUNTS))
+    softmax = contrast = torch.zeros(())
+    for i, label in enumerate(labels):
+        softmax = softmax - F.log_softmax(logits[i] + log_prior, 0)[label]
+        other = torch.arange(len(rows)) != i
+        scores = rows @ rows[i] / recipe.loss.temperature
+        means = [scores[other & (of_row == c)].exp().mean() for c in range(len(prototypes))]
+        contrast = contrast - (scores[other & (of_row == label)] - torch.stack(means).sum().log()).mean()
+    settings = recipe.loss.bcl
+    return (settings.softmax_weight * softmax + settings.contrast_weight * contrast) / len(labels)
 
 
 def _beside(rows: Tensor) -> Tensor:

@@ -6,9 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
+from torchmetrics.functional.classification import multiclass_calibration_error
 
-from paco_ds.checkpoint import Checkpoints, chosen_checkpoint, read_checkpoint
+from paco_ds.checkpoint import Checkpoints, chosen_checkpoint, newest_checkpoint, read_checkpoint
+from paco_ds.data.manifest import open_data
+from paco_ds.data.stream.batches import evaluation_stream
 from paco_ds.evaluate import main as evaluate
+from paco_ds.evaluation.runner import load_recogniser
 from paco_ds.metrics.log import read
 from paco_ds.recipe_file import load_recipe
 from tests.recipes import write_tiny_recipe
@@ -59,6 +65,58 @@ def test_an_ensemble_of_a_run_with_itself_is_the_run(finished, tmp_path):
     for name in ("all", "balanced", "macro_f1", "calibration_error"):
         assert again[name] == pytest.approx(trained[name], abs=2e-3), name
     assert again["ensemble"] == [str(finished)] * 2
+
+
+def test_an_ensemble_of_two_runs_averages_their_probabilities(pool, striped_shards, tmp_path):
+    """The figures are those of the mean of both models' probabilities: of neither alone, and not of mean logits."""
+    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 0}}))
+    write_tiny_recipe(
+        tmp_path / "tiny.yaml",
+        f"data.shards={striped_shards}",
+        f"engine.deepspeed={tmp_path / 'zero.json'}",
+        "loss.method=cross_entropy",
+        "evaluation.checkpoint=last",
+    )
+    runs, of_each = [tmp_path / "first", tmp_path / "second"], []
+    for seed, run in enumerate(runs):
+        overrides = (f"seed={seed}", f"optimizer.lr={0.05 / (seed + 1)}")  # one surer than the other
+        pool(1).run(TRAIN, recipe=tmp_path / "tiny.yaml", run=run, overrides=overrides, stop_at_step=6 - seed)
+        labels, logits = logits_on_test(run)
+        of_each.append(logits)
+    output = tmp_path / "ensemble.json"
+    arguments = [*(f"--run={run}" for run in runs), f"--output={output}"]
+    subprocess.run([sys.executable, EVALUATE, *arguments], check=True)
+    written = json.loads(output.read_text())
+    assert written["ensemble"] == [str(run) for run in runs]
+    expected = figures(labels, torch.stack([logits.softmax(1) for logits in of_each]).mean(0))
+    for name, value in expected.items():
+        assert written[name] == pytest.approx(value, abs=1e-5), name
+    for other in (*(logits.softmax(1) for logits in of_each), torch.stack(of_each).mean(0).softmax(1)):
+        assert figures(labels, other)["calibration_error"] != pytest.approx(expected["calibration_error"], abs=1e-3)
+
+
+def logits_on_test(run):
+    """(labels [N], logits [N, C] in float64) of a run's newest checkpoint."""
+    recipe = load_recipe(run / "recipe.yaml")
+    manifest = open_data(recipe, ["test"])
+    model = load_recogniser(newest_checkpoint(run), recipe, manifest).eval()
+    with torch.no_grad():
+        batches = [
+            (b.labels[b.valid], model(b.query)[0][b.valid]) for b in evaluation_stream(recipe, manifest, "test", 0, 1)
+        ]
+    labels, logits = zip(*batches, strict=True)
+    return torch.cat(labels), torch.cat(logits).double()
+
+
+def figures(labels, probabilities):
+    """Of probabilities [N, C], by scikit-learn and torchmetrics."""
+    predicted = probabilities.argmax(1)
+    return {
+        "all": accuracy_score(labels, predicted),
+        "balanced": balanced_accuracy_score(labels, predicted),
+        "macro_f1": f1_score(labels, predicted, average="macro"),
+        "calibration_error": float(multiclass_calibration_error(probabilities, labels, num_classes=4, n_bins=15)),
+    }
 
 
 def test_an_ensemble_belongs_to_no_run(capsys):

@@ -84,7 +84,9 @@ def test_supcon_leaves_centers_alone_at_every_stage(outcome, stage):
 def test_bcl_meets_keys_and_experts(outcome, overrides):
     """One encoder with a queue, and experts with prototypes of their own."""
     settings = ("loss.method=bcl", *overrides)
-    check(outcome(2, 1, *settings), outcome(1, 0, *settings), FLOAT32)
+    two = outcome(2, 1, *settings)
+    check(two, outcome(1, 0, *settings), FLOAT32)
+    assert moved(two, "prototypes") > 0
 
 
 @pytest.mark.parametrize(

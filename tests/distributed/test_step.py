@@ -1,6 +1,7 @@
 """One optimizer step on real ranks against its meaning: a plain loop in one process."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,12 +23,13 @@ def reference(*overrides: str) -> Outcome:
 
 
 def check(outcome: Outcome, expected: Outcome, bounds: dict[str, float]) -> None:
-    """Losses agree, and so does the update of every kind of state."""
+    """Losses agree, and so does the update of every part of the model, whatever parts it has, and of statistics."""
     worst = max(abs(a - b) for a, b in zip(outcome.losses, expected.losses, strict=True))
     assert worst <= bounds["loss"], f"losses differ by {worst:.1e}"
-    for part in ("query_encoder", "key_encoder", "centers", "routers", "running"):
+    assert outcome.after.keys() == expected.after.keys()
+    for part in ("running", *sorted({name.split(".")[0] for name in expected.after})):
         difference, size = update_difference(outcome, expected, part)
-        assert difference <= bounds["update"] * size, f"update of {part} differs by {difference / size:.1e}"
+        assert difference <= bounds["update"] * size, f"update of {part} differs by {difference:.1e} of {size:.1e}"
 
 
 def update_difference(outcome: Outcome, expected: Outcome, part: str) -> tuple[float, float]:
@@ -69,6 +71,30 @@ def test_experts_are_heads_of_the_same_step(pool, world_size, stage, key_encoder
     outcomes = pool(world_size).run("tests.distributed.runs:run_steps", overrides=overrides, stage=stage, steps=STEPS)
     check(outcomes[0], reference(*overrides), FLOAT32)
     assert outcomes[0].queue["keys"].shape[1] == 2 * 8
+
+
+BCL = ("loss.method=bcl", "key_encoder=none", "queue.length=0", "step.micro_batch=4")
+
+
+@pytest.mark.parametrize(("world_size", "stage"), [(1, 0), (2, 1), (2, 3)])
+def test_bcl_takes_the_step_of_its_equation(pool, world_size, stage):
+    """Two views of one encoder and no queue, as published; prototypes and their projection are trained too."""
+    outcome = pool(world_size).run("tests.distributed.runs:run_steps", overrides=BCL, stage=stage, steps=STEPS)[0]
+    expected = reference(*BCL)
+    check(outcome, expected, FLOAT32)
+    prototypes = [name for name in expected.after if name.startswith("prototypes.") and name.endswith("weight")]
+    assert prototypes
+    assert not any(torch.equal(outcome.after[name], outcome.before[name]) for name in prototypes)
+
+
+@pytest.mark.parametrize("fault", ["gradient lost", "statistics not averaged"])
+def test_the_check_notices_prototypes_that_differ(fault):
+    """Negative controls: as above, prototypes' weights left as they were, or their running statistics."""
+    expected = reference(*BCL)
+    left = [n for n in expected.after if n.startswith("prototypes.") and ("running" in n) == (fault != "gradient lost")]
+    after = {**expected.after, **{name: expected.before[name] for name in left}}
+    with pytest.raises(AssertionError, match="differs"):
+        check(replace(expected, after=after), expected, FLOAT32)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from paco_ds.checkpoint import newest_checkpoint
+from paco_ds.checkpoint import Checkpoints, newest_checkpoint
 from paco_ds.data.manifest import open_data
 from paco_ds.data.stream.batches import evaluation_stream
 from paco_ds.errors import RecipeError
 from paco_ds.evaluation.runner import load_recogniser
+from paco_ds.evaluation.tau_normalization import TAUS
+from paco_ds.metrics.log import read
 from paco_ds.models.initial_weights import freeze, load_initial_weights
 from paco_ds.models.recogniser import make_recogniser
 from paco_ds.recipe_file import load_recipe
@@ -74,6 +76,36 @@ def test_the_second_stage_leaves_the_backbone_as_it_was(pool, recipe, first_stag
         assert not torch.allclose(after["centers.scale"], torch.ones(4), atol=1e-4)
 
 
+@pytest.mark.parametrize(("trained", "stage"), [("centers", 1), ("center_scales", 3)])
+def test_the_second_stage_resumes_bit_equal_on_two_ranks(pool, recipe, first_stage, tmp_path, trained, stage):
+    """cRT and LWS, stopped in mid-epoch: weights, momentum and losses of the run without a stop; the backbone's are the
+    first stage's, and have no momentum."""
+    overrides = second_stage(recipe, first_stage, trained, stage)
+    found = []
+    for run, stops in (("straight", (6,)), ("resumed", (3, 6))):
+        for stop in stops:
+            pool(2).run(TRAIN, recipe=recipe, run=tmp_path / run, overrides=overrides, stop_at_step=stop)
+            assert newest_checkpoint(tmp_path / run).step == stop
+        checkpoint = newest_checkpoint(tmp_path / run)
+        losses = [line["loss"] for line in read(tmp_path / run / "metrics.jsonl") if line["kind"] == "step"]
+        found.append((checkpoint.model(), checkpoint.momentum(), losses))
+    (model, momentum, losses), (model_again, momentum_again, losses_again) = found
+    assert len(losses) == 6
+    assert losses_again == losses
+    for straight, again in ((model, model_again), (momentum, momentum_again)):
+        assert straight.keys() == again.keys()
+        for name, value in straight.items():
+            assert torch.equal(again[name], value), name
+    assert momentum.keys() == ({"centers.weight", "centers.bias"} if trained == "centers" else {"centers.scale"})
+    assert all(value.any() for value in momentum.values())
+    before = weights(first_stage)
+    assert all(torch.equal(model[name], value) for name, value in before.items() if name.startswith("query_encoder."))
+    pool(1).run(TRAIN, recipe=recipe, run=tmp_path / "one", overrides=overrides, stop_at_step=6)
+    alone = newest_checkpoint(tmp_path / "one").model()
+    for name in momentum:
+        torch.testing.assert_close(model[name], alone[name], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -90,20 +122,49 @@ def test_a_first_stage_that_does_not_fit_is_refused_in_words(pool, recipe, first
     assert message in str(error.value)
 
 
-def test_tau_is_chosen_on_validation_and_normalises_the_centers(first_stage, tmp_path):
-    """From the command line; at tau 0 nothing but the bias is lost."""
+@pytest.fixture
+def long_centers(pool, recipe, tmp_path):
+    """A run whose centers are the longer the more frequent their class, 27 to 1: of use again with a tau above 0."""
+    run = tmp_path / "long"
+    pool(1).run(TRAIN, recipe=recipe, run=run, overrides=("schedule.epochs=12",))
+    checkpoint, settings = newest_checkpoint(run), load_recipe(run / "recipe.yaml")
+    model = checkpoint.model()
+    length = torch.tensor([27.0, 9.0, 3.0, 1.0])[:, None]
+    model["centers.weight"] = length * torch.nn.functional.normalize(model["centers.weight"], dim=1)
+    about = {"autocast": checkpoint.state["autocast"]}
+    checkpoints = Checkpoints(run, settings, checkpoint.state["manifest_sha256"])
+    checkpoints.save(checkpoint.step + 1, model.items(), checkpoint.momentum().items(), None, about)
+    return run
+
+
+def test_tau_is_chosen_on_validation_and_normalises_the_centers(pool, long_centers, tmp_path):
+    """From the command line: every balanced accuracy that it chose by is that of an evaluation of the validation split
+    at this tau, the figures of the test split are those at the chosen one, and 2 ranks choose as one."""
     output = tmp_path / "tau.json"
-    command = [sys.executable, EVALUATE, f"--run={first_stage}", f"--output={output}", "--tau-normalize=auto"]
+    command = [sys.executable, EVALUATE, f"--run={long_centers}", f"--output={output}", "--tau-normalize=auto"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "balanced accuracy on val 0.0: " in done.stdout
-    results = json.loads(output.read_text())
     chosen = float(done.stdout.split("tau ")[1].split(":")[0])
-    assert results["tau_normalization"] == chosen
-    scores = {
+    printed = {
         float(t.split(": ")[0]): float(t.split(": ")[1])
         for t in done.stdout.split("val ")[1].split("\n")[0].split(", ")
     }
-    assert scores[chosen] == max(scores.values())
+
+    def evaluated(split, tau):
+        arguments = {"run": long_centers, "output": tmp_path / "again.json", "split": split, "tau": tau}
+        return pool(1).run("tests.distributed.evaluating:written", **arguments)[0]
+
+    scores = {tau: evaluated("val", tau)["balanced"] for tau in TAUS}
+    assert scores[0.0] < scores[chosen]
+    assert chosen == max(TAUS, key=lambda tau: scores[tau])
+    assert printed == pytest.approx(scores, abs=6e-4)
+    results, expected = json.loads(output.read_text()), evaluated("test", chosen)
+    assert results["tau_normalization"] == chosen
+    for name in ("all", "balanced", "macro_f1", "calibration_error"):
+        assert results[name] == pytest.approx(expected[name]), name
+    for world_size in (1, 2):
+        of_ranks = pool(world_size).run("tests.distributed.evaluating:scores_of_taus", run=long_centers, split="val")
+        assert of_ranks == [(chosen, pytest.approx(scores))] * world_size
 
 
 EXPERTS = ("model.experts=3", "model.centers=cosine", "loss.method=ride")

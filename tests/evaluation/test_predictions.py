@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sklearn.metrics import balanced_accuracy_score, f1_score
+from sklearn.metrics import balanced_accuracy_score, confusion_matrix, f1_score
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from paco_ds.evaluation.predictions import Predictions, Recorder, accuracy_by_distribution, confusions, detail
@@ -64,6 +64,18 @@ def test_confusions_come_by_what_they_cost():
     predicted = torch.tensor([1, 1, 0, 0, 2, 1, 2])
     found = confusions(Predictions(labels, predicted, torch.ones(7)), 3)
     assert found == [(0, 1, 2, 0.5), (1, 2, 1, 0.5)]
+
+
+@pytest.mark.parametrize("most", [1, 7, 1000])
+def test_confusions_are_the_largest_of_sklearns_matrix(most):
+    """As many as asked for, off the diagonal, most images first, whatever the order of the images."""
+    logits, labels = made(images=300, classes=9)
+    predictions = recorded(logits, labels)
+    matrix = confusion_matrix(labels, logits.argmax(1), labels=range(9))
+    pairs = [(i, j, int(matrix[i, j])) for i in range(9) for j in range(9) if i != j and matrix[i, j]]
+    assert 7 < len(pairs) < 1000
+    largest = sorted(pairs, key=lambda pair: (-pair[2], pair[:2]))[:most]
+    assert confusions(predictions, 9, most) == [(i, j, n, pytest.approx(n / matrix[i].sum())) for i, j, n in largest]
 
 
 def test_the_test_distributions_run_from_head_to_tail():

@@ -353,6 +353,12 @@ def log_bessel(order: float, x: float) -> float:
     return top + math.log(math.fsum(math.exp(v - top) for v in logs))
 
 
+def log_bessel_of(order: float, x: torch.Tensor) -> torch.Tensor:
+    """The same, differentiable in x > 0."""
+    m = torch.arange(50 + 2 * int(x), dtype=torch.float64)
+    return ((2 * m + order) * (x / 2).log() - torch.lgamma(m + 1) - torch.lgamma(m + order + 1)).logsumexp(0)
+
+
 class TestVonMisesFisher:
     @pytest.mark.parametrize("dim", [2, 3, 8, 32, 128, 1024])
     def test_log_normaliser_is_that_of_the_power_series(self, dim):
@@ -384,29 +390,35 @@ class TestVonMisesFisher:
 
 class TestProCo:
     def test_is_its_equation(self):
-        """Class by class from the queue: a class without keys is uniform, one with a single key is at the limit."""
+        """Class by class from the queue: a class without keys is uniform, one with a single key is at the limit; the
+        softmax term is logit-adjusted."""
         v, z = Views(), logits()
         queue_labels = torch.tensor([0] * 10 + [1] * 6 + [2] * 3 + [4])
         queue = QueueSnapshot.of(v.keys, queue_labels, CLASSES)
-        order, tau, total = DIM / 2 - 1, 0.2, 0.0
-        concentration, direction = [], []
+        order, tau = DIM / 2 - 1, 0.2
+        concentration, direction, own_g = [], [], []
         for c in range(CLASSES):
             own = [row for row, k in zip(v.keys, queue_labels.tolist(), strict=True) if k == c]
             mean = sum(own) / len(own) if own else torch.zeros(DIM, dtype=torch.float64)
             R = float(mean.norm())
-            concentration.append(100.0 if len(own) == 1 else min(100.0, DIM * R / (1 - R * R)))
+            k = 100.0 if len(own) == 1 else min(100.0, DIM * R / (1 - R * R))
+            concentration.append(k)
             direction.append(mean / R if own else mean)
+            own_g.append(log_bessel(order, k or 1e-9) - order * math.log(k or 1e-9))
         assert concentration[3] == 0
+        prior = [math.log(count / TOTAL) for count in COUNTS]
+        contrast = centers = 0.0
         for i, y in enumerate(Y.tolist()):
             s = []
             for c in range(CLASSES):
-                joint = (concentration[c] * direction[c] + v.q[i].detach() / tau).norm().item()
-                own_g = log_bessel(order, concentration[c] or 1e-9) - order * math.log(concentration[c] or 1e-9)
-                s.append(log_bessel(order, joint) - order * math.log(joint) - own_g + math.log(COUNTS[c] / TOTAL))
-            total -= (s[y] - math.log(sum(math.exp(value) for value in s))) / BATCH
+                joint = (concentration[c] * direction[c] + v.q[i] / tau).norm()
+                s.append(log_bessel_of(order, joint) - order * joint.log() - own_g[c] + prior[c])
+            contrast = contrast - log_softmax(s, y) / BATCH
+            centers = centers - log_softmax([z[i, c] + prior[c] for c in range(CLASSES)], y) / BATCH
         output = loss_of("proco", proco={"max_concentration": 100.0, "weight": 0.5})(Y, z, v.q, None, queue)
-        assert output.parts["contrast"].item() == pytest.approx(total, rel=1e-6)
-        assert output.loss.item() == pytest.approx(output.parts["softmax"].item() + 0.5 * total, rel=1e-6)
+        torch.testing.assert_close(output.parts["contrast"], contrast.detach(), **CLOSE)
+        torch.testing.assert_close(output.parts["softmax"], centers.detach(), **CLOSE)
+        check(output.loss, centers + 0.5 * contrast, v.q, z)
 
     def test_is_the_mean_over_experts(self):
         """Each with its own part of the queue."""

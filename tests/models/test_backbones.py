@@ -63,12 +63,45 @@ def test_experts_share_all_but_the_last_two_stages(count, width, planes, feature
     assert experts(torch.zeros(2, 3, 64, 64, device="meta")).shape == (count, 2, feature_dim)
 
 
-@pytest.mark.parametrize(("name", "feature_dim"), [("resnext50_32x4d", 1536), ("resnext101_32x4d", 1536)])
-def test_experts_of_a_resnext_keep_its_groups(name, feature_dim):
-    """Reduced width divides among 32 groups."""
-    experts = made(name, experts=3, expert_width="reduced")
+def resnext_stage(channels, planes, blocks):
+    """Parameters of a stage of ResNeXt 32x4d, counted on paper: 32 groups, twice the planes within a block."""
+    inner, out = 2 * planes, 4 * planes
+    grouped = 32 * 9 * (inner // 32) ** 2 + inner * out + 4 * inner + 2 * out  # both inner BatchNorms and the last
+    first = channels * inner + grouped + channels * out + 2 * out
+    return first + (blocks - 1) * (out * inner + grouped)
+
+
+@pytest.mark.parametrize(
+    ("width", "planes", "feature_dim"), [("full", (256, 512), 2048), ("reduced", (192, 384), 1536)]
+)
+@pytest.mark.parametrize(("name", "third_blocks"), [("resnext50_32x4d", 6), ("resnext101_32x4d", 23)])
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_experts_of_a_resnext_keep_its_groups(name, third_blocks, count, width, planes, feature_dim):
+    """RIDE ResNeXt-50 and -101: reduced width divides among 32 groups as well, and parameters are those on paper."""
+    experts = made(name, experts=count, expert_width=width)
     assert {m.groups for m in experts.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)} == {32}
-    assert experts(torch.zeros(2, 3, 64, 64, device="meta")).shape == (3, 2, feature_dim)
+    shared = 49 * 3 * 64 + 2 * 64 + resnext_stage(64, 64, 3) + resnext_stage(256, 128, 4)
+    third, fourth = planes
+    own = resnext_stage(512, third, third_blocks) + resnext_stage(4 * third, fourth, 3)
+    assert parameters(experts) == shared + count * own
+    assert experts.feature_dim == feature_dim
+    assert experts(torch.zeros(2, 3, 64, 64, device="meta")).shape == (count, 2, feature_dim)
+
+
+def cifar_stage(channels, out):
+    """Parameters of five blocks without parameters in their shortcuts, counted on paper."""
+    return 9 * channels * out + 9 * out**2 + 4 * out + 4 * (18 * out**2 + 4 * out)
+
+
+@pytest.mark.parametrize(("width", "second", "third"), [("full", 32, 64), ("reduced", 24, 48)])
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_experts_of_a_cifar_resnet_share_its_first_stage(count, width, second, third):
+    """RIDE ResNet-32: the stem and 16 channels once, two stages for each expert, reduced to 24 and 48 channels."""
+    experts = made("cifar_resnet32", experts=count, expert_width=width)
+    shared = 9 * 3 * 16 + 2 * 16 + cifar_stage(16, 16)
+    assert parameters(experts) == shared + count * (cifar_stage(16, second) + cifar_stage(second, third))
+    assert experts.feature_dim == third
+    assert experts(torch.zeros(2, 3, 32, 32, device="meta")).shape == (count, 2, third)
 
 
 def test_one_full_expert_is_the_network_itself():

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from paco_ds.errors import RecipeError
 from paco_ds.evaluation.tau_normalization import normalized_weight, tau_normalized
+from paco_ds.models.heads import ScaledCenters
 from paco_ds.models.initial_weights import freeze, load_initial_weights
 from paco_ds.models.recogniser import make_recogniser
 from tests.recipes import tiny_recipe
@@ -67,6 +68,50 @@ def test_unknown_torchvision_weights_name_the_known_ones():
     model, recipe = resnet18("model.start_from=torchvision:IMAGENET1K_V7")
     with pytest.raises(RecipeError, match="resnet18 has IMAGENET1K_V1"):
         load_initial_weights(model, recipe)
+
+
+@pytest.mark.parametrize("backbone", ["resnet200", "resnext101_32x4d", "cifar_resnet20"])
+def test_networks_that_torchvision_has_no_weights_of_are_named(backbone):
+    """Backbones that are not torchvision's."""
+    model, _ = made()  # of another backbone: it is not looked at
+    recipe = tiny_recipe(f"model.backbone={backbone}", "model.start_from=torchvision:IMAGENET1K_V1")
+    with pytest.raises(RecipeError, match=f"torchvision:IMAGENET1K_V1: torchvision has no weights of {backbone};"):
+        load_initial_weights(model, recipe)
+
+
+def test_weights_that_torchvision_fetches_fill_both_encoders(monkeypatch):
+    """Every tensor of the backbone, fetched with its hash checked; centers stay as they were drawn."""
+    theirs, asked = torchvision.models.resnet18().state_dict(), []
+
+    def fetched(weights, **options):
+        asked.append((weights.name, options))
+        return theirs
+
+    monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", fetched)
+    model, recipe = resnet18("model.start_from=torchvision:IMAGENET1K_V1")
+    centers = {name: tensor.clone() for name, tensor in model.centers.state_dict().items()}
+    load_initial_weights(model, recipe)
+    assert asked == [("IMAGENET1K_V1", {"progress": False, "check_hash": True})]
+    query, key = (e.backbone.network.state_dict() for e in (model.query_encoder, model.key_encoder))
+    assert query.keys() == {name for name in theirs if not name.startswith("fc.")}
+    assert key.keys() == {name for name in query if "running" not in name and "tracked" not in name}
+    for ours in (query, key):
+        for name, tensor in ours.items():
+            assert torch.equal(tensor, theirs[name]), name
+    assert all(torch.equal(tensor, centers[name]) for name, tensor in model.centers.state_dict().items())
+
+
+def test_scaled_centers_scale_the_frozen_classifiers_logits():
+    """LWS: z_c = scale_c (w_c . x + b_c), 1 at first; the scales alone have a gradient."""
+    centers, x = ScaledCenters(6, 5), torch.randn(3, 6)
+    weight, bias = centers.linear.weight, centers.linear.bias
+    torch.testing.assert_close(centers(x), x @ weight.T + bias)
+    with torch.no_grad():
+        centers.scale.copy_(torch.tensor([0.5, 1.0, 2.0, -1.0, 0.0]))
+    of_classes = [s * (x @ w + b) for s, w, b in zip(centers.scale, weight, bias, strict=True)]
+    torch.testing.assert_close(centers(x), torch.stack(of_classes, 1))
+    centers(x).square().sum().backward()
+    assert [name for name, p in centers.named_parameters() if p.grad is not None] == ["scale"]
 
 
 def test_last_block_and_batch_norm_alone_are_trained():

@@ -1,0 +1,48 @@
+"""What the ranks of a pool run in the tests of evaluation: the newest checkpoint of a run, on a split."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from paco_ds.checkpoint import newest_checkpoint
+from paco_ds.data.manifest import Manifest, open_data
+from paco_ds.distributed import Ranks
+from paco_ds.evaluation.results import write_results
+from paco_ds.evaluation.runner import Ensemble, evaluate, load_recogniser
+from paco_ds.evaluation.tau_normalization import choose_tau, tau_normalized
+from paco_ds.models.recogniser import Recogniser
+from paco_ds.recipe import Recipe
+from paco_ds.recipe_file import load_recipe
+
+
+def written(
+    ranks: Ranks,
+    run: Path,
+    output: Path,
+    overrides: tuple[str, ...] = (),
+    split: str = "test",
+    tau: float | None = None,
+) -> dict[str, Any] | None:
+    """What the first rank writes, as evaluate.py does; with `tau` of normalised centers."""
+    recipe, manifest, model = _loaded(run, split, overrides)
+    if tau is not None:
+        model = tau_normalized(model, tau)
+    ensemble = Ensemble([(model, False)])
+    accuracy = evaluate(ensemble, ensemble, recipe, manifest, split, ranks)
+    if not ranks.first:
+        return None
+    about: dict[str, Any] = {"split": split, "step": 0, "world_size": ranks.world_size, "started": ""}
+    return write_results(output, accuracy, recipe, manifest, **about)
+
+
+def scores_of_taus(ranks: Ranks, run: Path, split: str) -> tuple[float, dict[float, float]]:
+    """What `choose_tau` says on this rank."""
+    recipe, manifest, model = _loaded(run, split)
+    return choose_tau(model, recipe, manifest, split, ranks)
+
+
+def _loaded(run: Path, split: str, overrides: tuple[str, ...] = ()) -> tuple[Recipe, Manifest, Recogniser]:
+    recipe = load_recipe(run / "recipe.yaml", overrides)
+    manifest = open_data(recipe, [split])
+    return recipe, manifest, load_recogniser(newest_checkpoint(run), recipe, manifest)

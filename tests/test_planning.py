@@ -114,6 +114,21 @@ def test_activations_grow_with_the_micro_batch_and_autocast_halves_most_of_them(
     assert 0.4 < half.saved / large.saved < 0.8
 
 
+def test_activation_checkpointing_is_planned():
+    """Less is saved; a block is computed again in backward, beside what is saved."""
+    plain = trace_step(tiny_recipe(), COUNTS, False)
+    recomputed = trace_step(tiny_recipe("engine.activation_checkpointing=true"), COUNTS, False)
+    assert recomputed.saved < 0.5 * plain.saved
+    assert recomputed.peak < 0.7 * plain.peak
+    assert recomputed.peak - recomputed.saved > plain.peak - plain.saved
+    assert recomputed.key_peak == plain.key_peak
+
+
+def test_compiled_encoders_are_planned_as_if_they_were_not():
+    """No compiler runs for a plan."""
+    assert trace_step(tiny_recipe("engine.compile=true"), COUNTS, False) == trace_step(tiny_recipe(), COUNTS, False)
+
+
 def test_a_large_network_is_planned_without_its_memory(monkeypatch):
     """ResNet-50 at 224 pixels, m = 32: no parameter is ever allocated."""
     recipe = tiny_recipe("model.backbone=resnet50", "step.micro_batch=32", "views.query.size=224", "views.key.size=224")
@@ -161,6 +176,25 @@ def test_buckets_are_allocated_whole_on_a_gpu_and_resident_as_far_as_they_are_us
     assert memory_of(2, 2, "cpu")[1].parts["reduction buckets"] <= 2 * 4 * sum(trace.trained)
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_an_offloaded_optimizer_lies_on_the_host(stage):
+    """Beside a GPU; for a CPU rank that is its own memory. Four or five shares of the weights."""
+    offload = {"offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 1000}
+    trace, here = memory_of(stage, 4, "cuda", reduce_bucket_size=1000)
+    _, gpu = memory_of(stage, 4, "cuda", **offload)
+    _, cpu = memory_of(stage, 4, "cpu", **offload)
+    own = sum(trace.trained)  # 4 bytes of a number, 4 ranks
+    assert here.parts["momentum"] == here.parts["own weights, copy"] == pytest.approx(own, abs=4)
+    assert gpu.parts["momentum"] == gpu.parts["own weights, copy"] == gpu.parts["offloaded optimizer"] == 0
+    assert 4 * own <= gpu.host <= 6 * own + 4 * max(trace.trained)
+    assert (cpu.host, cpu.parts["offloaded optimizer"]) == (0, gpu.host)
+
+
+def test_offload_is_nothing_at_stage_0():
+    """DeepSpeed ignores it there."""
+    assert memory_of(0, 4, "cuda", offload_optimizer={"device": "cpu"}) == memory_of(0, 4, "cuda")
+
+
 def test_one_rank_sends_nothing():
     """And no part of the traffic divides by zero."""
     assert plan_traffic(tiny_recipe(), tiny_trace(), MicroBatchLayout(8, 4, 0, 1), zero_settings({})) == []
@@ -199,6 +233,37 @@ def test_what_does_not_fit_is_told_what_would(zero1):
     assert any("reduce_bucket_size" in remedy for remedy in plan.remedies)
     assert verdict_lines(plan)[0].startswith("DOES NOT FIT: stage 1 needs")
     assert make_plan(recipe, 2, data, gpu_memory=80 * GIB).verdict == "fits"
+
+
+def test_activation_checkpointing_is_offered_where_it_makes_a_plan_fit(tmp_path):
+    """Beside autocast, which fits too; compiled encoders must give way, and are never offered stage 3."""
+    path = tmp_path / "zero1.json"
+    path.write_text('{"zero_optimization": {"stage": 1, "reduce_bucket_size": 100000}}')
+    settings = (f"engine.deepspeed={path}", "step.micro_batch=128", "views.query.size=96", "views.key.size=96")
+    data = find_data(tiny_recipe(), 1000, 10)
+    recipe = tiny_recipe(*settings, "engine.compile=true")
+    needed = make_plan(recipe, 1, data).memory[1].total
+    remedies = make_plan(recipe, 1, data, gpu_memory=GIB + int(0.95 * needed)).remedies
+    checkpointing, autocast = remedies
+    assert checkpointing.startswith("engine.activation_checkpointing=true engine.compile=false at ZeRO stage 1")
+    assert autocast.startswith("bfloat16 autocast")
+    assert "stage 3" not in " ".join(remedies)
+
+
+def test_what_is_offloaded_stands_under_the_total(tmp_path):
+    """A row of its own, and in the JSON."""
+    path = tmp_path / "zero2_offload.json"
+    path.write_text('{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}')
+    recipe = tiny_recipe(f"engine.deepspeed={path}", "engine.activation_checkpointing=true")
+    plan = make_plan(recipe, 1, find_data(recipe, 1000, 10))
+    printed = Console(file=io.StringIO(), width=160)
+    print_plan(plan, printed)
+    text = printed.file.getvalue()
+    assert text.index("total") < text.index("offloaded, on the host")
+    assert "float32, activation checkpointing" in text
+    said = as_json(plan)
+    assert said["memory"][2]["host"] == plan.memory[2].host > 0
+    assert said["activation_checkpointing"]
 
 
 def test_ranks_that_do_not_divide_the_step_are_refused_with_the_legal_ones(zero1):

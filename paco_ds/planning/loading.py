@@ -16,6 +16,7 @@ from paco_ds.data.shard import BadSample, ShardReader
 from paco_ds.data.stream.views import MakeViews, make_view
 from paco_ds.engine import read_deepspeed_config
 from paco_ds.errors import DataError, UserError
+from paco_ds.models.execution import prepare
 from paco_ds.models.initial_weights import freeze
 from paco_ds.models.recogniser import make_recogniser
 from paco_ds.randomness import Stream, generator, permutation
@@ -127,6 +128,7 @@ def measure_step(recipe: Recipe, classes: int, device: torch.device, seconds: fl
     m, size = recipe.step.micro_batch, recipe.views.query.size
     model = make_recogniser(recipe, classes, (0.5,) * 3, (0.25,) * 3).to(device)
     freeze(model, recipe.model)
+    prepare(model, recipe.engine, stage=0)
     autocast = bool(read_deepspeed_config(recipe.engine.deepspeed).get("torch_autocast", {}).get("enabled"))
     query, key = torch.randint(0, 256, (2, m, 3, size, size), dtype=torch.uint8, device=device)
     one_encoder = recipe.loss.contrast and recipe.key_encoder is None

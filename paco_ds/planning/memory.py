@@ -7,7 +7,12 @@ micro-batches a rank. What a stage holds was read from DeepSpeed 0.19 and is hel
     0       P + Kp           P          -                   P, reduced where they lie
     1       P + Kp           P / W      P / W               P, and a bucket
     2       P + Kp           P / W      P / W               P / W if A > 1, and a bucket
-    3       (P + Kp) / W     P / W      gathered in use     P / W, and a bucket
+    3       (P + Kp) / W     P / W      P / W, and those    P / W, and a bucket
+                                        gathered in use
+
+Where not all gradients fit into a bucket, stages 2 and 3 reduce it while activations are there, and stage 2 takes
+P / W for what comes out. With `offload_optimizer` momentum, the copy of the own weights and the own gradients lie in
+host memory, see :func:`_offloaded`.
 """
 
 from __future__ import annotations
@@ -31,6 +36,7 @@ PARTS = (
     "weights gathered",
     "own weights, copy",
     "momentum",
+    "offloaded optimizer",
     "gradients",
     "reduction buckets",
     "update",
@@ -50,10 +56,13 @@ class Memory:
     Attributes:
         moment: "keys", "forward and backward" or "reduction and update".
         parts: bytes by part, see `PARTS`.
+        host: bytes of host memory beside them that DeepSpeed takes for an offloaded optimizer; 0 for a CPU rank, of
+            which they are a part.
     """
 
     moment: str
     parts: dict[str, int]
+    host: int
 
     @property
     def total(self) -> int:
@@ -77,12 +86,17 @@ def plan_memory(
             by pages of a bucket that are never touched.
     """
     static = _static(recipe, trace, classes, layout, zero, device)
+    offloaded = _offloaded(trace, layout, zero)
+    static["offloaded optimizer"] = offloaded if device == "cpu" else 0
     moments = {
         "keys": _while_keys_are_made(recipe, trace, layout, zero, device),
         "forward and backward": _while_queries_run(recipe, trace, layout, zero, device),
         "reduction and update": _while_weights_are_updated(trace, layout, zero, device),
     }
-    every = {name: Memory(name, _merged(static, parts)) for name, parts in moments.items()}
+    every = {
+        name: Memory(name, _merged(static, parts), offloaded if device == "cuda" else 0)
+        for name, parts in moments.items()
+    }
     return max(every.values(), key=lambda memory: memory.total)
 
 
@@ -92,7 +106,8 @@ def _static(
     W = layout.world_size
     trained, followed = FLOAT * sum(trace.trained), FLOAT * sum(trace.followed)
     own = _share(trace.trained, W)
-    parts = {"buffers": trace.buffers + 2 * FLOAT * trace.statistics, "momentum": trained if zero.stage == 0 else own}
+    kept = 0 if offloads(zero) else own  # of what the optimizer has for its share
+    parts = {"buffers": trace.buffers + 2 * FLOAT * trace.statistics, "momentum": trained if zero.stage == 0 else kept}
     if zero.stage < 3:
         parts |= {"query encoder, centers": trained, "key encoder": followed}
     else:
@@ -102,11 +117,13 @@ def _static(
             "key encoder": _share(trace.followed, W),
             # on one rank a gathered weight is the partition itself
             "weights gathered": FLOAT * persistent if W > 1 else 0,
-            "gradients": own,
+            "gradients": kept,
             "reduction buckets": _bucket(trained, zero, device),
         }
-    if zero.stage in (1, 2):
-        parts["own weights, copy"] = own
+    if zero.stage > 0:
+        parts["own weights, copy"] = kept
+    if offloads(zero):
+        parts["gradients"] = 3 * _largest(trace, layout, zero)  # a buffer, and its float64 copy for the norm
     images = _image_bytes(recipe)
     views = 2 if recipe.loss.contrast else 1
     exchanges = _exchanges(recipe, layout)
@@ -150,17 +167,21 @@ def _while_queries_run(
     recipe: Recipe, trace: StepTrace, layout: MicroBatchLayout, zero: Any, device: Device
 ) -> dict[str, int]:
     trained, own = FLOAT * sum(trace.trained), _share(trace.trained, layout.world_size)
+    in_bucket = _in_bucket(trained, zero)
     accumulates = layout.accumulation > 1
+    early = zero.stage >= 2 and in_bucket < trained  # a full bucket is reduced during backward
     peak, gradients, buckets = trace.peak, 0, 0
     if zero.stage in (0, 1):
         gradients = trained if accumulates else 0
         peak = trace.peak if accumulates else trace.peak_with_gradients
     if zero.stage == 2:
-        gradients = own if accumulates else 0
+        gradients = 0 if offloads(zero) else own * (accumulates + early)
         # gradients move into the bucket as they come, which touches its pages
-        peak = trace.peak_with_gradients if device == "cpu" else trace.peak
-    if zero.stage in (1, 2) and device == "cuda":
+        peak = trace.peak_with_gradients if device == "cpu" and not early else trace.peak
+    if zero.stage in (1, 2) and (device == "cuda" or early):
         buckets = _bucket(trained, zero, device)
+    if early:
+        buckets += in_bucket  # flattened once more
     return {
         "gradients": gradients,
         "reduction buckets": buckets,
@@ -177,22 +198,46 @@ def _while_weights_are_updated(trace: StepTrace, layout: MicroBatchLayout, zero:
         # reduced where they lie; on CPU ranks of one host exchange them through memory that they share
         shared = resident_bytes(layout.world_size, sum(trace.trained)) if device == "cpu" else 0
         return {"gradients": trained, "reduction buckets": shared}
-    in_bucket = min(trained, FLOAT * zero.reduce_bucket_size)
-    held = {1: trained - in_bucket, 2: own if layout.accumulation > 1 else 0, 3: 0}[zero.stage]
+    in_bucket = _in_bucket(trained, zero)
+    kept = 0 if offloads(zero) else own
+    held = {1: trained - in_bucket, 2: kept if layout.accumulation > 1 else 0, 3: 0}[zero.stage]
     # the bucket is flattened once more to be reduced; the update takes the own gradients and their decayed copy
     return {
         "gradients": held,
         "reduction buckets": in_bucket if zero.stage == 3 else _bucket(trained, zero, device) + in_bucket,
-        "update": max(2 * own - in_bucket, 0),
+        "update": max(2 * kept - in_bucket, 0),
         "weights gathered": _gathered(trace.trained, layout, zero),
     }
 
 
+def offloads(zero: Any) -> bool:
+    """Whether the optimizer lies in host memory."""
+    return zero.stage > 0 and zero.offload_optimizer is not None and zero.offload_optimizer.device != "none"
+
+
+def _offloaded(trace: StepTrace, layout: MicroBatchLayout, zero: Any) -> int:
+    """Bytes on the host: weights, momentum and gradients of the own share and a buffer of its size; at stage 2 also
+    gradients that accumulate. Below stage 3 gradients pass through a buffer of one parameter."""
+    if not offloads(zero):
+        return 0
+    shares = 5 if zero.stage == 2 and layout.accumulation > 1 else 4
+    passing = _largest(trace, layout, zero) if zero.stage < 3 else 0
+    return shares * _share(trace.trained, layout.world_size) + passing
+
+
+def _largest(trace: StepTrace, layout: MicroBatchLayout, zero: Any) -> int:
+    """Bytes of the largest gradient that a rank holds by itself."""
+    return _share((max(trace.trained),), layout.world_size if zero.stage == 3 else 1)
+
+
 def _bucket(trained: int, zero: Any, device: Device) -> int:
-    size = FLOAT * int(zero.reduce_bucket_size)
     if device == "cpu":
-        return min(size, trained)  # pages never written are not there
-    return size * (2 if zero.overlap_comm and zero.stage < 3 else 1)
+        return _in_bucket(trained, zero)  # pages never written are not there
+    return FLOAT * int(zero.reduce_bucket_size) * (2 if zero.overlap_comm and zero.stage < 3 else 1)
+
+
+def _in_bucket(trained: int, zero: Any) -> int:
+    return min(trained, FLOAT * int(zero.reduce_bucket_size))
 
 
 def _gathered(parameters: tuple[int, ...], layout: MicroBatchLayout, zero: Any) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from paco_ds.data.manifest import Manifest, load_manifest
@@ -13,7 +13,7 @@ from paco_ds.data.stream.plan import held_bytes, micro_batches_ahead, shards_at_
 from paco_ds.distributed import MicroBatchLayout
 from paco_ds.engine import read_deepspeed_config
 from paco_ds.errors import DataError, RecipeError, UserError
-from paco_ds.planning.memory import Device, Memory, plan_memory, zero_settings
+from paco_ds.planning.memory import Device, Memory, offloads, plan_memory, zero_settings
 from paco_ds.planning.trace import StepTrace, trace_step
 from paco_ds.planning.traffic import Traffic, plan_traffic
 from paco_ds.recipe import Recipe
@@ -204,53 +204,78 @@ def _cache_bytes(data: Data, layout: MicroBatchLayout, window: int) -> int | Non
 
 
 def _remedies(plan: Plan, config: dict[str, Any], gpu_memory: int) -> list[str]:
-    """What makes it fit: another stage, smaller buckets, autocast, smaller micro-batches; the first kind that does."""
+    """What makes it fit, the first kind that does: another stage or smaller buckets; activation checkpointing or
+    autocast; both; smaller micro-batches."""
     recipe, layout, device = plan.recipe, plan.layout, plan.device
 
     def fits(total: int) -> bool:
         return judge(total, gpu_memory, device) == "fits"
 
+    # compiled encoders cannot be partitioned, see paco_ds.models.execution
+    stages = STAGES[:3] if recipe.engine.compile else STAGES
     found = [
-        f'ZeRO stage {stage}: "zero_optimization": {{"stage": {stage}}} in {recipe.engine.deepspeed}'
-        for stage, memory in plan.memory.items()
-        if stage != plan.stage and fits(memory.total)
+        f'ZeRO stage {stage}: "stage": {stage}'
+        + (' without "offload_optimizer"' if stage == 0 and offloads(zero_settings(config)) else "")
+        + f' in "zero_optimization" of {recipe.engine.deepspeed}'
+        for stage in stages
+        if stage != plan.stage and fits(plan.memory[stage].total)
     ]
-    classes = len(plan.data.class_counts)
-    for stage in STAGES[1:]:
+    counts = plan.data.class_counts
+    for stage in stages[1:]:
         zero = _small_buckets(config, stage)
         if zero_settings(config, stage).reduce_bucket_size <= SMALL_BUCKET:
             continue
-        if fits(plan_memory(recipe, plan.trace, classes, layout, zero, device).total):
+        if fits(plan_memory(recipe, plan.trace, len(counts), layout, zero, device).total):
             at = "" if stage == plan.stage else f' and "stage": {stage}'
             found.append(f'"reduce_bucket_size": {SMALL_BUCKET}{at} in "zero_optimization" of the DeepSpeed JSON')
             break
     if found:
         return found
-    if not plan.autocast:
-        trace = trace_step(recipe, plan.data.class_counts, True)
-        for stage in STAGES:
-            zero = _small_buckets(config, stage)
-            if fits(plan_memory(recipe, trace, classes, layout, zero, device).total):
-                return [
-                    f"bfloat16 autocast at ZeRO stage {stage}, engine.deepspeed=ds_configs/zero{stage}_autocast.json, "
-                    f"with reduce_bucket_size {SMALL_BUCKET}"
-                ]
+
+    def where(recipe: Recipe, autocast: bool) -> str | None:
+        """The stage at which it fits with small buckets, the recipe's own if that does."""
+        trace = trace_step(recipe, counts, autocast)
+        shape = replace(layout, micro_batch=recipe.step.micro_batch)
+        for stage in sorted(stages, key=lambda stage: stage != plan.stage):
+            if fits(plan_memory(recipe, trace, len(counts), shape, _small_buckets(config, stage), device).total):
+                return f"at ZeRO stage {stage}" + (f', "reduce_bucket_size": {SMALL_BUCKET}' if stage else "")
+        return None
+
+    recomputing = recipe.engine.activation_checkpointing
+    for ways in [(True, plan.autocast), (recomputing, True)], [(True, True)]:
+        for recomputed, autocast in ways:
+            if (recomputed, autocast) == (recomputing, plan.autocast):
+                continue
+            if place := where(_recomputed(recipe) if recomputed else recipe, autocast):
+                found.append(f"{_way(plan, recomputed, autocast)} {place}")
+        if found:
+            return found
     micro_batch = recipe.step.micro_batch
     while micro_batch > 2:  # BatchNorm of one image is nothing
         micro_batch = (micro_batch + 1) // 2
         step = recipe.step.model_copy(update={"micro_batch": micro_batch})
-        smaller = recipe.model_copy(update={"step": step})
-        trace = trace_step(smaller, plan.data.class_counts, True)
-        shape = MicroBatchLayout(micro_batch, layout.micro_batches, 0, layout.world_size)
-        for stage in STAGES:
-            if fits(plan_memory(smaller, trace, classes, shape, _small_buckets(config, stage), device).total):
-                return [
-                    f"step.micro_batch={micro_batch} at ZeRO stage {stage} with bfloat16 autocast and "
-                    f"reduce_bucket_size {SMALL_BUCKET} (another model: BatchNorm and contrasts see {micro_batch})"
-                ]
+        if place := where(_recomputed(recipe).model_copy(update={"step": step}), True):
+            way = " and ".join(filter(None, [f"step.micro_batch={micro_batch}", _way(plan, True, True)]))
+            return [f"{way} {place} (another model: BatchNorm and contrasts see {micro_batch})"]
     return ["nothing here: a smaller backbone, smaller images, or GPUs with more memory"]
 
 
 def _small_buckets(config: dict[str, Any], stage: int) -> Any:
     block = config.get("zero_optimization", {}) | {"reduce_bucket_size": SMALL_BUCKET}
     return zero_settings({"zero_optimization": block}, stage)
+
+
+def _recomputed(recipe: Recipe) -> Recipe:
+    engine = recipe.engine.model_copy(update={"activation_checkpointing": True, "compile": False})
+    return recipe.model_copy(update={"engine": engine})
+
+
+def _way(plan: Plan, recomputed: bool, autocast: bool) -> str:
+    """What of the two a plan does not have yet."""
+    engine = plan.recipe.engine
+    ways = []
+    if recomputed and not engine.activation_checkpointing:
+        ways.append("engine.activation_checkpointing=true" + " engine.compile=false" * engine.compile)
+    if autocast and not plan.autocast:
+        ways.append('bfloat16 autocast ("torch_autocast" as in ds_configs/zero1_autocast.json)')
+    return " and ".join(ways)

@@ -61,8 +61,9 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "device": plan.device,
         "stage": plan.stage,
         "autocast": plan.autocast,
+        "activation_checkpointing": recipe.engine.activation_checkpointing,
         "memory": {
-            stage: {"total": memory.total, "moment": memory.moment, "parts": memory.parts}
+            stage: {"total": memory.total, "moment": memory.moment, "parts": memory.parts, "host": memory.host}
             for stage, memory in plan.memory.items()
         },
         "traffic": {stage: [vars(row) for row in rows] for stage, rows in plan.traffic.items()},
@@ -125,9 +126,12 @@ def _times(plan: Plan) -> str:
 
 def _memory(plan: Plan) -> Table:
     held = "allocated on a GPU" if plan.device == "cuda" else "resident on a CPU rank"
+    executed = "bfloat16 autocast" if plan.autocast else "float32"
+    if plan.recipe.engine.activation_checkpointing:
+        executed += ", activation checkpointing"
     table = Table(
         title=f"Memory {held} at the fullest moment of a step, by ZeRO stage",
-        caption=f"the recipe's stage is {plan.stage}, {'bfloat16 autocast' if plan.autocast else 'float32'}",
+        caption=f"the recipe's stage is {plan.stage}, {executed}",
         title_justify="left",
         caption_justify="left",
     )
@@ -140,6 +144,9 @@ def _memory(plan: Plan) -> Table:
             table.add_row(part, *[format_bytes(f) if f else "-" for f in figures])
     table.add_section()
     table.add_row("total", *[format_bytes(plan.memory[stage].total) for stage in STAGES])
+    if any(memory.host for memory in plan.memory.values()):
+        hosts = [plan.memory[stage].host for stage in STAGES]
+        table.add_row("offloaded, on the host", *[format_bytes(n) if n else "-" for n in hosts])
     table.add_row("fullest moment", *[plan.memory[stage].moment for stage in STAGES])
     return table
 

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from paco_ds.key_queue import QueueSnapshot
 from paco_ds.losses import make_loss
 from paco_ds.losses.base import Loss
+from paco_ds.models.execution import prepare
 from paco_ds.models.initial_weights import freeze
 from paco_ds.models.recogniser import Recogniser, by_expert, make_recogniser
 from paco_ds.models.statistics import RunningStatistics
@@ -63,6 +64,8 @@ def trace_step(recipe: Recipe, class_counts: tuple[int, ...], autocast: bool) ->
     with torch.device("meta"):
         model = make_recogniser(recipe, len(class_counts), _ANY, _ANY)
         freeze(model, recipe.model)
+    # as the engine does; what compiled code saves is only known when it runs
+    prepare(model, recipe.engine.model_copy(update={"compile": False}), stage=0)
     trained = [p for p in model.parameters() if p.requires_grad]
     followed = [p for p in model.parameters() if not p.requires_grad]
     sizes: dict[str, Any] = {

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -24,15 +25,23 @@ from tests.recipes import tiny_recipe
 M_MMAP_THRESHOLD = -3
 
 
-def growth(ranks: Ranks, overrides: tuple[str, ...], stage: int, autocast: bool = False, give_back: bool = True) -> int:
+def growth(
+    ranks: Ranks,
+    overrides: tuple[str, ...],
+    stage: int,
+    autocast: bool = False,
+    zero: dict[str, Any] | None = None,
+    give_back: bool = True,
+) -> int:
     """Peak resident memory over the start while a model is made and takes two steps.
 
     Args:
         give_back: the allocator returns blocks of a MiB and more when they are freed, as with
             MALLOC_MMAP_THRESHOLD_=1048576. By itself glibc keeps what it likes of them for later.
     """
+    config = deepspeed_config(stage, autocast, **(zero or {}))
     # what a first step loads and starts (kernels, threads, bucket of a first engine) belongs to no plan
-    _two_steps(ranks, tiny_recipe(), stage, autocast).engine.destroy()
+    _two_steps(ranks, tiny_recipe(), config).engine.destroy()
     libc = ctypes.CDLL(None)
     if give_back:
         assert libc.mallopt(M_MMAP_THRESHOLD, 2**20) == 1
@@ -40,14 +49,30 @@ def growth(ranks: Ranks, overrides: tuple[str, ...], stage: int, autocast: bool 
     libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS (man 5 proc)
     before = _status_bytes("VmRSS")
-    step = _two_steps(ranks, tiny_recipe(*overrides), stage, autocast)
+    step = _two_steps(ranks, tiny_recipe(*overrides), config)
     peak = _status_bytes("VmHWM") - before
     step.engine.destroy()
     return peak
 
 
-def _two_steps(ranks: Ranks, recipe: Recipe, stage: int, autocast: bool) -> Step:
-    step = make_step(ranks, recipe, deepspeed_config(stage, autocast))
+def allocated(
+    ranks: Ranks, overrides: tuple[str, ...], stage: int, autocast: bool = False, zero: dict[str, Any] | None = None
+) -> int:
+    """Peak of what torch allocates on a GPU over the start while a model is made and takes two steps."""
+    config = deepspeed_config(stage, autocast, **(zero or {}))
+    # workspaces of cuBLAS, which stay, belong to no plan
+    _two_steps(ranks, tiny_recipe(), config).engine.destroy()
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step = _two_steps(ranks, tiny_recipe(*overrides), config)
+    peak = torch.cuda.max_memory_allocated() - before
+    step.engine.destroy()
+    return peak
+
+
+def _two_steps(ranks: Ranks, recipe: Recipe, config: dict[str, Any]) -> Step:
+    step = make_step(ranks, recipe, config)
     ahead = step.key_encoder is not None and step.key_encoder.exchanges
     batches, images = _made(step, recipe, 0), None
     for number in range(2):

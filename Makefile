@@ -56,6 +56,7 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python tools/bench/loss.py
+	$(BIN)/python tools/bench/attention.py
 	$(BIN)/python tools/bench/gradients.py
 	$(BIN)/python tools/bench/key_encoder.py
 	$(BIN)/python tools/bench/centers.py

@@ -1,12 +1,30 @@
 """Plans of larger models against real runs, every stage."""
 
+from collections.abc import Callable, Iterator
+
 import pytest
 
 from tests.distributed.test_plan import LARGE, OFFLOAD, RECOMPUTED, SMALL_BUCKET, check_memory
+from tests.pool import RankPool
 
 pytestmark = pytest.mark.soak
 
 RESNET50 = (*LARGE, "model.backbone=resnet50", "step.micro_batch=16", "views.query.size=128", "views.key.size=128")
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Callable[[int], RankPool]]:
+    """Ranks of this file alone: memory that larger models have left scattered in a process belongs to no plan."""
+    pools: dict[int, RankPool] = {}
+
+    def get(world_size: int) -> RankPool:
+        if world_size not in pools:
+            pools[world_size] = RankPool(world_size)
+        return pools[world_size]
+
+    yield get
+    for each in pools.values():
+        each.close()
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -35,10 +35,12 @@ class Keys:
 
 
 class PendingImages:
-    """Images of global step `step` on their way to the ranks that make their keys."""
+    """Images of global step `step` on their way to the ranks that make their keys; `groups` as in `gather_keys`."""
 
-    def __init__(self, step: int, arriving: Pending, in_group_order: np.ndarray | None = None) -> None:
-        self.step = step
+    def __init__(
+        self, step: int, groups: np.ndarray, arriving: Pending, in_group_order: np.ndarray | None = None
+    ) -> None:
+        self.step, self.groups = step, groups
         self._arriving, self._in_group_order = arriving, in_group_order
 
     def take(self) -> Tensor:
@@ -127,16 +129,16 @@ class KeyEncoder:
             views: key views of this rank's A micro-batches of global step `step`, uint8 [m, 3, H, W] each, on any
                 device.
         """
-        images = torch.cat(list(views))
+        images, groups = torch.cat(list(views)), self._groups(step)
         if self.batch_norm == "local":
-            return PendingImages(step, Pending(images))
-        exchange = key_exchange(self._groups(step), self.layout)
+            return PendingImages(step, groups, Pending(images))
+        exchange = key_exchange(groups, self.layout)
         # page-locked where there is a GPU, so that the host does not wait for what that still computes
         rows = torch.empty(images.shape, dtype=images.dtype, pin_memory=torch.cuda.is_available())
         torch.index_select(images, 0, torch.from_numpy(exchange.rows), out=rows)
         rows = rows.to(self.ranks.device, non_blocking=True)
         arriving = self.ranks.begin_exchange(rows, exchange.send, exchange.receive)
-        return PendingImages(step, arriving, exchange.in_group_order)
+        return PendingImages(step, groups, arriving, exchange.in_group_order)
 
     def keys(self, step: int, images: PendingImages, labels: Sequence[Tensor]) -> PendingKeys:
         """Make this rank's share of the keys of the global batch, and begin to gather them all.
@@ -151,7 +153,7 @@ class KeyEncoder:
         if images.step != step:
             raise ValueError(f"images of step {images.step} where keys of step {step} are made")
         keys = torch.cat([self._encode(group) for group in images.take().split(self.layout.micro_batch)])
-        return gather_keys(self.layout, self.ranks, keys, torch.cat(list(labels)), self._groups(step))
+        return gather_keys(self.layout, self.ranks, keys, torch.cat(list(labels)), images.groups)
 
     def _groups(self, step: int) -> np.ndarray:
         """Lanes of each group, [M, m]: group g is normalised together, by rank g mod W."""

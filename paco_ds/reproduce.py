@@ -86,7 +86,7 @@ class Job:
         """Whether there is a result to draw."""
         return (self.kept or self.results).exists()
 
-    @property
+    @cached_property
     def first_stage(self) -> Job | None:
         """The training that it starts from, if it is a second stage."""
         row = self.table.first_stage(self.row)

@@ -103,14 +103,9 @@ class Trainer:
         self._announce()
         while self.steps_done < self.last_step and not self.stop_agreed:
             self.train_step()
-            at_epoch_end = self.steps_done % self.steps_per_epoch == 0
-            if at_epoch_end:
+            if self.steps_done % self.steps_per_epoch == 0:
                 self._after_epoch()
-            if (
-                self.stop_agreed
-                or self.steps_done == self.last_step
-                or self._checkpoint_due(self.steps_done, at_epoch_end)
-            ):
+            if self.stop_agreed or self.steps_done == self.last_step or self._checkpoint_due(self.steps_done):
                 self.save()
         if self.steps_done < self.total_steps:
             if self._next and self._next.keys:
@@ -283,7 +278,7 @@ class Trainer:
         if key_encoder is None or not key_encoder.exchanges:
             return False
         at_epoch_end = done % self.steps_per_epoch == 0
-        return done < self.last_step and not at_epoch_end and not self._checkpoint_due(done, at_epoch_end)
+        return done < self.last_step and not at_epoch_end and not self._checkpoint_due(done)
 
     def _after_epoch(self) -> None:
         self.bad_samples.begin_epoch()
@@ -318,11 +313,11 @@ class Trainer:
                 f"{self.checkpoints.folder} (move later ones away) with a lower optimizer.lr or optimizer.clip_norm"
             )
 
-    def _checkpoint_due(self, done: int, at_epoch_end: bool) -> bool:
+    def _checkpoint_due(self, done: int) -> bool:
         settings = self.recipe.checkpoint
         if settings.every_steps and done % settings.every_steps == 0:
             return True
-        return at_epoch_end and (done // self.steps_per_epoch) % settings.every_epochs == 0
+        return done % (self.steps_per_epoch * settings.every_epochs) == 0
 
     def _finish(self) -> ShotAccuracy:
         split, step = self.recipe.evaluation.test_split, self.steps_done

@@ -4,16 +4,8 @@ import pytest
 import torch
 
 from tests.distributed.test_plan import LARGE, OFFLOAD, RECOMPUTED, SMALL_BUCKET, check_memory
-from tests.pool import RankPool
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-
-
-@pytest.fixture(scope="module")
-def cuda_rank():
-    pool = RankPool(1, cuda=True)
-    yield pool
-    pool.close()
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -4,17 +4,9 @@ import pytest
 import torch
 
 from tests.distributed.test_step import STEPS, check, reference
-from tests.pool import RankPool
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 TF32 = {"loss": 1e-2, "update": 0.2}  # cuDNN convolutions round their inputs to 10 bits
-
-
-@pytest.fixture(scope="module")
-def cuda_rank():
-    pool = RankPool(1, cuda=True)
-    yield pool
-    pool.close()
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

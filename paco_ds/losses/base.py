@@ -54,15 +54,25 @@ class Loss(nn.Module):
         """The steps that follow are of this epoch, counted from 0."""
 
 
+def shape_by_expert(name: str, tensor: Tensor, size: int) -> tuple[int, ...]:
+    """The shape of a [B, .] or [E, B, .] input, as one of [E, B, .].
+
+    Raises:
+        ValueError: not one row for each of `size` labels.
+    """
+    shape = tuple(tensor.shape)
+    if len(shape) not in (2, 3) or shape[-2] != size:
+        raise ValueError(f"{name} must have one row for each of {size} labels, got shape {shape}")
+    return shape if len(shape) == 3 else (1, *shape)
+
+
 def rows_by_expert(name: str, tensor: Tensor, size: int) -> Tensor:
     """A [B, .] or [E, B, .] input as [E, B, .].
 
     Raises:
         ValueError: not one row for each of `size` labels.
     """
-    if tensor.ndim not in (2, 3) or tensor.shape[-2] != size:
-        raise ValueError(f"{name} must have one row for each of {size} labels, got shape {tuple(tensor.shape)}")
-    return tensor if tensor.ndim == 3 else tensor[None]
+    return tensor.view(shape_by_expert(name, tensor, size))
 
 
 def logits_by_expert(logits: Tensor | None, labels_B: Tensor, classes: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from paco_ds.key_queue import QueueSnapshot
 from paco_ds.loss_settings import LossSettings
-from paco_ds.losses.base import Loss, LossOutput, counts_of_classes, rows_by_expert
+from paco_ds.losses.base import Loss, LossOutput, counts_of_classes, shape_by_expert
 from paco_ds.losses.closed_form import ClosedForm, Form
 
 
@@ -141,12 +141,10 @@ class ParametricContrastiveLoss(Loss):
         if self.contrast:
             inputs["query_BD"] = _required("query_BD", query_BD)
             inputs["key_BD"] = key_BD
-        given = {
-            name: rows_by_expert(name, tensor, len(labels_B)) for name, tensor in inputs.items() if tensor is not None
-        }
-        self._check(given, queue if self.contrast else None)
+        given = {name: tensor for name, tensor in inputs.items() if tensor is not None}
+        self._check(given, labels_B, queue if self.contrast else None)
         dtype = torch.float64 if any(t.dtype == torch.float64 for t in given.values()) else torch.float32
-        query_EBD, key_EBD = (None if t is None else t.to(dtype) for t in map(given.get, ("query_BD", "key_BD")))
+        query, key = (None if t is None else t.to(dtype) for t in map(given.get, ("query_BD", "key_BD")))
         form = Form(
             self.alpha,
             self.beta,
@@ -161,12 +159,12 @@ class ParametricContrastiveLoss(Loss):
         )
         with torch.autocast(labels_B.device.type, enabled=False):
             # center logits are widened within, where the prior is added
-            logits_EBC = given.get("center_logits_BC")
-            return LossOutput(*ClosedForm.apply(logits_EBC, query_EBD, key_EBD, labels_B, queue, form, dtype))
+            logits = given.get("center_logits_BC")
+            return LossOutput(*ClosedForm.apply(logits, query, key, labels_B, queue, form, dtype))
 
-    def _check(self, given: Mapping[str, Tensor], queue: QueueSnapshot | None) -> None:
+    def _check(self, given: Mapping[str, Tensor], labels_B: Tensor, queue: QueueSnapshot | None) -> None:
         """Raise a ValueError where inputs do not fit each other or this loss."""
-        shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
+        shapes = {name: shape_by_expert(name, tensor, len(labels_B)) for name, tensor in given.items()}
         if len({shape[0] for shape in shapes.values()}) > 1:
             raise ValueError(f"all inputs need the same number of experts, got {shapes}")
         if "key_BD" in given and shapes["key_BD"] != shapes["query_BD"]:

@@ -46,18 +46,27 @@ def queue_attention(
         ValueError: no query or no key (leave the term out: logsumexp of nothing is -inf), shapes or dtypes that
             do not fit.
     """
-    given = f"query {tuple(query_EBD.shape)} {query_EBD.dtype} and keys {tuple(keys_EKD.shape)} {keys_EKD.dtype}"
-    shapes = query_EBD.shape, keys_EKD.shape
-    if [len(shape) for shape in shapes] != [3, 3] or shapes[0][::2] != shapes[1][::2]:
-        raise ValueError(f"queue_attention needs [E, B, D] and [E, K, D] of one E and one D, got {given}")
-    if query_EBD.dtype != keys_EKD.dtype or query_EBD.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"queue_attention needs both in float32 or both in float64, got {given}")
-    if 0 in shapes[0] or 0 in shapes[1]:
-        raise ValueError(f"queue_attention got {given}: leave the term out while batch or queue is empty")
-    if bias_K is not None and bias_K.shape != shapes[1][1:2]:
-        raise ValueError(f"queue_attention needs one bias per key, got {tuple(bias_K.shape)} for {given}")
+    _check(query_EBD, keys_EKD, bias_K)
     attend = _chosen(query_EBD.device.type, query_EBD.dtype)
     return attend(query_EBD, keys_EKD, 1 / temperature, None if bias_K is None else bias_K.to(query_EBD.dtype))
+
+
+def _check(query_EBD: Tensor, keys_EKD: Tensor, bias_K: Tensor | None) -> None:
+    """Raise the ValueError of :func:`queue_attention` where one is due."""
+    query, keys = query_EBD.shape, keys_EKD.shape
+    if len(query) != 3 or len(keys) != 3 or query[::2] != keys[::2]:
+        problem = "needs [E, B, D] and [E, K, D] of one E and one D"
+    elif query_EBD.dtype != keys_EKD.dtype or query_EBD.dtype not in (torch.float32, torch.float64):
+        problem = "needs both in float32 or both in float64"
+    elif 0 in query or 0 in keys:
+        problem = "needs something in both: leave the term out while batch or queue is empty"
+    elif bias_K is not None and bias_K.shape != keys[1:2]:
+        problem = f"needs one bias per key, not {tuple(bias_K.shape)}"
+    else:
+        return
+    raise ValueError(
+        f"queue_attention {problem}: got query {tuple(query)} {query_EBD.dtype} and keys {tuple(keys)} {keys_EKD.dtype}"
+    )
 
 
 @functools.cache
@@ -188,5 +197,5 @@ def _merged(output_SEBD: Tensor, lse_SEB: Tensor) -> tuple[Tensor, Tensor]:
     top_EB = lse_SEB.amax(0)
     weight_SEB = (lse_SEB - top_EB).exp_()
     total_EB = weight_SEB.sum(0)
-    output_EBD = (weight_SEB[..., None] * output_SEBD).sum(0)
+    output_EBD = output_SEBD.mul_(weight_SEB[..., None]).sum(0)
     return output_EBD.div_(total_EB[..., None]), total_EB.log_().add_(top_EB)

@@ -52,9 +52,19 @@ def train_step(classes: int, keys: int):
 
 
 def test_peak_memory_is_two_copies_of_anchors_x_classes():
-    """200,000 classes: logits with prior and their softmax, later the softmax and the gradient; never a third."""
+    """200,000 classes: logits with prior, which become their softmax in place, and the gradient; never a third."""
     copy = 4 * 32 * 200_000
     assert 1.9 * copy < peak_extra_bytes(train_step, 200_000, 512) < 2.5 * copy
+
+
+@pytest.mark.parametrize("scores", [1, 7, 1025, 8398, 100_001])
+def test_softmax_may_be_written_over_its_scores(scores):
+    """What the loss asks of torch, bit for bit: also in a row whose scores are -inf but one."""
+    score_BS = 20 * torch.randn(5, scores, generator=torch.Generator().manual_seed(0))
+    score_BS[0, 1:] = -torch.inf
+    expected = score_BS.softmax(1)
+    torch.softmax(score_BS, 1, out=score_BS)
+    assert torch.equal(score_BS, expected)
 
 
 def test_peak_memory_does_not_grow_with_the_queue():

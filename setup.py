@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 setup(
     name="paco_ds",
-    version="0.7.0",
+    version="0.8.0",
     description="Long-tailed image recognition with PaCo at cluster scale: DeepSpeed, webdataset, Prometheus",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

@@ -11,7 +11,6 @@ import logging
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from paco_ds.distributed import Ranks, local_world_size
@@ -66,15 +65,14 @@ class GradientMean:
                 gradient.copy_(values.view(gradient.shape))
 
     def _by_collectives(self, gradients: Sequence[Tensor]) -> None:
-        group = self._ranks.group
         large = [g for g in gradients if g.numel() >= _LARGE and g.is_contiguous()]
         small = [g for g in gradients if g.numel() < _LARGE or not g.is_contiguous()]
-        under_way = [dist.all_reduce(g, group=group, async_op=True) for g in large]
+        under_way = [self._ranks.begin_sum(g) for g in large]
         if small:
             buffer = torch.cat([g.flatten() for g in small])
-            dist.all_reduce(buffer, group=group)
+            self._ranks.sum(buffer)
             parts = buffer.split([g.numel() for g in small])
             torch._foreach_copy_(small, [part.view_as(g) for part, g in zip(parts, small, strict=True)])
-        for work in under_way:
-            work.wait()
+        for pending in under_way:
+            pending.wait()
         torch._foreach_mul_(list(gradients), 1 / self._ranks.world_size)

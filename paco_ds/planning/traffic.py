@@ -1,7 +1,8 @@
 """Bytes that a rank sends to others in an optimizer step, by collective.
 
-Those of paco_ds are counted as `Ranks` counts them, to the byte. Those of DeepSpeed follow from the stage; a ring is
-assumed, as there: all_reduce sends 2 (W-1)/W of the tensor, reduce_scatter and all_gather (W-1)/W.
+Those of paco_ds are counted as `Ranks` counts them, to the byte; without ZeRO gradients are among them (see
+`paco_ds.gradients`). Those of DeepSpeed follow from the stage; a ring is assumed, as there: all_reduce sends 2 (W-1)/W
+of the tensor, reduce_scatter and all_gather (W-1)/W.
 """
 
 from __future__ import annotations
@@ -46,16 +47,7 @@ def plan_traffic(recipe: Recipe, trace: StepTrace, layout: MicroBatchLayout, zer
     """
     if layout.world_size == 1:
         return []
-    return [*_own(recipe, trace, layout, step), *_deepspeed(trace, layout, zero)]
-
-
-def counted_bytes(recipe: Recipe, trace: StepTrace, layout: MicroBatchLayout, steps: int) -> dict[str, int]:
-    """What the counters of `Ranks` show after the first `steps` steps: bytes by collective."""
-    sums: dict[str, int] = {}
-    for step in range(steps if layout.world_size > 1 else 0):
-        for each in _own(recipe, trace, layout, step):
-            sums[each.op] = sums.get(each.op, 0) + each.bytes
-    return sums
+    return [*_own(recipe, trace, layout, step), *_by_stage(trace, layout, zero)]
 
 
 def _own(recipe: Recipe, trace: StepTrace, layout: MicroBatchLayout, step: int) -> list[Traffic]:
@@ -77,11 +69,11 @@ def _own(recipe: Recipe, trace: StepTrace, layout: MicroBatchLayout, step: int) 
     return rows
 
 
-def _deepspeed(trace: StepTrace, layout: MicroBatchLayout, zero: Any) -> list[Traffic]:
+def _by_stage(trace: StepTrace, layout: MicroBatchLayout, zero: Any) -> list[Traffic]:
     W, A = layout.world_size, layout.accumulation
     trained = FLOAT * sum(trace.trained)
     if zero.stage == 0:
-        return [Traffic("gradients", "all_reduce", _ring(2 * trained, W), "DeepSpeed")]
+        return [Traffic("gradients", "all_reduce", _ring(2 * trained, W), "paco_ds")]
     if zero.stage < 3:
         # stage 2 reduces every micro-batch, stage 1 once a step
         times = A if zero.stage == 2 else 1

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -98,16 +96,10 @@ def collectives(
     stage: int,
     zero: dict[str, Any] | None = None,
     steps: int = 3,
-    one_host: bool = False,
 ) -> list[dict[str, int]]:
-    """Bytes this rank sends in each step, by collective, as torch's own operations show them.
-
-    Args:
-        one_host: whether the ranks know that they share a host; a plan is of several.
-    """
+    """Bytes this rank sends in each step, by collective, as torch's own operations show them."""
     recipe = tiny_recipe(*overrides)
-    with patch.dict(os.environ, {} if one_host else {"LOCAL_SIZE": "1"}):
-        step = make_step(ranks, recipe, deepspeed_config(stage, autocast=False, **(zero or {})))
+    step = make_step(ranks, recipe, deepspeed_config(stage, autocast=False, **(zero or {})))
     sent = []
     for number in range(steps):
         batches = [made_micro_batch(recipe, number, j) for j in step.layout.own]

@@ -1,6 +1,7 @@
 """A plan against real ranks: bytes equal to the counters, memory within 15 %."""
 
 import functools
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from paco_ds.distributed import MicroBatchLayout
 from paco_ds.planning.memory import Device, plan_memory, zero_settings
 from paco_ds.planning.trace import StepTrace, trace_step
-from paco_ds.planning.traffic import counted_bytes, plan_traffic
+from paco_ds.planning.traffic import plan_traffic
 from tests.distributed.runs import CLASS_COUNTS, deepspeed_config
 from tests.pool import RankPool
 from tests.recipes import tiny_recipe
@@ -44,15 +45,22 @@ def layout_of(recipe, rank, world_size):
     "overrides",
     [(), ("key_encoder.batch_norm=local",), ("loss.method=cross_entropy",), ("loss.method=multi_task",)],
 )
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_planned_bytes_are_those_of_the_counters(pool, world_size, overrides):
-    """Every collective of every rank, to the byte, over three steps."""
+@pytest.mark.parametrize(("stage", "world_size"), [(0, 1), (0, 2), (0, 4), (1, 2)])
+def test_planned_bytes_are_those_of_the_counters(pool, stage, world_size, overrides):
+    """Every collective of every rank, to the byte, over three steps: without ZeRO gradients are among them."""
     recipe = tiny_recipe(*overrides)
-    outcomes = pool(world_size).run("tests.distributed.runs:run_steps", steps=STEPS, overrides=overrides)
+    settings = zero_settings(deepspeed_config(stage, False))
+    arguments = {"steps": STEPS, "overrides": overrides, "stage": stage, "one_host": False}
+    outcomes = pool(world_size).run("tests.distributed.runs:run_steps", **arguments)
     for rank, outcome in enumerate(outcomes):
-        planned = counted_bytes(recipe, trace(*overrides), layout_of(recipe, rank, world_size), STEPS)
-        assert outcome.bytes_sent == planned
+        shape = layout_of(recipe, rank, world_size)
+        rows = [row for n in range(STEPS) for row in plan_traffic(recipe, trace(*overrides), shape, settings, step=n)]
+        planned: Counter[str] = Counter()
+        for row in rows:
+            planned[row.op] += row.bytes if row.by == "paco_ds" else 0
+        assert outcome.bytes_sent == +planned
         assert bool(planned) == (world_size > 1)
+        assert ("gradients" in {row.what for row in rows if row.by == "paco_ds"}) == (stage == 0 and world_size > 1)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -60,7 +68,7 @@ def test_planned_bytes_of_deepspeed_are_those_it_sends(pool, stage):
     """Two ranks, two micro-batches each. DeepSpeed's flags and norms, a few bytes, are not planned; its gathers at
     stage 3 are planned as a bound."""
     recipe = tiny_recipe()
-    seen = pool(2).run("tests.distributed.planning:collectives", overrides=(), stage=stage)
+    seen = pool(2).run("tests.distributed.planning:collectives", overrides=(), stage=stage, one_host=False)
     settings = zero_settings(deepspeed_config(stage, False))
     for rank, (*_, sent) in enumerate(seen):
         planned: dict[str, int] = {}
@@ -79,7 +87,7 @@ def test_ranks_of_one_host_send_no_gradients_at_stage_0(pool):
     recipe = tiny_recipe()
     rows = plan_traffic(recipe, trace(), layout_of(recipe, 0, 2), zero_settings(deepspeed_config(0, False)), step=2)
     left = sum(row.bytes for row in rows if row.op == "all_reduce" and row.what != "gradients")
-    for *_, sent in pool(2).run("tests.distributed.planning:collectives", overrides=(), stage=0, one_host=True):
+    for *_, sent in pool(2).run("tests.distributed.planning:collectives", overrides=(), stage=0):
         assert left <= sent["all_reduce"] <= left + 64
 
 

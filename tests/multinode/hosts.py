@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from prometheus_client.parser import text_string_to_metric_families
+
 BIN = Path(sys.executable).parent
 TOOLS = {
     "ip": "iproute2",
@@ -101,7 +103,7 @@ class Host:
 
 
 class TwoHosts:
-    """node1 and node2, one slot each, with what a user prepares once: keys, a hostfile, .deepspeed_env.
+    """node1 and node2, with what a user prepares once: keys, a hostfile, .deepspeed_env.
 
     Args:
         folder: seen by both hosts, as a shared file system; jobs are launched from here.
@@ -125,8 +127,12 @@ class TwoHosts:
         except BaseException:
             self.close()
             raise
-        (folder / "hosts").write_text("".join(f"{host.address} slots=1\n" for host in self.hosts))
+        self.set_slots(1)
         self.set_environment(GLOO_SOCKET_IFNAME="eth0")
+
+    def set_slots(self, count: int) -> None:
+        """Write the hostfile: as many ranks on each host."""
+        (self.folder / "hosts").write_text("".join(f"{host.address} slots={count}\n" for host in self.hosts))
 
     def set_environment(self, **variables: str) -> None:
         """Write .deepspeed_env, which the launcher sends to all hosts."""
@@ -149,6 +155,19 @@ class TwoHosts:
         assert answer.returncode == 0, answer.stderr.decode()
         fetched: dict[str, str] = json.loads(answer.stdout)
         return fetched
+
+    def scrape(self, run: Path) -> dict[str, dict[str, float]]:
+        """{target: {metric without labels: value}} of every target that Prometheus is told of."""
+        listed = json.loads((run / "metrics_targets.json").read_text())
+        return {
+            target: {
+                sample.name: sample.value
+                for family in text_string_to_metric_families(text)
+                for sample in family.samples
+                if not sample.labels
+            }
+            for target, text in self.fetch([target for each in listed for target in each["targets"]]).items()
+        }
 
     def _serve_ssh(self) -> None:
         folder = self.folder

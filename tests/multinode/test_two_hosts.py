@@ -1,30 +1,13 @@
 """A job over two hosts, launched by hostfile as the README says; each test says what becomes of it."""
 
-import json
 import os
 import re
 import signal
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from paco_ds.checkpoint import newest_checkpoint
 from tests.multinode.training import CHECKPOINT_EVERY, EPOCHS, STEPS_PER_EPOCH, TRAIN, steps, write_recipe
-
-
-def metrics_of_targets(hosts, run):
-    """{host address: {metric: value}} of every target that Prometheus is told of."""
-    listed = json.loads((run / "metrics_targets.json").read_text())
-    addresses = [address for target in listed for address in target["targets"]]
-    return {
-        address.split(":")[0]: {
-            sample.name: sample.value
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
-            if not sample.labels
-        }
-        for address, text in hosts.fetch(addresses).items()
-    }
 
 
 @pytest.mark.timeout(600)
@@ -36,8 +19,8 @@ def test_a_job_on_two_hosts_has_the_losses_of_local_ranks_though_a_rank_was_kill
 
     job = two_hosts.launch(*command)
     job.wait_until(lambda: len(steps(run)) > CHECKPOINT_EVERY, seconds=240)
-    scraped = metrics_of_targets(two_hosts, run)
-    assert sorted(scraped) == ["10.77.0.1", "10.77.0.2"]
+    scraped = two_hosts.scrape(run)
+    assert sorted(target.split(":")[0] for target in scraped) == ["10.77.0.1", "10.77.0.2"]
     for metrics in scraped.values():
         assert metrics["paco_steps_total"] > 0
         assert metrics["paco_samples_total"] == 2 * 8 * metrics["paco_steps_total"]

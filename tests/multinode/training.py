@@ -12,12 +12,12 @@ TRAIN = ROOT / "paco_ds" / "train.py"
 EPOCHS, STEPS_PER_EPOCH, CHECKPOINT_EVERY = 20, 4, 20
 
 
-def write_recipe(folder: Path, shards: Path, epochs: int = EPOCHS) -> Path:
-    """The recipe of a job: ZeRO stage 1, a loader process a rank, checkpoints inside epochs, /metrics."""
+def write_recipe(folder: Path, shards: Path, epochs: int = EPOCHS, stage: int = 1) -> Path:
+    """The recipe of a job: a loader process a rank, checkpoints inside epochs, /metrics."""
     settings = {
         "data.shards": shards,
         "data.workers": 1,
-        "engine.deepspeed": ROOT / "ds_configs" / "zero1.json",
+        "engine.deepspeed": ROOT / "ds_configs" / f"zero{stage}.json",
         "schedule.epochs": epochs,
         "evaluation.every_epochs": 0,
         "checkpoint.every_steps": CHECKPOINT_EVERY,

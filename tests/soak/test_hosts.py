@@ -7,9 +7,30 @@ import time
 import pytest
 
 from paco_ds.checkpoint import newest_checkpoint
-from tests.multinode.training import CHECKPOINT_EVERY, TRAIN, steps, write_recipe
+from tests.multinode.training import CHECKPOINT_EVERY, EPOCHS, STEPS_PER_EPOCH, TRAIN, steps, write_recipe
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_on_each_host_have_the_losses_of_four_local_ranks(two_hosts, striped_shards, pool, stage, record):
+    """At every ZeRO stage, and every rank of them is scraped."""
+    folder = two_hosts.folder
+    two_hosts.set_slots(2)
+    run, config = folder / "run", write_recipe(folder, striped_shards, stage=stage)
+    job = two_hosts.launch("--hostfile", "hosts", TRAIN, "--config", config, "--output", "run", "--expect-ranks", 4)
+    job.wait_until(lambda: len(steps(run)) > CHECKPOINT_EVERY, seconds=240)
+    scraped = two_hosts.scrape(run)
+    assert sorted(target.split(":")[0] for target in scraped) == 2 * ["10.77.0.1"] + 2 * ["10.77.0.2"]
+    for metrics in scraped.values():
+        assert metrics["paco_samples_total"] == 8 * metrics["paco_steps_total"] > 0
+    assert job.wait(seconds=240) == 0, job.said
+    # Shared memory, which local ranks have at stage 0, would add up gradients in another order.
+    local, timeout = {"recipe": config, "run": folder / "local"}, 400
+    pool(4).run("tests.distributed.training:train", timeout=timeout, one_host=False, **local)
+    assert len(steps(run)) == EPOCHS * STEPS_PER_EPOCH
+    assert steps(run) == steps(folder / "local")
+    record(f"two hosts of two ranks, stage {stage}: losses of four local ranks", "bit-equal", True)
 
 
 @pytest.fixture

@@ -67,12 +67,10 @@ class GradientMean:
     def _by_collectives(self, gradients: Sequence[Tensor]) -> None:
         large = [g for g in gradients if g.numel() >= _LARGE and g.is_contiguous()]
         small = [g for g in gradients if g.numel() < _LARGE or not g.is_contiguous()]
-        under_way = [self._ranks.begin_sum(g) for g in large]
-        if small:
-            buffer = torch.cat([g.flatten() for g in small])
-            self._ranks.sum(buffer)
-            parts = buffer.split([g.numel() for g in small])
-            torch._foreach_copy_(small, [part.view_as(g) for part, g in zip(parts, small, strict=True)])
-        for pending in under_way:
+        buffer = [torch.cat([g.flatten() for g in small])] if small else []
+        for pending in self._ranks.begin_sums([*buffer, *large]):
             pending.wait()
+        if small:
+            parts = buffer[0].split([g.numel() for g in small])
+            torch._foreach_copy_(small, [part.view_as(g) for part, g in zip(parts, small, strict=True)])
         torch._foreach_mul_(list(gradients), 1 / self._ranks.world_size)

@@ -72,7 +72,8 @@ def rows_by_expert(name: str, tensor: Tensor, size: int) -> Tensor:
     Raises:
         ValueError: not one row for each of `size` labels.
     """
-    return tensor.view(shape_by_expert(name, tensor, size))
+    shape_by_expert(name, tensor, size)
+    return tensor if tensor.ndim == 3 else tensor[None]
 
 
 def logits_by_expert(logits: Tensor | None, labels_B: Tensor, classes: int) -> Tensor:

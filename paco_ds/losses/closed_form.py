@@ -45,8 +45,8 @@ class Form:
 class ClosedForm(torch.autograd.Function):
     """(loss, p_c [B] or None, p_c's optimum, p+ [B] or None, p+'s optimum); only the loss has a gradient.
 
-    Kept for backward: the softmax of the scores that are formed, the one tensor of anchors x classes, and the
-    gradients of queries and keys. Nothing depends on the length of the queue.
+    Kept for backward: the softmax of the scores that are formed, of the centers alone where those are the fewer, and
+    the gradients of queries and keys. Nothing depends on the length of the queue.
     """
 
     @staticmethod
@@ -77,8 +77,8 @@ class ClosedForm(torch.autograd.Function):
         contrast_pull_EB, positives_B = formed.contrast_pull_EB, formed.positives_B
         if contrast_pull_EB is not None and positives_B is not None:
             if queued is not None:
-                contrast_pull_EB += queued.pull_EB
-                positives_B += queued.count_B
+                contrast_pull_EB = contrast_pull_EB + queued.pull_EB
+                positives_B = positives_B + queued.count_B
             weight_B, pull_EB = form.alpha * positives_B, form.alpha * contrast_pull_EB
             if formed.center_pull_EB is not None:
                 weight_B += form.beta
@@ -87,11 +87,12 @@ class ClosedForm(torch.autograd.Function):
             assert formed.center_pull_EB is not None
             weight_B, pull_EB = torch.full_like(lse_EB[0], form.beta), _times(form.beta, formed.center_pull_EB)
 
+        one_by_weight_B = weight_B.reciprocal()
         push_B = torch.full_like(weight_B, 1 / lse_EB.numel())  # r W
         if form.class_weight_C is not None:
             push_B *= form.class_weight_C[labels_B]
         if form.divide_by_weight:
-            factor_B = push_B / weight_B
+            factor_B = push_B * one_by_weight_B
             if form.beta == 0:
                 push_B, factor_B = (t.masked_fill(weight_B == 0, 0.0) for t in (push_B, factor_B))
         else:
@@ -102,11 +103,11 @@ class ClosedForm(torch.autograd.Function):
         if formed.lse_EB is not None:
             formed_push_EB = (formed.lse_EB - lse_EB).exp_().mul_(push_B)
         if logits_EBC is not None and ctx.needs_input_grad[0]:
-            softmax_EBC = formed.softmax_EBC
+            softmax_EBC = formed.softmax_EBC()
         if query_EBD is not None and any(ctx.needs_input_grad[1:3]):
             pull_B1 = (form.alpha * factor_B)[:, None]
             query_grad_EBD, key_grad_EBD = formed.contrast_gradients(
-                query_EBD, formed_push_EB, pull_B1, want_keys=ctx.needs_input_grad[2]
+                formed_push_EB, pull_B1, want_keys=ctx.needs_input_grad[2]
             )
             if queued is not None:
                 queued_push_EB = (queued.lse_EB - lse_EB).exp_().mul_(push_B)
@@ -123,11 +124,11 @@ class ClosedForm(torch.autograd.Function):
         center_B = center_optimum_B = positive_B = positive_optimum_B = None
         if formed.own_EB is not None:
             center_B = (formed.own_EB - lse_EB).exp_().mean(0)
-            center_optimum_B = form.beta * (1 - form.smoothing) / weight_B
+            center_optimum_B = form.beta * (1 - form.smoothing) * one_by_weight_B
         if contrast_pull_EB is not None and positives_B is not None:
             # 0 / 0 where there is no positive: nan, as documented.
             positive_B = _times(form.gamma, (contrast_pull_EB / positives_B).sub_(lse_EB).exp_().mean(0))
-            positive_optimum_B = (form.alpha / weight_B).masked_fill_(positives_B == 0, math.nan)
+            positive_optimum_B = (form.alpha * one_by_weight_B).masked_fill_(positives_B == 0, math.nan)
         probabilities = (center_B, center_optimum_B, positive_B, positive_optimum_B)
         ctx.mark_non_differentiable(*(p for p in probabilities if p is not None))
         return loss, *probabilities
@@ -165,11 +166,12 @@ class _Formed:
     (logits + log prior) / supt, and s + log gamma over the others of the batch, s = q.k / temperature + b.
 
     Attributes:
-        lse_EB: over all of them; None where the anchor met nothing.
+        softmax_EBS, lse_EB: over all of them; None where the anchor meets nothing.
         own_EB: z of the anchor's class; None without centers, as `center_pull_EB`, sum_c w_c z_c / beta.
         contrast_pull_EB: sum over P in the batch of s; None without contrast, as `positives_B`, their number.
     """
 
+    softmax_EBS: Tensor | None = None
     lse_EB: Tensor | None = None
     own_EB: Tensor | None = None
     center_pull_EB: Tensor | None = None
@@ -190,13 +192,14 @@ class _Formed:
         self.classes = 0 if logits_EBC is None else logits_EBC.shape[2]
         others = 0
         if query_EBD is not None:
-            self.others_EOD = query_EBD if key_EBD is None else torch.cat([query_EBD, key_EBD], 1)
-            others = self.others_EOD.shape[1]
+            self._query_EBD = query_EBD
+            self._others_EOD = query_EBD if key_EBD is None else torch.cat([query_EBD, key_EBD], 1)
+            others = self._others_EOD.shape[1]
         score_EBS = given.new_empty(*given.shape[:2], self.classes + others, dtype=dtype)
         if logits_EBC is not None:
             self._centers(score_EBS[..., : self.classes], logits_EBC, labels_B, form)
         if query_EBD is not None:
-            self._batch(score_EBS[..., self.classes :], query_EBD, labels_B, form)
+            self._batch(score_EBS[..., self.classes :], labels_B, form)
         # A batch of one image without a key holds nothing but the anchor itself.
         if self.classes or others > 1:
             # In place: a row is read before it is written, and a tensor of anchors x classes less is taken.
@@ -219,38 +222,39 @@ class _Formed:
             others_EB = (z_EBC.sum(2) - self.own_EB) / (self.classes - 1)
             self.center_pull_EB = (1 - form.smoothing) * self.own_EB + form.smoothing * others_EB
 
-    def _batch(self, score_EBO: Tensor, query_EBD: Tensor, labels_B: Tensor, form: Form) -> None:
-        score_EBO.baddbmm_(query_EBD, self.others_EOD.mT, beta=0, alpha=1 / form.temperature)
+    def _batch(self, score_EBO: Tensor, labels_B: Tensor, form: Form) -> None:
+        score_EBO.baddbmm_(self._query_EBD, self._others_EOD.mT, beta=0, alpha=1 / form.temperature)
         labels_O = labels_B if score_EBO.shape[2] == len(labels_B) else torch.cat([labels_B, labels_B])
-        self.positive_BO = (labels_B[:, None] == labels_O).to(score_EBO.dtype).fill_diagonal_(0)
+        self._positive_BO = (labels_B[:, None] == labels_O).to(score_EBO.dtype).fill_diagonal_(0)
         if form.contrast_bias_C is not None:
             score_EBO += form.contrast_bias_C[labels_O]
-        self.contrast_pull_EB = (score_EBO * self.positive_BO).sum(2)
-        self.positives_B = self.positive_BO.sum(1)
+        self.contrast_pull_EB = (score_EBO * self._positive_BO).sum(2)
+        self.positives_B = self._positive_BO.sum(1)
         if form.gamma != 1:
             score_EBO += _log(form.gamma)
         score_EBO.diagonal(dim1=1, dim2=2).fill_(-math.inf)
 
-    @property
     def softmax_EBC(self) -> Tensor:
-        """Of the centers, among all scores that are formed."""
-        return self.softmax_EBS[..., : self.classes]
+        """That of the centers, to be kept: not with the rest of its rows, where that is the most of them."""
+        assert self.softmax_EBS is not None
+        softmax_EBC = self.softmax_EBS[..., : self.classes]
+        return softmax_EBC if 2 * self.classes >= self.softmax_EBS.shape[2] else softmax_EBC.contiguous()
 
     def contrast_gradients(
-        self, query_EBD: Tensor, push_EB: Tensor | None, pull_B1: Tensor, *, want_keys: bool
+        self, push_EB: Tensor | None, pull_B1: Tensor, *, want_keys: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Of queries and, if wanted, of keys, both times the temperature; push = r W exp(lse of this part - lse), None
         if the batch holds nothing, pull = r alpha.
 
         A query moves as an anchor, and as a contrast of the other anchors: the transposed product.
         """
-        size = query_EBD.shape[1]
-        slope_EBO = (-pull_B1 * self.positive_BO).expand(len(query_EBD), -1, -1)
-        if push_EB is not None:
+        size = self._query_EBD.shape[1]
+        slope_EBO = (-pull_B1 * self._positive_BO).expand(len(self._query_EBD), -1, -1)
+        if push_EB is not None and self.softmax_EBS is not None:
             slope_EBO = torch.addcmul(slope_EBO, push_EB[..., None], self.softmax_EBS[..., self.classes :])
-        query_grad_EBD = torch.bmm(slope_EBO, self.others_EOD)
-        query_grad_EBD.baddbmm_(slope_EBO[..., :size].mT, query_EBD)
-        key_grad_EBD = slope_EBO[..., size:].mT @ query_EBD if want_keys else None
+        query_grad_EBD = torch.bmm(slope_EBO, self._others_EOD)
+        query_grad_EBD.baddbmm_(slope_EBO[..., :size].mT, self._query_EBD)
+        key_grad_EBD = slope_EBO[..., size:].mT @ self._query_EBD if want_keys else None
         return query_grad_EBD, key_grad_EBD
 
 

@@ -130,7 +130,10 @@ class Exporter:
             registry=registry,
         )
         self._collective = Counter(
-            "paco_collective_bytes", "Bytes this rank handed to collectives.", ["op"], registry=registry
+            "paco_collective_bytes",
+            "Bytes this rank sent in collectives of paco_ds.",
+            ["op"],
+            registry=registry,
         )
         self._checkpoint = Counter(
             "paco_checkpoint_blocked_seconds", "Time training stood still for checkpoints.", registry=registry

@@ -47,10 +47,10 @@ def plan_traffic(recipe: Recipe, trace: StepTrace, layout: MicroBatchLayout, zer
     """
     if layout.world_size == 1:
         return []
-    return [*_own(recipe, trace, layout, step), *_by_stage(trace, layout, zero)]
+    return [*_own(recipe, trace, layout, step, zero.stage), *_deepspeed(trace, layout, zero)]
 
 
-def _own(recipe: Recipe, trace: StepTrace, layout: MicroBatchLayout, step: int) -> list[Traffic]:
+def _own(recipe: Recipe, trace: StepTrace, layout: MicroBatchLayout, step: int, stage: int) -> list[Traffic]:
     W, m, A = layout.world_size, layout.micro_batch, layout.accumulation
     rows = []
     if recipe.loss.contrast:
@@ -66,14 +66,16 @@ def _own(recipe: Recipe, trace: StepTrace, layout: MicroBatchLayout, step: int) 
     rows.append(Traffic("loss, flags, probabilities", "all_reduce", _ring(2 * totals, W), "paco_ds"))
     if trace.statistics:
         rows.append(Traffic("running statistics", "all_reduce", _ring(2 * FLOAT * trace.statistics, W), "paco_ds"))
+    if stage == 0:
+        rows.append(Traffic("gradients", "all_reduce", _ring(2 * FLOAT * sum(trace.trained), W), "paco_ds"))
     return rows
 
 
-def _by_stage(trace: StepTrace, layout: MicroBatchLayout, zero: Any) -> list[Traffic]:
+def _deepspeed(trace: StepTrace, layout: MicroBatchLayout, zero: Any) -> list[Traffic]:
     W, A = layout.world_size, layout.accumulation
     trained = FLOAT * sum(trace.trained)
     if zero.stage == 0:
-        return [Traffic("gradients", "all_reduce", _ring(2 * trained, W), "paco_ds")]
+        return []
     if zero.stage < 3:
         # stage 2 reduces every micro-batch, stage 1 once a step
         times = A if zero.stage == 2 else 1

@@ -41,11 +41,24 @@ def layout_of(recipe, rank, world_size):
     return MicroBatchLayout(recipe.step.micro_batch, recipe.step.micro_batches, rank, world_size)
 
 
+# three ranks, and a gradient that goes out by itself: what a rank sends is rounded, and once for all gradients
+UNEVEN = ("step.micro_batches=3", "model.projection_dim=1024")
+
+
 @pytest.mark.parametrize(
-    "overrides",
-    [(), ("key_encoder.batch_norm=local",), ("loss.method=cross_entropy",), ("loss.method=multi_task",)],
+    ("stage", "world_size", "overrides"),
+    [
+        (0, 1, ()),
+        (0, 2, ()),
+        (0, 4, ()),
+        (0, 3, UNEVEN),
+        (0, 2, ("key_encoder.batch_norm=local",)),
+        (0, 4, ("loss.method=cross_entropy",)),
+        (1, 2, ("loss.method=multi_task",)),
+        (2, 2, ()),
+        (3, 2, ()),
+    ],
 )
-@pytest.mark.parametrize(("stage", "world_size"), [(0, 1), (0, 2), (0, 4), (1, 2)])
 def test_planned_bytes_are_those_of_the_counters(pool, stage, world_size, overrides):
     """Every collective of every rank, to the byte, over three steps: without ZeRO gradients are among them."""
     recipe = tiny_recipe(*overrides)

@@ -111,6 +111,39 @@ def test_small_and_keyless_batches(settings, batch, keyless):
     assert_equals_reference(case, **settings)
 
 
+PACO = {"log_prior_C": True, "smoothing": 0.1, "gamma": 0.7}
+INPUTS = ("logits", "query", "key")
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [(PACO, some) for some in (["logits"], ["query"], ["key"], ["query", "key"], INPUTS)]
+    + [(SUPCON, some) for some in (["query"], ["key"], ["query", "key"])],
+)
+@pytest.mark.parametrize("experts", [1, 3])
+def test_each_gradient_by_itself_and_twice(settings, wanted, experts):
+    """Of inputs that want one, those of the transcription; a second backward through the same graph is the first."""
+    settings = with_class_values(4, **settings)
+    cases = [make_case(seed=seed) for seed in range(experts)]
+    for case in cases:
+        case.labels, case.queue = cases[0].labels, cases[0].queue
+        for name in INPUTS:
+            getattr(case, name).requires_grad_(name in wanted)
+    inputs = [torch.stack([getattr(case, name) for case in cases]).detach() for name in INPUTS]
+    for tensor, name in zip(inputs, INPUTS, strict=True):
+        tensor.requires_grad_(name in wanted)
+    held = cases[0].queue
+    queue = QueueSnapshot.of(held.keys_ND.repeat(1, experts), held.labels_N, 4).experts(experts)
+    loss = ParametricContrastiveLoss(**{"alpha": 0.05, "temperature": 0.2} | settings)
+    ours = loss(cases[0].labels, *inputs, queue).loss
+    asked = [tensor for tensor in inputs if tensor.requires_grad]
+    first = torch.autograd.grad(ours, asked, retain_graph=True)
+    assert all(map(torch.equal, first, torch.autograd.grad(ours, asked)))
+    for expert, case in enumerate(cases):
+        expected = torch.autograd.grad(case.reference(**settings) / experts, [getattr(case, name) for name in wanted])
+        torch.testing.assert_close(tuple(g[expert] for g in first), expected, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("normalization", ["published", "summed"])
 class TestAwkwardCases:
     def test_no_positive_in_the_queue(self, normalization):

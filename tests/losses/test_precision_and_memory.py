@@ -35,6 +35,14 @@ def test_bytes_kept_for_backward_do_not_depend_on_the_queue():
     assert copy < kept[0] < copy + 4 * rows
 
 
+@pytest.mark.parametrize(("anchors", "classes"), [(512, 10), (64, 100), (64, 128)])
+def test_with_few_classes_the_scores_of_the_batch_are_not_kept(anchors, classes):
+    """At most two copies of anchors x classes, beside the gradient of the queries and the inputs."""
+    rows = 4 * anchors * bench.DIM
+    kept = bench.saved_by_ours(bench.Size(anchors, classes, 512))
+    assert kept < 2 * 4 * anchors * classes + 3 * rows
+
+
 def train_step(classes: int, keys: int):
     """One forward and backward of 32 anchors, its inputs and the threads ready."""
     generator = torch.Generator().manual_seed(0)
@@ -57,14 +65,16 @@ def test_peak_memory_is_two_copies_of_anchors_x_classes():
     assert 1.9 * copy < peak_extra_bytes(train_step, 200_000, 512) < 2.5 * copy
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("experts", [1, 3])
 @pytest.mark.parametrize("scores", [1, 7, 1025, 8398, 100_001])
-def test_softmax_may_be_written_over_its_scores(scores):
+def test_softmax_may_be_written_over_its_scores(scores, experts, dtype):
     """What the loss asks of torch, bit for bit: also in a row whose scores are -inf but one."""
-    score_BS = 20 * torch.randn(5, scores, generator=torch.Generator().manual_seed(0))
-    score_BS[0, 1:] = -torch.inf
-    expected = score_BS.softmax(1)
-    torch.softmax(score_BS, 1, out=score_BS)
-    assert torch.equal(score_BS, expected)
+    score_EBS = 20 * torch.randn(experts, 5, scores, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    score_EBS[0, 0, 1:] = -torch.inf
+    expected = score_EBS.softmax(2)
+    torch.softmax(score_EBS, 2, out=score_EBS)
+    assert torch.equal(score_EBS, expected)
 
 
 def test_peak_memory_does_not_grow_with_the_queue():

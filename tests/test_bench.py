@@ -45,7 +45,7 @@ def test_floor_is_the_gradient_of_the_queue_term():
 
 def test_every_bar_ends_the_output_as_a_line_of_seven_keys(capsys):
     """All kinds of bar, read back from the last lines."""
-    assert loss.main(["--repeats", "1", "--json"], sizes=[SMALL]) == 0
+    assert loss.main(["--repeats", "1", "--processes", "1", "--json"], sizes=[SMALL]) == 0
     lines = capsys.readouterr().out.splitlines()
     bars = [json.loads(line) for line in lines[-7:]]
     assert [list(bar) for bar in bars] == [KEYS] * 7

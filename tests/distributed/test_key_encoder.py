@@ -48,7 +48,6 @@ def reference(*overrides: str) -> Outcome:
             id="stage 3, all partitioned, cosine",
         ),
         pytest.param(4, 0, True, {}, micro_batches(4), id="four ranks, autocast"),
-        pytest.param(4, 3, False, {}, micro_batches(4), id="four ranks, stage 3"),
     ],
 )
 def test_twenty_steps_leave_the_average_of_the_recorded_weights(pool, world_size, stage, autocast, zero, overrides):

@@ -476,7 +476,7 @@ def test_is_float32_under_autocast(method):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         half = loss(Y, logits(experts).bfloat16(), v.q.float(), v.k.float(), queue, *(p.float() for p in more)).loss
     assert half.dtype == torch.float32
-    assert float(half) == pytest.approx(float(whole), rel=0.02)
+    assert half.item() == pytest.approx(whole.item(), rel=0.02)
 
 
 @pytest.mark.parametrize("method", ["bcl", "multi_task", "proco", "ride", "routing", "supcon"])

@@ -1,6 +1,6 @@
 """Owns the bench of the loss: time, memory and gradients beside the published formulation, in one run.
 
-    python tools/bench/loss.py [--repeats N] [--json]
+    python tools/bench/loss.py [--repeats N] [--processes N] [--json]
 
 ours       ParametricContrastiveLoss, and a quarter of KeyQueue.snapshot, taken once per step of M = 4 micro-batches
 published  a transcription of the formulation of the paper's code: one softmax over centers, batch and queue, with
@@ -46,7 +46,6 @@ from paco_ds.losses.paco import class_prior
 
 ALPHA, BETA, GAMMA, SUPT, TAU = 0.05, 1.0, 1.0, 1.0, 0.2
 DIM, MICRO_BATCHES = 128, 4
-PROCESSES = 5
 SIZE_COLUMN = "anchors/classes/queue"
 
 
@@ -244,10 +243,10 @@ def median_ms(size: Size, repeats: int) -> dict[str, float]:
     return {f"{name}_ms": 1000 * seconds for name, seconds in median_seconds(works, repeats).items()}
 
 
-def measure(size: Size, repeats: int) -> Figures:
+def measure(size: Size, repeats: int, processes: int) -> Figures:
     # glibc keeps memory for later once large blocks were freed: a size must not be timed after a larger one. And where
     # memory lies, which a process keeps to its end, moves a time of milliseconds by a third.
-    each = [in_own_process(median_ms, size, repeats) for _ in range(PROCESSES)]
+    each = [in_own_process(median_ms, size, repeats) for _ in range(processes)]
     return Figures(
         **{name: statistics.median(times[name] for times in each) for name in each[0]},
         saved=saved_by_ours(size),
@@ -284,7 +283,7 @@ def bars_of(measured: dict[Size, Figures]) -> list[Bar]:
     return bars
 
 
-def print_figures(measured: dict[Size, Figures], repeats: int) -> None:
+def print_figures(measured: dict[Size, Figures], repeats: int, processes: int) -> None:
     print_table(
         "The loss of one micro-batch: milliseconds forward + backward",
         [
@@ -310,7 +309,7 @@ def print_figures(measured: dict[Size, Figures], repeats: int) -> None:
             ]
             for size, f in measured.items()
         ],
-        f"{DIM} dimensions, float32, medians of {repeats} in turn, and of {PROCESSES} processes of each size, torch "
+        f"{DIM} dimensions, float32, medians of {repeats} in turn, and of {processes} processes of each size, torch "
         f"{torch.__version__}, {torch.get_num_threads()} threads. Of ours: centers, the loss without contrast; "
         "snapshot / 4",
     )
@@ -334,10 +333,13 @@ def main(argv: Sequence[str] | None = None, sizes: Sequence[Size] = SIZES) -> in
     """Measure, print the tables and the bars; a bar that does not hold is printed as such and is no failure."""
     parser = argparse.ArgumentParser(description="Time, memory and gradients of the loss beside the published one.")
     parser.add_argument("--repeats", type=int, default=21, help="measured rounds per process (default %(default)s)")
+    parser.add_argument("--processes", type=int, default=5, help="processes per size (default %(default)s)")
     parser.add_argument("--json", action="store_true", help="end with one JSON line per bar")
     arguments = parser.parse_args(argv)
-    measured = {size: measure(size, arguments.repeats) for size in sizes}
-    print_figures(measured, arguments.repeats)
+    if arguments.processes < 1:
+        parser.error(f"--processes must be at least 1, got {arguments.processes}")
+    measured = {size: measure(size, arguments.repeats, arguments.processes) for size in sizes}
+    print_figures(measured, arguments.repeats, arguments.processes)
     print_bars(bars_of(measured), as_json=arguments.json)
     return 0
 

@@ -87,12 +87,12 @@ class ClosedForm(torch.autograd.Function):
             assert formed.center_pull_EB is not None
             weight_B, pull_EB = torch.full_like(lse_EB[0], form.beta), _times(form.beta, formed.center_pull_EB)
 
-        one_by_weight_B = weight_B.reciprocal()
+        inverse_weight_B = weight_B.reciprocal()
         push_B = torch.full_like(weight_B, 1 / lse_EB.numel())  # r W
         if form.class_weight_C is not None:
             push_B *= form.class_weight_C[labels_B]
         if form.divide_by_weight:
-            factor_B = push_B * one_by_weight_B
+            factor_B = push_B * inverse_weight_B
             if form.beta == 0:
                 push_B, factor_B = (t.masked_fill(weight_B == 0, 0.0) for t in (push_B, factor_B))
         else:
@@ -124,11 +124,11 @@ class ClosedForm(torch.autograd.Function):
         center_B = center_optimum_B = positive_B = positive_optimum_B = None
         if formed.own_EB is not None:
             center_B = (formed.own_EB - lse_EB).exp_().mean(0)
-            center_optimum_B = form.beta * (1 - form.smoothing) * one_by_weight_B
+            center_optimum_B = form.beta * (1 - form.smoothing) * inverse_weight_B
         if contrast_pull_EB is not None and positives_B is not None:
             # 0 / 0 where there is no positive: nan, as documented.
             positive_B = _times(form.gamma, (contrast_pull_EB / positives_B).sub_(lse_EB).exp_().mean(0))
-            positive_optimum_B = (form.alpha * one_by_weight_B).masked_fill_(positives_B == 0, math.nan)
+            positive_optimum_B = (form.alpha * inverse_weight_B).masked_fill_(positives_B == 0, math.nan)
         probabilities = (center_B, center_optimum_B, positive_B, positive_optimum_B)
         ctx.mark_non_differentiable(*(p for p in probabilities if p is not None))
         return loss, *probabilities

@@ -9,7 +9,7 @@ from tests.recipes import write_tiny_recipe
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "paco_ds" / "train.py"
-EPOCHS, STEPS_PER_EPOCH, CHECKPOINT_EVERY = 20, 4, 20
+EPOCHS, STEPS_PER_EPOCH, CHECKPOINT_EVERY = 15, 4, 20
 
 
 def write_recipe(folder: Path, shards: Path, epochs: int = EPOCHS, stage: int = 1) -> Path:

@@ -69,7 +69,7 @@ class ClosedForm(torch.autograd.Function):
         queued = None
         if query_EBD is not None and queue is not None and len(queue):
             queued = _Queued(query_EBD, labels_B, queue, form)
-        lses = [part.lse_EB for part in (formed, queued) if part is not None and part.lse_EB is not None]
+        lses = [part.lse_EB for part in (formed, queued) if part and part.lse_EB is not None]
         if not lses:
             raise ValueError("SupCon got one image, no key and an empty queue: there is nothing to contrast")
         lse_EB = functools.reduce(torch.logaddexp, lses)

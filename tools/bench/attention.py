@@ -12,10 +12,9 @@ Every way gives attention with V = K and its log-sum-exp: the contrast's denomin
 """
 
 import argparse
-import statistics
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from torch.nn import functional as F
 # The checkout need not be installed. This folder stays on the path, for the module that benches share.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from report import print_table
+from report import median_seconds, print_table
 
 from paco_ds.losses.queue_attention import attend_efficient_cuda, attend_flash_cpu, attend_tiled
 
@@ -52,22 +51,12 @@ def products(query_EBD: Tensor, keys_EKD: Tensor, scale: float, bias_K: None = N
     return (scale * query_EBD @ keys_EKD.mT) @ keys_EKD
 
 
-def milliseconds(ways: dict[str, Callable[..., Any]], arguments: tuple[Any, ...], repeats: int) -> dict[str, float]:
-    """Median of each, in turn."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(repeats):
-        for name, way in ways.items():
-            _synchronize()
-            began = time.perf_counter()
-            way(*arguments)
-            _synchronize()
-            times[name].append(1000 * (time.perf_counter() - began))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def _synchronize() -> None:
+def to_its_end(way: Callable[..., Any], *inputs: Any) -> Any:
+    """What a way returns, once the GPU has computed it."""
+    result = way(*inputs)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+    return result
 
 
 def main() -> int:
@@ -95,7 +84,8 @@ def main() -> int:
         for name, way in ways.items():
             output, lse = way(*inputs)  # compiles, too
             errors[name] = max(float((output - exact[0]).norm() / exact[0].norm()), float((lse - exact[1]).abs().max()))
-        found = milliseconds(ways | {"floor": products}, inputs, arguments.repeats)
+        works = {name: partial(to_its_end, way, *inputs) for name, way in (ways | {"floor": products}).items()}
+        found = {name: 1000 * seconds for name, seconds in median_seconds(works, arguments.repeats).items()}
         rows.append(
             [f"{anchors}/{keys}", *(f"{found[n]:.3f} ({errors[n]:.0e})" for n in ways), f"{found['floor']:.3f}"]
         )

@@ -59,7 +59,7 @@ setup(
     },
     entry_points={
         "console_scripts": [
-            "paco-build-shards = paco_ds.data.build.command:main",
+            "paco-build-shards = paco_ds.data.pack.command:main",
             "paco-evaluate = paco_ds.evaluate:main",
         ]
     },

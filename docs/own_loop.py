@@ -6,7 +6,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
-from paco_ds.key_queue import KeyQueue
+from paco_ds.contrast.key_queue import KeyQueue
 from paco_ds.losses import ParametricContrastiveLoss
 from paco_ds.losses.paco import class_prior
 

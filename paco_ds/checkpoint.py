@@ -19,10 +19,10 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from paco_ds.config.load import load_recipe
+from paco_ds.config.recipe import Recipe
 from paco_ds.errors import CheckpointError, RecipeError
 from paco_ds.files import sha256_file
-from paco_ds.recipe import Recipe
-from paco_ds.recipe_file import load_recipe
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ class Checkpoints:
             "format": FORMAT,
             "version": VERSION,
             "step": step,
-            "meaning": self.recipe.meaning(),
+            "meaning": self.recipe.resume_identity(),
             "manifest_sha256": self.manifest_sha256,
         }
 
@@ -133,7 +133,7 @@ class Checkpoints:
         checkpoint = read_checkpoint(self.folder / BEST)
         if checkpoint.step > until or checkpoint.state["criterion"] != self.recipe.evaluation.checkpoint:
             return None
-        self._check_meaning(checkpoint)
+        self._check_resume_identity(checkpoint)
         return checkpoint
 
     def latest(self) -> Checkpoint | None:
@@ -145,11 +145,11 @@ class Checkpoints:
         if not any(self.folder.glob("step-*")):
             return None
         checkpoint = newest_checkpoint(self.folder.parent)
-        self._check_meaning(checkpoint)
+        self._check_resume_identity(checkpoint)
         return checkpoint
 
-    def _check_meaning(self, checkpoint: Checkpoint) -> None:
-        now = json.loads(json.dumps(self.recipe.meaning()))
+    def _check_resume_identity(self, checkpoint: Checkpoint) -> None:
+        now = json.loads(json.dumps(self.recipe.resume_identity()))
         saved = checkpoint.state["meaning"]
         # a setting younger than the checkpoint then was what it is by default; one of a section that was left out, of
         # which the name alone is saved, was nothing
@@ -271,7 +271,7 @@ def open_run(run: Path, setting: str, remedy: str) -> tuple[Recipe, Checkpoint]:
         ) from error
 
 
-def how_to_go_on(run: Path) -> str:
+def resume_hint(run: Path) -> str:
     """What to do when a run was cut off; a glance at its folder, which reads and verifies nothing."""
     steps = sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
     if not steps:

@@ -19,10 +19,10 @@ if __name__ == "__main__":
 from paco_ds.command import report_user_errors
 
 if TYPE_CHECKING:
+    from paco_ds.config.recipe import Recipe
     from paco_ds.data.manifest import Manifest
-    from paco_ds.distributed import Ranks
+    from paco_ds.distributed.ranks import Ranks
     from paco_ds.models.recogniser import Recogniser
-    from paco_ds.recipe import Recipe
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,12 +37,12 @@ def main(argv: list[str] | None = None) -> int:
     from rich.console import Console
 
     from paco_ds.checkpoint import chosen_checkpoint
+    from paco_ds.config.load import load_recipe
     from paco_ds.data.manifest import open_data
-    from paco_ds.distributed import join_job, leave_job
+    from paco_ds.distributed.launch import join_job, leave_job
+    from paco_ds.distributed.watchdog import RankWatchdog
     from paco_ds.evaluation.results import now, write_results
     from paco_ds.evaluation.runner import Ensemble, evaluate, load_recogniser
-    from paco_ds.rank_watchdog import RankWatchdog
-    from paco_ds.recipe_file import load_recipe
 
     with report_user_errors(), RankWatchdog():
         started = now()

@@ -7,7 +7,7 @@ from enum import IntEnum
 import numpy as np
 
 
-class Stream(IntEnum):
+class DrawPurpose(IntEnum):
     """What a draw is for; it comes first in the seed, so that no two purposes share one."""
 
     SHARDS = 1
@@ -21,12 +21,12 @@ class Stream(IntEnum):
     MIXUP = 11
 
 
-def generator(stream: Stream, *key: int) -> np.random.Generator:
+def generator(stream: DrawPurpose, *key: int) -> np.random.Generator:
     """A generator that depends on nothing but the stream and the key (non-negative numbers)."""
     return np.random.Generator(np.random.PCG64(_words(stream, *key)))
 
 
-def permutation(length: int, stream: Stream, *key: int) -> np.ndarray:
+def permutation(length: int, stream: DrawPurpose, *key: int) -> np.ndarray:
     """0 to length - 1 in drawn order, int64.
 
     Raw bits are sorted, since numpy promises those, but not its shuffle, to be the same in later versions.

@@ -15,20 +15,20 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from paco_ds.command import report_user_errors
-from paco_ds.recipe_file import load_recipe
+from paco_ds.config.load import load_recipe
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     arguments = _parser().parse_args(argv)
     # not at the top: loader processes read this file again, and need no DeepSpeed
-    from paco_ds import engine
-    from paco_ds.checkpoint import how_to_go_on
-    from paco_ds.distributed import leave_job
-    from paco_ds.rank_watchdog import RankWatchdog
-    from paco_ds.trainer import Trainer
+    from paco_ds.checkpoint import resume_hint
+    from paco_ds.distributed.launch import leave_job
+    from paco_ds.distributed.watchdog import RankWatchdog
+    from paco_ds.training import engine
+    from paco_ds.training.trainer import Trainer
 
-    with report_user_errors(), RankWatchdog(lambda: how_to_go_on(arguments.output)):
+    with report_user_errors(), RankWatchdog(lambda: resume_hint(arguments.output)):
         recipe = load_recipe(arguments.config, arguments.set)
         ranks = engine.start(recipe, arguments.expect_ranks)
         trainer = Trainer(recipe, arguments.output, ranks, arguments.stop_at_step)

@@ -36,7 +36,7 @@ def pool() -> Iterator[Callable[[int], RankPool]]:
 @pytest.fixture(scope="session")
 def striped_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of 148 training images of 4 classes, 12 x 12 pixels, that a small network can tell apart."""
-    from paco_ds.data.build.command import main
+    from paco_ds.data.pack.command import main
 
     root = tmp_path_factory.mktemp("tiny")
     rng = np.random.default_rng(0)

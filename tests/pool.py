@@ -104,8 +104,8 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int, cuda: bool) 
     }
     if not cuda:  # ranks of one test share a machine, but cannot share its GPU
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    from paco_ds import engine
-    from paco_ds.distributed import leave_job
+    from paco_ds.distributed.launch import leave_job
+    from paco_ds.training import engine
     from tests.recipes import tiny_recipe
 
     micro_batches = f"step.micro_batches={12 if 12 % world_size == 0 else world_size}"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import yaml
 
-from paco_ds.recipe import Recipe
-from paco_ds.recipe_file import load_recipe, validate_recipe
+from paco_ds.config.load import load_recipe, validate_recipe
+from paco_ds.config.recipe import Recipe
 
 TINY = """
 name: tiny

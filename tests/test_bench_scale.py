@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools" / "bench"))
 
 import scale
 
-from paco_ds.key_exchange import key_exchange
+from paco_ds.contrast.key_exchange import key_exchange
 
 
 def test_the_rival_of_the_exchange_gives_the_same():
@@ -23,12 +23,12 @@ def test_the_rival_of_the_exchange_gives_the_same():
 
 
 def test_merged_keys_are_in_lane_order():
-    """Keys come in the order of groups, labels in that of lanes."""
+    """Keys come in the order of groups, labels in that of slots."""
     job = scale.Job(4)
     keys, labels = job.merge()
     flat = job.packed[:, : scale.MICRO_BATCH * scale.DIM].reshape(-1, scale.DIM)
-    for place, lane in enumerate(job.groups.ravel()):
-        assert torch.equal(keys[lane], flat[place])
+    for place, slot in enumerate(job.groups.ravel()):
+        assert torch.equal(keys[slot], flat[place])
     packed_labels = job.packed[:, scale.MICRO_BATCH * scale.DIM : -1].contiguous().view(torch.int32)
     assert torch.equal(labels, packed_labels.flatten().long())
 

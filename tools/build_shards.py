@@ -7,6 +7,6 @@ from pathlib import Path
 if __name__ == "__main__":
     # The checkout need not be installed.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from paco_ds.data.build.command import main
+    from paco_ds.data.pack.command import main
 
     sys.exit(main())

@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from paco_ds.reproduce import main
+from paco_ds.paper.reproduce import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -21,9 +21,9 @@ from pydantic import (
     model_validator,
 )
 
+from paco_ds.config.recipe import Recipe
 from paco_ds.data.storage import MissingFile, Storage, as_storage, open_storage
 from paco_ds.errors import DataError
-from paco_ds.recipe import Recipe
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"

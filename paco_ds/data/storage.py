@@ -17,11 +17,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+from paco_ds.config.recipe import DataSettings, StorageSettings
 from paco_ds.data.cache import FileCache
 from paco_ds.data.remote import Fsspec, Pipe, Remote, refuse_unknown_service
 from paco_ds.errors import DataError
 from paco_ds.files import is_url, whole_file
-from paco_ds.recipe import DataSettings, StorageSettings
 
 T = TypeVar("T")
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds between tries

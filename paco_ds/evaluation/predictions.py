@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paco_ds.distributed import Ranks
+from paco_ds.distributed.ranks import Ranks
 
 BINS = 15  # of confidence, as Guo et al. 2017
 IMBALANCES = (50, 25, 10, 5, 2)  # of the test distributions of SADE (Zhang et al. 2022)

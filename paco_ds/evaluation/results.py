@@ -10,10 +10,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from paco_ds.config.recipe import Recipe
 from paco_ds.data.manifest import Manifest
 from paco_ds.evaluation.accuracy import ShotAccuracy
 from paco_ds.files import replace_text
-from paco_ds.recipe import Recipe
 
 
 def now() -> str:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from paco_ds.checkpoint import Checkpoint
+from paco_ds.config.recipe import Recipe
 from paco_ds.data.manifest import Manifest
 from paco_ds.data.stream.batches import evaluation_stream
-from paco_ds.distributed import Ranks
+from paco_ds.distributed.ranks import Ranks
 from paco_ds.evaluation.accuracy import ClassCounts, ShotAccuracy, shot_accuracy
 from paco_ds.evaluation.predictions import Recorder, detail
 from paco_ds.models.recogniser import Recogniser, make_recogniser
-from paco_ds.recipe import Recipe
 
 
 @torch.no_grad()

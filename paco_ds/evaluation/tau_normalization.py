@@ -11,13 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from paco_ds.config.recipe import Recipe
 from paco_ds.data.manifest import Manifest
 from paco_ds.data.stream.batches import evaluation_stream
-from paco_ds.distributed import Ranks
+from paco_ds.distributed.ranks import Ranks
 from paco_ds.errors import RecipeError
 from paco_ds.evaluation.accuracy import ClassCounts
 from paco_ds.models.recogniser import Recogniser
-from paco_ds.recipe import Recipe
 
 TAUS = tuple(step / 10 for step in range(11))
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
+from paco_ds.config.methods import LossSettings
 from paco_ds.errors import RecipeError
-from paco_ds.loss_settings import LossSettings
 from paco_ds.losses.balpoe import make_balpoe
 from paco_ds.losses.base import Loss, LossOutput
 from paco_ds.losses.bcl import make_bcl

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from paco_ds.key_queue import QueueSnapshot
-from paco_ds.loss_settings import LossSettings
-from paco_ds.losses.base import Loss, LossOutput, logits_by_expert, own
+from paco_ds.config.methods import LossSettings
+from paco_ds.contrast.key_queue import QueueSnapshot
+from paco_ds.losses.base import Loss, LossOutput, gather_label, logits_by_expert
 from paco_ds.losses.paco import class_prior
 
 
@@ -59,7 +59,7 @@ class BalPoELoss(Loss):
             raise ValueError(f"logits of {experts} experts [E, B, C] are needed, got {tuple(center_logits.shape)}")
         with torch.autocast(labels_B.device.type, enabled=False):
             logits_EBC = logits_by_expert(center_logits, labels_B, classes) + self.bias_EC[:, None]
-            log_p_EB = own(logits_EBC.log_softmax(2), labels_B)
+            log_p_EB = gather_label(logits_EBC.log_softmax(2), labels_B)
             loss_E = -log_p_EB.mean(1)
             probability_B = log_p_EB.detach().exp().mean(0)
             parts = dict(zip(self.part_names, loss_E.detach().unbind(), strict=True))

@@ -92,7 +92,7 @@ def logits_by_expert(logits: Tensor | None, labels_B: Tensor, classes: int) -> T
     return logits_EBC if logits_EBC.dtype == torch.float64 else logits_EBC.float()
 
 
-def own(values_EBC: Tensor, labels_B: Tensor) -> Tensor:
+def gather_label(values_EBC: Tensor, labels_B: Tensor) -> Tensor:
     """[E, B]: of every anchor the value of its class."""
     return values_EBC.gather(2, labels_B[:, None].expand(*values_EBC.shape[:2], 1))[..., 0]
 

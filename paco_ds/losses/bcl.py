@@ -20,8 +20,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from paco_ds.key_queue import QueueSnapshot
-from paco_ds.loss_settings import LossSettings
+from paco_ds.config.methods import LossSettings
+from paco_ds.contrast.key_queue import QueueSnapshot
 from paco_ds.losses.base import Loss, LossOutput, rows_by_expert
 from paco_ds.losses.paco import ParametricContrastiveLoss, class_prior, general_form
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from paco_ds.key_queue import QueueSnapshot
-from paco_ds.losses.base import own
+from paco_ds.contrast.key_queue import QueueSnapshot
+from paco_ds.losses.base import gather_label
 from paco_ds.losses.queue_attention import queue_attention
 
 
@@ -65,10 +65,10 @@ class ClosedForm(torch.autograd.Function):
         logits_EBC, query_EBD, key_EBD = (
             given[None] if given is not None and given.ndim == 2 else given for given in (logits, query, key)
         )
-        formed = _Formed(logits_EBC, query_EBD, key_EBD, labels_B, form, dtype)
+        formed = _BatchTerm(logits_EBC, query_EBD, key_EBD, labels_B, form, dtype)
         queued = None
         if query_EBD is not None and queue is not None and len(queue):
-            queued = _Queued(query_EBD, labels_B, queue, form)
+            queued = _QueueTerm(query_EBD, labels_B, queue, form)
         lses = [part.lse_EB for part in (formed, queued) if part and part.lse_EB is not None]
         if not lses:
             raise ValueError("SupCon got one image, no key and an empty queue: there is nothing to contrast")
@@ -161,7 +161,7 @@ class ClosedForm(torch.autograd.Function):
         return (*shaped, *[None] * 4)
 
 
-class _Formed:
+class _BatchTerm:
     """The scores that are formed, side by side as in the denominator of Eq. (4), [E, B, C + O]: z over the centers,
     (logits + log prior) / supt, and s + log gamma over the others of the batch, s = q.k / temperature + b.
 
@@ -215,7 +215,7 @@ class _Formed:
             torch.add(logits_EBC, form.log_prior_C.to(z_EBC.dtype), out=z_EBC)
         if form.supt != 1:
             z_EBC /= form.supt
-        self.own_EB = self.center_pull_EB = own(z_EBC, labels_B)
+        self.own_EB = self.center_pull_EB = gather_label(z_EBC, labels_B)
         if form.smoothing > 0:
             if self.classes < 2:
                 raise ValueError("smoothing spreads weight over the other classes, but there is one class")
@@ -258,7 +258,7 @@ class _Formed:
         return query_grad_EBD, key_grad_EBD
 
 
-class _Queued:
+class _QueueTerm:
     """s over the queue, never formed: its attention and class sums.
 
     Attributes:

@@ -13,7 +13,7 @@ Predictions use plain logits.
 
 from collections.abc import Sequence
 
-from paco_ds.loss_settings import LossSettings
+from paco_ds.config.methods import LossSettings
 from paco_ds.losses.base import counts_of_classes, effective_number_weights
 from paco_ds.losses.paco import ParametricContrastiveLoss, class_prior, general_form
 

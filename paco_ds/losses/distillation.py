@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from paco_ds.loss_settings import DistillSettings
+from paco_ds.config.methods import DistillSettings
 from paco_ds.losses.base import LossOutput
 
 PART = "distillation"

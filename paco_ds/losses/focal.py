@@ -10,9 +10,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from paco_ds.key_queue import QueueSnapshot
-from paco_ds.loss_settings import LossSettings
-from paco_ds.losses.base import Loss, LossOutput, counts_of_classes, effective_number_weights, logits_by_expert, own
+from paco_ds.config.methods import LossSettings
+from paco_ds.contrast.key_queue import QueueSnapshot
+from paco_ds.losses.base import (
+    Loss,
+    LossOutput,
+    counts_of_classes,
+    effective_number_weights,
+    gather_label,
+    logits_by_expert,
+)
 
 
 class FocalLoss(Loss):
@@ -48,7 +55,7 @@ class FocalLoss(Loss):
     ) -> LossOutput:
         """Loss of center logits [B, C] or [E, B, C], of experts the mean; the rest is not looked at."""
         with torch.autocast(labels_B.device.type, enabled=False):
-            log_p_EB = own(logits_by_expert(center_logits, labels_B, self.classes).log_softmax(2), labels_B)
+            log_p_EB = gather_label(logits_by_expert(center_logits, labels_B, self.classes).log_softmax(2), labels_B)
             # 1 - p from its logarithm, exact for p near 1. At p = 1 its power has no derivative for gamma below 1,
             # so it is kept off 0 by a number too small to be seen elsewhere.
             rest_EB = (-torch.expm1(log_p_EB)).clamp_min(torch.finfo(log_p_EB.dtype).tiny)

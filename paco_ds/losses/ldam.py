@@ -14,9 +14,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from paco_ds.key_queue import QueueSnapshot
-from paco_ds.loss_settings import LossSettings
-from paco_ds.losses.base import Loss, LossOutput, counts_of_classes, effective_number_weights, logits_by_expert, own
+from paco_ds.config.methods import LossSettings
+from paco_ds.contrast.key_queue import QueueSnapshot
+from paco_ds.losses.base import (
+    Loss,
+    LossOutput,
+    counts_of_classes,
+    effective_number_weights,
+    gather_label,
+    logits_by_expert,
+)
 
 
 class LdamLoss(Loss):
@@ -67,7 +74,7 @@ class LdamLoss(Loss):
         """Loss of cosine logits [B, C] or [E, B, C], of experts the mean; the rest is not looked at."""
         with torch.autocast(labels_B.device.type, enabled=False):
             logits_EBC = logits_by_expert(center_logits, labels_B, len(self.shift_C))
-            log_p_EB = own(with_margins(logits_EBC, labels_B, self.shift_C).log_softmax(2), labels_B)
+            log_p_EB = gather_label(with_margins(logits_EBC, labels_B, self.shift_C).log_softmax(2), labels_B)
             loss = weighted_mean(-log_p_EB, self.class_weight_C[labels_B] if self.reweighted else None).mean()
             probability_B = log_p_EB.detach().exp().mean(0)
             return LossOutput(loss, probability_B, torch.ones_like(probability_B), None, None)

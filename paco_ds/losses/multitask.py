@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from paco_ds.key_queue import QueueSnapshot
-from paco_ds.loss_settings import LossSettings
+from paco_ds.config.methods import LossSettings
+from paco_ds.contrast.key_queue import QueueSnapshot
 from paco_ds.losses.base import Loss, LossOutput, counts_of_classes, effective_number_weights
 from paco_ds.losses.paco import ParametricContrastiveLoss, class_prior, general_form
 from paco_ds.losses.supcon import make_supcon

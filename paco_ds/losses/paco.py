@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from paco_ds.key_queue import QueueSnapshot
-from paco_ds.loss_settings import LossSettings
+from paco_ds.config.methods import LossSettings
+from paco_ds.contrast.key_queue import QueueSnapshot
 from paco_ds.losses.base import Loss, LossOutput, counts_of_classes, shape_by_expert
 from paco_ds.losses.closed_form import ClosedForm, Form
 

@@ -19,9 +19,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from paco_ds.key_queue import QueueSnapshot
-from paco_ds.loss_settings import LossSettings
-from paco_ds.losses.base import Loss, LossOutput, own, rows_by_expert
+from paco_ds.config.methods import LossSettings
+from paco_ds.contrast.key_queue import QueueSnapshot
+from paco_ds.losses.base import Loss, LossOutput, gather_label, rows_by_expert
 from paco_ds.losses.paco import ParametricContrastiveLoss, class_prior, general_form
 from paco_ds.losses.von_mises_fisher import log_normaliser
 
@@ -87,7 +87,7 @@ class ProCoLoss(Loss):
         with torch.autocast(labels_B.device.type, enabled=False):
             query_EBD = rows_by_expert("queries", query, len(labels_B)).double()
             log_p_EBC = (self._scores(query_EBD, queue) + self.log_prior_C).log_softmax(2)
-            contrast = -own(log_p_EBC, labels_B).mean()
+            contrast = -gather_label(log_p_EBC, labels_B).mean()
         contrast = contrast.to(centers.loss.dtype)
         parts = {"softmax": centers.loss.detach(), "contrast": contrast.detach()}
         loss = centers.loss + self.weight * contrast

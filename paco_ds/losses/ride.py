@@ -15,9 +15,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from paco_ds.key_queue import QueueSnapshot
-from paco_ds.loss_settings import LossSettings, RideSettings
-from paco_ds.losses.base import Loss, LossOutput, counts_of_classes, effective_number_weights, logits_by_expert, own
+from paco_ds.config.methods import LossSettings, RideSettings
+from paco_ds.contrast.key_queue import QueueSnapshot
+from paco_ds.losses.base import (
+    Loss,
+    LossOutput,
+    counts_of_classes,
+    effective_number_weights,
+    gather_label,
+    logits_by_expert,
+)
 from paco_ds.losses.ldam import margins, weighted_mean, with_margins
 
 
@@ -78,7 +85,7 @@ class RideLoss(Loss):
             raise ValueError(f"RIDE needs logits of experts [E, B, C], got {tuple(center_logits.shape)}")
         with torch.autocast(labels_B.device.type, enabled=False):
             logits_EBC = logits_by_expert(center_logits, labels_B, len(self.shift_C))
-            log_p_EB = own(with_margins(logits_EBC, labels_B, self.shift_C).log_softmax(2), labels_B)
+            log_p_EB = gather_label(with_margins(logits_EBC, labels_B, self.shift_C).log_softmax(2), labels_B)
             reweighted = self.reweighted and self.settings.base == "ldam"
             base = weighted_mean(-log_p_EB, self.class_weight_C[labels_B] if reweighted else None).sum()
             diversity = self._diversity(logits_EBC)

@@ -11,7 +11,7 @@ frozen backbone afterwards.
 
 from typing import Any
 
-from paco_ds.loss_settings import LossSettings
+from paco_ds.config.methods import LossSettings
 from paco_ds.losses.paco import ParametricContrastiveLoss, general_form
 
 

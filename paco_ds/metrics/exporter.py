@@ -64,9 +64,9 @@ class Exporter:
         self.registry = registry
         self._server: tuple[WSGIServer, Thread] | None = None
         self._samples = Counter("paco_samples", "Training images processed by this rank.", registry=registry)
-        self._steps = Counter("paco_steps", "Optimizer steps, refused updates included.", registry=registry)
+        self._steps = Counter("paco_steps", "Optimizer steps, skipped ones included.", registry=registry)
         self._skipped = Counter(
-            "paco_skipped_steps", "Optimizer steps whose update was refused as not finite.", registry=registry
+            "paco_skipped_steps", "Optimizer steps that were skipped: something was not finite.", registry=registry
         )
         self._duration = Histogram(
             "paco_step_duration_seconds",

@@ -33,7 +33,7 @@ class StepRecord:
             that have one; None for a shot without such anchors.
         positive_probability_optimum: p+* = alpha / W_i, likewise.
         parts: what the loss is made of, by name, of methods that say; means over the global batch.
-        skipped: the guard refused the update, because something was not finite.
+        skipped: the step changed nothing, since something was not finite.
         bad_samples: images replaced in this step because they could not be read.
     """
 
@@ -59,7 +59,7 @@ class MetricsLog:
     """Appends to metrics.jsonl; with path None (every rank but 0) writes nothing.
 
     Floats are written so that reading gives the same bits; one that is not finite becomes null, as JSON has
-    no other word for (a refused step says `"skipped": true` beside it).
+    no other word for (a skipped step says `"skipped": true` beside it).
     """
 
     def __init__(self, path: Path | None) -> None:

@@ -118,7 +118,7 @@ class LineProgress:
 
     def update(self, record: StepRecord) -> None:
         done = record.step - self._first_step
-        # A refused update is said at once: between two lines it would pass unseen.
+        # A skipped step is said at once: between two lines it would pass unseen.
         if done != 1 and record.step % self._every and record.step != self._total_steps and not record.skipped:
             return
         seconds = (time.monotonic() - self._started) / max(done, 1) * (self._total_steps - record.step)
@@ -134,7 +134,7 @@ class LineProgress:
 
 
 def _figures(record: StepRecord) -> str:
-    refused = "  update refused: not finite" if record.skipped else ""
+    skipped = "  skipped: not finite" if record.skipped else ""
     wait = record.data_wait_seconds / record.step_seconds if record.step_seconds else 0.0
     waited = f"data wait {100 * wait:.0f} %  " if wait >= 0.01 else ""
-    return f"{record.images_per_second:.0f} images/s  {waited}loss {record.loss:.4f}  lr {record.lr:.3g}{refused}"
+    return f"{record.images_per_second:.0f} images/s  {waited}loss {record.loss:.4f}  lr {record.lr:.3g}{skipped}"

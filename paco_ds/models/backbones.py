@@ -15,10 +15,10 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from paco_ds.config.recipe import ModelSettings
 from paco_ds.errors import RecipeError
 from paco_ds.models.cifar import CifarBlock, CifarResNet
 from paco_ds.models.experts import make_experts
-from paco_ds.recipe import ModelSettings
 
 # ResNets of the paper that torchvision has the blocks for, but no name: blocks of each stage, groups, width of a group.
 _COMPOSED = {

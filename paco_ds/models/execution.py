@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from paco_ds.config.recipe import EngineSettings
 from paco_ds.errors import RecipeError
 from paco_ds.models.recogniser import Recogniser
-from paco_ds.recipe import EngineSettings
 
 
 def prepare(model: Recogniser, settings: EngineSettings, stage: int) -> None:

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paco_ds.config.recipe import ModelSettings, Recipe
 from paco_ds.models.backbones import Backbone, make_backbone
 from paco_ds.models.experts import Experts
 from paco_ds.models.heads import CosineCenters, LinearCenters, Normalize, PerExpert, Projection, ScaledCenters
 from paco_ds.models.routing import Routers, ask_in_turn
-from paco_ds.recipe import ModelSettings, Recipe
 
 
 class Encoder(nn.Module):
@@ -108,7 +108,7 @@ class Recogniser(nn.Module):
         if keys:
             assert self.key_encoder is not None
             with torch.no_grad():
-                return beside_each_other(self.key_encoder(self.normalize(images))[1])
+                return concat_experts(self.key_encoder(self.normalize(images))[1])
         if self.routers is not None and not self.training:
             mean_logits, used = self._ask_in_turn(self.normalize(images))
             return mean_logits, None, used
@@ -132,12 +132,12 @@ class Recogniser(nn.Module):
         return ask_in_turn(experts, centers, self.routers, images)
 
 
-def beside_each_other(rows: Tensor) -> Tensor:
+def concat_experts(rows: Tensor) -> Tensor:
     """[E, B, D] of experts as [B, E D], an expert's beside the next one's; [B, D] as it is."""
     return rows if rows.ndim == 2 else rows.transpose(0, 1).flatten(1)
 
 
-def by_expert(rows: Tensor, experts: int | None) -> Tensor:
+def split_experts(rows: Tensor, experts: int | None) -> Tensor:
     """[B, E D] as [E, B, D] again; as it is without experts (None)."""
     return rows if experts is None else rows.unflatten(1, (experts, -1)).transpose(0, 1)
 

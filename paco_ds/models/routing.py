@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paco_ds.config.recipe import RoutersSettings
 from paco_ds.models.experts import Experts
 from paco_ds.models.heads import PerExpert
-from paco_ds.recipe import RoutersSettings
 
 
 class Routers(nn.Module):

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 import cv2
 import torch
 
+from paco_ds.config.recipe import Recipe
 from paco_ds.data.manifest import Manifest
 from paco_ds.data.shard import BadSample, ShardReader
 from paco_ds.data.stream.views import MakeViews, make_view
-from paco_ds.engine import read_deepspeed_config
 from paco_ds.errors import DataError, UserError
 from paco_ds.models.execution import prepare
-from paco_ds.models.initial_weights import freeze
 from paco_ds.models.recogniser import make_recogniser
-from paco_ds.randomness import Stream, generator, permutation
-from paco_ds.recipe import Recipe
+from paco_ds.randomness import DrawPurpose, generator, permutation
+from paco_ds.training.engine import read_deepspeed_config
+from paco_ds.training.initial_weights import freeze
 
 HEADROOM = 1.25  # images take turns: a worker that meets large ones must not keep its GPU waiting
 
@@ -99,12 +99,12 @@ def measure_loading(recipe: Recipe, manifest: Manifest, seconds: float = 3.0) ->
     torch.set_num_threads(1)
     try:
         with ShardReader(manifest.storage, manifest.split(recipe.data.train_split)) as reader:
-            order = permutation(len(reader), Stream.WINDOW, recipe.seed)
+            order = permutation(len(reader), DrawPurpose.WINDOW, recipe.seed)
             made = 0
 
             def load(position: int) -> None:
                 nonlocal made
-                rngs = (generator(s, recipe.seed, 0, position) for s in (Stream.QUERY_VIEW, Stream.KEY_VIEW))
+                rngs = (generator(s, recipe.seed, 0, position) for s in (DrawPurpose.QUERY_VIEW, DrawPurpose.KEY_VIEW))
                 try:
                     make_views(reader.read(int(order[position % len(order)])), *list(rngs)[: len(kinds)])
                     made += 1

@@ -22,10 +22,10 @@ from typing import Any, Literal
 
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from paco_ds.distributed import MicroBatchLayout
+from paco_ds.config.recipe import Recipe
+from paco_ds.distributed.ranks import MicroBatchLayout
 from paco_ds.planning.trace import StepTrace
-from paco_ds.recipe import Recipe
-from paco_ds.shared_memory import resident_bytes
+from paco_ds.training.shared_memory import resident_bytes
 
 FLOAT = 4
 Device = Literal["cuda", "cpu"]

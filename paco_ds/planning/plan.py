@@ -6,17 +6,17 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from paco_ds.config.recipe import Recipe
 from paco_ds.data.manifest import Manifest, load_manifest
 from paco_ds.data.storage import open_storage
 from paco_ds.data.stream.order import EpochOrder
 from paco_ds.data.stream.plan import held_bytes, micro_batches_ahead, shards_at_once
-from paco_ds.distributed import MicroBatchLayout
-from paco_ds.engine import read_deepspeed_config
+from paco_ds.distributed.ranks import MicroBatchLayout
 from paco_ds.errors import DataError, RecipeError, UserError
 from paco_ds.planning.memory import Device, Memory, offloads, plan_memory, zero_settings
 from paco_ds.planning.trace import StepTrace, trace_step
 from paco_ds.planning.traffic import Traffic, plan_traffic
-from paco_ds.recipe import Recipe
+from paco_ds.training.engine import read_deepspeed_config
 
 STAGES = (0, 1, 2, 3)
 SMALL_BUCKET = 20_000_000  # elements; DeepSpeed's default of 5e8 is 2 GB of float32
@@ -177,7 +177,7 @@ def judge(total: int, gpu_memory: int, device: Device = "cuda") -> str:
 
 
 def _shards_per_rank(data: Data, layout: MicroBatchLayout, steps: int) -> int | None:
-    """At most this many shards are read by a rank in an epoch: each micro-batch's lanes are one stretch of ids."""
+    """At most this many shards are read by a rank in an epoch: each micro-batch's slots are one stretch of ids."""
     if not data.built:
         return None
     in_shard = data.images / len(data.shards)

@@ -106,9 +106,9 @@ def _reading_ahead(plan: Plan) -> str:
     ready = f"{format_bytes(plan.ready_bytes)} of images made ahead"
     if plan.window_bytes is None:
         return f"{ready}; windows: known when shards are built"
-    lanes = plan.layout.accumulation * plan.layout.micro_batch
+    slots = plan.layout.accumulation * plan.layout.micro_batch
     return (
-        f"at most {format_bytes(plan.window_bytes)} of host memory a rank, whatever its workers: {lanes} lanes x "
+        f"at most {format_bytes(plan.window_bytes)} of host memory a rank, whatever its workers: {slots} slots x "
         f"{plan.recipe.data.window} images and a few; {ready}"
     )
 

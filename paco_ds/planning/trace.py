@@ -16,14 +16,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from paco_ds.key_queue import QueueSnapshot
+from paco_ds.config.recipe import Recipe
+from paco_ds.contrast.key_queue import QueueSnapshot
 from paco_ds.losses import make_loss
 from paco_ds.losses.base import Loss
 from paco_ds.models.execution import prepare
-from paco_ds.models.initial_weights import freeze
-from paco_ds.models.recogniser import Recogniser, by_expert, make_recogniser
-from paco_ds.models.statistics import RunningStatistics
-from paco_ds.recipe import Recipe
+from paco_ds.models.recogniser import Recogniser, make_recogniser, split_experts
+from paco_ds.training.batch_norm import RunningStatistics
+from paco_ds.training.initial_weights import freeze
 
 _ANY = (0.5, 0.5, 0.5)  # mean and deviation change no shape
 
@@ -116,7 +116,7 @@ def _run(model: Recogniser, loss: Loss, recipe: Recipe, classes: int, autocast: 
                 logits, query, *prototypes = model(images, images) if one_encoder else model(images)
             in_model = live.saved
             if experts is not None and queue is not None:
-                keys, queue = None if keys is None else by_expert(keys, experts), queue.experts(experts)
+                keys, queue = None if keys is None else split_experts(keys, experts), queue.experts(experts)
             output = loss(labels.repeat(logits.shape[-2] // m), logits, query, keys, queue, *prototypes).loss
             found |= {"saved": live.saved, "logits": live.saved - in_model}
         del logits, query

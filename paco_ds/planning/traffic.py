@@ -1,7 +1,7 @@
 """Bytes that a rank sends to others in an optimizer step, by collective.
 
 Those of paco_ds are counted as `Ranks` counts them, to the byte; without ZeRO gradients are among them (see
-`paco_ds.gradients`). Those of DeepSpeed follow from the stage; a ring is assumed, as there: all_reduce sends 2 (W-1)/W
+`paco_ds.training.gradients`). Those of DeepSpeed follow from the stage; a ring is assumed: all_reduce sends 2 (W-1)/W
 of the tensor, reduce_scatter and all_gather (W-1)/W.
 """
 
@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from paco_ds.distributed import MicroBatchLayout
-from paco_ds.key_exchange import key_exchange
+from paco_ds.config.recipe import Recipe
+from paco_ds.contrast.key_exchange import key_exchange
+from paco_ds.distributed.ranks import MicroBatchLayout
 from paco_ds.planning.trace import StepTrace
-from paco_ds.randomness import Stream, permutation
-from paco_ds.recipe import Recipe
-from paco_ds.step import _Totals
+from paco_ds.randomness import DrawPurpose, permutation
+from paco_ds.training.step import _Totals
 
 FLOAT = 4
 
@@ -55,8 +55,8 @@ def _own(recipe: Recipe, trace: StepTrace, layout: MicroBatchLayout, step: int, 
     rows = []
     if recipe.loss.contrast:
         if recipe.key_encoder is not None and recipe.key_encoder.batch_norm == "shuffle":
-            lanes = permutation(layout.global_batch, Stream.KEY_GROUPS, recipe.seed, step)
-            exchange = key_exchange(lanes.reshape(layout.micro_batches, m), layout)
+            slots = permutation(layout.global_batch, DrawPurpose.KEY_GROUPS, recipe.seed, step)
+            exchange = key_exchange(slots.reshape(layout.micro_batches, m), layout)
             leaving = int(np.sum(exchange.send)) - exchange.send[layout.rank]
             image = 3 * recipe.views.query.size**2
             rows.append(Traffic("key images", "all_to_all", leaving * image, "paco_ds"))

@@ -64,7 +64,7 @@ Values = np.ndarray
 
 @styled
 def loss_chart(x: Values, loss: Values, skipped: Values, x_label: str) -> Figure:
-    """Training loss: mean and range of neighbouring steps; refused updates as marks at the foot."""
+    """Training loss: mean and range of neighbouring steps; skipped steps as marks at the foot."""
     figure, (axes,) = _panels(HALF, 2.9)
     _curve(axes, x, loss, INK, band=True)
     if skipped.any():

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from paco_ds.config.recipe import Recipe
 from paco_ds.data.manifest import Manifest
 from paco_ds.data.shard import BadSample, ShardReader
 from paco_ds.data.stream.decode import decode
 from paco_ds.data.stream.views import MakeViews, Pixels, make_view
 from paco_ds.errors import DataError
-from paco_ds.randomness import Stream, generator, permutation
-from paco_ds.recipe import Recipe
+from paco_ds.randomness import DrawPurpose, generator, permutation
 
 DRAWS = 3  # of each view
 _INCHES = 1.5
@@ -30,7 +30,7 @@ def draw_view_sheet(recipe: Recipe, manifest: Manifest, path: Path, images: int 
     rows: list[tuple[str, list[Pixels]]] = []
     bad: list[str] = []
     with ShardReader(manifest.storage, manifest.split(recipe.data.train_split)) as reader:
-        for sample_id in permutation(len(reader), Stream.WINDOW, recipe.seed):
+        for sample_id in permutation(len(reader), DrawPurpose.WINDOW, recipe.seed):
             try:
                 rows.append(_row(recipe, manifest, reader, int(sample_id)))
             except BadSample as sample:
@@ -49,7 +49,7 @@ _MOST_BAD = 100
 def _row(recipe: Recipe, manifest: Manifest, reader: ShardReader, sample_id: int) -> tuple[str, list[Pixels]]:
     sample = reader.read(sample_id)
     make_views = MakeViews((make_view(recipe.views.query), make_view(recipe.views.key)), recipe.data.max_pixels)
-    streams = (Stream.QUERY_VIEW, Stream.KEY_VIEW)
+    streams = (DrawPurpose.QUERY_VIEW, DrawPurpose.KEY_VIEW)
     pairs = [
         make_views(sample, *(generator(stream, recipe.seed, epoch, sample_id) for stream in streams))
         for epoch in range(DRAWS)

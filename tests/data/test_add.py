@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from paco_ds.data.build import add as add_module
-from paco_ds.data.build.add import add_images
-from paco_ds.data.build.check import check_shards
-from paco_ds.data.build.command import main
-from paco_ds.data.build.plan import BuildOptions
-from paco_ds.data.build.shards import build_shards
 from paco_ds.data.card import changed, folder_card
 from paco_ds.data.manifest import Manifest, load_manifest
+from paco_ds.data.pack import add as add_module
+from paco_ds.data.pack.add import add_images
+from paco_ds.data.pack.check import check_shards
+from paco_ds.data.pack.command import main
+from paco_ds.data.pack.plan import BuildOptions
+from paco_ds.data.pack.shards import build_shards
 from paco_ds.data.shard import ShardReader
 from paco_ds.errors import DataError
 from tests.data.tiny import encoded
@@ -95,7 +95,7 @@ def test_stopped_add_goes_on(first: Manifest, tmp_path: Path, monkeypatch: pytes
     def stop(*_: object) -> None:
         raise Stop
 
-    for place in (add_module, "paco_ds.data.build.shards"):
+    for place in (add_module, "paco_ds.data.pack.shards"):
         name = "_merged" if place is add_module else "clear_state"
         monkeypatch.setattr(f"{place if isinstance(place, str) else place.__name__}.{name}", stop)
         with pytest.raises(Stop):

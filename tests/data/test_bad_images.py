@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from paco_ds.data.build import image_bytes
-from paco_ds.data.build.check import check_shards
-from paco_ds.data.build.command import main
-from paco_ds.data.build.image_bytes import BadImage, ending_of, resized, verify
-from paco_ds.data.build.plan import BuildOptions
-from paco_ds.data.build.shards import build_shards
 from paco_ds.data.card import Card, changed, folder_card
 from paco_ds.data.manifest import Manifest
+from paco_ds.data.pack import image_bytes
+from paco_ds.data.pack.check import check_shards
+from paco_ds.data.pack.command import main
+from paco_ds.data.pack.image_bytes import BadImage, ending_of, resized, verify
+from paco_ds.data.pack.plan import BuildOptions
+from paco_ds.data.pack.shards import build_shards
 from paco_ds.data.shard import RawSample, ShardReader
 from paco_ds.errors import DataError
 from tests.data.tiny import encoded

@@ -5,15 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from paco_ds.data.build import write as write_module
-from paco_ds.data.build.check import check_shards
-from paco_ds.data.build.command import main
-from paco_ds.data.build.plan import BuildOptions
-from paco_ds.data.build.samples import SamplesBuilder
-from paco_ds.data.build.shards import build_shards
-from paco_ds.data.build.write import plan_shards
 from paco_ds.data.card import load_card
 from paco_ds.data.manifest import Manifest, sample_key
+from paco_ds.data.pack import write as write_module
+from paco_ds.data.pack.check import check_shards
+from paco_ds.data.pack.command import main
+from paco_ds.data.pack.plan import BuildOptions
+from paco_ds.data.pack.samples import SamplesBuilder
+from paco_ds.data.pack.shards import build_shards
+from paco_ds.data.pack.write import plan_shards
 from paco_ds.errors import DataError
 from tests.data.tiny import encoded, flip_byte
 

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from paco_ds.data.build import shards as build_module
-from paco_ds.data.build.command import main
-from paco_ds.data.build.plan import BuildOptions
-from paco_ds.data.build.ranks import Rank, rank_of_environment
-from paco_ds.data.build.shards import build_shards, build_share
-from paco_ds.data.build.write import Written, write_shard
 from paco_ds.data.card import folder_card, load_card
 from paco_ds.data.manifest import Manifest, load_manifest
+from paco_ds.data.pack import shards as build_module
+from paco_ds.data.pack.command import main
+from paco_ds.data.pack.plan import BuildOptions
+from paco_ds.data.pack.ranks import Rank, rank_of_environment
+from paco_ds.data.pack.shards import build_shards, build_share
+from paco_ds.data.pack.write import Written, write_shard
 from paco_ds.errors import DataError
 from tests.data.tiny import encoded, flip_byte
 
@@ -227,7 +227,7 @@ def test_full_disk_is_said_and_leaves_nothing_half_written(tiny_card: Path, tmp_
     script = (
         "import resource, sys\n"
         "from pathlib import Path\n"
-        "from paco_ds.data.build.command import main\n"
+        "from paco_ds.data.pack.command import main\n"
         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (15000, 15000))\n"
         "sys.exit(main(sys.argv[1:]))\n"
@@ -257,7 +257,7 @@ def test_disk_that_fills_up_is_named(tiny_card: Path, tmp_path: Path, monkeypatc
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("paco_ds.data.build.tar.os.write", full)
+    monkeypatch.setattr("paco_ds.data.pack.tar.os.write", full)
     with pytest.raises(DataError, match=r"train-00000.tar cannot be written: No space left on device"):
         build_shards(load_card(tiny_card), images_of(tiny_card), tmp_path / "out", SMALL)
 

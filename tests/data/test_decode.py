@@ -10,9 +10,9 @@ import pytest
 import simplejpeg
 from PIL import Image
 
+from paco_ds.config.recipe import DataSettings
 from paco_ds.data.shard import BadSample, RawSample
 from paco_ds.data.stream.decode import decode, open_image
-from paco_ds.recipe import DataSettings
 from tests.data.mutated_images import KINDS, mutations, whole_image
 
 LIMIT = DataSettings(shards="unused").max_pixels

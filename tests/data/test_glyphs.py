@@ -11,8 +11,8 @@ import matplotlib
 import numpy as np
 import pytest
 
-from paco_ds.data.build.shards import build_shards
 from paco_ds.data.card import load_card
+from paco_ds.data.pack.shards import build_shards
 
 ROOT = Path(__file__).parents[2]
 FAMILIES = ("DejaVuSansMono", "DejaVuSans-", "DejaVuSerif", "STIXGeneral")

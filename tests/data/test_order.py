@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from paco_ds.data.stream.order import EpochOrder
-from paco_ds.distributed import MicroBatchLayout
+from paco_ds.distributed.ranks import MicroBatchLayout
 from paco_ds.errors import RecipeError
 
 COUNTS = [13, 40, 7, 55, 29]
@@ -34,7 +34,7 @@ def test_ranks_share_the_same_global_batches(world_size):
         layout = MicroBatchLayout(2, 12, rank, world_size)
         for step in range(order.steps):
             for j in layout.own:
-                np.testing.assert_array_equal(order.batch(step, layout.lanes(j)), reference[step, j])
+                np.testing.assert_array_equal(order.batch(step, layout.slots(j)), reference[step, j])
 
 
 def test_the_order_is_a_function_of_seed_and_epoch():
@@ -57,7 +57,7 @@ def test_one_shard_sorted_by_class_shows_every_id_within_ten_epochs():
 
 
 def test_a_build_sorted_by_class_still_mixes_classes_in_a_batch():
-    """Lanes lie far apart, so a batch of 64 holds nearly as many classes as a true permutation gives."""
+    """Slots lie far apart, so a batch of 64 holds nearly as many classes as a true permutation gives."""
     labels = np.sort(np.random.default_rng(0).integers(0, 500, 10_000))
     batches = whole_epoch(EpochOrder([10_000], 64, seed=0, epoch=0), 64)
     permuted = np.random.default_rng(1).permutation(10_000)[: batches.size].reshape(batches.shape)
@@ -68,14 +68,14 @@ def test_a_build_sorted_by_class_still_mixes_classes_in_a_batch():
 def test_a_window_is_one_contiguous_stretch_of_ids():
     """Unless a shard ends in it, a window's ids are consecutive: one range read."""
     order = EpochOrder([1000], 8, seed=5, epoch=0, window=10)
-    for lane in range(8):
-        ids = np.sort(order.window_ids(2, [lane])[0])
+    for slot in range(8):
+        ids = np.sort(order.window_ids(2, [slot])[0])
         assert len(ids) == 10
         assert ids[-1] - ids[0] == 9 or 0 in ids  # 0: the line was rotated inside this window
 
 
 def test_any_position_costs_the_same_at_fourteen_million_samples():
-    """Ten thousand shards and G = 32,768: a far step of a few lanes needs no walk through the epoch."""
+    """Ten thousand shards and G = 32,768: a far step of a few slots needs no walk through the epoch."""
     order = EpochOrder([1400] * 10_000, 32_768, seed=1, epoch=3)
     ids = order.batch(order.steps - 1, range(0, 32_768, 4096))
     assert len(np.unique(ids)) == 8

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from paco_ds.data.build.samples import Samples, SamplesBuilder
-from paco_ds.data.build.selection import long_tailed_counts, make_long_tailed, split_validation
 from paco_ds.data.card import Imbalance
+from paco_ds.data.pack.samples import Samples, SamplesBuilder
+from paco_ds.data.pack.selection import long_tailed_counts, make_long_tailed, split_validation
 
 
 def samples(counts: list[int], groups: list[int] | None = None) -> Samples:

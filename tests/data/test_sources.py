@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from paco_ds.data.build.image_bytes import BadImage
-from paco_ds.data.build.sources import Source, read_idx, read_source
 from paco_ds.data.card import FolderCard, FolderSplit, INaturalistCard, INaturalistSplit, load_card
+from paco_ds.data.pack.image_bytes import BadImage
+from paco_ds.data.pack.sources import Source, read_idx, read_source
 from paco_ds.errors import DataError
 from tests.data.tiny import TINY_CARD, write_idx
 

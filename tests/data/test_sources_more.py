@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import webdataset as wds
 
-from paco_ds.data.build.card_of_options import card_of_options
-from paco_ds.data.build.plan import BuildOptions
-from paco_ds.data.build.shards import build_shards
-from paco_ds.data.build.sources import Source, read_source
 from paco_ds.data.card import Card, changed, folder_card, make_card
 from paco_ds.data.manifest import Manifest
+from paco_ds.data.pack.card_of_options import card_of_options
+from paco_ds.data.pack.plan import BuildOptions
+from paco_ds.data.pack.shards import build_shards
+from paco_ds.data.pack.sources import Source, read_source
 from paco_ds.data.shard import ShardReader
 from paco_ds.errors import DataError
 from tests.data.tiny import encoded, flip_byte

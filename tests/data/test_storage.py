@@ -10,16 +10,16 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from paco_ds.config.load import load_recipe
+from paco_ds.config.recipe import StorageSettings
 from paco_ds.data import storage as storage_module
 from paco_ds.data.cache import FileCache
 from paco_ds.data.manifest import Manifest, load_manifest, open_data
 from paco_ds.data.shard import BadSample, ShardReader, check_shard
 from paco_ds.data.storage import MissingFile, Storage
 from paco_ds.data.stream.batches import TrainingStream
-from paco_ds.distributed import MicroBatchLayout
+from paco_ds.distributed.ranks import MicroBatchLayout
 from paco_ds.errors import DataError
-from paco_ds.recipe import StorageSettings
-from paco_ds.recipe_file import load_recipe
 from tests.data.s3 import BUCKET, Proxy, s3_server
 from tests.recipes import tiny_recipe, write_tiny_recipe
 

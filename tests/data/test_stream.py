@@ -10,7 +10,7 @@ from paco_ds.data.manifest import load_manifest
 from paco_ds.data.shard import ShardReader
 from paco_ds.data.stream.batches import TrainingStream, evaluation_stream
 from paco_ds.data.stream.order import EpochOrder
-from paco_ds.distributed import MicroBatchLayout
+from paco_ds.distributed.ranks import MicroBatchLayout
 from paco_ds.errors import DataError
 from tests.data.tiny import flip_byte
 from tests.recipes import tiny_recipe

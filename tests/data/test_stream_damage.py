@@ -12,13 +12,13 @@ import fsspec
 import numpy as np
 import pytest
 
+from paco_ds.config.recipe import StorageSettings
 from paco_ds.data.manifest import Manifest, load_manifest, open_data
 from paco_ds.data.shard import BadSample, ShardReader, load_index
 from paco_ds.data.storage import Storage
 from paco_ds.data.stream.batches import TrainingStream
-from paco_ds.distributed import MicroBatchLayout
+from paco_ds.distributed.ranks import MicroBatchLayout
 from paco_ds.errors import DataError, RecipeError
-from paco_ds.recipe import StorageSettings
 from tests.data.mutations import fuzz
 from tests.data.tiny import flip_byte
 from tests.recipes import tiny_recipe

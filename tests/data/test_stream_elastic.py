@@ -17,7 +17,7 @@ from paco_ds.data.shard import Stored
 from paco_ds.data.stream.plan import Planned, TrainingPlan, held_bytes
 from paco_ds.data.stream.read_ahead import TrainingSamples
 from paco_ds.data.stream.sampler import ClassSampler
-from paco_ds.distributed import MicroBatchLayout
+from paco_ds.distributed.ranks import MicroBatchLayout
 
 SAMPLERS = ("instance_balanced", "square_root", "class_balanced", "progressively_balanced")
 M = 24
@@ -81,7 +81,7 @@ def batches(
         plan = plan_of(counts, layout, sampler, window, start)
         last = plan.total_steps if steps is None else min(start + steps, plan.total_steps)
         shares = [TrainingSamples(plan, Reader(sum(counts))).share(n, workers) for n in range(workers)]
-        sizes = [[len(lanes) for lanes in plan.lanes_of(n, workers)] for n in range(workers)]
+        sizes = [[len(slots) for slots in plan.lanes_of(n, workers)] for n in range(workers)]
         for step in range(start, last):
             for slot, j in enumerate(layout.own):
                 taken = [next(share) for n, share in enumerate(shares) for _ in range(sizes[n][slot])]
@@ -156,7 +156,7 @@ def test_the_comparison_above_can_fail():
 
 @pytest.mark.parametrize("workers", [1, 3, 8])
 def test_loader_processes_together_read_each_window_once(workers):
-    """However many they are, no sample of a lane is read by two of them."""
+    """However many they are, no sample of a slot is read by two of them."""
     layout = MicroBatchLayout(8, 2, 0, 2)
     plan = plan_of([500, 300], layout, "instance_balanced", 16)
     reader = Reader(800)
@@ -166,7 +166,7 @@ def test_loader_processes_together_read_each_window_once(workers):
 
 
 def test_about_one_window_of_each_lane_is_held():
-    """What a loader process holds: at most lanes x (window + the steps ahead) samples, and not much less on average."""
+    """What a loader process holds: at most slots x (window + the steps ahead) samples, and not much less on average."""
     layout = MicroBatchLayout(16, 1, 0, 1)
     plan = plan_of([6400], layout, "instance_balanced", 64)
     reader = Reader(6400)
@@ -179,7 +179,7 @@ def test_about_one_window_of_each_lane_is_held():
 
 
 def test_a_window_is_asked_for_before_it_is_needed():
-    """No lane's next window is left to the step that needs it."""
+    """No slot's next window is left to the step that needs it."""
     layout = MicroBatchLayout(16, 1, 0, 1)
     plan = plan_of([6400], layout, "instance_balanced", 64)
     reader = Reader(6400)

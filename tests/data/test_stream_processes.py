@@ -19,7 +19,7 @@ import os, signal, sys
 import psutil
 from paco_ds.data.manifest import load_manifest
 from paco_ds.data.stream.batches import TrainingStream
-from paco_ds.distributed import MicroBatchLayout
+from paco_ds.distributed.ranks import MicroBatchLayout
 from tests.recipes import tiny_recipe
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from paco_ds.data import shard as shard_module
 from paco_ds.data.manifest import Manifest, load_manifest
 from paco_ds.data.stream.batches import TrainingStream
 from paco_ds.data.stream.plan import TrainingPlan
-from paco_ds.distributed import MicroBatchLayout
+from paco_ds.distributed.ranks import MicroBatchLayout
 from tests.recipes import tiny_recipe
 
 
@@ -46,13 +46,13 @@ def many_shards(source: Manifest, directory: Path, copies: int) -> Manifest:
 
 @pytest.mark.parametrize(("G", "start"), [(128, 0), (128, 9_000_000), (32_768, 0), (32_768, 38_000)])
 def test_fourteen_million_samples_are_planned_from_any_step_in_little_memory(G: int, start: int) -> None:
-    """Ten thousand shards: a rank's first windows cost memory of its own lanes and of the list of shards."""
+    """Ten thousand shards: a rank's first windows cost memory of its own slots and of the list of shards."""
     layout = MicroBatchLayout(32, G // 32, G // 32 - 1, G // 32)
     counts = (1400,) * 10_000
     tracemalloc.start()
     plan = TrainingPlan(counts, layout, seed=1, window=64, start=start, epochs=90)
-    lanes = [lane for of_slot in plan.lanes_of(0, 1) for lane in of_slot]
-    window = next(plan.windows(lanes))
+    slots = [slot for of_slot in plan.lanes_of(0, 1) for slot in of_slot]
+    window = next(plan.windows(slots))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert window.ids.shape[0] == 32
@@ -64,7 +64,7 @@ def test_fourteen_million_samples_are_planned_from_any_step_in_little_memory(G: 
 def test_the_first_batch_opens_only_the_shards_of_its_lanes(
     tiny_shards: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: int
 ) -> None:
-    """Of 1,500 shards, one or two for each lane; whatever step a run goes on from."""
+    """Of 1,500 shards, one or two for each slot; whatever step a run goes on from."""
     manifest = many_shards(tiny_shards, tmp_path / "many", 1500)
     loaded: list[str] = []
     load_index = shard_module.load_index

@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from paco_ds.data.build import suggest as suggest_module
-from paco_ds.data.build.command import main
-from paco_ds.data.build.selection import long_tailed_counts
-from paco_ds.data.build.suggest import histogram, suggest
+from paco_ds.config.load import load_recipe
 from paco_ds.data.card import Imbalance, load_card
 from paco_ds.data.manifest import Manifest, Shard, Split
-from paco_ds.recipe_file import load_recipe
+from paco_ds.data.pack import suggest as suggest_module
+from paco_ds.data.pack.command import main
+from paco_ds.data.pack.selection import long_tailed_counts
+from paco_ds.data.pack.suggest import histogram, suggest
 
 
 def manifest_of(counts: Any) -> Manifest:

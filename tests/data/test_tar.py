@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from webdataset.writer import TarWriter
 
-from paco_ds.data.build.check import check_shards
-from paco_ds.data.build.tar import OWNER, SampleTar, header
 from paco_ds.data.manifest import Manifest
+from paco_ds.data.pack.check import check_shards
+from paco_ds.data.pack.tar import OWNER, SampleTar, header
 from paco_ds.data.shard import ShardReader, index_shard
 from tests.data.tiny import encoded
 
@@ -68,7 +68,7 @@ def test_short_writes_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     import os
 
     whole = os.write
-    monkeypatch.setattr("paco_ds.data.build.tar.os.write", lambda fd, piece: whole(fd, piece[:1000]))
+    monkeypatch.setattr("paco_ds.data.pack.tar.os.write", lambda fd, piece: whole(fd, piece[:1000]))
     with open(tmp_path / "short.tar", "wb") as file:
         tar = SampleTar(file)
         tar.add("k-0", "jpg", encoded(side=40), b"{}", 0)

@@ -7,14 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from paco_ds.data.shard import RawSample
-from paco_ds.data.stream.decode import EncodedImage, open_image
-from paco_ds.data.stream.views import Drawn, MakeViews, make_view, pair
-from paco_ds.data.stream.views.crop import Box, resampled
-from paco_ds.data.stream.views.cutout import Cutout
-from paco_ds.data.stream.views.geometry import Interpolation, TranslateX, TranslateY
-from paco_ds.data.stream.views.point import AutoContrast, Equalize
-from paco_ds.view_settings import (
+from paco_ds.config.views import (
     ChainView,
     CifarKeyView,
     CifarView,
@@ -27,6 +20,13 @@ from paco_ds.view_settings import (
     SimView,
     SmallView,
 )
+from paco_ds.data.shard import RawSample
+from paco_ds.data.stream.decode import EncodedImage, open_image
+from paco_ds.data.stream.views import Drawn, MakeViews, make_view, pair
+from paco_ds.data.stream.views.crop import Box, resampled
+from paco_ds.data.stream.views.cutout import Cutout
+from paco_ds.data.stream.views.geometry import Interpolation, TranslateX, TranslateY
+from paco_ds.data.stream.views.point import AutoContrast, Equalize
 
 PLAIN = SmallView(size=28, zoom=(1, 1), shift=0, flip=0, cutout=0)
 IMAGE = np.random.default_rng(0).integers(0, 256, (28, 28, 3), dtype=np.uint8)

@@ -13,9 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools" / "bench"))
 
 import views
 
+from paco_ds.config.load import load_recipe
 from paco_ds.data.stream.decode import decode
 from paco_ds.data.stream.views import MakeViews, make_view
-from paco_ds.recipe_file import load_recipe
 
 
 def test_both_sides_make_alike_views_of_the_same_photographs():

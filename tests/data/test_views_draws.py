@@ -13,16 +13,7 @@ from scipy import stats
 from timm.data.auto_augment import rand_augment_transform
 from torchvision import transforms
 
-from paco_ds.data.stream.views import make_view
-from paco_ds.data.stream.views.autoaugment import CIFAR10_POLICY, draw_cifar10_policy, operation_of
-from paco_ds.data.stream.views.blur import Blur, Sharpness
-from paco_ds.data.stream.views.color import Brightness, Contrast, Gray, Hue, Saturation, draw_jitter
-from paco_ds.data.stream.views.crop import resized_crop
-from paco_ds.data.stream.views.cutout import Cutout
-from paco_ds.data.stream.views.geometry import Flip, Interpolation, Rotate, ShearX, ShearY, TranslateX, TranslateY
-from paco_ds.data.stream.views.point import AutoContrast, Equalize, Invert, Posterize, Solarize, SolarizeAdd
-from paco_ds.data.stream.views.randaugment import draw_randaugment
-from paco_ds.view_settings import (
+from paco_ds.config.views import (
     CifarKeyView,
     CifarView,
     MocoV2View,
@@ -33,6 +24,15 @@ from paco_ds.view_settings import (
     Sim02View,
     SimView,
 )
+from paco_ds.data.stream.views import make_view
+from paco_ds.data.stream.views.autoaugment import CIFAR10_POLICY, draw_cifar10_policy, operation_of
+from paco_ds.data.stream.views.blur import Blur, Sharpness
+from paco_ds.data.stream.views.color import Brightness, Contrast, Gray, Hue, Saturation, draw_jitter
+from paco_ds.data.stream.views.crop import resized_crop
+from paco_ds.data.stream.views.cutout import Cutout
+from paco_ds.data.stream.views.geometry import Flip, Interpolation, Rotate, ShearX, ShearY, TranslateX, TranslateY
+from paco_ds.data.stream.views.point import AutoContrast, Equalize, Invert, Posterize, Solarize, SolarizeAdd
+from paco_ds.data.stream.views.randaugment import draw_randaugment
 
 DRAWS, ALPHA = 10_000, 1e-3
 JITTER = (Brightness, Contrast, Saturation, Hue)

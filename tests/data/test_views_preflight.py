@@ -8,7 +8,7 @@ import torch
 
 from paco_ds.data.manifest import load_manifest
 from paco_ds.planning.loading import measure_loading, measure_step, plan_loading
-from paco_ds.preflight import main
+from paco_ds.planning.preflight import main
 from tests.recipes import write_tiny_recipe
 
 
@@ -62,7 +62,7 @@ def test_too_few_cores_or_workers_are_said_with_the_remedy(monkeypatch):
 
 def test_both_rates_are_measured_on_real_work(recipe_file, striped_shards):
     """Reading, decoding and views of the shards; keys, queries and backward of the model; threads are put back."""
-    from paco_ds.recipe_file import load_recipe
+    from paco_ds.config.load import load_recipe
 
     recipe, threads = load_recipe(recipe_file), torch.get_num_threads()
     assert measure_loading(recipe, load_manifest(striped_shards), seconds=0.02) > 10

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from paco_ds.config.load import load_recipe
 from paco_ds.errors import RecipeError
-from paco_ds.recipe_file import load_recipe
 
 RECIPES = Path(__file__).resolve().parents[2] / "ds_configs" / "recipes"
 
@@ -74,7 +74,7 @@ def test_a_strength_may_be_set_in_any_view():
 def test_defaults_are_written_as_meanings_are():
     """A checkpoint older than a setting is compared with the default: pairs are lists on both sides."""
     recipe = load_recipe(RECIPES / "imagenet_lt_resnet50.yaml")
-    meaning = recipe.meaning()
+    meaning = recipe.resume_identity()
     for key in ("views.key.ratio", "views.key.blur_sigma", "views.query.randaugment.fill", "data.max_pixels"):
         assert recipe.default(key) == meaning[key]
 

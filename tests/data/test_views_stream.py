@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from paco_ds.data.build.command import main
 from paco_ds.data.manifest import load_manifest
+from paco_ds.data.pack.command import main
 from paco_ds.data.stream.batches import TrainingStream
-from paco_ds.distributed import MicroBatchLayout
+from paco_ds.distributed.ranks import MicroBatchLayout
 from tests.recipes import tiny_recipe
 
 VIEWS = (

@@ -5,8 +5,8 @@ import os
 import pytest
 from rich.console import Console
 
-from paco_ds.data.build.progress import ShardProgress
-from paco_ds.data.build.workers import Report, Workers
+from paco_ds.data.pack.progress import ShardProgress
+from paco_ds.data.pack.workers import Report, Workers
 from paco_ds.errors import DataError
 
 

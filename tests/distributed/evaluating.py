@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from paco_ds.checkpoint import newest_checkpoint
+from paco_ds.config.load import load_recipe
+from paco_ds.config.recipe import Recipe
 from paco_ds.data.manifest import Manifest, open_data
-from paco_ds.distributed import Ranks
+from paco_ds.distributed.ranks import Ranks
 from paco_ds.evaluation.results import write_results
 from paco_ds.evaluation.runner import Ensemble, evaluate, load_recogniser
 from paco_ds.evaluation.tau_normalization import choose_tau, tau_normalized
 from paco_ds.models.recogniser import Recogniser
-from paco_ds.recipe import Recipe
-from paco_ds.recipe_file import load_recipe
 
 
 def written(

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from paco_ds.distributed import ByteCounter, Ranks
-from paco_ds.key_encoder import key_momentum
-from paco_ds.zero import stage_of, whole_model
+from paco_ds.contrast.key_encoder import key_momentum
+from paco_ds.distributed.ranks import ByteCounter, Ranks
+from paco_ds.distributed.zero import stage_of, whole_model
 from tests.distributed.runs import FAULTS, TOTAL_STEPS, deepspeed_config, made_micro_batch, make_step
 from tests.recipes import tiny_recipe
 
@@ -41,7 +41,7 @@ def moving_average(
         for name in names:
             average[name] = momentum * average[name] + (1 - momentum) * weights[f"query_encoder.{name}"].double()
         result = step(number, [made_micro_batch(recipe, number, j) for j in step.layout.own], recipe.lr)
-        assert result.refused is None
+        assert result.skipped is None
     weights = dict(whole_model(step.engine))
     found = [(name, weights[f"key_encoder.{name}"]) for name in names]
     if stage_of(step.engine) == 3:

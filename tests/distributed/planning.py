@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from paco_ds.config.recipe import Recipe
 from paco_ds.data.stream.batches import MicroBatch
-from paco_ds.distributed import Ranks
-from paco_ds.recipe import Recipe
-from paco_ds.step import Step
+from paco_ds.distributed.ranks import Ranks
+from paco_ds.training.step import Step
 from tests.distributed.runs import deepspeed_config, made_micro_batch, make_step
 from tests.recipes import tiny_recipe
 

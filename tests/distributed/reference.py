@@ -1,6 +1,6 @@
 """What an optimizer step means, in plain torch on one process: every number of ranks must give this.
 
-Written apart from paco_ds.step: no DeepSpeed, no collectives, the loss as a loop over anchors. PaCo, GPaCo, and BCL
+Independent of paco_ds.training.step: no DeepSpeed, no collectives, the loss as a loop over anchors. PaCo, GPaCo, BCL
 with one encoder and no queue.
 """
 
@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paco_ds.config.recipe import Recipe
 from paco_ds.data.stream.batches import MicroBatch
 from paco_ds.models.recogniser import Recogniser, make_recogniser
-from paco_ds.randomness import Stream, permutation
-from paco_ds.recipe import Recipe
+from paco_ds.randomness import DrawPurpose, permutation
 from tests.distributed.runs import CLASS_COUNTS, NORMALIZATION, Outcome, made_micro_batch
 
 
@@ -93,11 +93,11 @@ def _follow(model: Recogniser, momentum: float) -> None:
 
 def _keys(model: Recogniser, recipe: Recipe, batches: list[MicroBatch], step: int) -> Tensor:
     views = torch.cat([b.key for b in batches])
-    lanes = np.arange(len(views))
+    slots = np.arange(len(views))
     if recipe.key_encoder.batch_norm == "shuffle":
-        lanes = permutation(len(lanes), Stream.KEY_GROUPS, recipe.seed, step)
+        slots = permutation(len(slots), DrawPurpose.KEY_GROUPS, recipe.seed, step)
     keys = torch.empty(len(views), recipe.model.key_dim)
-    for group in lanes.reshape(recipe.step.micro_batches, -1):
+    for group in slots.reshape(recipe.step.micro_batches, -1):
         keys[group] = model(views[group], keys=True)
     return keys
 

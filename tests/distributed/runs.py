@@ -9,21 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paco_ds import engine as ds
+from paco_ds.config.recipe import Recipe
+from paco_ds.contrast.key_encoder import make_key_encoder
+from paco_ds.contrast.key_queue import KeyQueue
 from paco_ds.data.stream.batches import MicroBatch
-from paco_ds.distributed import ByteCounter, MicroBatchLayout, Ranks
+from paco_ds.distributed.ranks import ByteCounter, MicroBatchLayout, Ranks
+from paco_ds.distributed.zero import set_momentum, whole_model, whole_momentum
 from paco_ds.errors import RecipeError, TrainingError
-from paco_ds.gradients import GradientMean
-from paco_ds.key_encoder import make_key_encoder
-from paco_ds.key_queue import KeyQueue
 from paco_ds.losses import make_loss
 from paco_ds.losses.base import LossOutput
-from paco_ds.mixup import Mixup
-from paco_ds.models.initial_weights import freeze
 from paco_ds.models.recogniser import make_recogniser
-from paco_ds.recipe import Recipe
-from paco_ds.step import Step, StepResult, prove_ranks_agree
-from paco_ds.zero import set_momentum, whole_model, whole_momentum
+from paco_ds.training import engine as ds
+from paco_ds.training.gradients import GradientMean
+from paco_ds.training.initial_weights import freeze
+from paco_ds.training.mixup import Mixup
+from paco_ds.training.step import Step, StepResult, check_replicas_equal
 from tests.recipes import tiny_recipe
 
 CLASS_COUNTS = (80, 40, 20, 8)
@@ -108,7 +108,7 @@ def outcome_of(step: Step, before: dict[str, Tensor], results: list[StepResult])
         after=_on_cpu(whole_model(step.engine)),
         momentum=_on_cpu(whole_momentum(step.engine)),
         queue=_on_cpu(step.queue.state_dict().items()) if step.queue else {},
-        refused=[r.refused for r in results],
+        skipped=[r.skipped for r in results],
         grad_norms=[r.grad_norm for r in results],
     )
 
@@ -144,7 +144,7 @@ def run_steps(
         results.append(step(number, batches, recipe.lr, arriving))
     ranks.on_bytes = ByteCounter()
     if fault not in EVERYWHERE:
-        prove_ranks_agree(step)
+        check_replicas_equal(step)
     outcome = outcome_of(step, before, results)
     outcome.bytes_sent = dict(counter.sent)
     step.engine.destroy()
@@ -172,13 +172,13 @@ def state_around_a_fault(
         result = step(number, batches, recipe.lr)
         if number:
             states.append(outcome_of(step, initial, [result]))
-    prove_ranks_agree(step)
+    check_replicas_equal(step)
     step.engine.destroy()
     return states[0], states[1], states[2]
 
 
 def message_after_a_flipped_bit(ranks: Ranks, what: str, rank: int) -> str:
-    """What `prove_ranks_agree` says when one bit of the queue, or of a running statistic, differs on a rank."""
+    """What `check_replicas_equal` says when one bit of the queue, or of a running statistic, differs on a rank."""
     step = make_step(ranks, tiny_recipe(), deepspeed_config(0, autocast=False))
     recipe = tiny_recipe()
     step(0, [made_micro_batch(recipe, 0, j) for j in step.layout.own], recipe.lr)
@@ -186,7 +186,7 @@ def message_after_a_flipped_bit(ranks: Ranks, what: str, rank: int) -> str:
         changed = step.queue.keys_KD if what == "queue" else step.statistics.buffers[2]
         changed.view(torch.int32).view(-1)[2] ^= 1
     try:
-        prove_ranks_agree(step)
+        check_replicas_equal(step)
     except TrainingError as error:
         return str(error)
     finally:
@@ -343,4 +343,4 @@ def stop_heard_in_a_refused_step(ranks: Ranks, fault: str, stage: int) -> tuple[
         FAULTS[fault](step, True)
     result = step(0, [made_micro_batch(recipe, 0, j) for j in step.layout.own], recipe.lr)
     step.engine.destroy()
-    return result.refused, result.stop
+    return result.skipped, result.stop

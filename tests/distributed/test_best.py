@@ -11,12 +11,12 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from paco_ds.checkpoint import Checkpoints, chosen_checkpoint, newest_checkpoint, read_checkpoint
+from paco_ds.config.load import load_recipe
 from paco_ds.data.manifest import open_data
 from paco_ds.data.stream.batches import evaluation_stream
 from paco_ds.evaluate import main as evaluate
 from paco_ds.evaluation.runner import load_recogniser
 from paco_ds.metrics.log import read
-from paco_ds.recipe_file import load_recipe
 from tests.recipes import write_tiny_recipe
 
 EVALUATE = Path(__file__).parents[2] / "paco_ds" / "evaluate.py"

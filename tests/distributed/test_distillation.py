@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from paco_ds.checkpoint import newest_checkpoint
+from paco_ds.config.load import load_recipe
 from paco_ds.data.manifest import open_data
 from paco_ds.errors import RecipeError
 from paco_ds.metrics.log import read
-from paco_ds.recipe_file import load_recipe
-from paco_ds.teacher import Teacher
+from paco_ds.training.teacher import Teacher
 from tests.pool import RankError
 from tests.recipes import write_tiny_recipe
 

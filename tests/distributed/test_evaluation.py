@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from paco_ds.data.build.command import main as build
+from paco_ds.data.pack.command import main as build
 from tests.recipes import write_tiny_recipe
 
 TRAIN_COUNTS, TEST_COUNTS = (120, 101, 60, 20, 19, 10, 5), (7, 4, 6, 5, 3, 9, 1)  # of all three shots, top-5 of 7

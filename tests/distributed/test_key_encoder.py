@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import pytest
 
-from paco_ds.randomness import Stream, permutation
+from paco_ds.randomness import DrawPurpose, permutation
 from tests.distributed.reference import plain_steps
 from tests.distributed.runs import Outcome
 from tests.distributed.test_step import FLOAT32, check
@@ -78,7 +78,7 @@ def test_an_offloaded_optimizer_takes_the_step_of_one_process(pool, stage, fault
     check(outcome, reference(*overrides), FLOAT32)
     arguments = {"stage": stage, "zero": OFFLOAD, "fault_rank": 1, "overrides": overrides}
     for before, after, later in pool(2).run("tests.distributed.runs:state_around_a_fault", fault=fault, **arguments):
-        assert (after.refused, later.refused) == ([fault], [None])
+        assert (after.skipped, later.skipped) == ([fault], [None])
         for name, value in {**before.after, **before.momentum}.items():
             changed = {**after.after, **after.momentum}[name]
             assert "key_encoder" in name or value.equal(changed), name
@@ -112,7 +112,7 @@ def test_one_encoder_changes_nothing_where_something_is_not_finite(pool, fault):
     """The guard of GPaCo: weights, momentum, queue and statistics stand, the next step goes on."""
     arguments = {"stage": 1, "fault": fault, "fault_rank": 1, "overrides": ONE_ENCODER}
     for before, after, later in pool(2).run("tests.distributed.runs:state_around_a_fault", **arguments):
-        assert (after.refused, later.refused) == ([fault], [None])
+        assert (after.skipped, later.skipped) == ([fault], [None])
         for kind in ("after", "momentum", "queue"):
             for name, value in getattr(before, kind).items():
                 assert value.equal(getattr(after, kind)[name]), name
@@ -128,7 +128,7 @@ def test_images_sent_a_step_ahead_change_no_bit_and_no_byte(pool, world_size, st
     arguments = {"stage": stage, "steps": 4, "fault": "keys", "overrides": overrides}
     ahead = pool(world_size).run(RUN_STEPS, ahead=True, **arguments)
     for outcome, expected in zip(ahead, pool(world_size).run(RUN_STEPS, **arguments), strict=True):
-        assert outcome.refused == [None, "keys", None, None]
+        assert outcome.skipped == [None, "keys", None, None]
         assert outcome.bytes_sent == expected.bytes_sent
         assert ("all_to_all" in outcome.bytes_sent) == (world_size > 1 and batch_norm == "shuffle")
         for kind in ("after", "momentum", "queue"):
@@ -151,7 +151,7 @@ def test_a_key_view_crosses_at_most_once_and_the_queue_needs_no_collective_of_it
     gather. As published, every rank would send all its images as float32 to every other."""
     recipe, number = tiny_recipe("step.micro_batches=4"), 5
     m, M, size, dim = recipe.step.micro_batch, 4, recipe.views.key.size, recipe.model.key_dim
-    groups = permutation(m * M, Stream.KEY_GROUPS, recipe.seed, number).reshape(M, m)
+    groups = permutation(m * M, DrawPurpose.KEY_GROUPS, recipe.seed, number).reshape(M, m)
     arguments = {"overrides": micro_batches(4)}
     ours = pool(world_size).run("tests.distributed.key_runs:key_bytes", number=number, **arguments)
     published = pool(world_size).run("tests.distributed.key_runs:published_key_bytes", **arguments)
@@ -159,9 +159,9 @@ def test_a_key_view_crosses_at_most_once_and_the_queue_needs_no_collective_of_it
     for rank, (sent, rival) in enumerate(zip(ours, published, strict=True)):
         leaving = sum(
             1
-            for group, lanes in enumerate(groups)
-            for lane in lanes
-            if lane // m % world_size == rank and group % world_size != rank
+            for group, slots in enumerate(groups)
+            for slot in slots
+            if slot // m % world_size == rank and group % world_size != rank
         )
         assert 0 < leaving <= own
         assert sent["all_to_all"] == leaving * 3 * size * size

@@ -63,7 +63,7 @@ def test_two_ranks_take_the_steps_of_one(outcome, method):
     """Losses to 1e-5 and updates to 1e-3, the two ranks at a ZeRO stage, the one without."""
     two = outcome(2, STAGES[method], *settings_of(method))
     check(two, outcome(1, 0, *settings_of(method)), FLOAT32)
-    assert two.refused == [None] * STEPS
+    assert two.skipped == [None] * STEPS
     assert all(value.isfinite().all() for value in two.after.values())
     assert (moved(two, "query_encoder") > 0) == (method != "routing")
     assert (moved(two, "centers") > 0) == (method not in ("supcon", "routing"))

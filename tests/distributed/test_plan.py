@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from paco_ds.distributed import MicroBatchLayout
+from paco_ds.distributed.ranks import MicroBatchLayout
 from paco_ds.planning.memory import Device, plan_memory, zero_settings
 from paco_ds.planning.trace import StepTrace, trace_step
 from paco_ds.planning.traffic import plan_traffic

@@ -53,7 +53,7 @@ def test_any_ranks_and_stage_take_the_step_of_one_process(pool, world_size, stag
     outcomes = pool(world_size).run("tests.distributed.runs:run_steps", stage=stage, steps=STEPS)
     for outcome in outcomes:
         check(outcome, reference(), FLOAT32)
-        assert outcome.refused == [None] * STEPS
+        assert outcome.skipped == [None] * STEPS
         for name, value in outcome.queue.items():
             assert torch.equal(value, outcomes[0].queue[name])
         for name, value in outcome.after.items():
@@ -177,8 +177,8 @@ def test_something_not_finite_on_one_rank_changes_nothing_on_any(pool, fault, st
     """Weights, momentum, queue and statistics stand bit for bit; the step after it goes on."""
     arguments = {"stage": stage, "fault": fault, "fault_rank": 1, "overrides": (f"optimizer.clip_norm={clip}",)}
     for before, after, later in pool(2).run("tests.distributed.runs:state_around_a_fault", **arguments):
-        assert after.refused == [fault]
-        assert later.refused == [None]
+        assert after.skipped == [fault]
+        assert later.skipped == [None]
         for kind in ("after", "momentum", "queue"):
             for name, value in getattr(before, kind).items():
                 if "key_encoder" in name:  # the moving average may stand

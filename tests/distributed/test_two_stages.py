@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from paco_ds.checkpoint import Checkpoints, newest_checkpoint
+from paco_ds.config.load import load_recipe
 from paco_ds.data.manifest import open_data
 from paco_ds.data.stream.batches import evaluation_stream
 from paco_ds.errors import RecipeError
 from paco_ds.evaluation.runner import load_recogniser
 from paco_ds.evaluation.tau_normalization import TAUS
 from paco_ds.metrics.log import read
-from paco_ds.models.initial_weights import freeze, load_initial_weights
 from paco_ds.models.recogniser import make_recogniser
-from paco_ds.recipe_file import load_recipe
+from paco_ds.training.initial_weights import freeze, load_initial_weights
 from tests.pool import RankError
 from tests.recipes import write_tiny_recipe
 

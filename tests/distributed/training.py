@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
+from paco_ds.config.load import load_recipe
 from paco_ds.data.stream.batches import MicroBatch
-from paco_ds.distributed import ByteCounter, Ranks
+from paco_ds.distributed.ranks import ByteCounter, Ranks
 from paco_ds.errors import DataError
-from paco_ds.recipe_file import load_recipe
-from paco_ds.trainer import Trainer
+from paco_ds.training.trainer import Trainer
 
 
 def train(

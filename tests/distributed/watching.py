@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paco_ds.distributed import ByteCounter, Ranks
+from paco_ds.config.recipe import Recipe
+from paco_ds.distributed.ranks import ByteCounter, Ranks
 from paco_ds.losses.base import LossOutput
-from paco_ds.recipe import Recipe
-from paco_ds.step import StepResult
+from paco_ds.training.step import StepResult
 from tests.distributed.runs import CLASS_COUNTS, SHOTS, deepspeed_config, made_micro_batch, make_step
 from tests.recipes import tiny_recipe
 

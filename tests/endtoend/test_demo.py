@@ -123,7 +123,7 @@ def test_a_rank_that_dies_ends_the_job(shards, tmp_path):
 
 def test_a_killed_rank_ends_the_job_and_is_named(shards, tmp_path):
     """Even the first, as the kernel does when memory runs out; nothing is left behind, and it is said how to go on.
-    At stage 0 ranks wait for each other at sockets of their own (paco_ds/shared_memory.py) as well as in gloo."""
+    At stage 0 ranks also wait at sockets of their own (paco_ds/training/shared_memory.py)."""
     run = tmp_path / "run"
     stage0 = f"engine.deepspeed={ROOT / 'ds_configs' / 'zero0.json'}"
     overrides = ("metrics.serve=false", f"data.shards={shards}", "data.workers=1", "checkpoint.every_steps=2", stage0)

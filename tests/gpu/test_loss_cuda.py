@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from paco_ds.key_queue import KeyQueue, QueueSnapshot
+from paco_ds.contrast.key_queue import KeyQueue, QueueSnapshot
 from paco_ds.losses import queue_attention as attention
 from paco_ds.losses.paco import ParametricContrastiveLoss, class_prior
 

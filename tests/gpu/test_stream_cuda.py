@@ -5,7 +5,7 @@ import torch
 
 from paco_ds.data.manifest import load_manifest
 from paco_ds.data.stream.batches import TrainingStream
-from paco_ds.distributed import MicroBatchLayout
+from paco_ds.distributed.ranks import MicroBatchLayout
 from tests.recipes import tiny_recipe
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from paco_ds.loss_settings import DistillSettings, LossSettings
+from paco_ds.config.methods import DistillSettings, LossSettings
 from paco_ds.losses import make_loss
 from paco_ds.losses.base import LossOutput
 from paco_ds.losses.distillation import Distillation, divergence_from_teacher

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from paco_ds.key_queue import KeyQueue, QueueSnapshot
+from paco_ds.contrast.key_queue import KeyQueue, QueueSnapshot
 from paco_ds.losses.base import effective_number_weights
 from paco_ds.losses.multitask import MultiTaskLoss
 from paco_ds.losses.paco import ParametricContrastiveLoss, class_prior

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from paco_ds.config.methods import LossSettings, Method, RideSettings
+from paco_ds.contrast.key_queue import QueueSnapshot
 from paco_ds.errors import DataError, RecipeError
-from paco_ds.key_queue import QueueSnapshot
-from paco_ds.loss_settings import LossSettings, Method, RideSettings
 from paco_ds.losses import METHODS, make_loss
 from paco_ds.losses.balpoe import BalPoELoss
 from paco_ds.losses.base import Loss

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from paco_ds import theory
-from paco_ds.key_queue import KeyQueue, QueueSnapshot
+from paco_ds.contrast.key_queue import KeyQueue, QueueSnapshot
 from paco_ds.losses.paco import ParametricContrastiveLoss, class_prior
+from paco_ds.paper import theory
 from tests.losses.reference import parametric_contrastive_loss
 
 DIM = 8

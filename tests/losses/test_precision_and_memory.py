@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from paco_ds.key_queue import KeyQueue
+from paco_ds.contrast.key_queue import KeyQueue
 from paco_ds.losses.paco import ParametricContrastiveLoss, class_prior
 
 # As `python tools/bench/loss.py` has it: benches are scripts that find their shared module beside them.

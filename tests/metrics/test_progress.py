@@ -44,14 +44,14 @@ def test_lines_come_at_the_first_every_nth_and_last_step() -> None:
 
 
 def test_resumed_run_and_refused_update_are_said_at_once() -> None:
-    """The first step after a resume has its line, and so has a step that the guard refused."""
+    """The first step after a resume has its line, and so has a step that was skipped."""
     out = io.StringIO()
     view = _view(out, first_step=11)
     view.update(replace(RECORD, step=12))
     view.update(replace(RECORD, step=13))
     view.update(replace(RECORD, step=14, loss=float("nan"), skipped=True))
     assert [line.split("  ")[1] for line in out.getvalue().splitlines()] == ["step 12/20", "step 14/20"]
-    assert "update refused: not finite" in out.getvalue()
+    assert "skipped: not finite" in out.getvalue()
 
 
 def test_messages_are_printed_as_they_are() -> None:

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torchvision
 
+from paco_ds.config.recipe import ModelSettings
 from paco_ds.errors import RecipeError
 from paco_ds.models.backbones import make_backbone
-from paco_ds.recipe import ModelSettings
 
 
 def made(backbone, **settings):

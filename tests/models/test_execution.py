@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from paco_ds.config.recipe import ModelSettings
 from paco_ds.errors import RecipeError
 from paco_ds.models.backbones import make_backbone
 from paco_ds.models.execution import prepare
 from paco_ds.models.recogniser import Recogniser, make_recogniser
-from paco_ds.recipe import ModelSettings
 from tests.recipes import tiny_recipe
 
 
@@ -126,4 +126,4 @@ def test_compile_is_refused_where_it_cannot_work():
 def test_these_settings_may_change_when_a_run_goes_on():
     """They are no part of a recipe's meaning."""
     fast = tiny_recipe("engine.compile=true", "engine.channels_last=true")
-    assert fast.meaning() == tiny_recipe().meaning()
+    assert fast.resume_identity() == tiny_recipe().resume_identity()

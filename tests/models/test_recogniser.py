@@ -5,9 +5,9 @@ import torch
 import torchvision
 from torch import nn
 
+from paco_ds.config.recipe import ModelSettings
 from paco_ds.models.backbones import make_backbone
 from paco_ds.models.recogniser import make_recogniser
-from paco_ds.recipe import ModelSettings
 from tests.recipes import tiny_recipe
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from paco_ds.models.initial_weights import freeze
 from paco_ds.models.recogniser import make_recogniser
+from paco_ds.training.initial_weights import freeze
 from tests.recipes import tiny_recipe
 
 CLASSES, IMAGES = 5, 40

@@ -5,9 +5,9 @@ import time
 import numpy as np
 import pytest
 
+from paco_ds.config.views import RandClsStackView, SimView
 from paco_ds.data.shard import BadSample, RawSample
 from paco_ds.data.stream.views import MakeViews, make_view
-from paco_ds.view_settings import RandClsStackView, SimView
 from tests.data.mutated_images import KINDS, mutations, whole_image
 
 pytestmark = pytest.mark.soak

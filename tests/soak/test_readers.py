@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from paco_ds.data.build.plan import BuildOptions
-from paco_ds.data.build.shards import build_shards
 from paco_ds.data.card import folder_card
+from paco_ds.data.pack.plan import BuildOptions
+from paco_ds.data.pack.shards import build_shards
 from paco_ds.data.shard import ShardReader
 from tests.data.tiny import encoded
 

@@ -11,16 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from paco_ds.data.build.plan import BuildOptions
-from paco_ds.data.build.shards import build_shards
+from paco_ds.config.recipe import Recipe, StorageSettings
 from paco_ds.data.card import load_card
 from paco_ds.data.manifest import Manifest, load_manifest, open_data
+from paco_ds.data.pack.plan import BuildOptions
+from paco_ds.data.pack.shards import build_shards
 from paco_ds.data.storage import Storage
 from paco_ds.data.stream.batches import TrainingStream
 from paco_ds.data.stream.plan import TrainingPlan
 from paco_ds.data.stream.sampler import ClassSampler
-from paco_ds.distributed import MicroBatchLayout
-from paco_ds.recipe import Recipe, StorageSettings
+from paco_ds.distributed.ranks import MicroBatchLayout
 from tests.data.mutations import fuzz
 from tests.data.s3 import BUCKET, s3_server
 from tests.data.test_stream_scale import many_shards

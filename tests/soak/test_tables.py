@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from paco_ds.checkpoint import newest_checkpoint
+from paco_ds.config.load import load_recipe
 from paco_ds.data.manifest import load_manifest
 from paco_ds.metrics.log import read
 from paco_ds.models.recogniser import make_recogniser
-from paco_ds.recipe_file import load_recipe
-from paco_ds.table import load_table
+from paco_ds.paper.tables import load_table
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1200)]
 TRAIN = "tests.distributed.training:train"

@@ -2,7 +2,7 @@
 
     python tools/bench/gradients.py [--rounds N] [--ranks W] [--json]
 
-shared memory     ours (paco_ds/shared_memory.py)
+shared memory     ours (paco_ds/training/shared_memory.py)
 sockets           ours where ranks do not share a host: gloo, every large gradient where it lies
 DDP's buckets     gloo, in the buckets of 25 MiB that DistributedDataParallel fills
 DeepSpeed         its collective in shared memory (inference_all_reduce), every gradient where it lies, and then divided
@@ -30,8 +30,8 @@ from ranks import RankGroup
 from report import MIB, at_most, print_bars, print_table
 from torchvision.models import resnet50
 
-from paco_ds.distributed import Ranks
-from paco_ds.gradients import GradientMean
+from paco_ds.distributed.ranks import Ranks
+from paco_ds.training.gradients import GradientMean
 
 BUCKET = 25 * MIB // 4  # numbers
 OURS, SOCKETS, BUCKETS, DEEPSPEED, FLOOR = "shared memory", "sockets", "DDP's buckets", "DeepSpeed", "floor"

@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from report import Bar, at_most, median_seconds, print_bars, print_table
 
+from paco_ds.config.recipe import Recipe
 from paco_ds.models.recogniser import Recogniser, make_recogniser
-from paco_ds.recipe import Recipe
-from paco_ds.table import load_table
+from paco_ds.paper.tables import load_table
 
 TABLES = (9, 10, 11, 12)
 REFERENCE = "ResNet-50"

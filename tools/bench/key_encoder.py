@@ -36,7 +36,7 @@ THRESHOLDS = {"all partitioned": 0, "DeepSpeed's default": 100_000}
 def update_milliseconds(repeats: int, overrides: Sequence[str], pixels: int) -> dict[str, float]:
     """Milliseconds of `ours`, `published`, `floor` and `step`, on one rank of its own process."""
     from paco_ds.data.stream.batches import MicroBatch
-    from paco_ds.distributed import leave_job
+    from paco_ds.distributed.launch import leave_job
 
     step, settings = _make_step({"stage": 0}, (*overrides, "step.micro_batches=1"))
     key = list(step.engine.module.key_encoder.parameters())
@@ -67,7 +67,7 @@ def published_update(key: Iterable[Parameter], query: Iterable[Parameter], momen
 
 def held_bytes(threshold: int, overrides: Sequence[str]) -> int:
     """Bytes that this rank holds of the key encoder's weights at stage 3."""
-    from paco_ds.distributed import leave_job
+    from paco_ds.distributed.launch import leave_job
 
     zero = {"stage": 3, "stage3_param_persistence_threshold": threshold}
     step, settings = _make_step(zero, overrides)
@@ -87,14 +87,14 @@ def _bytes_of(parameter: Any) -> int:
 
 def _make_step(zero: dict[str, Any], overrides: Sequence[str]) -> tuple[Any, Any]:
     """(a step, its recipe) as a trainer puts it together, with random weights and no data set."""
-    from paco_ds import engine as ds
-    from paco_ds.distributed import MicroBatchLayout
-    from paco_ds.key_encoder import make_key_encoder
-    from paco_ds.key_queue import KeyQueue
+    from paco_ds.config.load import load_recipe
+    from paco_ds.contrast.key_encoder import make_key_encoder
+    from paco_ds.contrast.key_queue import KeyQueue
+    from paco_ds.distributed.ranks import MicroBatchLayout
     from paco_ds.losses import make_loss
     from paco_ds.models.recogniser import make_recogniser
-    from paco_ds.recipe_file import load_recipe
-    from paco_ds.step import Step
+    from paco_ds.training import engine as ds
+    from paco_ds.training.step import Step
 
     recipe = load_recipe(RECIPE, ("step.micro_batch=8", *overrides))
     ranks = ds.start(recipe)

@@ -33,9 +33,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from ranks import on_ranks
 from report import MIB, Bar, at_most, median_seconds, peak_extra_bytes, print_bars, print_table
 
-from paco_ds.distributed import ByteCounter, MicroBatchLayout, Ranks, join_job, leave_job
-from paco_ds.key_encoder import gather_keys
-from paco_ds.key_queue import KeyQueue
+from paco_ds.contrast.key_encoder import gather_keys
+from paco_ds.contrast.key_queue import KeyQueue
+from paco_ds.distributed.launch import join_job, leave_job
+from paco_ds.distributed.ranks import ByteCounter, MicroBatchLayout, Ranks
 from paco_ds.losses.queue_attention import queue_attention
 
 DIM, CLASSES, TAU, MICRO_BATCH, MICRO_BATCHES = 128, 8142, 0.2, 32, 4

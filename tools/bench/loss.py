@@ -39,7 +39,7 @@ from report import (
     print_table,
 )
 
-from paco_ds.key_queue import KeyQueue, QueueSnapshot
+from paco_ds.contrast.key_queue import KeyQueue, QueueSnapshot
 from paco_ds.losses import ParametricContrastiveLoss
 from paco_ds.losses.base import LossOutput
 from paco_ds.losses.paco import class_prior

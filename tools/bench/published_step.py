@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from paco_ds.config.recipe import Recipe
 from paco_ds.data.stream.batches import MicroBatch
 from paco_ds.models.recogniser import Recogniser
-from paco_ds.randomness import Stream, permutation
-from paco_ds.recipe import Recipe
+from paco_ds.randomness import DrawPurpose, permutation
 
 
 class PublishedPaCo(nn.Module):
@@ -66,7 +66,9 @@ class PublishedPaCo(nn.Module):
 
     def _shuffle(self, images: Tensor) -> tuple[Tensor, Tensor]:
         every = _gather(images)
-        order = torch.from_numpy(permutation(len(every), Stream.KEY_GROUPS, self.seed, self.steps).astype(np.int64))
+        order = torch.from_numpy(
+            permutation(len(every), DrawPurpose.KEY_GROUPS, self.seed, self.steps).astype(np.int64)
+        )
         self.steps += 1
         dist.broadcast(order, src=0)
         mine = order.view(dist.get_world_size(), -1)[dist.get_rank()]

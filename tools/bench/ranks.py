@@ -13,9 +13,9 @@ from functools import wraps
 from multiprocessing.connection import Connection
 from typing import Any
 
-from paco_ds.distributed import free_port
+from paco_ds.distributed.launch import free_port
 
-PRELOAD = ["paco_ds.trainer"]  # imported once, by the fork server; a process then starts in half a second
+PRELOAD = ["paco_ds.training.trainer"]  # imported once, by the fork server; a process then starts in half a second
 
 
 class Parts:
@@ -154,8 +154,8 @@ def _environment(rank: int, world_size: int, port: str) -> dict[str, str]:
 def _serve(pipe: Connection, environment: Mapping[str, str], worker: str, arguments: tuple[Any, ...]) -> None:
     os.environ |= environment
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  the tables alone belong on the bench's output
-    from paco_ds import engine
-    from paco_ds.distributed import join_job, leave_job
+    from paco_ds.distributed.launch import join_job, leave_job
+    from paco_ds.training import engine
 
     try:
         engine.check_prerequisites()

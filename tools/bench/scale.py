@@ -28,14 +28,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from prometheus_client import generate_latest
 from report import Bar, at_least, at_most, median_seconds, print_bars, print_table
 
+from paco_ds.contrast.key_encoder import gather_keys
+from paco_ds.contrast.key_exchange import key_exchange
+from paco_ds.contrast.key_queue import KeyQueue
 from paco_ds.data.stream.order import EpochOrder
-from paco_ds.distributed import MicroBatchLayout, Pending
-from paco_ds.key_encoder import gather_keys
-from paco_ds.key_exchange import key_exchange
-from paco_ds.key_queue import KeyQueue
+from paco_ds.distributed.ranks import MicroBatchLayout, Pending
 from paco_ds.metrics.exporter import Exporter, write_targets
 from paco_ds.metrics.log import StepRecord
-from paco_ds.randomness import Stream, permutation
+from paco_ds.randomness import DrawPurpose, permutation
 
 MICRO_BATCH, DIM, CLASSES, WINDOW = 32, 128, 8142, 64
 SHARDS, SAMPLES_PER_SHARD = 10_000, 1_400
@@ -51,7 +51,7 @@ class Job:
     def __post_init__(self) -> None:
         W = self.ranks
         self.layout = MicroBatchLayout(MICRO_BATCH, W, W - 1, W)
-        self.groups = permutation(self.layout.global_batch, Stream.KEY_GROUPS, 1, 0).reshape(W, MICRO_BATCH)
+        self.groups = permutation(self.layout.global_batch, DrawPurpose.KEY_GROUPS, 1, 0).reshape(W, MICRO_BATCH)
         counts = [SAMPLES_PER_SHARD] * max(SHARDS, -(-self.layout.global_batch // SAMPLES_PER_SHARD))
         self.order = EpochOrder(counts, self.layout.global_batch, seed=1, epoch=0, window=WINDOW)
         self.counts = counts
@@ -64,7 +64,7 @@ class Job:
         self.keys = self.merge()
 
     def merge(self) -> tuple[Tensor, Tensor]:
-        """Everybody's keys and labels in lane order."""
+        """Everybody's keys and labels in slot order."""
         own = torch.zeros(MICRO_BATCH, DIM), torch.zeros(MICRO_BATCH, dtype=torch.int64)
         keys = gather_keys(self.layout, self.ranks_of_job, *own, self.groups).wait()
         return keys.keys_GD, keys.labels_G
@@ -77,24 +77,24 @@ class Job:
         for rank in range(W):
             place[owner == rank] = np.arange(layout.accumulation * layout.micro_batch)
         wanted = [groups[list(layout.owned_by(rank))].ravel() for rank in range(W)]
-        outgoing = [lanes[owner[lanes] == layout.rank] for lanes in wanted]
+        outgoing = [slots[owner[slots] == layout.rank] for slots in wanted]
         source = owner[wanted[layout.rank]]
         receive = [int((source == rank).sum()) for rank in range(W)]
-        return place[np.concatenate(outgoing)], [len(lanes) for lanes in outgoing], receive
+        return place[np.concatenate(outgoing)], [len(slots) for slots in outgoing], receive
 
 
 def works(job: Job, folder: Path) -> dict[str, Callable[[], Any]]:
     """Everything that is timed, by name."""
     layout, W = job.layout, job.ranks
-    lanes = [lane for j in layout.own for lane in layout.lanes(j)]
+    slots = [slot for j in layout.own for slot in layout.slots(j)]
     exporter = _exporter()
     in_order = torch.from_numpy(job.groups.ravel())
     addresses = [f"10.0.{rank // 256}.{rank % 256}:9400" for rank in range(W)]
     return {
         "order: an epoch made": lambda: EpochOrder(job.counts, layout.global_batch, seed=1, epoch=1, window=WINDOW),
-        "order: a window of 64 steps, one rank": lambda: job.order.window_ids(0, lanes),
-        "order: the same for all ranks' lanes": lambda: job.order.window_ids(0, range(layout.global_batch)),
-        "key groups drawn": lambda: permutation(layout.global_batch, Stream.KEY_GROUPS, 1, 1),
+        "order: a window of 64 steps, one rank": lambda: job.order.window_ids(0, slots),
+        "order: the same for all ranks' slots": lambda: job.order.window_ids(0, range(layout.global_batch)),
+        "key groups drawn": lambda: permutation(layout.global_batch, DrawPurpose.KEY_GROUPS, 1, 1),
         "exchange": lambda: key_exchange(job.groups, layout),
         "exchange, a loop over ranks": job.exchange_in_a_loop,
         "merging of gathered keys": job.merge,

@@ -32,10 +32,10 @@ from loss import ALPHA, TAU
 from ranks import RankGroup
 from report import MIB, Bar, at_least, at_most, print_bars, print_table
 
-from paco_ds.data.build.shards import build_shards
+from paco_ds.config.load import validate_recipe
+from paco_ds.config.recipe import Recipe
 from paco_ds.data.card import folder_card
-from paco_ds.recipe import Recipe
-from paco_ds.recipe_file import validate_recipe
+from paco_ds.data.pack.shards import build_shards
 
 WORLD_SIZE = 2
 STEPS_PER_EPOCH = 62  # 1,000 images of a batch of 16; CIFAR-100-LT has 84 steps of 128

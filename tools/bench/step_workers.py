@@ -10,13 +10,13 @@ from published_step import PublishedStep, full_queue
 from ranks import Parts
 from report import reset_peak, status_bytes
 
+from paco_ds.config.recipe import Recipe
 from paco_ds.data.manifest import open_data
 from paco_ds.data.stream.batches import TrainingStream
-from paco_ds.distributed import MicroBatchLayout, Pending, Ranks
+from paco_ds.distributed.ranks import MicroBatchLayout, Pending, Ranks
 from paco_ds.losses.paco import class_prior
 from paco_ds.models.recogniser import make_recogniser
-from paco_ds.recipe import Recipe
-from paco_ds.trainer import Trainer
+from paco_ds.training.trainer import Trainer
 
 WARM_UP = 2  # the first step allocates gradients and momentum, the second is the first that has both from the start
 # What the collectives of DeepSpeed, DDP and the rival go through.

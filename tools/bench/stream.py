@@ -10,7 +10,7 @@ bare    rival without ToTensor and Normalize, as if those ran on the device, whe
 floor   libjpeg-turbo's decoding of the whole images alone, by as many processes
 
 All are run in turn; before each measurement a loader refills what it had made ahead. Memory is the proportional set
-size of the rank and its loader processes, after so many steps that every lane has read windows.
+size of the rank and its loader processes, after so many steps that every slot has read windows.
 """
 
 import argparse
@@ -37,18 +37,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from report import MIB, at_least, print_bars, print_table
 
-from paco_ds.data.build.plan import BuildOptions
-from paco_ds.data.build.shards import build_shards
+from paco_ds.config.load import load_recipe
+from paco_ds.config.recipe import Recipe
 from paco_ds.data.card import folder_card
 from paco_ds.data.manifest import load_manifest
+from paco_ds.data.pack.plan import BuildOptions
+from paco_ds.data.pack.shards import build_shards
 from paco_ds.data.shard import ShardReader
 from paco_ds.data.storage import Storage
 from paco_ds.data.stream.batches import TrainingStream
 from paco_ds.data.stream.plan import TrainingPlan, held_bytes
 from paco_ds.data.stream.read_ahead import TrainingSamples
-from paco_ds.distributed import MicroBatchLayout
-from paco_ds.recipe import Recipe
-from paco_ds.recipe_file import load_recipe
+from paco_ds.distributed.ranks import MicroBatchLayout
 
 RECIPE = Path(__file__).resolve().parents[2] / "ds_configs/recipes/imagenet_lt_resnet50.yaml"
 LAYOUT = MicroBatchLayout(micro_batch=32, micro_batches=4, rank=0, world_size=4)
@@ -228,10 +228,10 @@ def reading(shards: Path, steps: int = 32) -> None:
     split = load_manifest(shards).split("train")
     counts = [shard.samples for shard in split.shards]
     plan = TrainingPlan(counts, LAYOUT, seed=1, window=64, start=0, epochs=90)
-    lanes = list(LAYOUT.lanes(0))
+    slots = list(LAYOUT.slots(0))
 
     def one_by_one(reader: ShardReader) -> Iterator[object]:
-        for window in plan.windows(lanes):
+        for window in plan.windows(slots):
             for sample_id in window.ids.T.ravel():
                 yield reader.read(int(sample_id))
 
@@ -269,7 +269,7 @@ def memory(shards: Path, workers: list[int]) -> None:
         "Memory of a rank",
         ["loader processes", "MiB, theirs included", f"MiB more than with {workers[0]}, of each"],
         rows,
-        f"windows of all lanes together, whatever the number of processes: at most {stated / MIB:.0f} MiB; the rest "
+        f"windows of all slots together, whatever the number of processes: at most {stated / MIB:.0f} MiB; the rest "
         "of a process is the interpreter and its libraries, of which it shares what was loaded before it was forked",
     )
 

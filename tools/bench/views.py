@@ -33,10 +33,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from report import at_least, median_seconds, print_bars, print_table
 
+from paco_ds.config.load import load_recipe
 from paco_ds.data.shard import RawSample
 from paco_ds.data.stream.views import MakeViews, make_view
-from paco_ds.randomness import Stream, generator
-from paco_ds.recipe_file import load_recipe
+from paco_ds.randomness import DrawPurpose, generator
 
 RECIPE = Path(__file__).resolve().parents[2] / "ds_configs/recipes/imagenet_lt_resnet50.yaml"
 BAR = 3.0
@@ -121,7 +121,7 @@ def main() -> int:
     def ours_of_all() -> None:
         for sample in samples:
             place = next(position)
-            ours(sample, *(generator(stream, 1, 0, place) for stream in (Stream.QUERY_VIEW, Stream.KEY_VIEW)))
+            ours(sample, *(generator(stream, 1, 0, place) for stream in (DrawPurpose.QUERY_VIEW, DrawPurpose.KEY_VIEW)))
 
     works: dict[str, Callable[[], object]] = {
         "ours": ours_of_all,

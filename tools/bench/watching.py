@@ -36,21 +36,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from report import Bar, at_most, print_bars, print_table
 
-from paco_ds import engine as ds
+from paco_ds.config.load import load_recipe
+from paco_ds.config.recipe import Recipe
+from paco_ds.contrast.key_encoder import make_key_encoder
+from paco_ds.contrast.key_queue import KeyQueue, QueueSnapshot
 from paco_ds.data.manifest import SHOTS
 from paco_ds.data.stream.batches import MicroBatch
-from paco_ds.distributed import MicroBatchLayout, Ranks, leave_job
-from paco_ds.key_encoder import make_key_encoder
-from paco_ds.key_queue import KeyQueue, QueueSnapshot
+from paco_ds.distributed.launch import leave_job
+from paco_ds.distributed.ranks import MicroBatchLayout, Ranks
 from paco_ds.losses import make_loss
 from paco_ds.losses.base import LossOutput
 from paco_ds.losses.paco import ParametricContrastiveLoss
 from paco_ds.metrics.exporter import Exporter
 from paco_ds.metrics.log import MetricsLog, StepRecord
 from paco_ds.models.recogniser import make_recogniser
-from paco_ds.recipe import Recipe
-from paco_ds.recipe_file import load_recipe
-from paco_ds.step import Step, StepResult, _Totals
+from paco_ds.training import engine as ds
+from paco_ds.training.step import Step, StepResult, _Totals
 
 ROOT = Path(__file__).resolve().parents[2]
 IN_A_ROW = 20

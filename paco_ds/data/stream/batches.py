@@ -16,17 +16,18 @@ import torch
 import webdataset as wds
 from torch import Tensor
 
+from paco_ds.config.recipe import Recipe
 from paco_ds.data.manifest import Manifest
 from paco_ds.data.shard import ShardReader
-from paco_ds.data.stream.load import Load, Part, Replaced, Together, collate
+from paco_ds.data.stream.load import CollatePart, Load, Part, Replaced, collate
 from paco_ds.data.stream.loader_processes import start_loading
 from paco_ds.data.stream.plan import EvaluationPlan, TrainingPlan, micro_batches_ahead, shards_at_once
 from paco_ds.data.stream.read_ahead import EvaluationSamples, TrainingSamples
 from paco_ds.data.stream.sampler import ClassSampler, SharedLabels
 from paco_ds.data.stream.views import MakeViews, make_view
-from paco_ds.distributed import MicroBatchLayout, local_world_size
+from paco_ds.distributed.launch import local_world_size
+from paco_ds.distributed.ranks import MicroBatchLayout
 from paco_ds.errors import RecipeError
-from paco_ds.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class TrainingStream:
         pipeline = wds.DataPipeline(
             TrainingSamples(self.plan, reader),
             wds.map(Load(reader, make_views, recipe.seed, substitute=True)),
-            Together(self.plan),
+            CollatePart(self.plan),
         )
         workers = min(recipe.data.workers, layout.micro_batch)  # each makes at least one image of a micro-batch
         self._accumulation, self._parts_of_each = layout.accumulation, max(workers, 1)

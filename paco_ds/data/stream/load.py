@@ -18,7 +18,7 @@ from paco_ds.data.shard import BadSample, RawSample, ShardReader, Stored
 from paco_ds.data.stream.plan import Planned, TrainingPlan, this_worker
 from paco_ds.data.stream.views import MakeViews
 from paco_ds.errors import DataError
-from paco_ds.randomness import Stream, generator
+from paco_ds.randomness import DrawPurpose, generator
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Load:
 
     def _substitute(self, plan: Planned, bad: BadSample) -> Loaded:
         """Another sample of the class (any, if none can be read), a function of (seed, epoch, position)."""
-        rng = generator(Stream.SUBSTITUTE, self.seed, plan.epoch, plan.position)
+        rng = generator(DrawPurpose.SUBSTITUTE, self.seed, plan.epoch, plan.position)
         samples = len(self.reader)
         classmates = rng.permutation(self.reader.ids_of_class(int(self.reader.labels()[plan.sample_id])))
         anyone = (int(rng.integers(samples)) for _ in range(_MOST_TRIES))
@@ -99,7 +99,7 @@ class Load:
 
 
 _MOST_TRIES = 100  # a set of which a hundred draws fail is not worth reading on
-_VIEW_STREAMS = (Stream.QUERY_VIEW, Stream.KEY_VIEW)
+_VIEW_STREAMS = (DrawPurpose.QUERY_VIEW, DrawPurpose.KEY_VIEW)
 
 
 def collate(samples: Sequence[Loaded]) -> Part:
@@ -119,7 +119,7 @@ def collate(samples: Sequence[Loaded]) -> Part:
 
 
 @dataclass(frozen=True)
-class Together:
+class CollatePart:
     """Collates the samples that a loader process makes of each micro-batch; how many, it knows only there."""
 
     plan: TrainingPlan

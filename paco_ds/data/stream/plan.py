@@ -1,7 +1,7 @@
 """Which samples this rank, and this loader process of it, takes next: the order walked through, or a split once.
 
-Loader processes share every micro-batch: each takes the same lanes in every step, and so reads whole windows of
-lanes that no other process reads. (Were they to take whole micro-batches in turn, each would need all lanes.)
+Loader processes share every micro-batch: each takes the same slots in every step, and so reads whole windows of
+slots that no other process reads. (Were they to take whole micro-batches in turn, each would need all slots.)
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.utils.data import get_worker_info
 
 from paco_ds.data.stream.order import EpochOrder, position_of
 from paco_ds.data.stream.sampler import ClassSampler
-from paco_ds.distributed import MicroBatchLayout
+from paco_ds.distributed.ranks import MicroBatchLayout
 
 AHEAD = 8  # steps; a remote range comes in a fraction of a second
 
@@ -32,7 +32,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Window:
-    """What some lanes take in the `steps` steps from the global step `start` on: `ids` int64 [lanes, steps]."""
+    """What some slots take in the `steps` steps from the global step `start` on: `ids` int64 [slots, steps]."""
 
     start: int
     epoch: int
@@ -85,27 +85,27 @@ class TrainingPlan:
         return self.steps_per_epoch * self.epochs
 
     def lanes_of(self, worker: int, workers: int) -> list[list[int]]:
-        """Lanes that a loader process takes in every step, for each of the rank's micro-batches: a run of its lanes."""
+        """Slots that a loader process takes in every step, for each of the rank's micro-batches: a run of its slots."""
         m = self.layout.micro_batch
         share = slice(worker * m // workers, (worker + 1) * m // workers)
-        return [list(self.layout.lanes(j))[share] for j in self.layout.own]
+        return [list(self.layout.slots(j))[share] for j in self.layout.own]
 
-    def windows(self, lanes: Sequence[int]) -> Iterator[Window]:
-        """Windows of those lanes, one after the other to the last epoch's end; the first may have begun before."""
+    def windows(self, slots: Sequence[int]) -> Iterator[Window]:
+        """Windows of those slots, one after the other to the last epoch's end; the first may have begun before."""
         step, order, order_epoch = self.start, None, -1
         while step < self.total_steps:
             epoch, in_epoch = divmod(step, self.steps_per_epoch)
             if order is None or order_epoch != epoch:
                 order, order_epoch = self.order(epoch), epoch
             number, place = divmod(in_epoch, self.window)
-            ids = order.window_ids(number, lanes)[:, place:]
+            ids = order.window_ids(number, slots)[:, place:]
             yield Window(step, epoch, in_epoch, ids)
             step += ids.shape[1]
 
-    def planned(self, window: Window, step: int, lane: int, row: int) -> Planned:
-        """The sample that a lane, the row-th of the window, takes in a step of it."""
+    def planned(self, window: Window, step: int, slot: int, row: int) -> Planned:
+        """The sample that a slot, the row-th of the window, takes in a step of it."""
         offset = step - window.start
-        position = position_of(window.start_in_epoch + offset, lane, self.layout.global_batch)
+        position = position_of(window.start_in_epoch + offset, slot, self.layout.global_batch)
         return Planned(int(window.ids[row, offset]), window.epoch, position)
 
 
@@ -129,8 +129,8 @@ class EvaluationPlan:
 def shards_at_once(counts: Sequence[int], layout: MicroBatchLayout, window: int, ranks: int = 1) -> int:
     """About as many shards are read from at any time by so many ranks of a host.
 
-    The lanes of a micro-batch follow each other on the line: each reads in a shard of its own where shards are shorter
-    than lanes; a window may reach into the next one.
+    The slots of a micro-batch follow each other on the line: each reads in a shard of its own where shards are shorter
+    than slots; a window may reach into the next one.
     """
     steps, in_shard = sum(counts) // layout.global_batch, sum(counts) / len(counts)
     own_shards = math.ceil(layout.micro_batch * (1 + window / in_shard))
@@ -141,10 +141,10 @@ def shards_at_once(counts: Sequence[int], layout: MicroBatchLayout, window: int,
 def held_bytes(bytes_a_sample: float, layout: MicroBatchLayout, window: int) -> int:
     """At most so many bytes of stored samples are held by a rank, its loader processes together.
 
-    For each lane what is left of a window and the next one: one window on average, and `steps_ahead` more at most.
+    For each slot what is left of a window and the next one: one window on average, and `steps_ahead` more at most.
     """
-    lanes = layout.accumulation * layout.micro_batch
-    return math.ceil(lanes * (window + steps_ahead(window)) * bytes_a_sample)
+    slots = layout.accumulation * layout.micro_batch
+    return math.ceil(slots * (window + steps_ahead(window)) * bytes_a_sample)
 
 
 def micro_batches_ahead(layout: MicroBatchLayout) -> int:
@@ -153,7 +153,7 @@ def micro_batches_ahead(layout: MicroBatchLayout) -> int:
 
 
 def steps_ahead(window: int) -> int:
-    """So many steps before a window ends, the next windows of all lanes have been asked for."""
+    """So many steps before a window ends, the next windows of all slots have been asked for."""
     return max(1, min(AHEAD, window // 2))
 
 

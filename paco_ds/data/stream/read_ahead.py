@@ -1,8 +1,8 @@
 """Reading ahead of need: windows of stored samples fetched by threads while earlier ones are decoded.
 
-A loader process holds, for each of its lanes, what is left of the window under way, given back sample by sample, and
-maybe the next one. The lanes' next windows are asked for at different steps, evenly over a window, so that reading
-is steady and what is held stays at about lanes x window samples; `steps_ahead` at the least are between asking for
+A loader process holds, for each of its slots, what is left of the window under way, given back sample by sample, and
+maybe the next one. The slots' next windows are asked for at different steps, evenly over a window, so that reading
+is steady and what is held stays at about slots x window samples; `steps_ahead` at the least are between asking for
 a window and its first sample.
 """
 
@@ -32,37 +32,37 @@ class TrainingSamples(IterableDataset):
 
     def share(self, worker: int, workers: int) -> Iterator[tuple[Planned, Stored]]:
         """What one of so many loader processes takes."""
-        lanes = [lane for of_slot in self.plan.lanes_of(worker, workers) for lane in of_slot]
-        self.reader.keep = max(self.reader.keep, 2 * len(lanes))
-        windows = self.plan.windows(lanes)
+        slots = [slot for of_slot in self.plan.lanes_of(worker, workers) for slot in of_slot]
+        self.reader.keep = max(self.reader.keep, 2 * len(slots))
+        windows = self.plan.windows(slots)
         pool = ThreadPoolExecutor(_threads(self.reader), thread_name_prefix="read-ahead")
         try:
             window = next(windows, None)
-            now = [self._fetch(pool, window, row) for row in range(len(lanes))] if window else []
+            now = [self._fetch(pool, window, row) for row in range(len(slots))] if window else []
             while window is not None:
                 # in a thread, since a sampler lays out a new epoch here
                 following = pool.submit(next, windows, None)
-                later: list[Future[_Held]] = []
+                later: list[Future[WindowBuffer]] = []
                 for step in range(window.start, window.start + window.steps):
-                    due = self._due(window, step, len(lanes))
-                    if (following.done() or due == len(lanes)) and (coming := following.result()) is not None:
+                    due = self._due(window, step, len(slots))
+                    if (following.done() or due == len(slots)) and (coming := following.result()) is not None:
                         later += [self._fetch(pool, coming, row) for row in range(len(later), due)]
-                    for row, lane in enumerate(lanes):
-                        planned = self.plan.planned(window, step, lane, row)
+                    for row, slot in enumerate(slots):
+                        planned = self.plan.planned(window, step, slot, row)
                         yield planned, now[row].result().take(planned.sample_id)
                 window, now = following.result(), later
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _fetch(self, pool: ThreadPoolExecutor, window: Window, row: int) -> Future[_Held]:
-        return pool.submit(_Held, self.reader, window.ids[row])
+    def _fetch(self, pool: ThreadPoolExecutor, window: Window, row: int) -> Future[WindowBuffer]:
+        return pool.submit(WindowBuffer, self.reader, window.ids[row])
 
-    def _due(self, window: Window, step: int, lanes: int) -> int:
-        """How many lanes' next windows have been asked for at a step of this one."""
+    def _due(self, window: Window, step: int, slots: int) -> int:
+        """How many slots' next windows have been asked for at a step of this one."""
         left = window.start + window.steps - step
         quiet = steps_ahead(self.plan.window)
         spread = max(self.plan.window - quiet, 1)
-        return lanes * (spread - min(max(left - quiet, 0), spread)) // spread
+        return slots * (spread - min(max(left - quiet, 0), spread)) // spread
 
 
 class EvaluationSamples(IterableDataset):
@@ -73,10 +73,10 @@ class EvaluationSamples(IterableDataset):
 
     def __iter__(self) -> Iterator[tuple[Planned, Stored]]:
         pool = ThreadPoolExecutor(2, thread_name_prefix="read-ahead")
-        waiting: list[tuple[list[Planned], Future[_Held]]] = []
+        waiting: list[tuple[list[Planned], Future[WindowBuffer]]] = []
         try:
             for batch in self.plan.batches_of(*this_worker()):
-                waiting.append((batch, pool.submit(_Held, self.reader, [p.sample_id for p in batch])))
+                waiting.append((batch, pool.submit(WindowBuffer, self.reader, [p.sample_id for p in batch])))
                 if len(waiting) > 2:
                     yield from _taken(*waiting.pop(0))
             for batch, held in waiting:
@@ -85,12 +85,12 @@ class EvaluationSamples(IterableDataset):
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _taken(batch: list[Planned], held: Future[_Held]) -> Iterator[tuple[Planned, Stored]]:
+def _taken(batch: list[Planned], held: Future[WindowBuffer]) -> Iterator[tuple[Planned, Stored]]:
     for planned in batch:
         yield planned, held.result().take(planned.sample_id)
 
 
-class _Held:
+class WindowBuffer:
     """Samples read together; each is let go when it was taken as often as it was planned."""
 
     def __init__(self, reader: ShardReader, ids: Sequence[int] | np.ndarray) -> None:

@@ -11,7 +11,7 @@ al. 2020), who say that class-balanced batches together with it over-balance: us
 Layout, so that reads stay large: the first copies of all images that occur are laid out as an ordinary epoch, shard
 by shard, and a window of them is one range with holes. Second and later copies follow in rounds, those of an image
 spread evenly over the rounds; in each round the shards come in another order. Copies of an image thus lie far
-apart, in other lanes and steps, and a round goes through the shards once. Its windows are several short ranges,
+apart, in other slots and steps, and a round goes through the shards once. Its windows are several short ranges,
 read ahead in parallel, and a rare class's few images are all that they touch.
 """
 
@@ -23,8 +23,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from paco_ds.randomness import Stream, generator, permutation
-from paco_ds.recipe import Sampler
+from paco_ds.config.recipe import Sampler
+from paco_ds.randomness import DrawPurpose, generator, permutation
 
 _GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, cover 0..1 evenly however many are taken
 
@@ -99,7 +99,7 @@ class ClassSampler:
     def occurrences(self, epoch: int) -> npt.NDArray[np.int32]:
         """How often each id occurs in an epoch: int32 [samples], adding up to the number of samples."""
         labels = self._labels.labels()
-        rng = generator(Stream.SAMPLER, self.seed)
+        rng = generator(DrawPurpose.SAMPLER, self.seed)
         rounding, first = rng.random(2)
         shares = class_shares(self.sampler, self.class_counts, epoch, self.epochs)
         places = places_of_classes(shares, len(labels), (rounding + epoch * _GOLDEN) % 1)
@@ -125,7 +125,7 @@ class ClassSampler:
         if not len(repeated):
             return np.concatenate(first).astype(np.int32)
         shard = np.repeat(np.arange(len(self.counts), dtype=np.int32), self.counts)[repeated]
-        phase = generator(Stream.SAMPLER, self.seed, epoch).random(len(repeated), dtype=np.float32)
+        phase = generator(DrawPurpose.SAMPLER, self.seed, epoch).random(len(repeated), dtype=np.float32)
         rounds = int(copies.max())
         # which row of the above each further copy is of, and which of its copies it is
         row = np.repeat(np.arange(len(repeated), dtype=np.int32), copies)
@@ -136,7 +136,7 @@ class ClassSampler:
         return np.concatenate([*first, repeated[row[by_shard[by_round]]]]).astype(np.int32)
 
     def _shuffled_shards(self, epoch: int) -> npt.NDArray[np.int64]:
-        return permutation(len(self.counts), Stream.SHARDS, self.seed, epoch)
+        return permutation(len(self.counts), DrawPurpose.SHARDS, self.seed, epoch)
 
     def _places_in_class(self, labels: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         """0 for the first image of its class by id, 1 for the second, and so on."""
@@ -160,7 +160,7 @@ def _shuffled(shard: np.ndarray, number: np.ndarray, seed: int, epoch: int) -> n
 
     Two shards of equal bits stay in their order, one after the other, since ids are sorted before.
     """
-    salt = np.random.PCG64([Stream.SAMPLER, seed, epoch, 1]).random_raw()
+    salt = np.random.PCG64([DrawPurpose.SAMPLER, seed, epoch, 1]).random_raw()
     bits = (number.astype(np.uint64) << np.uint64(32)) + shard.astype(np.uint64) + np.uint64(salt)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # the finalizer of SplitMix64
         bits = (bits ^ (bits >> np.uint64(shift))) * np.uint64(factor)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from paco_ds.config.views import AnyView, ChainView, CifarView, EvalView, SmallView
 from paco_ds.data.stream.views.autoaugment import draw_cifar10_policy
 from paco_ds.data.stream.views.blur import Blur
 from paco_ds.data.stream.views.color import Gray, draw_jitter
@@ -16,7 +17,6 @@ from paco_ds.data.stream.views.draws import happens, uniform
 from paco_ds.data.stream.views.geometry import Flip
 from paco_ds.data.stream.views.randaugment import draw_randaugment
 from paco_ds.data.stream.views.view import Drawn, Operation, View
-from paco_ds.view_settings import AnyView, ChainView, CifarView, EvalView, SmallView
 
 
 def make_view(settings: AnyView) -> View:

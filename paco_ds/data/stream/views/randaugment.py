@@ -10,13 +10,13 @@ from collections.abc import Callable
 
 import numpy as np
 
+from paco_ds.config.views import RandAugmentSettings
 from paco_ds.data.stream.views.blur import Sharpness
 from paco_ds.data.stream.views.color import Brightness, Contrast, Saturation
 from paco_ds.data.stream.views.draws import below, happens
 from paco_ds.data.stream.views.geometry import Interpolation, Rotate, ShearX, ShearY, TranslateX, TranslateY
 from paco_ds.data.stream.views.point import AutoContrast, Equalize, Invert, Posterize, Solarize, SolarizeAdd
 from paco_ds.data.stream.views.view import Operation
-from paco_ds.view_settings import RandAugmentSettings
 
 _TOP = 10.0  # the magnitude at which every operation has its full range
 _INTERPOLATIONS = (Interpolation.BILINEAR, Interpolation.BICUBIC)

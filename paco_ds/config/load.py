@@ -1,0 +1,179 @@
+"""Recipe files: read from YAML, overridden on the command line, every mistake answered with its key and place."""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from paco_ds.config.recipe import Recipe
+from paco_ds.config.views import TrainView
+from paco_ds.errors import RecipeError
+from paco_ds.files import is_url
+
+PATH_KEYS = ("data.shards", "data.cache.directory", "engine.deepspeed", "model.start_from", "loss.distill.teacher")
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe and apply `key.path=value` overrides (values are YAML).
+
+    Paths in the file are relative to the file; paths in overrides are relative to the working directory.
+
+    Raises:
+        RecipeError: names the key, where it was set, and what is valid there.
+    """
+    path = Path(path)
+    tree = _read(path)
+    if isinstance(base := tree.pop("base", None), str):
+        shared = _read(path.parent / base)
+        if "base" in shared:
+            raise RecipeError(f"{path}: base {base} has a base of its own; recipes share parts by one level")
+        tree = _merged(shared, tree)
+    elif base is not None:
+        raise RecipeError(f"{path}: base is the path of a recipe, relative to this one, not {base!r}")
+    reference = _get(tree, "step.micro_batches")
+    origin: dict[str, str] = {}
+    for override in overrides:
+        key = _apply_override(tree, override)
+        origin[key] = f"--set {override}"
+    for key in PATH_KEYS:  # those of the file are absolute by now
+        _anchor_path(tree, key, Path.cwd())
+    if isinstance(tree.get("step"), dict):
+        tree["step"].setdefault("reference_micro_batches", reference)
+    return validate_recipe(tree, str(path), origin)
+
+
+def validate_recipe(tree: dict[str, Any], place: str, origin: dict[str, str] | None = None) -> Recipe:
+    """Build a Recipe from a tree of plain values; `place` and `origin` say in errors where a key was set."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(detail, place, origin or {}) for detail in error.errors()]
+        raise RecipeError("\n".join(lines)) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The tree of one file, its paths made absolute."""
+    try:
+        tree = yaml.load(path.read_text(), _UniqueKeys)
+    except FileNotFoundError:
+        raise RecipeError(f"no recipe at {path}; recipes of this project lie in ds_configs/recipes/") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path} must be a mapping of settings, not {type(tree).__name__}")
+    for key in PATH_KEYS:
+        _anchor_path(tree, key, path.parent)
+    return tree
+
+
+def _merged(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """`shared` with what `own` says instead; sections are merged, and a view of another name replaces one."""
+    merged = dict(shared)
+    for key, value in own.items():
+        before = merged.get(key)
+        if isinstance(before, dict) and isinstance(value, dict) and value.get("name") in (None, before.get("name")):
+            value = _merged(before, value)
+        merged[key] = value
+    return merged
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, of which YAML would silently drop the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice; keep one", node.value[i][0].start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def _get(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
+
+
+def _anchor_path(tree: dict[str, Any], key: str, base: Path) -> None:
+    section, _, name = key.rpartition(".")
+    value = _get(tree, key)
+    if isinstance(value, str) and not is_url(value) and not value.startswith("torchvision:"):
+        _get(tree, section)[name] = str((base / value).resolve())
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> str:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"--set {override}: write key.path=value, for example --set optimizer.lr=0.05")
+    *sections, last = key.split(".")
+    for part in sections:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise RecipeError(f"--set {override}: {part!r} is a setting, not a section{_WITHOUT.get(part, '')}")
+    try:
+        tree[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override}: the value is not YAML: {' '.join(str(error).split())}") from None
+    return key
+
+
+def _explain(detail: Any, place: str, origin: dict[str, str]) -> str:
+    names: list[str] = []
+    model: type[BaseModel] = Recipe
+    for part in detail["loc"]:
+        if part in _VIEWS and names[:1] == ["views"]:  # pydantic names the chosen kind of view in the place
+            model = _VIEWS[part]
+            continue
+        names.append(str(part))
+        model = _section_of(model, str(part)) or model
+    key = ".".join(names)
+    where = _origin(key, origin) or place
+    if detail["type"] == "extra_forbidden":
+        valid = list(model.model_fields)
+        near = difflib.get_close_matches(names[-1], valid, n=1, cutoff=0.0)[0]
+        prefix = ".".join([*names[:-1], ""]).lstrip(".")
+        return f"{where}: unknown key {key!r}; nearest valid name: {prefix + near!r} (valid: {', '.join(valid)})"
+    if detail["type"] == "missing" and names[-1].isdigit():
+        return f"{where}: {key.rpartition('.')[0]!r} has only {names[-1]} of its values; give the others"
+    if detail["type"] == "missing":
+        return f"{where}: {key!r} is missing; add it to the recipe or give --set {key}=..."
+    if detail["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        tag = detail.get("ctx", {}).get("tag")
+        wrong = f"unknown view {tag!r}" if tag else "its 'name' is missing"
+        near = f"; nearest valid name: {difflib.get_close_matches(tag, _VIEWS, n=1, cutoff=0.0)[0]!r}" if tag else ""
+        return f"{where}: {key!r}: {wrong}{near} (valid: {', '.join(_VIEWS)})"
+    given = "" if isinstance(detail["input"], dict) else f" (given: {detail['input']!r})"
+    return f"{where}: {key!r}: {detail['msg'].removeprefix('Value error, ')}{given}"
+
+
+def _origin(key: str, origin: dict[str, str]) -> str | None:
+    """The override that set a key, or a part of it, or a section around it."""
+    if key in origin:
+        return origin[key]
+    related = (o for k, o in origin.items() if k.startswith(key + ".") or key.startswith(k + "."))
+    return next(related, None)
+
+
+_WITHOUT = {
+    "key_encoder": ", while it is none: both views then run through one encoder inside their micro-batch, so there "
+    "are no groups of keys to shuffle and no momentum. Leave this out, or give the recipe a key_encoder section"
+}
+_VIEWS: dict[str, type[BaseModel]] = {view.model_fields["name"].default: view for view in typing.get_args(TrainView)}
+
+
+def _section_of(model: type[BaseModel], name: str) -> type[BaseModel] | None:
+    field = model.model_fields.get(name)
+    if field is None:
+        return None
+    for candidate in (field.annotation, *typing.get_args(field.annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None

@@ -1,0 +1,383 @@
+"""The recipe: every setting of a run, typed and frozen. Files and overrides are read by `recipe_file`.
+
+A setting is either *meaning* (it decides what is learnt: a resumed run must agree on it) or *running* (where and
+how it is computed: free to change on resume). Sections and fields marked `RUNNING` are the latter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
+
+from paco_ds.config.methods import LossSettings
+from paco_ds.config.section import RUNNING, Count, Fraction, Natural, NotNegative, Number, Positive, Section, running
+from paco_ds.config.views import ViewSettings
+
+
+class StorageSettings(Section):
+    """Patience with remote storage. Keys and endpoints of a service come from its own environment, never from here."""
+
+    tries: Count = Field(8, description="of each request, with waits that double from half a second to 30 s")
+    timeout: Positive = Field(30.0, description="seconds of a try; a second more for each MiB that it moves")
+
+
+class CacheSettings(Section):
+    """Whole shards of remote storage, kept on a disk of this host and shared by its processes."""
+
+    directory: str
+    bytes: Count = Field(description="the cache never grows beyond this")
+
+
+Sampler = Literal["instance_balanced", "class_balanced", "square_root", "progressively_balanced"]
+
+
+class DataSettings(Section):
+    """Which shards, and how their samples are laid out and read."""
+
+    shards: str = running(..., description="directory or URL that holds manifest.json")
+    classes: Count | None = Field(None, description="number of classes the shards must have")
+    train_split: str = "train"
+    window: Count = Field(64, description="samples of a slot that are permuted, and read, together")
+    workers: Natural = running(0, description="loader processes of each rank; 0 loads in the rank itself")
+    sampler: Sampler = Field("instance_balanced", description="how often each image occurs in an epoch (Kang 2020)")
+    max_bad_share: Fraction = running(0.001, description="share of an epoch's samples that may be unreadable")
+    storage: StorageSettings = running(StorageSettings())
+    cache: CacheSettings | None = running(None, description="of whole remote shards; null: only ranges are read")
+    allow_pipe_urls: bool = running(False, description="let data.shards be a `pipe:` command, which is then run")
+    max_pixels: Annotated[int, Number, Field(ge=1, le=178_956_970)] = Field(
+        89_478_485, description="an image of more is a bad sample, by its header; PIL warns here, and fails at twice"
+    )
+
+
+class RoutersSettings(Section):
+    """Of model.trained routers: RIDE's second stage, which decides image by image how many experts are asked."""
+
+    top_logits: Count = Field(
+        50, description="largest mean logits that a router is shown, or all where there are fewer; CIFAR-100 30"
+    )
+    hidden: Count = Field(16, description="numbers that a router makes of an expert's feature")
+    threshold: Fraction = running(
+        0.5, description="probability above which the next expert is asked; higher saves more, lower asks more"
+    )
+
+
+class ModelSettings(Section):
+    """Backbone and projection head; the centers have the backbone's feature dimension (F(x), Eq. 4)."""
+
+    backbone: str = Field(description="cifar_resnetN, a classifier of torchvision by its name, or timm:NAME")
+    experts: Count | None = Field(None, le=8, description="branches of RIDE, from the last but one stage on")
+    expert_width: Literal["full", "reduced"] = Field(
+        "full", description="channels of the experts' stages; reduced: three quarters, as RIDE is published"
+    )
+    centers: Literal["linear", "cosine"] = Field("linear", description="classifier; cosine: LDAM's and RIDE's")
+    centers_scale: Positive = Field(30.0, description="of cosine centers")
+    width: Count = Field(16, description="channels of a CIFAR ResNet's first stage; others have their own")
+    start_from: str | None = running(
+        None, description="run directory of a first stage, file of weights, or torchvision:NAME; null: random weights"
+    )
+    trained: Literal["all", "last_block", "centers", "center_scales", "routers"] = Field(
+        "all",
+        description="last_block: of a ResNet, with all BatchNorm; centers: a new classifier on a frozen backbone (cRT, "
+        "linear evaluation); center_scales: a factor for each center of a frozen classifier (LWS); routers: which "
+        "images go on to the next of frozen experts (RIDE)",
+    )
+    routers: RoutersSettings = RoutersSettings()
+    projection_hidden: Count | None = Field(None, description="hidden width; the feature dimension by default")
+    projection: Literal["two_layer", "three_layer"] = Field(
+        "two_layer",
+        description="Linear-BatchNorm-ReLU-Linear (PaCo), or Linear-ReLU-Linear-ReLU-Linear (GPaCo)",
+    )
+    projection_dim: Count = 128
+
+    @model_validator(mode="after")
+    def _what_is_frozen_comes_from_somewhere(self) -> Self:
+        if self.trained != "all" and self.start_from is None:
+            raise ValueError(f"trained {self.trained} leaves random weights as they are: set start_from")
+        if self.trained == "center_scales" and self.centers == "cosine":
+            raise ValueError("trained center_scales scales linear centers: set centers to linear")
+        return self
+
+    @property
+    def key_dim(self) -> int:
+        """Numbers of one key: those of all experts beside each other."""
+        return self.projection_dim * (self.experts or 1)
+
+
+class KeyEncoderSettings(Section):
+    """The momentum encoder that makes keys (He et al. 2020). `key_encoder: none` has one encoder for both views."""
+
+    momentum: Fraction = 0.999
+    momentum_schedule: Literal["constant", "cosine"] = Field("constant", description="cosine rises to 1 (BYOL)")
+    scale_momentum: bool = Field(False, description="momentum^(M / M_ref), as long as the recipe's in images seen")
+    batch_norm: Literal["shuffle", "local"] = Field("shuffle", description="groups over which keys are normalised")
+
+
+class QueueSettings(Section):
+    """The ring of the newest keys of all ranks."""
+
+    length: Natural = 8192
+
+
+class StepSettings(Section):
+    """One optimizer step is `micro_batches` x `micro_batch` images, whoever computes them."""
+
+    micro_batch: Count = Field(description="images of one micro-batch: the scope of BatchNorm and contrasts")
+    micro_batches: Count = Field(description="micro-batches of one optimizer step; ranks must divide it")
+    mixup: NotNegative = Field(
+        0.0, description="alpha of Beta(alpha, alpha), the share of each image in a mix of two; 0 mixes none"
+    )
+    reference_micro_batches: Count | None = Field(
+        None, description="what the learning rate was chosen for: the recipe file's own step.micro_batches"
+    )
+
+    @property
+    def global_batch(self) -> int:
+        return self.micro_batch * self.micro_batches
+
+    @property
+    def scale(self) -> float:
+        """Factor of the learning rate: M / M_ref (1.0 when the recipe is run as written)."""
+        return self.micro_batches / (self.reference_micro_batches or self.micro_batches)
+
+
+class OptimizerSettings(Section):
+    """SGD with momentum; weight decay on every parameter, as published."""
+
+    lr: Positive = Field(description="for the recipe's own step.micro_batches")
+    momentum: NotNegative = Field(0.9, lt=1)
+    weight_decay: NotNegative = 5e-4
+    clip_norm: Positive | None = Field(None, description="largest global norm of the gradient")
+
+
+class ScheduleSettings(Section):
+    """Linear warm-up, then half a cosine or milestones; changed every epoch (published) or every step."""
+
+    epochs: Count
+    warmup_epochs: Natural = 0
+    per: Literal["epoch", "step"] = "epoch"
+    milestones: tuple[Count, ...] = Field(
+        (), description="epochs after which the rate is a tenth, in place of the cosine (CIFAR, published)"
+    )
+
+    @model_validator(mode="after")
+    def _milestones_are_reached(self) -> Self:
+        if list(self.milestones) != sorted(set(self.milestones)) or max(self.milestones, default=0) >= self.epochs:
+            raise ValueError(f"milestones {list(self.milestones)} must rise and lie inside {self.epochs} epochs")
+        return self
+
+    @model_validator(mode="after")
+    def _warmup_is_shorter(self) -> Self:
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs {self.warmup_epochs} leaves nothing of {self.epochs} epochs; lower it")
+        return self
+
+
+class EngineSettings(Section):
+    """How the step is computed."""
+
+    deepspeed: str = Field(description="DeepSpeed JSON: ZeRO stage, autocast; no batch sizes")
+    threads: Count | None = Field(None, description="CPU threads of a rank; cores / ranks on the host by default")
+    max_skipped: Count = Field(50, description="steps in a row that may change nothing, something not being finite")
+    digest_every: Natural = Field(100, description="steps between proofs that ranks hold equal queues; 0: never")
+    channels_last: bool = Field(False, description="keep images and activations as N, H, W, C in memory")
+    activation_checkpointing: bool = Field(
+        False, description="keep only the inputs of residual blocks for backward and run the blocks again there"
+    )
+    compile: bool = Field(False, description="compile the encoders (torch.compile); ZeRO stages 0 to 2")
+
+    @model_validator(mode="after")
+    def _one_decides_what_is_recomputed(self) -> Self:
+        if self.compile and self.activation_checkpointing:
+            raise ValueError(
+                "compile and activation_checkpointing both decide what backward computes again; set one to false"
+            )
+        return self
+
+
+class CheckpointSettings(Section):
+    """When a checkpoint is written, and how many are kept."""
+
+    every_epochs: Count = 1
+    every_steps: Count | None = Field(None, description="also inside an epoch")
+    keep: Count = 2
+
+
+class EvaluationSettings(Section):
+    """Held-out accuracy during training and at its end."""
+
+    every_epochs: Natural = Field(1, description="0: only at the end")
+    split: str | None = Field("val", description="watched during training, settings are chosen on it; null: none")
+    test_split: str = Field("test", description="measured once, at the end")
+    batch: Count = 256
+    checkpoint: Literal["last", "best_all", "best_balanced"] = Field(
+        "last", description="which weights the test split is given: the last, or the best on `split`, never on test"
+    )
+
+    @model_validator(mode="after")
+    def _best_is_judged_on_something(self) -> Self:
+        if self.checkpoint != "last" and (self.split is None or self.every_epochs == 0):
+            raise ValueError(
+                f"checkpoint {self.checkpoint} is chosen on a validation split during training: set split and "
+                f"every_epochs, or checkpoint last"
+            )
+        if self.checkpoint != "last" and self.split == self.test_split:
+            raise ValueError(
+                f"checkpoint {self.checkpoint} would be chosen on {self.split}, the test split: nothing is chosen on "
+                f"test. Build the shards with --validation-share and set split to val, or checkpoint to last"
+            )
+        return self
+
+
+class MetricsSettings(Section):
+    """What is shown and served while a run goes on."""
+
+    serve: bool = Field(True, description="serve /metrics on every rank")
+    port: Count = Field(9400, le=65535, description="of local rank 0; the others follow")
+    log_every: Count = Field(10, description="steps between lines when the output is no terminal")
+
+
+def _none_as_null(value: Any) -> Any:
+    """`none` is written as a word: in YAML it is not null."""
+    return None if value == "none" else value
+
+
+class Recipe(Section):
+    """Every setting of a run."""
+
+    name: str
+    seed: Natural = 1
+    data: DataSettings
+    views: ViewSettings
+    model: ModelSettings
+    loss: LossSettings = LossSettings()
+    key_encoder: Annotated[KeyEncoderSettings | None, BeforeValidator(_none_as_null)] = KeyEncoderSettings()
+    queue: QueueSettings = QueueSettings()
+    step: StepSettings
+    optimizer: OptimizerSettings
+    schedule: ScheduleSettings
+    engine: EngineSettings = running(...)
+    checkpoint: CheckpointSettings = running(CheckpointSettings())
+    evaluation: EvaluationSettings = running(EvaluationSettings())
+    metrics: MetricsSettings = running(MetricsSettings())
+
+    @model_validator(mode="after")
+    def _scope_has_keys(self) -> Self:
+        if self.key_encoder is None and self.loss.contrast_scope == "global_batch":
+            raise ValueError(
+                "loss.contrast_scope global_batch needs keys of the whole step before its first query, which "
+                "key_encoder none does not make; set loss.contrast_scope to micro_batch"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _frozen_encoders_contrast_nothing(self) -> Self:
+        if self.model.trained in ("centers", "center_scales") and self.loss.contrast:
+            raise ValueError(
+                f"model.trained {self.model.trained} freezes the encoder, so {self.loss.method} cannot contrast "
+                f"anything: set loss.method to one without contrast, such as cross_entropy or balanced_softmax"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _routers_have_experts_and_their_loss(self) -> Self:
+        trained, method = self.model.trained, self.loss.method
+        if (trained == "routers") != (method == "routing"):
+            raise ValueError(
+                f"model.trained routers and loss.method routing belong together, as the second stage of experts, but "
+                f"here are model.trained {trained} and loss.method {method}: set both, with model.start_from the run "
+                f"of the experts, or neither"
+            )
+        if method == "routing" and (self.model.experts or 1) < 2:
+            raise ValueError(
+                f"loss.method routing chooses how many experts see an image and model.experts is "
+                f"{self.model.experts or 'null'}: set it to that of the first stage, which must have 2 at least"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _model_suits_method(self) -> Self:
+        loss, model, method = self.loss, self.model, self.loss.method
+        margins = {"ldam": loss.ldam.scale, "ride": loss.ride.scale if loss.ride.base == "ldam" else None}.get(method)
+        if margins is not None:
+            if model.centers != "cosine":
+                raise ValueError(
+                    f"loss.method {method} has its margins between cosines, which model.centers {model.centers} does "
+                    f"not give; set model.centers to cosine"
+                    + (" or loss.ride.base to cross_entropy" if method == "ride" else "")
+                )
+            if margins != model.centers_scale:
+                raise ValueError(
+                    f"loss.{method}.scale {margins:g} and model.centers_scale {model.centers_scale:g} are one number; "
+                    f"set them equal"
+                )
+        if method in ("ride", "balpoe") and model.experts is None:
+            raise ValueError(f"loss.method {method} is a loss of experts and model.experts is null; set it to 3, say")
+        if method == "balpoe" and len(loss.balpoe.lambdas) != model.experts:
+            raise ValueError(
+                f"loss.balpoe.lambdas has {len(loss.balpoe.lambdas)} numbers for {model.experts} experts; give one each"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _method_suits_run(self) -> Self:
+        if self.step.mixup and self.loss.method == "routing":
+            raise ValueError(
+                f"step.mixup {self.step.mixup:g} mixes labels, and a router learns of one whether the experts gave it: "
+                f"set step.mixup to 0"
+            )
+        if self.step.mixup and self.loss.contrast:
+            raise ValueError(
+                f"step.mixup {self.step.mixup:g} mixes labels, of which the contrast of loss.method "
+                f"{self.loss.method} needs one for each image; set step.mixup to 0"
+            )
+        if self.loss.method == "proco" and self.queue.length == 0:
+            raise ValueError(
+                "loss.method proco estimates its classes from the queue; set queue.length above 0, up to the number of "
+                "training images"
+            )
+        setting, epoch = self.loss.starts_to_reweight
+        if epoch is not None and epoch >= self.schedule.epochs:
+            raise ValueError(
+                f"{setting} {epoch} is never reached in {self.schedule.epochs} epochs; lower it, or set it to null"
+            )
+        return self
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate of this run: the recipe's, scaled with M / M_ref."""
+        return self.optimizer.lr * self.step.scale
+
+    def resume_identity(self) -> dict[str, Any]:
+        """The settings that decide what is learnt, as {dotted key: value}."""
+        return dict(_leaves(self, ""))
+
+    def default(self, key: str) -> Any:
+        """What a setting, by its dotted key, is where nobody sets it; None for one that must be set, and for all of a
+        section that is left out by default."""
+        *path, name = key.split(".")
+        section: BaseModel = self
+        for part in path:
+            if type(section).model_fields[part].default is None:
+                return None
+            section = getattr(section, part)
+        field = type(section).model_fields[name]
+        value = None if field.is_required() else field.get_default(call_default_factory=True)
+        return list(value) if isinstance(value, tuple) else value
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def _leaves(section: BaseModel, prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, field in type(section).model_fields.items():
+        extra = field.json_schema_extra
+        if (isinstance(extra, dict) and RUNNING in extra) or prefix + name == "name":
+            continue
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,130 @@
+"""Owns the adding of images and classes to finished shards: new shards beside the old, a new manifest for all."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from paco_ds.data.card import Card
+from paco_ds.data.manifest import MANIFEST_FILE, Manifest, Split, load_manifest
+from paco_ds.data.pack.plan import BuildOptions, BuildPlan, plan_of, select
+from paco_ds.data.pack.ranks import Rank
+from paco_ds.data.pack.shards import (
+    STATE_FOLDER,
+    clear_state,
+    describe,
+    refuse_bad,
+    remove_stale,
+    remove_state,
+    say_ignored,
+    write_plan,
+)
+from paco_ds.data.pack.sources import read_source
+from paco_ds.data.pack.workers import Workers
+from paco_ds.data.pack.write import Written
+from paco_ds.data.storage import Storage, as_storage
+from paco_ds.errors import DataError
+
+
+def add_images(
+    directory: str | Path | Storage,
+    card: Card,
+    root: str | Path,
+    options: BuildOptions,
+    rank: Rank = Rank(),  # noqa: B008 (frozen)
+    console: Console | None = None,
+) -> Manifest | None:
+    """Add a card's images to a directory of shards; the new manifest from rank 0, None from the others.
+
+    Classes are matched by name; new ones get the labels after the known ones, in the order of the card. The old
+    shards are not touched, and the manifest before is kept as `manifest-REVISION.json`: a run that goes on from
+    before is told by the manifest's digest, and can be pointed at that file.
+
+    Raises:
+        DataError: as `build_shards`; these images were added before; a new class has no image in train.
+    """
+    console = console or Console(quiet=True)
+    output = as_storage(directory)
+    before = load_manifest(output)
+    state = output.inside(STATE_FOLDER)
+    with rank.alive(state), Workers(options.workers, "paco_ds.data.pack.shards") as workers:
+        plan = _plan(before, card, root, output, options, workers)
+        if plan.listing in before.listings:
+            if rank.number == 0 and rank.plan(state) is not None:
+                clear_state(state)  # ended after the manifest was written, before the rest was cleared
+                remove_state(state)
+                return before
+            raise DataError(f"these images of {card.name} are in {output.url} already, as its manifest says")
+        say_ignored(plan, console)
+        refuse_bad(output, plan.source.bad, options.max_bad, rank)
+
+        def manifest_of(written: list[Written]) -> Manifest:
+            with output.write(f"{MANIFEST_FILE.removesuffix('.json')}-{before.revision}.json") as file:
+                file.write(output.read(MANIFEST_FILE))
+            return _merged(before, plan, written)
+
+        manifest = write_plan(plan, output, options, rank, workers, manifest_of, console)
+        if manifest is not None:
+            remove_stale(output, manifest)
+    remove_state(state)
+    return manifest
+
+
+def _plan(
+    before: Manifest, card: Card, root: str | Path, output: Storage, options: BuildOptions, workers: Workers
+) -> BuildPlan:
+    if card.imbalance is not None:
+        raise DataError("a long-tailed part is drawn from a whole train, not from what is added: leave imbalance out")
+    source = select(card, read_source(card, root, workers.map), options.seed)
+    known = {name: label for label, name in enumerate(before.classes)}
+    classes = (*before.classes, *(name for name in source.classes if name not in known))
+    label_of = {name: label for label, name in enumerate(classes)}
+    relabel = np.array([label_of[name] for name in source.classes], np.int32)
+    splits = {name: replace(samples, labels=relabel[samples.labels]) for name, samples in source.splits.items()}
+    first_shards, first_keys = {}, {}
+    for name, split in before.splits.items():
+        first_shards[name] = 1 + max(int(shard.name.rpartition("-")[2]) for shard in split.shards)
+        first_keys[name] = max(
+            (start if shard.first_key is None else shard.first_key) + shard.samples
+            for start, shard in zip(split.starts(), split.shards, strict=True)
+        )
+    return plan_of(card, replace(source, classes=classes, splits=splits), output, options, first_shards, first_keys)
+
+
+def _merged(before: Manifest, plan: BuildPlan, written: list[Written]) -> Manifest:
+    """The old splits with the new shards after theirs, and all classes."""
+    added = describe(plan, written, {name: split.samples for name, split in before.splits.items()})
+    more = (0,) * (len(plan.source.classes) - len(before.classes))
+    splits = {
+        name: split.model_copy(update={"class_counts": (*split.class_counts, *more)})
+        for name, split in before.splits.items()
+    }
+    for name, new in added.items():
+        old = splits.get(name)
+        splits[name] = new if old is None else _joined(old, new)
+    if "train" in splits:
+        empty = [plan.source.classes[i] for i, count in enumerate(splits["train"].class_counts) if not count]
+        if empty:
+            raise DataError(f"no training image of the new class {empty[0]} ({len(empty)} such): add some to train")
+    return Manifest.model_validate(
+        before.model_dump(exclude_none=True)
+        | {
+            "revision": before.revision + 1,
+            "classes": plan.source.classes,
+            "listings": (*before.listings, plan.listing),
+            "splits": {name: split.model_dump(exclude_none=True) for name, split in splits.items()},
+        }
+    )
+
+
+def _joined(old: Split, new: Split) -> Split:
+    return Split(
+        name=old.name,
+        samples=old.samples + new.samples,
+        class_counts=tuple(a + b for a, b in zip(old.class_counts, new.class_counts, strict=True)),
+        bytes=old.bytes + new.bytes,
+        shards=(*old.shards, *new.shards),
+    )

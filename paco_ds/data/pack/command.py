@@ -1,0 +1,274 @@
+"""Owns the command `build_shards`: its options, what it prints, its exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from paco_ds.data.card import SOURCES, SPLIT_NAMES, Card, changed, load_card
+from paco_ds.data.manifest import SHOTS, Manifest, load_manifest
+from paco_ds.data.pack.add import add_images
+from paco_ds.data.pack.card_of_options import card_of_options
+from paco_ds.data.pack.check import check_shards
+from paco_ds.data.pack.plan import SHARD_BYTES, BuildOptions
+from paco_ds.data.pack.ranks import rank_of_environment
+from paco_ds.data.pack.shards import BAD_IMAGES_FILE, build_share
+from paco_ds.data.pack.suggest import histogram, suggest, write_files
+from paco_ds.errors import DataError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 all well, 1 damage found, 2 something given is wrong, 130 interrupted."""
+    arguments = _parser().parse_args(argv)
+    try:
+        code: int = arguments.command(arguments, Console())
+        return code
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; give the same command again", file=sys.stderr)
+        return 130
+
+
+def _build(arguments: argparse.Namespace, console: Console) -> int:
+    card, root = card_and_root(arguments)
+    rank = rank_of_environment()
+    if rank.number:
+        console = Console(quiet=True)
+    started = time.perf_counter()
+    manifest = build_share(card, root, arguments.output, _options(arguments), rank, console)
+    if manifest is not None:
+        console.print(_summary(manifest, time.perf_counter() - started))
+        _say_bad(manifest, console)
+    return 0
+
+
+def _add(arguments: argparse.Namespace, console: Console) -> int:
+    card, root = card_and_root(arguments)
+    rank = rank_of_environment()
+    if rank.number:
+        console = Console(quiet=True)
+    started = time.perf_counter()
+    manifest = add_images(arguments.directory, card, root, _options(arguments), rank, console)
+    if manifest is not None:
+        console.print(_summary(manifest, time.perf_counter() - started))
+        _say_bad(manifest, console)
+        console.print(f"revision {manifest.revision}; the one before stands beside it", highlight=False)
+    return 0
+
+
+def _check(arguments: argparse.Namespace, console: Console) -> int:
+    manifest = load_manifest(arguments.directory)
+    problems = check_shards(manifest, workers=arguments.workers, console=console)
+    for problem in problems:
+        print(problem)
+    if problems:
+        print(f"{arguments.directory}: {len(problems)} problems; copy the named files again, or rebuild")
+        return 1
+    samples = sum(split.samples for split in manifest.splits.values())
+    shards = sum(len(split.shards) for split in manifest.splits.values())
+    print(f"{arguments.directory}: all well, {samples} samples in {shards} shards")
+    return 0
+
+
+def _suggest(arguments: argparse.Namespace, console: Console) -> int:
+    manifest = load_manifest(arguments.directory)
+    counts = manifest.split("train").class_counts
+    table = Table("images of a class", "classes", "images", title=f"{manifest.name}: train", title_justify="left")
+    rows = histogram(counts)
+    most = max(classes for _, classes, _ in rows)
+    table.add_column("")
+    for bounds, classes, images in rows:
+        table.add_row(bounds, f"{classes:,}", f"{images:,}", "█" * math.ceil(30 * classes / most))
+    console.print(table)
+    shots = Counter(manifest.shots_of_classes())
+    print(f"shots: {', '.join(f'{shots[s]:,} {s}' for s in SHOTS)} of {len(counts):,} classes")
+    print(f"imbalance factor: {max(counts) / max(min(counts), 1):.1f} ({max(counts):,} / {min(counts):,})")
+    suggestion = suggest(manifest)
+    for line in suggestion.reasons:
+        print(f"- {line}")
+    card, recipe = write_files(manifest, suggestion, arguments.output, arguments.overwrite)
+    print(f"written: {card}, {recipe}; train: deepspeed paco_ds/train.py --config {recipe} --output runs/suggested")
+    missing = [split for split in ("val", "test") if split not in manifest.splits]
+    if missing:
+        print(
+            f"there is no split {' and no '.join(missing)}: nothing can be chosen without val nor reported without "
+            "test; --validation-share of a build makes a val out of train"
+        )
+    return 0
+
+
+def card_and_root(arguments: argparse.Namespace) -> tuple[Card, str]:
+    """The card given or made of the options, changed as the options say, and where its images are."""
+    if (arguments.card is None) == (arguments.source is None):
+        raise DataError("give either a dataset CARD or --source with --root")
+    if arguments.card is not None:
+        given = [f"--{name.replace('_', '-')}" for name in _WITHOUT_CARD if getattr(arguments, name) is not None]
+        if given:
+            raise DataError(f"{', '.join(given)} say what a card says: leave them out, or the card {arguments.card}")
+        card = load_card(arguments.card)
+        root = arguments.root or _beside(arguments.card, card.root)
+    else:
+        if arguments.root is None:
+            raise DataError(f"--source {arguments.source} needs --root, the folder that holds the images")
+        card = card_of_options({name: getattr(arguments, name) for name in ("source", "root", *_WITHOUT_CARD)})
+        root = arguments.root
+    changes: dict[str, Any] = {}
+    if arguments.imbalance_factor is not None:
+        changes["imbalance"] = {"factor": arguments.imbalance_factor, "profile": arguments.imbalance_profile or "exp"}
+    elif arguments.imbalance_profile is not None:
+        raise DataError("--imbalance-profile needs --imbalance-factor")
+    if arguments.validation_share is not None:
+        changes["validation_share"] = arguments.validation_share
+    if arguments.resize_short is not None:
+        changes["resize"] = {"short": arguments.resize_short} | (
+            {"quality": arguments.quality} if arguments.quality is not None else {}
+        )
+    elif arguments.quality is not None:
+        raise DataError("--quality needs --resize-short: images that are not resized keep their bytes")
+    return (changed(card, **changes) if changes else card), root
+
+
+def _beside(card: Path, root: str) -> str:
+    return root if "://" in root else str(card.parent / root)
+
+
+_WITHOUT_CARD = (
+    *SPLIT_NAMES,
+    "name",
+    "license",
+    "classes",
+    "path_column",
+    "label_column",
+    "group_column",
+    "delimiter",
+)
+
+
+def _options(arguments: argparse.Namespace) -> BuildOptions:
+    return BuildOptions(
+        seed=arguments.seed,
+        shard_bytes=arguments.shard_bytes,
+        workers=arguments.workers,
+        overwrite=arguments.overwrite,
+        verify=arguments.verify,
+        max_bad=arguments.max_bad,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="build_shards", description="Make webdataset shards with an index and a manifest; check them."
+    )
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher gives it; RANK says more
+    commands = parser.add_subparsers(required=True)
+    build = commands.add_parser(
+        "build",
+        help="images to shards, as a dataset card or --source says",
+        description="Killed at any moment and given again, the command goes on and ends with the same bytes. Started "
+        "by `deepspeed --hostfile hosts tools/build_shards.py build ...` on a shared file system, ranks share it.",
+    )
+    _add_source_options(build)
+    build.add_argument("--output", required=True, help="directory of the shards: a path or any fsspec URL")
+    build.add_argument("--overwrite", action="store_true", help="replace the shards in --output")
+    build.set_defaults(command=_build)
+    add = commands.add_parser("add", help="more images and classes, matched by name, for finished shards")
+    add.add_argument("directory", help="path or URL of the shards")
+    _add_source_options(add)
+    add.set_defaults(command=_add, overwrite=False)
+    check = commands.add_parser("check", help="verify every byte of a directory of shards")
+    check.add_argument("directory", help="path or URL of the shards")
+    check.set_defaults(command=_check)
+    ask = commands.add_parser("suggest", help="class counts, shots, settings for them; writes a card and a recipe")
+    ask.add_argument("directory", help="path or URL of the shards")
+    ask.add_argument("--output", type=Path, default=Path("suggested"), help="folder of the two files (suggested)")
+    ask.add_argument("--overwrite", action="store_true", help="replace the files in --output")
+    ask.set_defaults(command=_suggest)
+    for command in (build, add, check):
+        command.add_argument("--workers", type=_at_least_1, default=len(os.sched_getaffinity(0)), help="processes")
+    return parser
+
+
+def _add_source_options(command: argparse.ArgumentParser) -> None:
+    """What says which images are taken and how they are stored."""
+    command.add_argument("card", nargs="?", type=Path, help="YAML page in shards/; see shards/README.md")
+    command.add_argument("--root", help="where the images are, if not where the card says: a path or URL")
+    without = command.add_argument_group("without a card")
+    without.add_argument("--source", choices=SOURCES, help="what the images come as")
+    for split in SPLIT_NAMES:
+        without.add_argument(
+            f"--{split}",
+            metavar="PAGE",
+            help="its JSON, list or CSV file, folder, pattern of tars, or IMAGES,LABELS (idx); relative to --root",
+        )
+    without.add_argument("--name", help="of the data set; the root's name unless given")
+    without.add_argument("--license", help="of the data set")
+    without.add_argument("--classes", metavar="FILE", help="class names in the order of labels, one on each line")
+    without.add_argument("--path-column", metavar="NAME", help="csv: which column holds the path (path)")
+    without.add_argument("--label-column", metavar="NAME", help="csv: which column holds the class (label)")
+    without.add_argument("--group-column", metavar="NAME", help="csv: rows with one value stay on one side of a split")
+    without.add_argument("--delimiter", metavar="CHARACTER", help="csv: between fields (,)")
+    select = command.add_argument_group("selection (a card may say these too)")
+    select.add_argument(
+        "--imbalance-factor", type=float, metavar="F", help="long-tailed train: largest class / smallest"
+    )
+    select.add_argument("--imbalance-profile", choices=("exp", "pareto"), help="shape of the tail (exp)")
+    select.add_argument("--validation-share", type=float, metavar="SHARE", help="of each class of train, made val")
+    stored = command.add_argument_group("images (a card may say the first two)")
+    stored.add_argument(
+        "--resize-short",
+        type=_at_least_1,
+        metavar="N",
+        help="shorter side at most N pixels, as JPEG",
+    )
+    stored.add_argument("--quality", type=int, metavar="Q", help="of the JPEG, with --resize-short (90)")
+    stored.add_argument("--verify", action="store_true", help="decode every image")
+    stored.add_argument("--max-bad", type=_at_least_0, default=0, metavar="N", help="images that may be left out (0)")
+    command.add_argument("--seed", type=_at_least_0, default=0, help="of the order in the shards and of the selection")
+    command.add_argument("--shard-bytes", type=_at_least_1, default=SHARD_BYTES, help="largest shard, in bytes")
+
+
+def _at_least_1(text: str) -> int:
+    return _at_least(1, text)
+
+
+def _at_least_0(text: str) -> int:
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    number = int(text)
+    if number < least:
+        raise argparse.ArgumentTypeError(f"{number} is less than {least}")
+    return number
+
+
+def _summary(manifest: Manifest, seconds: float) -> Table:
+    table = Table("split", "classes", "samples", "imbalance", "bytes", "shards", title=manifest.name)
+    for split in manifest.splits.values():
+        counts = split.class_counts
+        imbalance = f"{max(counts) / min(counts):.1f}" if min(counts) else "a class is empty"
+        numbers = (len(counts), split.samples, imbalance, f"{split.bytes:,}", len(split.shards))
+        table.add_row(split.name, *map(str, numbers))
+    table.caption = f"{seconds:.1f} s"
+    if "train" in manifest.splits:
+        shots = Counter(manifest.shots_of_classes())
+        table.caption = ", ".join(f"{shots[s]} {s}" for s in ("many", "medium", "few")) + f"; {table.caption}"
+    return table
+
+
+def _say_bad(manifest: Manifest, console: Console) -> None:
+    if manifest.storage.exists(BAD_IMAGES_FILE):
+        lines = manifest.storage.read(BAD_IMAGES_FILE).decode().splitlines()
+        console.print(f"{len(lines)} images left out, named in {manifest.storage.place(BAD_IMAGES_FILE)}", markup=False)

@@ -1,0 +1,140 @@
+"""Owns what a build is: its options, and the plan of its shards, made before the first image is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from paco_ds.data.card import Card
+from paco_ds.data.pack.ranks import Rank
+from paco_ds.data.pack.selection import make_long_tailed, split_validation
+from paco_ds.data.pack.sources import Source, read_source
+from paco_ds.data.pack.sources.source import MapOver
+from paco_ds.data.pack.write import ShardJob, WriteSettings, plan_shards
+from paco_ds.data.storage import Storage
+from paco_ds.errors import DataError
+
+SHARD_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How a build is done; see `tools/build_shards.py build --help`.
+
+    Attributes:
+        seed: of the order inside the shards, the long-tailed part and the validation split.
+        shard_bytes: largest shard.
+        verify: decode every image.
+        max_bad: images that may be left out; one more ends the build with the list.
+    """
+
+    seed: int = 0
+    shard_bytes: int = SHARD_BYTES
+    workers: int = 1
+    overwrite: bool = False
+    verify: bool = False
+    max_bad: int = 0
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """All that is decided before the first image is read.
+
+    Attributes:
+        source: the images, selected.
+        settings: what every process needs.
+        shards: (split, name, number of the first key, rows of the split's table) in the order of the manifest.
+        digest: of the images, their sizes and times, and of all options that the bytes depend on.
+        listing: digest of names, labels and sizes alone: says whether the same images were listed before.
+    """
+
+    source: Source
+    settings: WriteSettings
+    shards: list[tuple[str, str, int, npt.NDArray[np.int64]]]
+    digest: str
+    listing: str
+
+    def jobs(self, rank: Rank) -> Iterator[ShardJob]:
+        """The shards of a rank, each cut out of the table when it is asked for."""
+        for number, (split, name, first_key, rows) in enumerate(self.shards):
+            if rank.takes(number):
+                yield ShardJob(name, split, first_key, self.source.splits[split].take(rows))
+
+    def size(self, rank: Rank) -> tuple[int, int]:
+        """Images and source bytes of a rank's shards."""
+        own = [shard for number, shard in enumerate(self.shards) if rank.takes(number)]
+        size = sum(int(self.source.splits[split].sizes[rows].sum()) for split, _, _, rows in own)
+        return sum(len(rows) for *_, rows in own), size
+
+
+def plan_build(
+    card: Card, root: str | Path, output: Storage, options: BuildOptions, look_up: MapOver = map
+) -> BuildPlan:
+    """List the source, select from it, and cut it into shards; DataError as `build_shards`."""
+    source = select(card, read_source(card, root, look_up), options.seed)
+    return plan_of(card, source, output, options, {}, {})
+
+
+def select(card: Card, source: Source, seed: int) -> Source:
+    """The source with what the card asks for: a long-tailed train, a validation split out of it."""
+    splits, classes = dict(source.splits), len(source.classes)
+    if card.imbalance is not None:
+        splits["train"] = make_long_tailed(splits["train"], classes, card.imbalance, seed)
+    if card.validation_share is not None:
+        splits["train"], splits["val"] = split_validation(splits["train"], classes, card.validation_share, seed)
+        if not len(splits["val"]):
+            raise DataError(
+                f"validation_share {card.validation_share} of these classes takes no image: raise it, or collect more"
+            )
+    return replace(source, splits=splits)
+
+
+def plan_of(
+    card: Card,
+    source: Source,
+    output: Storage,
+    options: BuildOptions,
+    first_shards: Mapping[str, int],
+    first_keys: Mapping[str, int],
+) -> BuildPlan:
+    """Cut a source into shards; their names and keys are counted from these numbers."""
+    settings = WriteSettings(output, source.images, source.classes, card.resize, options.verify)
+    shards = []
+    for split, samples in source.splits.items():
+        if not len(samples):
+            continue
+        key = first_keys.get(split, 0)
+        seed = options.seed + first_shards.get(split, 0)  # what is added later is shuffled anew
+        for number, rows in enumerate(plan_shards(samples, split, seed, options.shard_bytes)):
+            shards.append((split, f"{split}-{first_shards.get(split, 0) + number:05d}", key, rows))
+            key += len(rows)
+    about = {
+        "classes": source.classes,
+        "resize": card.resize.model_dump() if card.resize else None,
+        "verify": options.verify,
+        "shards": [(split, name, key) for split, name, key, _ in shards],
+    }
+    listing = _listing(source)
+    digest = hashlib.sha256(json.dumps([about, listing]).encode())
+    for samples in source.splits.values():
+        for column in (samples.stamps, samples.places):
+            digest.update(np.ascontiguousarray(column).data)
+    for *_, rows in shards:
+        digest.update(np.ascontiguousarray(rows).data)
+    return BuildPlan(source, settings, shards, digest.hexdigest(), listing)
+
+
+def _listing(source: Source) -> str:
+    digest = hashlib.sha256()
+    for split, samples in source.splits.items():
+        digest.update(split.encode())
+        for column in (samples.labels, samples.sizes, samples.names.offsets):
+            digest.update(np.ascontiguousarray(column).data)
+        digest.update(samples.names.blob)
+    return digest.hexdigest()

@@ -1,0 +1,90 @@
+"""Owns which images of a source are taken: a long-tailed part of train, and a validation split out of it."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from paco_ds.data.card import Imbalance
+from paco_ds.data.pack.samples import Samples
+
+_PARETO_POWER = 3  # 1,000 classes from 1280 to 5 images then have 116,600 in all; ImageNet-LT has 115,846
+_IMBALANCE_STREAM, _VALIDATION_STREAM = 1, 2  # the two draws of one seed are independent
+
+
+def long_tailed_counts(available: npt.NDArray[np.int64], imbalance: Imbalance) -> npt.NDArray[np.int64]:
+    """Images to keep of each class, int64 [classes].
+
+    Classes are ranked by their images, the larger and then the lower label first; rank r of C gets, with n the
+    images of the first class and F the factor:
+
+    - exp: n F^(-r/(C-1)) (Cui et al. 2019);
+    - pareto: n (1 + (F^(1/3) - 1) r/(C-1))^-3, a power law, whose head falls faster (as that of ImageNet-LT).
+
+    Never more than there are, and never none of a class that has some.
+    """
+    rank = np.argsort(-available, kind="stable")
+    place = np.arange(len(available)) / max(len(available) - 1, 1)
+    if imbalance.profile == "exp":
+        share = imbalance.factor**-place
+    else:
+        share = (1 + (imbalance.factor ** (1 / _PARETO_POWER) - 1) * place) ** -_PARETO_POWER
+    # 1e-9: 100 ** -1 * 1000 must give 10, whatever the last bit
+    wanted = np.maximum(np.floor(available.max() * share + 1e-9), 1).astype(np.int64)
+    counts = np.empty_like(available)
+    counts[rank] = np.minimum(wanted, available[rank])
+    return counts
+
+
+def make_long_tailed(samples: Samples, classes: int, imbalance: Imbalance, seed: int) -> Samples:
+    """The part of a split that has these counts, drawn by seed, in the order of the split."""
+    counts = long_tailed_counts(samples.counts(classes), imbalance)
+    order = _drawn_by_class(samples, seed, _IMBALANCE_STREAM)
+    return samples.take(np.sort(order[_place_in_class(samples.labels[order]) < counts[samples.labels[order]]]))
+
+
+def split_validation(samples: Samples, classes: int, share: float, seed: int) -> tuple[Samples, Samples]:
+    """(train, val) of a split: `share` of each class, rounded, and never the last image of a class.
+
+    With groups, whole groups are taken, in drawn order, as long as no class gets more than its share.
+    """
+    available = samples.counts(classes)
+    wanted = np.minimum(np.floor(available * share + 0.5).astype(np.int64), np.maximum(available - 1, 0))
+    if len(samples.groups):
+        taken = _whole_groups(samples, wanted, seed)
+    else:
+        order = _drawn_by_class(samples, seed, _VALIDATION_STREAM)
+        taken = np.zeros(len(samples), bool)
+        taken[order[_place_in_class(samples.labels[order]) < wanted[samples.labels[order]]]] = True
+    return samples.take(np.flatnonzero(~taken)), samples.take(np.flatnonzero(taken))
+
+
+def _whole_groups(samples: Samples, wanted: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.bool_]:
+    by_group = np.argsort(samples.groups, kind="stable")
+    cuts = np.flatnonzero(np.diff(samples.groups[by_group])) + 1
+    members = np.split(by_group, cuts)
+    left = wanted.copy()
+    taken = np.zeros(len(samples), bool)
+    for number in np.argsort(_bits(len(members), seed, _VALIDATION_STREAM), kind="stable").tolist():
+        labels = samples.labels[members[number]]
+        found, images = np.unique(labels, return_counts=True)
+        if (images <= left[found]).all():
+            left[found] -= images
+            taken[members[number]] = True
+    return taken
+
+
+def _drawn_by_class(samples: Samples, seed: int, stream: int) -> npt.NDArray[np.int64]:
+    """Rows sorted by label, those of a label in drawn order."""
+    return np.lexsort((_bits(len(samples), seed, stream), samples.labels))
+
+
+def _bits(count: int, seed: int, stream: int) -> npt.NDArray[np.uint64]:
+    """Random bits that later versions of numpy keep, as `write.plan_shards` needs them too."""
+    bits: npt.NDArray[np.uint64] = np.random.PCG64([seed, stream]).random_raw(count)
+    return bits
+
+
+def _place_in_class(labels: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+    """Of sorted labels: how many equal ones come before each."""
+    return np.arange(len(labels)) - np.searchsorted(labels, labels)

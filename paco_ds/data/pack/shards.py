@@ -1,0 +1,329 @@
+"""Owns the building of shards: what is not there yet is written, by one process or several ranks; the manifest last."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydantic import ValidationError
+from rich.console import Console
+
+from paco_ds.data.card import Card
+from paco_ds.data.manifest import MANIFEST_FILE, Manifest, Sha256, Shard, Split, StrictModel, load_manifest
+from paco_ds.data.pack.image_bytes import BadImage
+from paco_ds.data.pack.plan import BuildOptions, BuildPlan, plan_build
+from paco_ds.data.pack.progress import ShardProgress
+from paco_ds.data.pack.ranks import PLAN_FILE, Rank
+from paco_ds.data.pack.sources.source import some
+from paco_ds.data.pack.tar import BLOCK
+from paco_ds.data.pack.workers import Report, Workers
+from paco_ds.data.pack.write import ShardJob, WriteSettings, Written, write_shard
+from paco_ds.data.shard import sha256_stored
+from paco_ds.data.storage import MissingFile, Storage, as_storage
+from paco_ds.errors import DataError
+from paco_ds.files import PARTIAL
+
+STATE_FOLDER = ".build"  # what an unfinished build knows of itself
+BAD_IMAGES_FILE = "bad-images.txt"
+_SHOWN_BAD = 20
+_MOST_BAD = 1000  # after so many a build does not go on to find more
+_BESIDE = (".tar", ".index.npy", ".tar.idx")
+
+
+def build_shards(
+    card: Card,
+    root: str | Path,
+    output: str | Path | Storage,
+    options: BuildOptions = BuildOptions(),  # noqa: B008 (frozen)
+    console: Console | None = None,
+) -> Manifest:
+    """Build shards, indexes and, last, the manifest of every split of a card.
+
+    The same images, seed and shard size give the same bytes with any number of workers, also after a build that
+    was killed: shards that it finished are recognised by plan and digest, and not written again.
+
+    Raises:
+        DataError: ``output`` has shards and ``overwrite`` is off, the source is not as the card says, more images
+            than ``max_bad`` cannot be taken, or the disk is full.
+    """
+    manifest = build_share(card, root, output, options, Rank(), console)
+    assert manifest is not None
+    return manifest
+
+
+def build_share(
+    card: Card,
+    root: str | Path,
+    output: str | Path | Storage,
+    options: BuildOptions,
+    rank: Rank,
+    console: Console | None = None,
+) -> Manifest | None:
+    """One rank's share of `build_shards`; the manifest from rank 0, None from the others when it stands."""
+    console = console or Console(quiet=True)
+    output = as_storage(output)
+    state = output.inside(STATE_FOLDER)
+    with rank.alive(state), ExitStack() as stack:
+        if rank.number == 0:
+            _refuse_existing(output, state, options.overwrite)
+        workers = stack.enter_context(Workers(options.workers, __name__))
+        console.print(f"listing {card.name} under {root}", markup=False, highlight=False)
+        plan = plan_build(card, root, output, options, workers.map)
+        say_ignored(plan, console)
+        refuse_bad(output, plan.source.bad, options.max_bad, rank)
+        if rank.number == 0:
+            _refuse_existing(output, state, options.overwrite, plan.digest)
+            if card.resize is None and not options.overwrite:
+                _require_room(plan, output)
+            if options.overwrite:
+                output.remove(MANIFEST_FILE)
+
+        def manifest_of(written: list[Written]) -> Manifest:
+            described = describe(plan, written)
+            _require_training_images(plan, described)
+            return Manifest(
+                name=card.name,
+                license=card.license,
+                source=card.homepage or card.source,
+                seed=options.seed,
+                classes=plan.source.classes,
+                mean=card.mean,
+                std=card.std,
+                shots=card.shots,
+                listings=(plan.listing,),
+                splits=described,
+            )
+
+        manifest = write_plan(plan, output, options, rank, workers, manifest_of, console)
+        if manifest is not None:
+            remove_stale(output, manifest)
+    remove_state(state)
+    return manifest
+
+
+def write_plan(
+    plan: BuildPlan,
+    output: Storage,
+    options: BuildOptions,
+    rank: Rank,
+    workers: Workers,
+    manifest_of: Callable[[list[Written]], Manifest],
+    console: Console,
+) -> Manifest | None:
+    """Write a rank's shards of a plan; rank 0 then makes the manifest of all, in the order of the plan."""
+    state = output.inside(STATE_FOLDER)
+    rank.begin(state, plan.digest)
+    own: dict[str, Written] = {}
+    found = len(plan.source.bad)
+    settings = _Once(plan.settings, state, plan.digest)
+    images, size = plan.size(rank)
+    with ShardProgress(console, "building", images, size) as progress:
+        for written in workers.run(_write_once, settings, plan.jobs(rank), progress):
+            own[written.name] = written
+            found += len(written.bad)
+            if found > max(options.max_bad, _MOST_BAD):
+                break
+    manifest: Manifest | None = None
+
+    def conclude() -> None:
+        nonlocal manifest
+        names = [name for _, name, *_ in plan.shards]
+        with ThreadPoolExecutor(16) as pool:
+            written = list(pool.map(lambda name: own.get(name) or _recorded(state, name, plan.digest), names))
+        missing = [name for name, done in zip(names, written, strict=True) if done is None]
+        bad = [*plan.source.bad, *(BadImage(*b) for done in written if done for b in done.bad)]
+        refuse_bad(output, bad, options.max_bad, rank)
+        if missing:
+            raise DataError(f"shard {some(missing)} of {output.url} was not built: give the same command again")
+        made = manifest_of([done for done in written if done is not None])
+        with output.write(MANIFEST_FILE) as file:
+            file.write(made.model_dump_json(indent=1, exclude_none=True).encode() + b"\n")
+        manifest = load_manifest(output)
+        clear_state(state)
+
+    if found > max(options.max_bad, _MOST_BAD):
+        refuse_bad(output, [*plan.source.bad, *(BadImage(*b) for w in own.values() for b in w.bad)], 0, rank)
+    rank.finish(state, conclude)
+    console.print(progress.memory(), highlight=False)
+    return manifest
+
+
+@dataclass(frozen=True)
+class _Once:
+    settings: WriteSettings
+    state: Storage
+    plan: str
+
+
+class _Record(StrictModel):
+    """What a finished shard says of itself beside the others, until the manifest does."""
+
+    plan: Sha256
+    written: Written
+
+
+def _write_once(once: _Once, job: ShardJob, report: Report) -> Written:
+    """Write a shard and its record, unless both are there and the bytes are those of the record."""
+    done = _recorded(once.state, job.name, once.plan)
+    if done is not None and _stands(once.settings.output, done):
+        report(len(job.samples), int(job.samples.sizes.sum()), len(done.bad))
+        return done
+    written = write_shard(once.settings, job, report)
+    with once.state.write(f"{job.name}.json") as file:
+        file.write(_Record(plan=once.plan, written=written).model_dump_json().encode())
+    return written
+
+
+def _recorded(state: Storage, name: str, plan: str) -> Written | None:
+    """What a shard's record says, if it belongs to this plan."""
+    try:
+        record = _Record.model_validate_json(state.read(f"{name}.json"))
+    except (MissingFile, ValidationError):
+        return None
+    return record.written if record.plan == plan else None
+
+
+def _stands(output: Storage, written: Written) -> bool:
+    """Whether the files are there with the bytes of the record; a crash of the host may have lost some."""
+    shard = written.shard
+    if shard is None:
+        return True
+    try:
+        return (
+            output.size(shard.file) == shard.bytes
+            and output.size(shard.index_file) == shard.index_bytes
+            and output.exists(shard.energon_file)
+            and sha256_stored(output, shard.index_file, shard.index_bytes) == shard.index_sha256
+            and sha256_stored(output, shard.file, shard.bytes) == shard.sha256
+        )
+    except MissingFile:
+        return False
+
+
+def describe(plan: BuildPlan, written: list[Written], before: Mapping[str, int] | None = None) -> dict[str, Split]:
+    """The splits that were written, ids counted from `before`; DataError for one left without an image."""
+    classes = len(plan.source.classes)
+    splits = {}
+    for name in plan.source.splits:
+        done = [w for w, (split, *_) in zip(written, plan.shards, strict=True) if split == name]
+        counts = np.zeros(classes, np.int64)
+        shards: list[Shard] = []
+        first_id = samples = (before or {}).get(name, 0)
+        for shard_done in done:
+            for label, images in shard_done.counts.items():
+                counts[label] += images
+            if shard_done.shard is not None:
+                own = shard_done.shard.first_key == samples
+                shards.append(shard_done.shard.model_copy(update={"first_key": None}) if own else shard_done.shard)
+                samples += shard_done.shard.samples
+        if not shards:
+            raise DataError(f"split {name} has no image that can be taken")
+        splits[name] = Split(
+            name=name,
+            samples=samples - first_id,
+            class_counts=tuple(counts.tolist()),
+            bytes=sum(shard.bytes for shard in shards),
+            shards=tuple(shards),
+        )
+    return splits
+
+
+def _require_training_images(plan: BuildPlan, splits: Mapping[str, Split]) -> None:
+    counts = splits["train"].class_counts if "train" in splits else ()
+    empty = [plan.source.classes[label] for label, count in enumerate(counts) if not count]
+    if empty:
+        raise DataError(f"no training image of {some(empty)} can be taken: repair some, or take the class out")
+
+
+def say_ignored(plan: BuildPlan, console: Console) -> None:
+    """Say which files of folders are no images by their ending."""
+    if plan.source.ignored:
+        counts = ", ".join(f"{n} {ending}" for ending, n in sorted(plan.source.ignored.items()))
+        console.print(f"left out, not images by their ending: {counts}", markup=False)
+
+
+def refuse_bad(output: Storage, bad: Iterable[BadImage], max_bad: int, rank: Rank) -> None:
+    """Write the list of images that cannot be taken; DataError if there are more of them than may be left out."""
+    found = sorted(map(str, bad))
+    if rank.number == 0:
+        if found:
+            with output.write(BAD_IMAGES_FILE) as file:
+                file.write("".join(f"{line}\n" for line in found).encode())
+        elif output.exists(BAD_IMAGES_FILE):
+            output.remove(BAD_IMAGES_FILE)
+    if len(found) <= max_bad:
+        return
+    reasons = Counter(image.reason for image in bad)
+    shown = "\n  ".join(found[:_SHOWN_BAD])
+    more = f"\n  and {len(found) - _SHOWN_BAD} more" if len(found) > _SHOWN_BAD else ""
+    raise DataError(
+        f"{len(found)} images cannot be taken ({', '.join(f'{n} {reason}' for reason, n in sorted(reasons.items()))}), "
+        f"at most {max_bad} may be left out:\n  {shown}{more}\n"
+        f"All stand in {output.place(BAD_IMAGES_FILE)}. Repair or unlist them, or allow so many with --max-bad"
+    )
+
+
+def clear_state(state: Storage) -> None:
+    """Remove what an unfinished build knew; its plan last, for which other ranks wait."""
+    names = state.sizes() or {}
+    for name in sorted(names, key=lambda name: name == PLAN_FILE):
+        state.remove(name)
+
+
+def remove_state(state: Storage) -> None:
+    """Remove the folder of the state once it is empty; another rank may still have its own file there."""
+    if state.is_local:
+        with suppress(OSError):
+            os.rmdir(state.local_directory)
+
+
+def _refuse_existing(output: Storage, state: Storage, overwrite: bool, plan: str | None = None) -> None:
+    """Before planning: is there a finished build that is not ours to go on with? With the plan: is it of this plan?"""
+    if overwrite:
+        return
+    files = output.sizes() or {}
+    if MANIFEST_FILE in files:
+        if state.exists(PLAN_FILE) and (plan is None or Rank().plan(state) == plan):
+            return  # killed after the manifest was written, before the rest was cleared
+        remove_state(state)  # killed when only the empty folder was left
+        raise DataError(f"{output.url} holds shards already; give another --output, or --overwrite to replace them")
+    foreign = [tar for tar in files if tar.endswith(".tar") and f"{tar.removesuffix('.tar')}.index.npy" not in files]
+    if foreign:
+        raise DataError(f"{output.url} holds {foreign[0]}, which is not ours; give another --output")
+
+
+def _require_room(plan: BuildPlan, output: Storage) -> None:
+    """DataError if the disk cannot hold the shards that are not there yet."""
+    if not output.is_local:
+        return
+    place = output.local_directory
+    place.mkdir(parents=True, exist_ok=True)
+    files = output.sizes() or {}
+    images, size = plan.size(Rank())
+    missing = size + 3 * BLOCK * images - sum(files.get(f"{name}.tar", 0) for _, name, *_ in plan.shards)
+    free = shutil.disk_usage(place).free
+    if missing > free:
+        raise DataError(
+            f"the shards need {missing / 1e9:,.1f} GB more and {place} has {free / 1e9:,.1f} GB free: make room, or "
+            "give another --output"
+        )
+
+
+def remove_stale(output: Storage, manifest: Manifest) -> None:
+    """What earlier or interrupted builds left: shards that have an index beside them, and partial files."""
+    files = output.sizes() or {}
+    names = {shard.name for split in manifest.splits.values() for shard in split.shards}
+    for file in files:
+        stem = file.removesuffix(".tar")
+        if file.startswith(".") and file.endswith(PARTIAL):
+            output.remove(file)
+        elif file.endswith(".tar") and stem not in names and f"{stem}.index.npy" in files:
+            for ending in _BESIDE:
+                output.remove(f"{stem}{ending}")

@@ -1,0 +1,190 @@
+"""Owns the source `inaturalist`: the competitions' COCO-style JSON, and the folders of torchvision's INaturalist.
+
+The JSON of 2021 has 2.7 million images, so pages are parsed as a stream and kept as columns.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ijson
+import numpy as np
+import numpy.typing as npt
+
+from paco_ds.data.card import INaturalistCard
+from paco_ds.data.pack.samples import Names, Samples, SamplesBuilder
+from paco_ds.data.pack.sources.folder import add_images
+from paco_ds.data.pack.sources.source import Files, Root, Source, require_inside, some
+from paco_ds.errors import DataError
+
+_CHUNK = 1 << 20
+
+
+class _Page:
+    """One JSON file: images, annotations and categories as columns."""
+
+    def __init__(self, root: Root, file: str) -> None:
+        self.where = f"{root}/{file}"
+        self._image_ids, self._names = array("q"), SamplesBuilder()
+        self._annotated, self._category = array("q"), array("q")
+        self.categories: dict[int, str] = {}
+        _parse(root, file, {"images": self._image, "annotations": self._annotation, "categories": self._a_category})
+
+    def _image(self, entry: dict[str, Any]) -> None:
+        name = self._field(entry, "images", "file_name", str)
+        require_inside(self.where, name)
+        self._image_ids.append(self._field(entry, "images", "id", int))
+        self._names.add(name, 0)
+
+    def _annotation(self, entry: dict[str, Any]) -> None:
+        self._annotated.append(self._field(entry, "annotations", "image_id", int))
+        self._category.append(self._field(entry, "annotations", "category_id", int))
+
+    def _a_category(self, entry: dict[str, Any]) -> None:
+        self.categories[self._field(entry, "categories", "id", int)] = self._field(entry, "categories", "name", str)
+
+    def _field(self, entry: Any, part: str, key: str, kind: type) -> Any:
+        value = entry.get(key) if isinstance(entry, dict) else None
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise DataError(f"{self.where}: {part} has an entry without {key}: {entry!r:.80}")
+        return value
+
+    def samples(self, labels: dict[int, int]) -> Samples:
+        """The images with their labels by category; DataError for one without annotation or with two categories."""
+        for part, found in (("images", self._image_ids), ("annotations", self._annotated)):
+            if not found:
+                raise DataError(f"{self.where} has no {part}: it must be a list of entries")
+        names = self._names.build().names
+        image_ids = np.array(self._image_ids, np.int64)
+        annotated, category = self._by_image()
+        known = np.array(sorted(labels), np.int64)
+        label_of = np.array([labels[c] for c in known.tolist()], np.int32)
+        place = np.searchsorted(known, category).clip(max=len(known) - 1)
+        unknown = np.flatnonzero(known[place] != category)
+        if len(unknown):
+            raise DataError(
+                f"{self.where}: the annotation of image {annotated[unknown[0]]} has unknown category "
+                f"{category[unknown[0]]}"
+            )
+        at = np.searchsorted(annotated, image_ids).clip(max=len(annotated) - 1)
+        lost = np.flatnonzero(annotated[at] != image_ids)
+        if len(lost):
+            raise DataError(f"{self.where}: image {image_ids[lost[0]]} ({names[int(lost[0])]}) has no annotation")
+        return _table(names, label_of[place][at])
+
+    def _by_image(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Annotated images, ascending and each once, and their categories."""
+        annotated, category = np.array(self._annotated, np.int64), np.array(self._category, np.int64)
+        order = np.argsort(annotated, kind="stable")
+        annotated, category = annotated[order], category[order]
+        torn = np.flatnonzero((annotated[1:] == annotated[:-1]) & (category[1:] != category[:-1]))
+        if len(torn):
+            raise DataError(f"{self.where}: image {annotated[torn[0]]} is annotated with two categories")
+        first = np.concatenate((np.ones(1, bool), annotated[1:] != annotated[:-1]))
+        return annotated[first], category[first]
+
+
+def _table(names: Names, labels: npt.NDArray[np.int32]) -> Samples:
+    nothing = np.empty(0, np.int64)
+    unknown = np.full(len(labels), -1, np.int64)
+    return Samples(names, labels, unknown, np.zeros(len(labels), np.int64), nothing, nothing.astype(np.int32))
+
+
+def read(card: INaturalistCard, root: Root) -> Source:
+    """List the images; label order is that of the category ids."""
+    if next(iter(card.splits.values())).folder is not None:
+        return _read_folders(card, root)
+    pages = {name: _Page(root, str(split.annotations)) for name, split in card.splits.items()}
+    first = next(iter(pages.values()))
+    ids = sorted(first.categories)
+    for page in pages.values():
+        if not page.categories:
+            raise DataError(f"{page.where} has no categories: it must be a list of entries with id and name")
+        if sorted(page.categories) != ids:
+            differing = [str(i) for i in sorted(set(page.categories) ^ set(ids))]
+            raise DataError(f"{page.where} does not have the categories of {first.where}: {some(differing)}")
+    names = _categories(root, card.categories) if card.categories else first.categories
+    nameless = [str(i) for i in ids if i not in names]
+    if nameless:
+        raise DataError(f"{root}/{card.categories} has no name for category {some(nameless)}")
+    labels = {category: label for label, category in enumerate(ids)}
+    return Source(
+        tuple(names[i] for i in ids), {name: page.samples(labels) for name, page in pages.items()}, Files(root)
+    )
+
+
+def _categories(root: Root, file: str) -> dict[int, str]:
+    """Names by category id; the official categories.json is a bare list, others keep it under `categories`."""
+    names: dict[int, str] = {}
+
+    def take(entry: Any) -> None:
+        if not isinstance(entry, dict) or not {"id", "name"} <= set(entry):
+            raise DataError(f"{root}/{file}: categories has an entry without id and name: {entry!r:.80}")
+        names[entry["id"]] = str(entry["name"])
+
+    _parse(root, file, {"": take, "categories": take})
+    return names
+
+
+def _parse(root: Root, file: str, takers: dict[str, Callable[[Any], None]]) -> None:
+    """Give every entry of these lists of a JSON file to its taker, in one pass; "" is the file being a bare list."""
+    with root.open(file, "the JSON file") as stream:
+        queues = {part: ijson.sendable_list() for part in takers}
+        parsers = [
+            ijson.items_coro(queues[part], f"{part}.item" if part else "item", use_float=True) for part in takers
+        ]
+        try:
+            for chunk in iter(lambda: stream.read(_CHUNK), b""):
+                for parser in parsers:
+                    parser.send(chunk)
+                _drain(queues, takers)
+            for parser in parsers:
+                parser.close()
+            _drain(queues, takers)
+        except ijson.JSONError as error:
+            reason = " ".join(str(error).split())[:120]
+            raise DataError(f"{root}/{file} is not JSON ({reason}): copy it again") from error
+
+
+def _drain(queues: dict[str, Any], takers: dict[str, Callable[[Any], None]]) -> None:
+    for part, queue in queues.items():
+        for entry in queue:
+            takers[part](entry)
+        queue.clear()
+
+
+def _read_folders(card: INaturalistCard, root: Root) -> Source:
+    """torchvision's INaturalist: 2021 has a folder `00000_Animalia_...` per category, the years before have
+    `Aves/3111` by super-category and category id."""
+    found = {name: dict(_category_folders(root, str(split.folder))) for name, split in card.splits.items()}
+    ids = sorted({category for folders in found.values() for category in folders})
+    known = _categories(root, card.categories) if card.categories else {}
+    names = {i: known.get(i) or next(str(f[i][1]) for f in found.values() if i in f) for i in ids}
+    ignored: Counter[str] = Counter()
+    splits = {}
+    for name, folders in found.items():
+        rows = SamplesBuilder()
+        for label, category in enumerate(ids):
+            if category in folders:
+                add_images(rows, root, folders[category][0], label, ignored)
+        splits[name] = rows.build()
+    return Source(tuple(names[i] for i in ids), splits, Files(root), ignored)
+
+
+def _category_folders(root: Root, folder: str) -> Iterator[tuple[int, tuple[str, str]]]:
+    """Category id, its folder under the root, and its name."""
+    for outer in root.folders(folder):
+        number, _, name = outer.partition("_")
+        if number.isdecimal() and name:
+            yield int(number), (f"{folder}/{outer}", name)
+            continue
+        for inner in root.folders(f"{folder}/{outer}"):
+            if not inner.isdecimal():
+                raise DataError(
+                    f"{root}/{folder}/{outer}/{inner} is no category: a folder must be called "
+                    "NUMBER_NAME (2021), or NAME with folders called by number in it (2017 to 2019)"
+                )
+            yield int(inner), (f"{folder}/{outer}/{inner}", f"{outer}/{inner}")

@@ -1,0 +1,204 @@
+"""Owns what the class counts of a data set suggest: alpha, queue and batch with reasons, a card and a recipe.
+
+The figures are starting points from the published runs and from p_c = 1 / (1 + alpha K_y) (Remark 2 of the paper), with
+K_y = q(y) (queue + 2 m - 1) of Eq. 9: where alpha K of the largest class is far above that of the published runs, its
+center takes no part.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from paco_ds.data.manifest import Manifest
+from paco_ds.data.pack.image_bytes import BadImage, size_of
+from paco_ds.data.shard import BadSample, ShardReader
+from paco_ds.errors import DataError
+
+PUBLISHED_ALPHA = 0.05
+ALPHA_K_OF_HEAD = 4.5  # of ImageNet-LT: alpha .05, its largest class has K = 90
+_LONGEST_QUEUE = 8192  # of the published runs
+_QUEUE_SHARE = 1 / 14  # of an epoch's images: ImageNet-LT's 8192 of 115,846
+_LEAST_MICRO_BATCH, _FEWEST_STEPS = 4, 8  # BatchNorm needs some images, an epoch some steps
+_SMALL_SET = 20_000  # images below which a step of 128 leaves few steps an epoch
+_SAMPLED = 64  # images looked at for their size
+_CONFIGS = Path(__file__).parents[3] / "ds_configs"
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """Settings, and why.
+
+    Attributes:
+        shorter_side: pixels of the median image's shorter side.
+        reasons: a line per setting.
+    """
+
+    alpha: float
+    temperature: float
+    queue: int
+    micro_batch: int
+    micro_batches: int
+    key_momentum: float
+    shorter_side: int
+    reasons: tuple[str, ...]
+
+
+def suggest(manifest: Manifest, train_split: str = "train") -> Suggestion:
+    """Settings for the counts and image sizes of a split; DataError if it has no class with an image."""
+    counts = np.array(manifest.split(train_split).class_counts)
+    samples, head = int(counts.sum()), int(counts.max())
+    micro_batches = 2 if samples < _SMALL_SET else 4
+    micro_batch = 32
+    while micro_batch > _LEAST_MICRO_BATCH and samples < _FEWEST_STEPS * micro_batch * micro_batches:
+        micro_batch //= 2
+    batch = micro_batch * micro_batches
+    shortest = 4 * batch
+    wanted = 2 ** round(math.log2(max(samples * _QUEUE_SHARE, 1)))
+    queue = int(min(max(wanted, shortest), _LONGEST_QUEUE))
+    k_head = head / samples * (queue + 2 * micro_batch - 1)
+    alpha = min(PUBLISHED_ALPHA, _rounded_down(ALPHA_K_OF_HEAD / k_head))
+    p_head = 1 / (1 + alpha * k_head)
+    steps = samples // batch
+    momentum = 0.999 if steps >= 300 else 0.99
+    side = shorter_side(manifest, train_split)
+    temperature = 0.2 if samples >= _SMALL_SET else 0.3
+    reasons = (
+        f"step {micro_batches} x {micro_batch}: "
+        + (
+            "the published runs'"
+            if micro_batches == 4
+            else f"less than the published 4 x 32, since {samples:,} images are few"
+        )
+        + f"; {steps:,} steps an epoch",
+        f"queue {queue}: about 7 % of an epoch as on ImageNet-LT, within 4 steps' {shortest} and the published "
+        f"{_LONGEST_QUEUE}; a queue that is long against the training costs Many",
+        f"alpha {alpha:g}: K = {k_head:.0f} keys of the largest class, so alpha K = {alpha * k_head:.1f} and its "
+        f"center's optimum is {p_head:.2f}; ImageNet-LT has 4.5 and 0.18",
+        f"temperature {temperature:g}: " + ("published" if temperature == 0.2 else "did better than 0.2 on small sets"),
+        f"key momentum {momentum:g}: an average over {1 / (1 - momentum):.0f} steps, "
+        + ("as published" if momentum == 0.999 else "since an epoch has few"),
+    )
+    return Suggestion(alpha, temperature, queue, micro_batch, micro_batches, momentum, side, reasons)
+
+
+def _rounded_down(value: float) -> float:
+    """To one significant digit, 0.0347 to 0.03."""
+    digit = 10.0 ** math.floor(math.log10(value))
+    return round(math.floor(value / digit + 1e-9) * digit, 12)
+
+
+def histogram(counts: Sequence[int]) -> list[tuple[str, int, int]]:
+    """Rows (images of a class, classes, images in all), bounds doubling, from the fewest on."""
+    rows = []
+    array = np.array(counts)
+    low = 0
+    while low <= array.max():
+        high = max(2 * low - 1, low)
+        inside = array[(array >= low) & (array <= high)]
+        if len(inside):
+            rows.append((str(low) if low == high else f"{low:,}-{high:,}", len(inside), int(inside.sum())))
+        low = high + 1
+    return rows
+
+
+def shorter_side(manifest: Manifest, split: str) -> int:
+    """Pixels of the shorter side of the median of some images, by their headers.
+
+    Raises:
+        DataError: none of them can be read.
+    """
+    reader = ShardReader(manifest.storage, manifest.split(split))
+    sides = []
+    for sample_id in np.unique(np.linspace(0, len(reader) - 1, _SAMPLED).astype(int)).tolist():
+        try:
+            sides.append(min(size_of(reader.read(sample_id).image)))
+        except (BadSample, BadImage):
+            continue
+    if not sides:
+        raise DataError(f"none of the images of {manifest.storage.url} could be read: build_shards.py check names them")
+    return int(np.median(sides))
+
+
+def card_of(manifest: Manifest) -> dict[str, Any]:
+    """A card by which these shards can be packed again, or a long-tailed part of them."""
+    return {
+        "name": manifest.name,
+        "license": manifest.license,
+        "source": "webdataset",
+        "root": manifest.storage.url if not manifest.storage.is_local else str(manifest.directory.resolve()),
+        "mean": list(manifest.mean),
+        "std": list(manifest.std),
+        "shots": manifest.shots.model_dump(),
+        "splits": {name: {"tars": f"{name}-*.tar"} for name in manifest.splits},
+    }
+
+
+def recipe_of(manifest: Manifest, suggestion: Suggestion, folder: Path) -> dict[str, Any]:
+    """A recipe for these shards, its paths relative to the folder it will lie in."""
+    small = suggestion.shorter_side <= 64
+    side = suggestion.shorter_side if small else 224
+    small_view = {"name": "small", "size": side, "cutout": 0}
+    splits = manifest.splits
+    steps = manifest.split("train").samples // (suggestion.micro_batch * suggestion.micro_batches)
+    return {
+        "name": "".join(c if c.isalnum() else "_" for c in manifest.name.lower()),
+        "data": {"shards": _path(manifest.storage.url, folder), "classes": len(manifest.classes), "workers": 4},
+        "views": {
+            "query": small_view if small else {"name": "randcls"},
+            "key": dict(small_view) if small else {"name": "sim"},
+            "evaluation": {"name": "eval", "size": side, "resize": side if small else 256},
+        },
+        "model": {"backbone": "cifar_resnet20" if small else "resnet50", "projection_dim": 64 if small else 128},
+        "loss": {"method": "paco", "alpha": suggestion.alpha, "temperature": suggestion.temperature},
+        "key_encoder": {"momentum": suggestion.key_momentum},
+        "queue": {"length": suggestion.queue},
+        "step": {"micro_batch": suggestion.micro_batch, "micro_batches": suggestion.micro_batches},
+        "optimizer": {"lr": 0.1 if small else 0.02, "weight_decay": 5e-4},
+        "schedule": {
+            "epochs": 100 if steps >= 300 else 200,
+            "warmup_epochs": 5 if small else 10,
+            "per": "step" if small else "epoch",
+        },
+        "engine": {"deepspeed": _path(str(_CONFIGS / ("zero1.json" if small else "zero1_autocast.json")), folder)},
+        "evaluation": {
+            "every_epochs": 5,
+            "split": "val" if "val" in splits else None,
+            "test_split": "val" if "val" in splits and "test" not in splits else "test",
+            "batch": 64,
+        },
+    }
+
+
+def write_files(manifest: Manifest, suggestion: Suggestion, folder: Path, overwrite: bool) -> tuple[Path, Path]:
+    """Write card.yaml and recipe.yaml.
+
+    Raises:
+        DataError: one is there, and `overwrite` is off.
+    """
+    content = {
+        "card.yaml": (f"# The shards of {manifest.name} as a source.\n", card_of(manifest)),
+        "recipe.yaml": (
+            "".join(f"# {line}\n" for line in ("Suggested by build_shards.py suggest:", *suggestion.reasons)),
+            recipe_of(manifest, suggestion, folder),
+        ),
+    }
+    there = [name for name in content if (folder / name).exists()]
+    if there and not overwrite:
+        raise DataError(f"{folder / there[0]} is there already; give another --output, or --overwrite to replace it")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (head, tree) in content.items():
+        text = head + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder / "card.yaml", folder / "recipe.yaml"
+
+
+def _path(place: str, folder: Path) -> str:
+    return place if "://" in place else os.path.relpath(place, folder)

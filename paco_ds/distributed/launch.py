@@ -1,0 +1,136 @@
+"""Joining and leaving the job's process group, with every refusal that saves a hang.
+
+One code path for one rank without a launcher, for `deepspeed` and for `torchrun`; NCCL on CUDA, gloo on CPU.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from paco_ds.distributed.ranks import Ranks
+from paco_ds.errors import UserError
+
+
+def environment_ranks() -> tuple[int, int, int]:
+    """(rank, world size, local rank) as a launcher set them; (0, 1, 0) without one."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+
+
+def local_world_size() -> int:
+    """Ranks of this job on this host, as a launcher set them (DeepSpeed's name, or torchrun's); all without one."""
+    names = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "WORLD_SIZE")
+    return next((int(size) for size in map(os.environ.get, names) if size), 1)
+
+
+def join_job(threads: int | None, initialise: Callable[..., object] = dist.init_process_group) -> Ranks:
+    """Join the job's process group: NCCL on CUDA, gloo on CPU, by the same code path. A job may have one rank.
+
+    Args:
+        threads: CPU threads of this rank; by default the host's cores shared by its ranks.
+        initialise: called with the backend's name; DeepSpeed has its own.
+
+    Raises:
+        UserError: the environment promises several ranks, but does not say where to find them, or a launcher
+            started several processes without telling which rank each is, or gloo could not be reached.
+    """
+    rank, world_size, local_rank = environment_ranks()
+    if world_size == 1:
+        _refuse_unnamed_ranks()
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update({"MASTER_PORT": free_port()} | alone | os.environ)
+    elif missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise UserError(
+            f"WORLD_SIZE is {world_size}, but {', '.join(missing)} is not set: launch with `deepspeed`, or set these "
+            f"for every rank"
+        )
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    else:
+        on_host = local_world_size()
+        if on_host < world_size:
+            check_gloo_interface()
+        torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // on_host))
+    initialise("nccl" if cuda else "gloo")
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    return Ranks(rank, world_size, local_rank, device, dist.group.WORLD)
+
+
+def check_gloo_interface() -> None:
+    """gloo announces one address of this host to the others; make sure that it means something there.
+
+    Raises:
+        UserError: GLOO_SOCKET_IFNAME names no interface of this host, or the address is a loopback address.
+    """
+    host, names = socket.gethostname(), os.environ.get("GLOO_SOCKET_IFNAME", "")
+    interfaces = {
+        name: [a.address for a in addresses if a.family in (socket.AF_INET, socket.AF_INET6)]
+        for name, addresses in psutil.net_if_addrs().items()
+    }
+    usable = [f"{name} ({a[0]})" for name, a in interfaces.items() if a and not _is_loopback(a[0])]
+    remedy = (
+        f"Name the one that reaches the other hosts by a line GLOO_SOCKET_IFNAME=NAME in .deepspeed_env, in the "
+        f"working or home folder of the host you launch from; {host} has {', '.join(usable) or 'none'}"
+    )
+    if names:
+        for name in names.split(","):
+            if not interfaces.get(name):
+                raise UserError(f"GLOO_SOCKET_IFNAME={names}: no interface {name} with an address on {host}. {remedy}")
+        announced = [interfaces[name][0] for name in names.split(",")]
+    else:
+        announced = [_address_of_host_name(host)]
+    if loopback := [address for address in announced if _is_loopback(address)]:
+        what = f"GLOO_SOCKET_IFNAME={names}" if names else f"GLOO_SOCKET_IFNAME is not set and the host name {host}"
+        raise UserError(
+            f"gloo would announce {loopback[0]} to the other hosts, where it means themselves: {what} stands for it. "
+            f"{remedy}"
+        )
+
+
+def _address_of_host_name(host: str) -> str:
+    """The address gloo takes by itself: the first that the host name stands for and that is this host's own."""
+    try:
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
+    except socket.gaierror:
+        found = []
+    for family, kind, _, _, address in found:
+        with suppress(OSError), socket.socket(family, kind) as probe:
+            probe.bind(address)
+            return str(address[0])
+    return "127.0.0.1"
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.split("%")[0]).is_loopback
+
+
+def _refuse_unnamed_ranks() -> None:
+    """Else each of these processes would think that it was alone, and all would write the same run."""
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if "WORLD_SIZE" not in os.environ and int(os.environ.get(name, 1)) > 1:
+            raise UserError(
+                f"{name} is {os.environ[name]}, but WORLD_SIZE is not set: this launcher starts several processes "
+                f"without telling which rank each is. Set RANK, LOCAL_RANK, LOCAL_SIZE, WORLD_SIZE, MASTER_ADDR and "
+                f"MASTER_PORT for each (docs/cluster.md shows how under Slurm), or WORLD_SIZE=1 to have one rank"
+            )
+
+
+def leave_job() -> None:
+    """Leave the process group; without this a rank in a dozen ends with an error."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def free_port() -> str:
+    """A port of this host that is free for the moment, as MASTER_PORT wants it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])

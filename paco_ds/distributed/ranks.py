@@ -1,0 +1,165 @@
+"""Ranks: who computes what, and the collectives between them, with every byte counted.
+
+Everything here works with one process and no process group, so that the same code runs in a notebook.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from paco_ds.errors import RecipeError
+
+# torch 2.14 renamed it
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class Pending:
+    """A collective under way: what it makes is awaited where it is needed, and work goes on until then."""
+
+    def __init__(self, result: Tensor, work: dist.Work | None = None) -> None:
+        self._result, self._work = result, work
+
+    def wait(self) -> Tensor:
+        """Its result, the same however often it is asked for."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self._result
+
+
+@dataclass
+class Ranks:
+    """This process among the ranks of a job; `group` None means a job of one."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    group: dist.ProcessGroup | None = None
+    on_bytes: Callable[[str, int], None] = field(default=lambda op, count: None)
+    """Called with (operation, bytes this rank sent to others) for every collective."""
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, vector: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+        return self.begin_sum(vector).wait()
+
+    def begin_sum(self, vector: Tensor) -> Pending:
+        """Begin a sum over ranks, in place."""
+        return self.begin_sums([vector])[0]
+
+    def begin_sums(self, tensors: Sequence[Tensor]) -> list[Pending]:
+        """Begin the sum over ranks of each, in place. Ring all-reduce sends 2 (W-1)/W of them all."""
+        if self.world_size == 1:
+            return [Pending(tensor) for tensor in tensors]
+        works = [dist.all_reduce(tensor, group=self.group, async_op=True) for tensor in tensors]
+        both_ways = 2 * sum(tensor.nbytes for tensor in tensors)
+        self.on_bytes("all_reduce", both_ways * (self.world_size - 1) // self.world_size)
+        return [Pending(tensor, work) for tensor, work in zip(tensors, works, strict=True)]
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Equal-shaped tensors of all ranks, stacked: [...] -> [W, ...]."""
+        return self.begin_gather(rows).wait()
+
+    def begin_gather(self, rows: Tensor) -> Pending:
+        """Begin a gathering of equal-shaped tensors of all ranks, stacked: [...] -> [W, ...]."""
+        if self.world_size == 1:
+            return Pending(rows[None])
+        out = torch.empty((self.world_size * rows.numel(),), dtype=rows.dtype, device=rows.device)
+        work = _all_gather(out, rows.contiguous().view(-1), group=self.group, async_op=True)
+        self.on_bytes("all_gather", rows.nbytes * (self.world_size - 1))
+        return Pending(out.view(self.world_size, *rows.shape), work)
+
+    def begin_exchange(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Pending:
+        """Begin an all-to-all of rows: the first send[0] go to rank 0, and so on; receive[r] come from rank r."""
+        if self.world_size == 1:
+            return Pending(rows)
+        out = torch.empty((sum(receive), *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
+        work = dist.all_to_all_single(
+            out, rows.contiguous(), list(receive), list(send), group=self.group, async_op=True
+        )
+        row_bytes = rows[:1].nbytes if len(rows) else 0
+        self.on_bytes("all_to_all", row_bytes * (sum(send) - send[self.rank]))
+        return Pending(out, work)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Small host-side values of all ranks (addresses, lists of names); not for the training step."""
+        if self.world_size == 1:
+            return [value]
+        out: list[Any] = [None] * self.world_size
+        dist.all_gather_object(out, value, group=self.group)
+        return out
+
+    def wait_for_all(self) -> None:
+        if self.world_size > 1:
+            dist.barrier(group=self.group)
+
+
+@dataclass
+class ByteCounter:
+    """Bytes sent by this rank, by collective; for tests and planning."""
+
+    sent: Counter[str] = field(default_factory=Counter)
+
+    def __call__(self, op: str, count: int) -> None:
+        self.sent[op] += count
+
+
+@dataclass(frozen=True)
+class MicroBatchLayout:
+    """M micro-batches of m images on W ranks: rank j mod W runs micro-batch j.
+
+    Micro-batches carry the meaning (BatchNorm, in-batch contrasts, slots of the order); ranks only compute them.
+    """
+
+    micro_batch: int
+    micro_batches: int
+    rank: int
+    world_size: int
+
+    def __post_init__(self) -> None:
+        M, W = self.micro_batches, self.world_size
+        if M % W:
+            legal = ", ".join(str(w) for w in range(1, M + 1) if M % w == 0)
+            raise RecipeError(
+                f"{W} ranks cannot share step.micro_batches = {M} evenly; legal numbers of ranks: {legal}. "
+                f"Or give each step more micro-batches (the learning rate is scaled with them): "
+                f"--set step.micro_batches={(M // W + 1) * W}"
+            )
+
+    @property
+    def global_batch(self) -> int:
+        return self.micro_batch * self.micro_batches
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches that each rank runs in one optimizer step."""
+        return self.micro_batches // self.world_size
+
+    @property
+    def own(self) -> range:
+        """Micro-batches of this rank, in the order it runs them."""
+        return self.owned_by(self.rank)
+
+    def owned_by(self, rank: int) -> range:
+        return range(rank, self.micro_batches, self.world_size)
+
+    def slots(self, micro_batch: int) -> range:
+        """Slots of the global batch that make up a micro-batch."""
+        return range(micro_batch * self.micro_batch, (micro_batch + 1) * self.micro_batch)
+
+    def global_order(self, gathered: Tensor) -> Tensor:
+        """Rows gathered from all ranks, [W, A m, ...], each rank's in its own order -> [G, ...] in slot order."""
+        W, A, m = self.world_size, self.accumulation, self.micro_batch
+        rows = gathered.reshape(W, A, m, *gathered.shape[2:])
+        return rows.transpose(0, 1).reshape(self.global_batch, *gathered.shape[2:])

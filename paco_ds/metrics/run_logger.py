@@ -1,0 +1,119 @@
+"""Everything that watches a run on this rank, behind one object: progress, metrics.jsonl, /metrics, bad samples."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from rich.table import Table
+
+from paco_ds.config.recipe import Recipe
+from paco_ds.distributed.ranks import Ranks
+from paco_ds.errors import DataError
+from paco_ds.evaluation.accuracy import ShotAccuracy
+from paco_ds.evaluation.results import versions
+from paco_ds.metrics.exporter import Exporter, MetricsSink, NullExporter, reachable_host, write_targets
+from paco_ds.metrics.log import MetricsLog, StepRecord
+from paco_ds.metrics.progress import progress_view
+
+logger = logging.getLogger(__name__)
+
+
+class RunLogger:
+    """Tells what a run does. The first rank also writes the log and the list of Prometheus targets.
+
+    Args:
+        steps_done: steps taken before; the log is cut there.
+    """
+
+    def __init__(self, recipe: Recipe, run: Path, ranks: Ranks, *, total_steps: int, steps_done: int) -> None:
+        self.log = MetricsLog(run / "metrics.jsonl" if ranks.first else None)
+        self.log.cut_after(steps_done if steps_done else -1)
+        self.metrics = _serve_metrics(recipe, run, ranks)
+        ranks.on_bytes = self.metrics.add_collective_bytes
+        self.progress = progress_view(
+            ranks.rank,
+            total_steps=total_steps,
+            first_step=steps_done,
+            epochs=recipe.schedule.epochs,
+            every=recipe.metrics.log_every,
+        )
+
+    def step(self, record: StepRecord, samples: int, skipped: str | None) -> None:
+        """A step is over, in which this rank processed `samples` images."""
+        self.log.step(record)
+        self.metrics.observe_step(record, samples)
+        self.progress.update(record)
+        if skipped:
+            self.say(f"step {record.step}: skipped, {skipped} not finite")
+
+    def evaluation(self, step: int, epoch: int, split: str, accuracy: ShotAccuracy) -> None:
+        """An evaluation after `step` steps, `epoch` epochs, is over."""
+        self.metrics.observe_accuracy(accuracy)
+        self.log.evaluation(step, epoch, split, accuracy)
+
+    def checkpoint(self, seconds: float) -> None:
+        """Training stood still for a checkpoint."""
+        self.metrics.checkpoint_blocked(seconds)
+
+    def say(self, what: str | Table) -> None:
+        """A line, or a table, to whoever watches the first rank."""
+        self.progress.message(what)
+
+    def close(self) -> None:
+        """Stop serving and leave the screen tidy."""
+        self.progress.close()
+        self.log.close()
+        self.metrics.close()
+
+
+class BadSamples:
+    """Counts samples that were replaced in an epoch, and ends the run when they are too many.
+
+    Args:
+        planned: samples of an epoch.
+    """
+
+    def __init__(self, watch: RunLogger, recipe: Recipe, ranks: Ranks, planned: int) -> None:
+        self._watch, self._ranks = watch, ranks
+        self._share = recipe.data.max_bad_share
+        self._planned, self._shards = planned, recipe.data.shards
+        self.begin_epoch()
+
+    def begin_epoch(self) -> None:
+        self._count = 0  # of all ranks
+        self._names: list[str] = []  # of this rank
+
+    def add(self, mine: Iterable[tuple[str, str, str]], on_all_ranks: int) -> None:
+        """Take a step's (key, shard, reason) of this rank, and how many there were on all.
+
+        Raises:
+            DataError: on every rank alike, with the list of all, once they exceed `data.max_bad_share`.
+        """
+        for key, shard, reason in mine:
+            self._names.append(f"{key} of {shard}: {reason}")
+            self._watch.metrics.observe_bad_sample(reason)
+            logger.warning("sample %s was replaced by another of its class", self._names[-1])
+        self._count += on_all_ranks
+        if self._count <= self._share * self._planned:
+            return
+        names = [name for of_rank in self._ranks.gather_objects(self._names) for name in of_rank]
+        listed = "\n  ".join(names[:50])
+        raise DataError(
+            f"{self._count} of {self._planned} samples of this epoch could not be read, more than "
+            f"data.max_bad_share = {self._share:g} allows:\n  {listed}\n"
+            f"Run tools/build_shards.py check {self._shards}, then mend the shards or raise data.max_bad_share"
+        )
+
+
+def _serve_metrics(recipe: Recipe, run: Path, ranks: Ranks) -> MetricsSink:
+    sink: MetricsSink = Exporter() if recipe.metrics.serve else NullExporter()
+    port = sink.start(recipe.metrics.port, ranks.local_rank)
+    sink.build_info({**versions(), "method": recipe.loss.method, "world_size": str(ranks.world_size)})
+    host = reachable_host(os.environ.get("MASTER_ADDR", "127.0.0.1"))
+    addresses = ranks.gather_objects(f"{host}:{port}" if port else None)
+    if ranks.first:
+        write_targets(run / "metrics_targets.json", addresses, run.resolve().name)
+    return sink

@@ -1,0 +1,375 @@
+"""The rows of a table trained over seeds and drawn beside the paper's figures.
+
+    python tools/reproduce.py --table 13 --scale small --data shards/fashion-mnist-lt.yaml --output runs/table13
+    python tools/reproduce.py --table 9 --scale paper --output runs/table9       writes the commands for a cluster
+
+Each (row, seed) is a run of its own, launched as a user would launch it, so an interrupted table goes on. A second
+stage starts from the run of the row that it names, which is trained first, also where its result is kept. With
+--keep DIR the result of each finished run is kept as DIR/ROW-seedN.json. A kept result of the same recipe, data and
+seed counts as done, so a table goes on from another clone, and is drawn there, without the runs; tables of one data
+set may share DIR, and rows that two of them have in common are trained once. One of another recipe is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from paco_ds.command import report_user_errors
+from paco_ds.config.recipe import Recipe
+from paco_ds.data.card import load_card
+from paco_ds.data.manifest import MANIFEST_FILE
+from paco_ds.distributed.launch import free_port
+from paco_ds.errors import RecipeError, UserError
+from paco_ds.files import is_url, sha256_file
+from paco_ds.metrics.log import read as read_log
+from paco_ds.paper.comparison import MethodResults, SeedResult, write_comparison
+from paco_ds.paper.results import keep_result, read_result
+from paco_ds.paper.tables import Row, Table, load_table, small_recipe
+from paco_ds.training.initial_weights import require_same_network
+
+HERE = Path(__file__).parents[1]
+TRAIN, EVALUATE, BUILD = HERE / "train.py", HERE / "evaluate.py", HERE.parent / "tools" / "build_shards.py"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: a row with a seed, in a folder of its own.
+
+    Attributes:
+        small: the small recipe that stands in for the row's own, or None.
+        extra: overrides given for every row.
+        keep: folder of kept results, or None.
+    """
+
+    table: Table
+    row: Row
+    seed: int
+    output: Path
+    small: Path | None
+    extra: tuple[str, ...]
+    keep: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """Row and seed, as text."""
+        return f"{self.row.name}, seed {self.seed}"
+
+    @property
+    def run(self) -> Path:
+        return self.output / f"{self.row.folder}-seed{self.seed}"
+
+    @property
+    def results(self) -> Path:
+        """metrics.json of the training, or what its evaluation with options writes."""
+        return self.run / ("metrics-of-row.json" if self.row.evaluate else "metrics.json")
+
+    @property
+    def kept(self) -> Path | None:
+        """Where its result is kept, whether it is there yet or not."""
+        return self.keep / f"{self.run.name}.json" if self.keep else None
+
+    @property
+    def done(self) -> bool:
+        """Whether there is a result to draw."""
+        return (self.kept or self.results).exists()
+
+    @cached_property
+    def first_stage(self) -> Job | None:
+        """The training that it starts from, if it is a second stage."""
+        row = self.table.first_stage(self.row)
+        return None if row is None else replace(self, row=row)
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """Its seed, those of every row, and where a second stage starts from: what comes after the row's own."""
+        first = self.first_stage
+        start = (f"model.start_from={first.run}",) if first else ()
+        return (f"seed={self.seed}", *self.extra, *start)
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """What it trains.
+
+        Raises:
+            RecipeError: recipe and overrides do not fit each other.
+        """
+        return self.table.resolve(self.row, self.small, self.overrides)
+
+    def check(self) -> None:
+        """Before anything is trained.
+
+        Raises:
+            RecipeError: recipe and overrides do not fit each other, or not those of its first stage.
+            UserError: what is kept belongs to another training.
+        """
+        recipe, first = self.recipe, self.first_stage
+        if first is not None:
+            first.check()
+            require_same_network(first.recipe.model, recipe.model, first.run)
+        if self.kept is not None and self.kept.exists():
+            read_result(self.kept, recipe, self._first_recipe, self.row.evaluate, self._manifest_sha256())
+
+    def training(self, launcher: Sequence[str]) -> list[str]:
+        """The command that trains it, or goes on with it."""
+        own = (*self.row.set, *(self.row.small if self.small else ()))
+        overrides = [f"--set={override}" for override in (*own, *self.overrides)]
+        recipe = str(self.small or self.table.recipe_of(self.row))
+        return [*launcher, str(TRAIN), "--config", recipe, "--output", str(self.run), *overrides]
+
+    def evaluation(self) -> list[str] | None:
+        """The command whose figures are the row's, where they are not those of the training's end."""
+        if not self.row.evaluate:
+            return None
+        return [sys.executable, str(EVALUATE), f"--run={self.run}", f"--output={self.results}", *self.row.evaluate]
+
+    def figures(self) -> dict[str, Any]:
+        """What it reached on the test split, as kept or else as the run itself says.
+
+        Raises:
+            UserError: what is kept belongs to another training.
+        """
+        if self.kept is None:
+            return dict(json.loads(self.results.read_text()))
+        return read_result(self.kept, self.recipe, self._first_recipe, self.row.evaluate, self._manifest_sha256())
+
+    def read(self) -> SeedResult:
+        """Its top-1 accuracies; raises as `figures` does."""
+        figures = self.figures()
+        return SeedResult(seed=self.seed, **{name: figures[name] for name in ("many", "medium", "few", "all")})
+
+    def keep_result(self) -> None:
+        """Keep what the finished run says, where results are kept."""
+        if self.kept is None:
+            return
+        trained = json.loads((self.run / "metrics.json").read_text())
+        steps = (line for line in read_log(self.run / "metrics.jsonl") if line["kind"] == "step")
+        keep_result(
+            self.kept,
+            json.loads(self.results.read_text()),
+            self.recipe,
+            self._first_recipe,
+            self.row.evaluate,
+            ranks=trained["world_size"],
+            seconds=sum(step["step_seconds"] for step in steps),
+        )
+
+    @property
+    def _first_recipe(self) -> Recipe | None:
+        return self.first_stage.recipe if self.first_stage else None
+
+    def _manifest_sha256(self) -> str | None:
+        shards = self.recipe.data.shards
+        manifest = Path(shards) / MANIFEST_FILE
+        return None if is_url(shards) or not manifest.exists() else sha256_file(manifest)
+
+
+class Trainings:
+    """Launches each training once, whoever needs it first; others wait for the same outcome.
+
+    Args:
+        ranks: of each training on this host.
+        quiet: whether output goes to RUN/run.log.
+    """
+
+    def __init__(self, ranks: int, quiet: bool) -> None:
+        self._ranks, self._quiet = ranks, quiet
+        self._outcomes: dict[Path, Future[None]] = {}
+        self._lock = Lock()
+
+    def run(self, job: Job) -> None:
+        """Train a row with a seed, or go on with it, unless its result is kept.
+
+        Raises:
+            UserError: the training or its evaluation failed, or that of its first stage.
+        """
+        if job.kept is not None and job.done:
+            return
+        if job.first_stage is not None:  # whose weights are needed, also where its result is kept
+            self._train(job.first_stage)
+        self._train(job)
+        job.keep_result()
+
+    def _train(self, job: Job) -> None:
+        with self._lock:
+            first = job.run not in self._outcomes
+            outcome = self._outcomes.setdefault(job.run, Future())
+        if first:
+            try:
+                _launch(job, self._ranks, self._quiet)
+                outcome.set_result(None)
+            except BaseException as error:
+                outcome.set_exception(error)
+        outcome.result()
+
+
+def _launch(job: Job, ranks: int, quiet: bool) -> None:
+    """Its training and its evaluation, as a user would launch them. A finished run is launched too: it checks that it
+    was trained by this row's recipe, and evaluates."""
+    launcher = str(Path(sys.executable).with_name("deepspeed"))
+    # not the launcher's one port, which a second training on this host would find taken
+    training = job.training([launcher, "--num_gpus", str(ranks), "--master_port", free_port()])
+    job.run.mkdir(parents=True, exist_ok=True)
+    log = job.run / "run.log"
+    for command in (training, job.evaluation()):
+        if command is None:
+            continue
+        with log.open("a") as file:
+            output = file if quiet else None
+            status = subprocess.run(command, check=False, stdout=output, stderr=output).returncode
+        if status:
+            where = str(log) if quiet else "above"
+            raise UserError(f"{job.name} did not finish; see {where}. The same command goes on")
+
+
+def run_jobs(jobs: Sequence[Job], ranks: int, at_once: int) -> None:
+    """Train all, `at_once` at a time; the first that fails ends the rest after those under way."""
+    trainings = Trainings(ranks, quiet=at_once > 1)
+    with ThreadPoolExecutor(at_once) as pool:
+        running = [pool.submit(trainings.run, job) for job in jobs]
+        try:
+            for job, future in zip(jobs, running, strict=True):
+                future.result()
+                print(f"{job.name}: All {100 * job.read().all:.1f} %", flush=True)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def draw(table: Table, jobs: Sequence[Job], output: Path) -> None:
+    """Print and draw what the runs reached, beside the paper's figures.
+
+    Raises:
+        UserError: rows that were not run yet, by name, or results that belong to other trainings or data.
+    """
+    missing = [f"{job.row.name} (seed {job.seed})" for job in jobs if not job.done]
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(jobs)} runs are not there yet: {', '.join(missing[:5])}"
+            f"{', ...' if len(missing) > 5 else ''}. Run the same command without --draw-only first"
+        )
+    _check_same_data(jobs)
+    rows = [
+        MethodResults(
+            row.method,
+            [job.read() for job in jobs if job.row is row],
+            row.paper.fractions() if row.paper else None,
+            row.backbone,
+        )
+        for row in table.rows
+        if row.drawn
+    ]
+    output.mkdir(parents=True, exist_ok=True)  # none was made where all results were kept ones
+    page, picture = output / "comparison.html", output / "comparison.png"
+    write_comparison(rows, page, picture, title=table.title)
+    print(f"written: {page}, {picture}")
+
+
+def _check_same_data(jobs: Sequence[Job]) -> None:
+    """Where there are no shards to compare kept results with, they still are of one data set."""
+    first, *others = (job.figures().get("manifest_sha256") for job in jobs)
+    for job, other in zip(jobs[1:], others, strict=True):
+        if other != first:
+            raise UserError(
+                f"{jobs[0].name} was trained on other shards than {job.name} (manifests {first} and {other}): keep the "
+                f"results of each data set in a folder of their own"
+            )
+
+
+def write_commands(jobs: Sequence[Job], path: Path) -> None:
+    """The commands of all trainings and evaluations as a script for a cluster, `hosts` being its hostfile."""
+    lines = ["#!/bin/sh", "# Each training goes on where it stopped when it is given again.", "set -e"]
+    trained: set[Path] = set()
+    for job in itertools.chain.from_iterable((each.first_stage, each) for each in jobs):
+        if job is None or job.run in trained:
+            continue
+        trained.add(job.run)
+        lines += ["", f"# {job.row.name}, seed {job.seed}"]
+        if job.row.inferred:
+            lines.append(f"# inferred: {job.row.inferred}")
+        lines.append(shlex.join(job.training(["deepspeed", "--hostfile", "hosts"])))
+        if (evaluation := job.evaluation()) is not None:
+            lines.append(shlex.join(["python", *evaluation[1:]]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+
+
+def build_shards(card: Path, shards: Path) -> None:
+    """Build the shards of a card, if they are not there yet.
+
+    Raises:
+        UserError: the build failed.
+    """
+    if not (shards / MANIFEST_FILE).exists():
+        command = [sys.executable, str(BUILD), "build", str(card), "--output", str(shards)]
+        if subprocess.run(command, check=False).returncode:
+            raise UserError(f"the shards of {card} could not be built; see above")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    with report_user_errors():
+        table = load_table(arguments.table)
+        small, extra = None, list(arguments.set)
+        if arguments.data is not None:
+            name = load_card(arguments.data).name.lower()  # as its recipe and its folder of shards are called
+            shards = HERE.parent / "data" / name
+            extra.insert(0, f"data.shards={shards}")
+        if arguments.scale == "small":
+            if arguments.data is None:
+                raise RecipeError("--scale small needs --data, a card such as shards/fashion-mnist-lt.yaml")
+            small = small_recipe(name)
+            table = table.model_copy(update={"title": f"{table.title}; here stand-ins on {name}"})
+        elif arguments.scale is None and table.scale == "paper":
+            raise RecipeError(
+                f"{table.title} has recipes of a cluster's size: give --scale small with --data CARD to train "
+                f"stand-ins here, or --scale paper for the commands of a cluster"
+            )
+        if arguments.jobs > 1:
+            threads = max(1, len(os.sched_getaffinity(0)) // (arguments.jobs * arguments.ranks))
+            extra.append(f"engine.threads={threads}")
+        jobs = [
+            Job(table, row, seed, arguments.output, small, tuple(extra), arguments.keep)
+            for row in table.rows
+            if row.drawn
+            for seed in range(1, arguments.seeds + 1)
+        ]
+        if arguments.scale == "paper":
+            write_commands(jobs, arguments.output / "commands.sh")
+            print(f"written: {arguments.output / 'commands.sh'}")
+            return 0
+        for job in jobs:  # a mistake in the last row is said before the first is trained
+            job.check()
+        if not arguments.draw_only:
+            if arguments.scale == "small" and not all(job.kept and job.done for job in jobs):
+                build_shards(arguments.data, shards)
+            run_jobs(jobs, arguments.ranks, arguments.jobs)
+        draw(table, jobs, arguments.output)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", required=True, help="9 to 14, or a table file; see ds_configs/tables/")
+    parser.add_argument("--output", required=True, type=Path, help="directory of the runs and of the drawn table")
+    parser.add_argument("--scale", choices=["small", "paper"], help="stand-ins to train here, or commands of a cluster")
+    parser.add_argument("--data", type=Path, help="card of the data set at small scale; built if need be")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 1 to N for every row")
+    parser.add_argument("--ranks", type=int, default=2, help="ranks of each training on this host")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time; their output goes to RUN/run.log")
+    parser.add_argument("--keep", type=Path, help="folder of kept results, one JSON for each finished run; see above")
+    parser.add_argument("--draw-only", action="store_true", help="train nothing, draw what is there")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override for every row")
+    return parser

@@ -1,0 +1,156 @@
+"""Tables as data: which recipe, overrides and figures of the paper every row has.
+
+    title: Table 13, ImageNet-LT, ResNet-50, ...
+    recipe: ../recipes/imagenet_lt_resnet50.yaml
+    scale: paper
+    rows:
+      - {method: CE, set: [loss.method=cross_entropy], paper: {all: 48.4}}
+
+At small scale a row is the small recipe of a data set with the row's `set` and then its `small` overrides, which name
+the stand-in of its backbone. A second stage starts from the run, of the same seed, of the row that its `after` names:
+
+      - {method: LWS, after: CE, set: [loss.method=cross_entropy, model.trained=center_scales]}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, Self
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from paco_ds.config.load import load_recipe
+from paco_ds.config.recipe import Recipe
+from paco_ds.config.section import Section
+from paco_ds.errors import RecipeError
+
+ROOT = Path(__file__).resolve().parents[2]
+TABLES, SMALL_RECIPES = ROOT / "ds_configs" / "tables", ROOT / "ds_configs" / "recipes" / "small"
+
+
+class PaperFigures(Section):
+    """What the paper reports of a row, top-1 in percent, and milliseconds of a batch of 64 on its GPU."""
+
+    many: float | None = None
+    medium: float | None = None
+    few: float | None = None
+    all: float
+    inference_ms: float | None = None
+
+    def fractions(self) -> dict[str, float]:
+        """Top-1 by many, medium, few, all as fractions, those there are."""
+        figures = {"many": self.many, "medium": self.medium, "few": self.few, "all": self.all}
+        return {name: value / 100 for name, value in figures.items() if value is not None}
+
+
+class Row(Section):
+    """One line of a table."""
+
+    method: str
+    backbone: str | None = None
+    recipe: str | None = Field(None, description="at paper scale, where it is not the table's; relative to the table")
+    set: tuple[str, ...] = Field((), description="overrides that make the method, at any scale")
+    small: tuple[str, ...] = Field((), description="further overrides at small scale")
+    after: str | None = Field(None, description="name of the first stage's row, above, whose run this one starts from")
+    drawn: bool = Field(True, description="false: a first stage alone, whose own figures say nothing")
+    evaluate: tuple[str, ...] = Field((), description="options of evaluate.py that give the row's figures")
+    inferred: str | None = Field(None, description="which of its values neither paper nor code says")
+    paper: PaperFigures | None = None
+
+    @property
+    def name(self) -> str:
+        """Backbone and method, which no two rows share."""
+        return f"{self.backbone}, {self.method}" if self.backbone else self.method
+
+    @property
+    def folder(self) -> str:
+        """The name as part of a path."""
+        return "".join(c if c.isalnum() else "-" for c in self.name.lower())
+
+
+class Table(Section):
+    """The rows that are compared; everything but a row's overrides and the seed is the same for all."""
+
+    title: str
+    recipe: str
+    scale: Literal["here", "paper"] = Field("here", description="paper: the recipes are of a cluster's size")
+    rows: tuple[Row, ...]
+
+    @model_validator(mode="after")
+    def _runs_are_apart(self) -> Self:
+        names = [row.folder for row in self.rows]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"rows share the run folders {sorted(twice)}; give each row a method name of its own")
+        return self
+
+    @model_validator(mode="after")
+    def _first_stages_are_above(self) -> Self:
+        above: dict[str, Row] = {}
+        for row in self.rows:
+            if row.after is not None and row.after not in above:
+                raise ValueError(f"row {row.name} is after {row.after!r}, which is no row above it")
+            if row.after is not None and above[row.after].after is not None:
+                raise ValueError(f"row {row.name} is after {row.after!r}, which is a second stage itself")
+            above[row.name] = row
+        begun = {row.after for row in self.rows}
+        if idle := [row.name for row in self.rows if not row.drawn and row.name not in begun]:
+            raise ValueError(f"rows {idle} are not drawn, and no row is after them: nothing would train them")
+        return self
+
+    def first_stage(self, row: Row) -> Row | None:
+        """The row whose run a row starts from, if it is a second stage."""
+        return next((other for other in self.rows if other.name == row.after), None)
+
+    def recipe_of(self, row: Row) -> str:
+        """Path of a row's recipe as it is written."""
+        return row.recipe or self.recipe
+
+    def resolve(self, row: Row, small_recipe: Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
+        """The recipe of a row with its overrides, as it is written or, with a small recipe, at small scale.
+
+        Args:
+            overrides: further ones; those of a second stage have `model.start_from`.
+
+        Raises:
+            RecipeError: recipe and overrides do not fit each other.
+        """
+        if small_recipe is None:
+            return load_recipe(self.recipe_of(row), (*row.set, *overrides))
+        return load_recipe(small_recipe, (*row.set, *row.small, *overrides))
+
+
+def load_table(name: str | Path) -> Table:
+    """Read a table by number (9 to 14) or by the path of its file; recipes' paths in it are relative to it.
+
+    Raises:
+        RecipeError: names the file and what is wrong in it.
+    """
+    path = TABLES / f"table{name}.yaml" if str(name).isdigit() else Path(name)
+    try:
+        table = Table.model_validate(yaml.safe_load(path.read_text()))
+    except FileNotFoundError:
+        known = ", ".join(sorted(p.stem.removeprefix("table") for p in TABLES.glob("table*.yaml")))
+        raise RecipeError(f"no table at {path}; tables of the paper here: {known}, others: a path") from None
+    except (yaml.YAMLError, ValidationError) as error:
+        raise RecipeError(f"{path}: {error}") from None
+
+    def absolute(recipe: str) -> str:
+        return str((path.parent / recipe).resolve())
+
+    rows = tuple(row.model_copy(update={"recipe": absolute(row.recipe)} if row.recipe else {}) for row in table.rows)
+    return table.model_copy(update={"recipe": absolute(table.recipe), "rows": rows})
+
+
+def small_recipe(data: str) -> Path:
+    """The small recipe of a data set by its name.
+
+    Raises:
+        RecipeError: there is none, naming those there are.
+    """
+    path = SMALL_RECIPES / f"{data}.yaml"
+    if not path.exists():
+        known = ", ".join(sorted(p.stem for p in SMALL_RECIPES.glob("*.yaml")))
+        raise RecipeError(f"no small recipe for {data}: {path} is missing; there are {known}")
+    return path

@@ -1,0 +1,121 @@
+"""Say before a run what it will need, and show what it will see.
+
+    preflight.py --plan --recipe R --ranks N --gpu-memory 80GiB    memory, traffic and time
+    preflight.py --workers --recipe R --gpus-per-node 8            loader workers that feed a node's GPUs
+    preflight.py --views sheet.png --recipe R                      both views of images from the shards
+
+Without shards on this machine --plan takes `--images N --classes C`. The model is never built in memory for a plan.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+
+from paco_ds.command import report_user_errors
+from paco_ds.config.load import load_recipe
+from paco_ds.config.recipe import Recipe
+from paco_ds.errors import UserError
+from paco_ds.planning.sizes import parse_bytes
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status: 0 if all that was asked is well, 1 if something does not fit or starves."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    asked = {"--plan": _plan, "--workers": _workers, "--views": _views}
+    chosen = [work for option, work in asked.items() if getattr(arguments, option.strip("-"))]
+    if not chosen:
+        parser.error(f"say what to do: {', '.join(asked)}, or several of them")
+    with report_user_errors():
+        recipe = load_recipe(arguments.recipe, arguments.set)
+        return max(work(recipe, arguments) for work in chosen)
+
+
+def _plan(recipe: Recipe, arguments: argparse.Namespace) -> int:
+    if arguments.ranks is None:
+        raise UserError("--plan needs --ranks N, the ranks of the job over all hosts")
+    memory = parse_bytes(arguments.gpu_memory, "--gpu-memory") if arguments.gpu_memory else None
+    from paco_ds.planning.plan import find_data, make_plan  # brings DeepSpeed, after what can be refused early
+    from paco_ds.planning.report import as_json, print_plan
+
+    plan = make_plan(
+        recipe,
+        arguments.ranks,
+        find_data(recipe, arguments.images, arguments.classes),
+        gpu_memory=memory,
+        images_per_second=arguments.images_per_second,
+        device=arguments.device,
+    )
+    if arguments.json:
+        print(json.dumps(as_json(plan)))
+    else:
+        print_plan(plan, Console(width=arguments.width))
+    return 1 if plan.verdict == "does not fit" else 0
+
+
+def _workers(recipe: Recipe, arguments: argparse.Namespace) -> int:
+    import torch
+
+    from paco_ds.data.manifest import open_data
+    from paco_ds.planning.loading import measure_loading, measure_step, plan_loading
+
+    manifest = open_data(recipe, [recipe.data.train_split])
+    gpus = torch.cuda.device_count()
+    if arguments.images_per_second is not None:
+        if arguments.ranks is None:
+            raise UserError("--images-per-second is of the whole job: give its --ranks N as well")
+        per_gpu = arguments.images_per_second / max(arguments.ranks, 1)
+    elif gpus:
+        per_gpu = measure_step(recipe, len(manifest.classes), torch.device("cuda"))
+    else:
+        raise UserError(
+            "this machine has no GPU to measure: give --images-per-second X and --ranks N, as a run of the recipe "
+            "has shown them (the progress line, or rate(paco_samples_total))"
+        )
+    plan = plan_loading(
+        measure_loading(recipe, manifest),
+        per_gpu,
+        gpus or 1 if arguments.gpus_per_node is None else arguments.gpus_per_node,
+        recipe.data.workers,
+        measured=arguments.images_per_second is None,
+    )
+    if arguments.json:
+        print(json.dumps({**asdict(plan), "verdict": plan.verdict}))
+    else:
+        print(*plan.lines(), sep="\n")
+    return 0 if plan.verdict == "fed" else 1
+
+
+def _views(recipe: Recipe, arguments: argparse.Namespace) -> int:
+    from paco_ds.data.manifest import open_data
+    from paco_ds.report.view_sheet import draw_view_sheet
+
+    bad = draw_view_sheet(recipe, open_data(recipe, [recipe.data.train_split]), Path(arguments.views))
+    for line in bad:
+        print(f"left out: {line}")
+    print(f"views of the training images: {arguments.views}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", action="store_true", help="plan memory, traffic and time of a run")
+    parser.add_argument("--workers", action="store_true", help="measure how many loader workers feed a node's GPUs")
+    parser.add_argument("--views", metavar="SHEET.png", help="draw both views of images from the recipe's shards")
+    parser.add_argument("--recipe", required=True, help="recipe, YAML; see ds_configs/recipes/")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a setting")
+    parser.add_argument("--ranks", type=int, help="ranks of the job, over all hosts")
+    parser.add_argument("--gpus-per-node", type=int, help="for --workers; those of this machine by default")
+    parser.add_argument("--gpu-memory", metavar="SIZE", help="of each GPU: 80GiB is 2^30 bytes, 80GB is 10^9")
+    parser.add_argument("--images-per-second", type=float, help="of the whole job, as a run of it has shown")
+    parser.add_argument("--images", type=int, help="training images, where there are no shards yet")
+    parser.add_argument("--classes", type=int, help="classes, where there are no shards yet")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="what the ranks run on")
+    parser.add_argument("--json", action="store_true", help="one line of JSON instead of tables")
+    parser.add_argument("--width", type=int, default=120, help="columns of the tables")
+    return parser

@@ -1,0 +1,184 @@
+"""What DeepSpeed needs and hides: its start, its configuration, the device, the engine around the model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import sysconfig
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import ninja
+from deepspeed.accelerator import get_accelerator
+from deepspeed.constants import default_pg_timeout
+
+from paco_ds.config.recipe import Recipe
+from paco_ds.distributed.launch import environment_ranks, join_job
+from paco_ds.distributed.ranks import MicroBatchLayout, Ranks
+from paco_ds.errors import RecipeError, UserError
+from paco_ds.models.execution import prepare
+from paco_ds.models.recogniser import Recogniser
+from paco_ds.training.gradients import GradientMean
+from paco_ds.training.optimizer import GuardedSGD
+
+_OWNED = {  # DeepSpeed keys that the recipe decides: {key: recipe setting}
+    "train_batch_size": "step.micro_batch and step.micro_batches",
+    "train_micro_batch_size_per_gpu": "step.micro_batch",
+    "gradient_accumulation_steps": "step.micro_batches (accumulation is computed from it and the ranks)",
+    "gradient_clipping": "optimizer.clip_norm",
+    "optimizer": "the optimizer section",
+    "scheduler": "the schedule section",
+}
+_REDUCTION = {"communication_data_type", "prescale_gradients", "gradient_predivide_factor"}  # left to DeepSpeed
+_REFUSED = {
+    "fp16": "its loss scaling never recovers with this step; use torch_autocast with bfloat16",
+    "bf16": "it casts the weights, which breaks BatchNorm; use torch_autocast with bfloat16",
+    "amp": "use torch_autocast with bfloat16",
+}
+
+
+def read_deepspeed_config(path: str | Path) -> dict[str, Any]:
+    """The DeepSpeed JSON a recipe names.
+
+    Raises:
+        RecipeError: it is missing, is not JSON, or sets what the recipe decides or what cannot work.
+    """
+    path = Path(path)
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise RecipeError(f"engine.deepspeed: no file {path}; ds_configs/ holds zero0.json to zero3.json") from None
+    except ValueError as error:
+        raise RecipeError(f"engine.deepspeed: {path} is not JSON: {error}") from None
+    for key, setting in _OWNED.items():
+        if key in config:
+            raise RecipeError(f"engine.deepspeed: {path} sets {key!r}; remove it, the recipe decides it by {setting}")
+    for key, why in _REFUSED.items():
+        if key in config:
+            raise RecipeError(f"engine.deepspeed: {path} has a {key!r} block: {why}")
+    autocast = config.get("torch_autocast", {})
+    if autocast.get("enabled") and autocast.get("dtype") != "bfloat16":
+        raise RecipeError(f"engine.deepspeed: {path}: torch_autocast.dtype must be 'bfloat16'; {_REFUSED['fp16']}")
+    _check_offload(path, config.get("zero_optimization", {}))
+    return config
+
+
+def _check_offload(path: Path, zero: dict[str, Any]) -> None:
+    """The optimizer's weights and momentum may lie in host memory; other kinds of offload are not supported."""
+    if "offload_param" in zero:
+        raise RecipeError(
+            f"engine.deepspeed: {path} has 'offload_param', with which the key encoder's moving average is not proven; "
+            f"remove it, stage 3 with 'offload_optimizer' is what keeps the least on the device"
+        )
+    device = zero.get("offload_optimizer", {}).get("device", "none")
+    if device == "nvme":
+        raise RecipeError(
+            f"engine.deepspeed: {path} offloads the optimizer to nvme, with which checkpoints are not proven; "
+            f"set zero_optimization.offload_optimizer.device to 'cpu'"
+        )
+    if device != "none" and zero.get("stage", 0) == 0:
+        raise RecipeError(
+            f"engine.deepspeed: {path} has 'offload_optimizer', which DeepSpeed ignores at stage 0; "
+            f"set zero_optimization.stage to 1, 2 or 3"
+        )
+
+
+def check_prerequisites() -> None:
+    """On CPU ranks DeepSpeed compiles a shared-memory operation at its first start; say so before it fails.
+
+    Raises:
+        UserError: no C++ compiler, or no Python headers.
+    """
+    if get_accelerator().device_name() != "cpu":
+        return
+    # the environment's ninja, also where it was not activated; another version would build everything again
+    os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        raise UserError(
+            f"no C++ compiler {compiler!r} on PATH: DeepSpeed builds its CPU collectives at the first start. "
+            f"Install g++ (Debian, Ubuntu: apt install g++) or point CXX at one"
+        )
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not header.exists():
+        raise UserError(
+            f"no Python headers ({header} is missing): DeepSpeed builds its CPU collectives at the first start. "
+            f"Install them (Debian, Ubuntu: apt install python3-dev)"
+        )
+
+
+def start(recipe: Recipe, expect_ranks: int | None = None) -> Ranks:
+    """Join the job's process group: NCCL on CUDA, gloo on CPU, by the same code path.
+
+    Raises:
+        UserError: a prerequisite is missing, or the job has another number of ranks than expected.
+    """
+    check_prerequisites()
+    rank, world_size, _ = environment_ranks()
+    if expect_ranks is not None and world_size != expect_ranks:
+        raise UserError(
+            f"this job has {world_size} ranks, --expect-ranks says {expect_ranks}. DeepSpeed falls back to one host "
+            f"when it cannot read the hostfile: check the path given to --hostfile and its slots"
+        )
+    MicroBatchLayout(recipe.step.micro_batch, recipe.step.micro_batches, rank, world_size)  # refused before waiting
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    ranks = join_job(recipe.engine.threads, deepspeed.init_distributed)
+    unname_shared_memory(ranks)
+    return ranks
+
+
+def unname_shared_memory(ranks: Ranks) -> None:
+    """Let the buffers of DeepSpeed's CPU collectives go with their processes, however these end.
+
+    DeepSpeed never unlinks them: each rank of each run would leave 66 MB of memory behind in /dev/shm. Once every
+    rank has mapped them their names are not needed. All ranks call this, after `deepspeed.init_distributed`.
+    """
+    if ranks.device.type != "cpu":
+        return
+    ranks.wait_for_all()
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{ranks.rank}"
+    Path("/dev/shm", name).unlink(missing_ok=True)
+
+
+def initialise(
+    model: Recogniser, recipe: Recipe, config: dict[str, Any], layout: MicroBatchLayout, ranks: Ranks
+) -> tuple[Any, GuardedSGD]:
+    """(DeepSpeed engine around the model, the optimizer inside it). Weights must stand in the model before."""
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    settings = recipe.optimizer
+    prepare(model, recipe.engine, stage)
+    optimizer = GuardedSGD(
+        [p for p in model.parameters() if p.requires_grad],
+        recipe.lr,
+        clip_norm=settings.clip_norm,
+        whole=stage == 0,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+    )
+    complete = {
+        **config,
+        "train_micro_batch_size_per_gpu": layout.micro_batch,
+        "gradient_accumulation_steps": layout.accumulation,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # offload with SGD, of which DeepSpeed has no CPU version of its own
+        "steps_per_print": 10**9,
+        # 0 is no clipping; left out, DeepSpeed clips at 1. Without ZeRO the optimizer clips, which knows the norm
+        "gradient_clipping": (settings.clip_norm or 0.0) if stage > 0 else 0.0,
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=complete)
+    if stage == 0 and not _REDUCTION & config.keys():
+        mean = GradientMean(ranks, default_pg_timeout.total_seconds())
+        engine.allreduce_gradients = partial(_average_gradients, engine, optimizer, mean)
+        engine.zero_grad = optimizer.zero_grad  # DeepSpeed's walks through every module to find the same weights
+    return engine, optimizer
+
+
+def _average_gradients(engine: Any, optimizer: GuardedSGD, mean: GradientMean) -> None:
+    """In place of `engine.allreduce_gradients`, which DeepSpeed calls after every backward."""
+    if engine.is_gradient_accumulation_boundary():
+        mean(optimizer.gradients())

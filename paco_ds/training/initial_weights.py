@@ -1,0 +1,164 @@
+"""Where training starts from: the run of a first stage, a file of weights, or torchvision's; and what stays frozen.
+
+Nothing is unpickled but tensors: .pth files are read with torch's `weights_only`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import pickle
+from pathlib import Path
+
+import torch
+import torchvision
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision.models.resnet import ResNet
+
+from paco_ds.checkpoint import open_run
+from paco_ds.config.recipe import ModelSettings, Recipe
+from paco_ds.errors import RecipeError
+from paco_ds.models.recogniser import Recogniser
+
+TORCHVISION = "torchvision:"
+_SAME = ("backbone", "width", "experts", "expert_width")  # what the first stage must share
+_SAME_CENTERS = ("centers", "centers_scale")  # and where its centers are taken over as they are
+_BACKBONE = "query_encoder.backbone."
+_CLASSIFIERS = ("fc", "classifier", "heads", "head")  # what torchvision's networks call theirs
+
+
+def load_initial_weights(model: Recogniser, recipe: Recipe) -> None:
+    """Put what `model.start_from` names into the encoders of a fresh model, in place.
+
+    Of a run: backbone and projection, and for `trained: center_scales` and `routers` its centers; of a file or of
+    torchvision: the backbone.
+
+    Raises:
+        RecipeError: nothing there, or weights of another network, naming what differs.
+    """
+    settings = recipe.model
+    start = settings.start_from
+    if start is None:
+        return
+    is_run = not start.startswith(TORCHVISION) and (Path(start).is_dir() or not Path(start).suffix)
+    if settings.trained in ("center_scales", "routers") and not is_run:
+        raise RecipeError(
+            f"model.trained {settings.trained} needs trained centers too, which {start} has not: let model.start_from "
+            f"be the run directory of a first stage"
+        )
+    if start.startswith(TORCHVISION):
+        _fill(model, _of_torchvision(settings, start.removeprefix(TORCHVISION)), start)
+    elif is_run:
+        _fill_from_run(model, settings, Path(start))
+    else:
+        _fill(model, _of_file(Path(start)), start)
+
+
+def require_same_network(first: ModelSettings, second: ModelSettings, run: str | Path) -> None:
+    """Raise RecipeError, naming what differs, if a second stage cannot take over the weights of the first, in `run`."""
+    differing = [
+        f"{name} {getattr(first, name)!r} there, {getattr(second, name)!r} here"
+        for name in (*_SAME, *(_SAME_CENTERS if second.trained == "routers" else ()))
+        if getattr(first, name) != getattr(second, name)
+    ]
+    if differing:
+        raise RecipeError(f"model.start_from {run} was trained with another network: {'; '.join(differing)}")
+
+
+def freeze(model: Recogniser, settings: ModelSettings) -> None:
+    """Leave gradients to what `model.trained` names, in place.
+
+    Raises:
+        RecipeError: `last_block` of a network without residual stages.
+    """
+    if settings.trained in ("centers", "center_scales", "routers"):
+        model.freeze_encoder()  # centers that are not trained have no gradient from the start
+    elif settings.trained == "last_block":
+        network = model.query_encoder.backbone.network
+        if not isinstance(network, ResNet):
+            raise RecipeError(f"model.trained last_block needs a ResNet or ResNeXt, not {settings.backbone}")
+        last = set(network.layer4[-1].parameters())
+        norms = (m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+        trained = last | {parameter for norm in norms for parameter in norm.parameters()}
+        for parameter in network.parameters():
+            parameter.requires_grad_(parameter in trained)
+
+
+def _fill_from_run(model: Recogniser, settings: ModelSettings, run: Path) -> None:
+    first, checkpoint = open_run(run, "model.start_from", "name the folder where it is")
+    require_same_network(first.model, settings, run)
+    weights = checkpoint.model()
+    encoder = {
+        name.removeprefix("query_encoder."): tensor
+        for name, tensor in weights.items()
+        if name.startswith(_BACKBONE) or (name.startswith("query_encoder.projection.") and model.has_projection)
+    }
+    _copy(model.query_encoder, encoder, f"model.start_from {run}", missing_ok="projection.")
+    if settings.trained in ("center_scales", "routers"):
+        centers = {name.removeprefix("centers."): t for name, t in weights.items() if name.startswith("centers.")}
+        fixed = model.centers if settings.trained == "routers" else model.fixed_centers()
+        _copy(fixed, centers, f"model.start_from {run}, its centers")
+    model.restart_key_encoder()
+
+
+def _fill(model: Recogniser, weights: dict[str, Tensor], where: str) -> None:
+    """Backbone weights as torchvision names them, the classifier's left out."""
+    network = model.query_encoder.backbone.network
+    wanted = network.state_dict().keys()
+    classifier = {name for name in weights.keys() - wanted if name.split(".")[0] in _CLASSIFIERS}
+    _copy(network, {name: t for name, t in weights.items() if name not in classifier}, f"model.start_from {where}")
+    model.restart_key_encoder()
+
+
+def _copy(module: nn.Module, weights: dict[str, Tensor], where: str, missing_ok: str | None = None) -> None:
+    wanted = module.state_dict()
+    missing = [name for name in wanted.keys() - weights.keys() if not (missing_ok and name.startswith(missing_ok))]
+    unknown = sorted(weights.keys() - wanted.keys())
+    shapes = [
+        f"{name} is {tuple(weights[name].shape)}, not {tuple(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
+    problems = [
+        *([f"{len(missing)} tensors are missing, {sorted(missing)[0]} among them"] if missing else []),
+        *([f"{len(unknown)} have no place here, {unknown[0]} among them"] if unknown else []),
+        *shapes[:1],
+    ]
+    if problems:
+        raise RecipeError(f"{where} does not fit this network: {'; '.join(problems)}")
+    module.load_state_dict({**wanted, **weights})
+
+
+def _of_file(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise RecipeError(f"model.start_from {path}: there is no such file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise RecipeError(f"model.start_from {path} holds no weights that can be read safely: {error}") from error
+    if not isinstance(weights, dict) or not all(isinstance(t, Tensor) for t in weights.values()):
+        raise RecipeError(f"model.start_from {path} is not a state dict of tensors by name")
+    return weights
+
+
+def _of_torchvision(settings: ModelSettings, name: str) -> dict[str, Tensor]:
+    try:
+        known = [w.name for w in torchvision.models.get_model_weights(settings.backbone)]
+    except ValueError:
+        raise RecipeError(
+            f"model.start_from {TORCHVISION}{name}: torchvision has no weights of {settings.backbone}; give a file of "
+            f"weights, or one of its networks"
+        ) from None
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        raise RecipeError(
+            f"model.start_from {TORCHVISION}{name}: {settings.backbone} has {', '.join(known)}"
+            + (f"; did you mean {near[0]}?" if near else "")
+        )
+    weights: dict[str, Tensor] = torchvision.models.get_model_weights(settings.backbone)[name].get_state_dict(
+        progress=False, check_hash=True
+    )
+    return weights

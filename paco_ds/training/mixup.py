@@ -1,0 +1,64 @@
+"""Owns mixup (Zhang et al. 2018): images of a micro-batch mixed in pairs, as a function of seed, step and micro-batch.
+
+With x, y images and labels, x', y' those of partners drawn in the same micro-batch, and lambda ~ Beta(alpha, alpha),
+one number for the micro-batch::
+
+    image = lambda x + (1 - lambda) x'          loss = lambda L(y) + (1 - lambda) L(y')
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from paco_ds.losses.base import LossOutput
+from paco_ds.randomness import DrawPurpose, generator, permutation
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How one micro-batch is mixed.
+
+    Attributes:
+        share: lambda.
+        partners: int64 [B], the image that each is mixed with.
+    """
+
+    share: float
+    partners: Tensor
+
+    def images(self, images: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] to mixed ones in float32, of the same range."""
+        return torch.lerp(images[self.partners.to(images.device)].float(), images.float(), self.share)
+
+    def outputs(self, own: LossOutput, partners: LossOutput) -> LossOutput:
+        """The loss of the mix from that with the own labels and that with the partners'.
+
+        An image of two classes has no own center: what is read off the probabilities falls away.
+        """
+        parts = {name: self._mix(part, partners.parts[name]) for name, part in own.parts.items()}
+        return LossOutput(self._mix(own.loss, partners.loss), None, None, None, None, parts)
+
+    def _mix(self, own: Tensor, partners: Tensor) -> Tensor:
+        return self.share * own + (1 - self.share) * partners
+
+
+@dataclass(frozen=True)
+class Mixup:
+    """Draws the mixes of a run.
+
+    Args:
+        alpha: above 0; small values leave most images nearly as they are.
+        seed: the recipe's.
+    """
+
+    alpha: float
+    seed: int
+
+    def draw(self, step: int, micro_batch: int, size: int) -> Mix:
+        """The mix of a micro-batch, the same on whichever rank, whenever it is asked for."""
+        key = self.seed, step, micro_batch
+        share = float(generator(DrawPurpose.MIXUP, *key, 0).beta(self.alpha, self.alpha))
+        return Mix(share, torch.from_numpy(permutation(size, DrawPurpose.MIXUP, *key, 1)))

@@ -1,0 +1,229 @@
+"""The rank watchdog's talk between ranks, in one process: real sockets and store, ends that are only noted."""
+
+import json
+import socket
+import threading
+import time
+from contextlib import ExitStack
+
+import pytest
+
+from paco_ds.distributed import watchdog
+from paco_ds.distributed.launch import check_gloo_interface, join_job
+from paco_ds.distributed.watchdog import LOST_STATUS, RankWatchdog
+from paco_ds.errors import UserError
+from tests.pool import _free_port
+
+
+class Job:
+    """Watchdogs of W ranks, two on each host; `ends` are the (rank, status) that would have ended."""
+
+    def __init__(self, monkeypatch, world_size=4, started=None):
+        monkeypatch.setattr(watchdog, "SETTLE", 0.3)
+        monkeypatch.setattr(watchdog, "HEARSAY", 2.0)
+        monkeypatch.setattr(watchdog, "GRACE", 0.2)
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(_free_port()))
+        monkeypatch.setenv("WORLD_SIZE", str(world_size))
+        self.ends, self.watchdogs, self.errors = [], [], []
+        for rank in range(world_size if started is None else started):
+            monkeypatch.setenv("RANK", str(rank))
+            monkeypatch.setenv("LOCAL_RANK", str(rank % 2))
+            end = lambda status, rank=rank: self.ends.append((rank, status))  # noqa: E731
+            self.watchdogs.append(RankWatchdog(lambda: "Go on from step 7", end))
+        self.starts = [threading.Thread(target=self._enter, args=(each,)) for each in self.watchdogs]
+        for start in self.starts:
+            start.start()
+        for start in self.starts[0 if started is None else 1 :]:  # rank 0 waits for all
+            start.join()
+
+    def _enter(self, watchdog):
+        try:
+            watchdog.__enter__()
+        except UserError as error:
+            self.errors.append(str(error))
+
+    def kill(self, rank):
+        """What the kernel does with the connections of a process that is gone."""
+        for link in self.watchdogs[rank]._links.values():
+            link.socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self, *ranks):
+        for rank in ranks or range(len(self.watchdogs)):
+            self.watchdogs[rank].__exit__(None, None, None)
+
+
+def eventually(condition, seconds=10):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "did not come true"
+        time.sleep(0.01)
+
+
+def test_a_job_that_ends_in_good_order_ends_nobody(monkeypatch, capfd):
+    """Whatever the order in which ranks leave; all threads are gone afterwards."""
+    threads = threading.active_count()
+    job = Job(monkeypatch)
+    job.close(2, 0, 3, 1)
+    time.sleep(0.6)
+    assert job.ends == []
+    assert capfd.readouterr().err == ""
+    assert threading.active_count() <= threads + 1  # torch's store
+
+
+def test_one_rank_needs_no_watchdog(monkeypatch):
+    """No thread, no socket."""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with RankWatchdog() as watchdog:
+        assert watchdog._thread is None
+
+
+def test_a_lost_rank_ends_all_others_and_is_named_once_a_host(monkeypatch, capfd):
+    """With host, address, and what to do."""
+    job = Job(monkeypatch)
+    job.kill(3)
+    eventually(lambda: {(rank, LOST_STATUS) for rank in (0, 1, 2)} <= set(job.ends))
+    said = [line for line in capfd.readouterr().err.splitlines() if "was lost" in line and "rank 3 on" in line]
+    assert [line.split(":")[0] for line in sorted(said)] == [f"watchdog (rank {rank} of 4)" for rank in (0, 2)]
+    assert f"rank 3 on host {socket.gethostname()} (127.0.0.1) was lost: its process died" in said[0]
+    assert said[0].endswith("Go on from step 7")
+
+
+def test_ranks_lost_together_are_named_together(monkeypatch, capfd):
+    """A host takes all of its ranks along."""
+    job = Job(monkeypatch)
+    job.kill(2)
+    job.kill(3)
+    eventually(lambda: {(0, LOST_STATUS), (1, LOST_STATUS)} <= set(job.ends))
+    assert f"ranks 2-3 on host {socket.gethostname()} (127.0.0.1) were lost" in capfd.readouterr().err
+
+
+def test_the_loss_of_rank_0_is_seen_by_every_other(monkeypatch, capfd):
+    """Nobody is left to tell them."""
+    job = Job(monkeypatch)
+    job.kill(0)
+    eventually(lambda: {(rank, LOST_STATUS) for rank in (1, 2, 3)} <= set(job.ends))
+    assert f"rank 0 on host {socket.gethostname()} (127.0.0.1) was lost" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("culprit", [0, 3])
+def test_a_rank_that_fails_gives_its_reason_to_all(monkeypatch, capfd, culprit):
+    """They end with status 1: running the same again would not help."""
+    job = Job(monkeypatch)
+    error = UserError("no shards here")
+    job.watchdogs[culprit].__exit__(UserError, error, None)
+    others = {(rank, 1) for rank in range(4) if rank != culprit}
+    eventually(lambda: others <= set(job.ends))
+    assert f"rank {culprit} on host" in (said := capfd.readouterr().err)
+    assert "failed: UserError: no shards here" in said
+    assert "lost" not in said
+
+
+def test_a_collective_that_fails_because_of_a_loss_is_explained_by_it(monkeypatch):
+    """gloo's own error names nobody; the rank waits for the verdict instead of showing it."""
+    job = Job(monkeypatch)
+    monkeypatch.setattr(watchdog, "GRACE", 60.0)
+    job.kill(3)
+    error = RuntimeError("Connection closed by peer")
+    job.watchdogs[1].__exit__(RuntimeError, error, None)
+    assert job.ends == [(1, LOST_STATUS)]
+    job.close(0, 2)
+
+
+def test_strangers_and_doubles_are_sent_away(monkeypatch, capfd):
+    """A port scanner, or another job on the same port, ends nobody but itself."""
+    job = Job(monkeypatch, world_size=2)
+    port = job.watchdogs[0]._listener.getsockname()[1]
+    for hello in (b"GET / HTTP/1.1\n", b'{"rank": 1, "token": "guessed"}\n{"failed": "ha"}\n', b"[1]\n"):
+        with socket.create_connection(("127.0.0.1", port)) as stranger:
+            stranger.sendall(hello)
+            assert stranger.recv(10) == b""
+    monkeypatch.setenv("RANK", "1")
+    double = RankWatchdog(end=lambda status: job.ends.append(("double", status))).__enter__()
+    eventually(lambda: job.ends == [("double", 1)])
+    assert "takes part already: does another job use --master_port" in capfd.readouterr().err
+    double.__exit__(UserError, UserError("sent away"), None)
+    time.sleep(0.6)
+    assert job.ends == [("double", 1)]
+    job.close()
+
+
+def test_ranks_that_do_not_come_are_named(monkeypatch, capfd):
+    """First while they are waited for, then as the reason for which the job ends."""
+    monkeypatch.setattr(watchdog, "PATIENCE", 0.4)
+    monkeypatch.setattr(watchdog, "_start_timeout", lambda: 2.0)
+    job = Job(monkeypatch, world_size=9, started=2)
+    job.starts[0].join()
+    assert job.errors[0].startswith("ranks 2-8 of 9 did not start within 0.0333333 minutes (DEEPSPEED_TIMEOUT)")
+    assert "still waiting for ranks 2-8 of 9 to start" in capfd.readouterr().err
+    eventually(lambda: job.ends == [(1, 1)])
+    job.close(1)
+
+
+def test_a_rank_that_comes_when_all_is_over_is_told(monkeypatch):
+    """Else it would look for rank 0 for ten minutes."""
+    monkeypatch.setattr(watchdog, "PATIENCE", 20.0)
+    job = Job(monkeypatch, world_size=3, started=2)
+    job.watchdogs[1].__exit__(UserError, UserError("no shards here"), None)
+    eventually(job.watchdogs[0]._verdict.is_set)
+    time.sleep(0.6)
+    assert job.ends == []  # rank 0 stays for the third
+    monkeypatch.setenv("RANK", "2")
+    late = RankWatchdog(end=lambda status: job.ends.append((2, status))).__enter__()
+    eventually(lambda: sorted(set(job.ends)) == [(0, 1), (2, 1)])
+    late.__exit__(None, None, None)
+    job.close(0)
+
+
+def test_a_thousand_ranks(monkeypatch, capfd):
+    """Rank 0 holds a connection to each; the loss of a host of 8 is one line."""
+    job = Job(monkeypatch, world_size=1024, started=1)
+    first = job.watchdogs[0]
+    eventually(lambda: first._thread)
+    port = first._listener.getsockname()[1]
+    with ExitStack() as stack:
+        others = {}
+        for rank in range(1, 1024):
+            others[rank] = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            about = {"rank": rank, "token": first._token, "host": f"node{rank // 8}"}
+            others[rank].sendall(json.dumps(about).encode() + b"\n")
+        job.starts[0].join()
+        for rank in range(800, 808):
+            others[rank].close()
+        eventually(lambda: job.ends)
+        assert job.ends == [(0, LOST_STATUS)]
+        assert "ranks 800-807 on host node100 (127.0.0.1) were lost" in capfd.readouterr().err
+        assert b'"end"' in others[1].recv(1000)
+    job.close()
+
+
+def test_gloo_is_not_let_announce_a_loopback_address(monkeypatch):
+    """The other hosts would look for this one on themselves."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    with pytest.raises(
+        UserError, match=r"gloo would announce 127.0.0.1 .*GLOO_SOCKET_IFNAME=lo stands for it.*deepspeed_env"
+    ):
+        check_gloo_interface()
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    monkeypatch.setattr(socket, "gethostname", lambda: "localhost")
+    with pytest.raises(UserError, match=r"GLOO_SOCKET_IFNAME is not set and the host name localhost stands for it"):
+        check_gloo_interface()
+    monkeypatch.setattr(socket, "gethostname", lambda: "no-such-host.invalid")
+    with pytest.raises(UserError, match=r"gloo would announce 127.0.0.1"):
+        check_gloo_interface()
+
+
+def test_a_mistyped_interface_is_refused_with_those_there_are(monkeypatch):
+    """By name."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "etho0")
+    with pytest.raises(UserError, match=r"GLOO_SOCKET_IFNAME=etho0: no interface etho0 with an address on .* has "):
+        check_gloo_interface()
+
+
+def test_tasks_of_a_launcher_that_names_no_ranks_are_refused(monkeypatch):
+    """Else each would train alone, in the same folder."""
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "16")
+    with pytest.raises(UserError, match=r"SLURM_STEP_NUM_TASKS is 16, but WORLD_SIZE is not set"):
+        join_job(threads=1)

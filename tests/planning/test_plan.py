@@ -1,0 +1,329 @@
+"""Plans of runs: sizes, what is counted on fake tensors, legal settings, verdicts, and what bad input is told."""
+
+import functools
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+from paco_ds.distributed.ranks import MicroBatchLayout
+from paco_ds.errors import DataError, RecipeError, UserError
+from paco_ds.losses import make_loss
+from paco_ds.models.recogniser import make_recogniser
+from paco_ds.planning.memory import PARTS, plan_memory, zero_settings
+from paco_ds.planning.plan import find_data, judge, make_plan
+from paco_ds.planning.preflight import main
+from paco_ds.planning.report import as_json, print_plan, verdict_lines
+from paco_ds.planning.sizes import format_bytes, parse_bytes
+from paco_ds.planning.trace import LiveBytes, trace_step
+from paco_ds.planning.traffic import plan_traffic
+from tests.recipes import tiny_recipe, write_tiny_recipe
+
+COUNTS = (80, 40, 20, 8)
+GIB = 2**30
+
+
+@pytest.fixture
+def zero1(tmp_path):
+    path = tmp_path / "zero1.json"
+    path.write_text('{"zero_optimization": {"stage": 1}}')
+    return f"engine.deepspeed={path}"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("80GiB", 80 * GIB),
+        ("80GB", 80 * 10**9),
+        ("1.5 TiB", int(1.5 * 2**40)),
+        ("24000mib", 24000 * 2**20),
+        ("12Gi", 12 * GIB),
+        ("1024", 1024),
+    ],
+)
+def test_sizes_are_read_in_both_units(text, expected):
+    """GB is 10^9 and GiB 2^30."""
+    assert parse_bytes(text, "--gpu-memory") == expected
+
+
+@pytest.mark.parametrize("text", ["80G B", "eighty", "", "-1GiB", "0GiB", "80GBit", "80 X"])
+def test_an_unreadable_size_is_refused_with_the_forms_there_are(text):
+    """The setting is named."""
+    with pytest.raises(UserError, match=r"--gpu-memory .*80GiB .*80GB"):
+        parse_bytes(text, "--gpu-memory")
+
+
+def test_sizes_are_written_in_the_unit_that_fits():
+    """Powers of 1024."""
+    assert [format_bytes(n) for n in (0, 1023, 1536, 5 * 2**20, 80 * GIB, 3 * 2**40)] == [
+        "0 B",
+        "1023 B",
+        "1.5 KiB",
+        "5.0 MiB",
+        "80.0 GiB",
+        "3.00 TiB",
+    ]
+
+
+def test_live_bytes_follow_tensors_made_and_dropped():
+    """Views share a storage, held tensors do not count, and the peak stays."""
+    held = torch.ones(100)
+    with LiveBytes([held]) as live:
+        a = held * 2  # 400 bytes
+        b = a[:50].view(5, 10)
+        c = a + 1
+        assert (live.live, live.peak) == (800, 800)
+        del a, b
+        assert (live.live, live.peak) == (400, 800)
+        del c
+    assert (live.live, live.peak) == (0, 800)
+
+
+def test_saved_bytes_on_fake_tensors_are_those_of_a_real_forward():
+    """The same hooks on real tensors save the same bytes, weights and queue left out."""
+    recipe = tiny_recipe("loss.method=balanced_softmax")
+    planned = trace_step(recipe, COUNTS, autocast=False)
+    model = make_recogniser(recipe, len(COUNTS), (0.5,) * 3, (0.5,) * 3)
+    weights = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    saved = {}
+    images = torch.zeros(8, 3, 12, 12, dtype=torch.uint8)
+    labels = torch.zeros(8, dtype=torch.int64)
+
+    def save(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights | {labels.data_ptr(), images.data_ptr()}:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        logits, query = model(images)
+        loss = make_loss(recipe.loss, COUNTS)(labels, logits, query).loss
+    assert loss.requires_grad
+    assert planned.saved == pytest.approx(sum(saved.values()), rel=0.01)
+    assert planned.trained == tuple(p.numel() for p in model.parameters())
+    assert planned.followed == ()
+
+
+def test_activations_grow_with_the_micro_batch_and_autocast_halves_most_of_them():
+    """Proportional to m; bfloat16 has half the bytes, but for what stays float32."""
+    small, large = tiny_trace(), trace_step(tiny_recipe("step.micro_batch=16"), COUNTS, False)
+    assert large.saved == pytest.approx(2 * small.saved, rel=0.02)
+    half = trace_step(tiny_recipe("step.micro_batch=16"), COUNTS, True)
+    assert 0.4 < half.saved / large.saved < 0.8
+
+
+def test_activation_checkpointing_is_planned():
+    """Less is saved; a block is computed again in backward, beside what is saved."""
+    plain = trace_step(tiny_recipe(), COUNTS, False)
+    recomputed = trace_step(tiny_recipe("engine.activation_checkpointing=true"), COUNTS, False)
+    assert recomputed.saved < 0.5 * plain.saved
+    assert recomputed.peak < 0.7 * plain.peak
+    assert recomputed.peak - recomputed.saved > plain.peak - plain.saved
+    assert recomputed.key_peak == plain.key_peak
+
+
+def test_compiled_encoders_are_planned_as_if_they_were_not():
+    """No compiler runs for a plan."""
+    assert trace_step(tiny_recipe("engine.compile=true"), COUNTS, False) == trace_step(tiny_recipe(), COUNTS, False)
+
+
+def test_a_large_network_is_planned_without_its_memory(monkeypatch):
+    """ResNet-50 at 224 pixels, m = 32: no parameter is ever allocated."""
+    recipe = tiny_recipe("model.backbone=resnet50", "step.micro_batch=32", "views.query.size=224", "views.key.size=224")
+    monkeypatch.setattr(torch.nn.init, "kaiming_normal_", _must_be_meta)
+    trace = trace_step(recipe, (10,) * 1000, autocast=False)
+    assert 4 * sum(trace.trained) > 100 * 2**20
+    assert 2 * GIB < trace.saved < 4 * GIB
+    assert trace.peak_with_gradients >= trace.peak >= trace.saved
+
+
+def _must_be_meta(tensor, *arguments, **named):
+    assert tensor.is_meta
+    return tensor
+
+
+@functools.cache
+def tiny_trace():
+    return trace_step(tiny_recipe(), COUNTS, False)
+
+
+def memory_of(stage, world_size, device="cpu", **zero):
+    recipe = tiny_recipe("step.micro_batches=8")
+    trace = tiny_trace()
+    settings = zero_settings({"zero_optimization": {"stage": stage, **zero}})
+    layout = MicroBatchLayout(8, 8, 0, world_size)
+    return trace, plan_memory(recipe, trace, len(COUNTS), layout, settings, device)
+
+
+def test_what_zero_partitions_falls_with_the_ranks():
+    """Momentum from stage 1 on, the key encoder at stage 3."""
+    trace, whole = memory_of(0, 4)
+    assert whole.parts["momentum"] == 4 * sum(trace.trained)
+    for stage in (1, 2, 3):
+        assert memory_of(stage, 4)[1].parts["momentum"] == pytest.approx(sum(trace.trained), abs=4)
+    assert memory_of(2, 4)[1].parts["key encoder"] == 4 * sum(trace.followed)
+    assert memory_of(3, 4)[1].parts["key encoder"] == pytest.approx(sum(trace.followed), abs=4)
+
+
+def test_buckets_are_allocated_whole_on_a_gpu_and_resident_as_far_as_they_are_used_on_a_cpu():
+    """DeepSpeed's 5e8 elements are 2 GB; overlapping doubles them below stage 3."""
+    trace, memory = memory_of(2, 2, "cuda")
+    assert memory.parts["reduction buckets"] >= 2e9
+    assert memory_of(2, 2, "cuda", overlap_comm=True)[1].parts["reduction buckets"] >= 4e9
+    assert memory_of(2, 2, "cuda", reduce_bucket_size=1000)[1].parts["reduction buckets"] <= 8000
+    assert memory_of(2, 2, "cpu")[1].parts["reduction buckets"] <= 2 * 4 * sum(trace.trained)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_an_offloaded_optimizer_lies_on_the_host(stage):
+    """Beside a GPU; for a CPU rank that is its own memory. Four or five shares of the weights."""
+    offload = {"offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 1000}
+    trace, here = memory_of(stage, 4, "cuda", reduce_bucket_size=1000)
+    _, gpu = memory_of(stage, 4, "cuda", **offload)
+    _, cpu = memory_of(stage, 4, "cpu", **offload)
+    own = sum(trace.trained)  # 4 bytes of a number, 4 ranks
+    assert here.parts["momentum"] == here.parts["own weights, copy"] == pytest.approx(own, abs=4)
+    assert gpu.parts["momentum"] == gpu.parts["own weights, copy"] == gpu.parts["offloaded optimizer"] == 0
+    assert 4 * own <= gpu.host <= 6 * own + 4 * max(trace.trained)
+    assert (cpu.host, cpu.parts["offloaded optimizer"]) == (0, gpu.host)
+
+
+def test_offload_is_nothing_at_stage_0():
+    """DeepSpeed ignores it there."""
+    assert memory_of(0, 4, "cuda", offload_optimizer={"device": "cpu"}) == memory_of(0, 4, "cuda")
+
+
+def test_one_rank_sends_nothing():
+    """And no part of the traffic divides by zero."""
+    assert plan_traffic(tiny_recipe(), tiny_trace(), MicroBatchLayout(8, 4, 0, 1), zero_settings({})) == []
+
+
+@pytest.mark.parametrize(
+    ("total", "verdict"), [(5.9 * GIB, "fits"), (6.5 * GIB, "tight"), (7.0 * GIB, "tight"), (7.1 * GIB, "does not fit")]
+)
+def test_a_gpu_keeps_a_gigabyte_outside_torch_and_a_plan_a_margin(total, verdict):
+    """8 GiB are 7 for torch; above 7 / 1.15 a plan may be wrong."""
+    assert judge(int(total), 8 * GIB, "cuda") == verdict
+
+
+def test_a_plan_says_steps_rate_and_time(zero1):
+    """lr scales with M, an epoch is whole steps, time follows from the images/s."""
+    recipe = tiny_recipe(zero1, "step.micro_batches=8", "step.reference_micro_batches=4")
+    plan = make_plan(recipe, 4, find_data(recipe, 1000, 10), images_per_second=32.0)
+    said = as_json(plan)
+    assert said["peak_lr"] == pytest.approx(0.1)
+    assert said["legal_ranks"] == [1, 2, 4, 8]
+    assert (said["accumulation"], said["steps_per_epoch"]) == (2, 1000 // 64)
+    assert said["seconds_per_epoch"] == pytest.approx(15 * 64 / 32)
+    assert said["shards_per_rank"] is None
+    for memory in plan.memory.values():
+        assert set(memory.parts) == set(PARTS)
+        assert memory.total == sum(memory.parts.values())
+
+
+def test_what_does_not_fit_is_told_what_would(zero1):
+    """Stage 1's default bucket of 2 GB is too much for 3 GiB; stage 0 or a smaller bucket is not."""
+    recipe = tiny_recipe(zero1)
+    data = find_data(recipe, 1000, 10)
+    plan = make_plan(recipe, 2, data, gpu_memory=int(2.5 * GIB))
+    assert plan.verdict == "does not fit"
+    assert any("stage 0" in remedy for remedy in plan.remedies)
+    assert any("reduce_bucket_size" in remedy for remedy in plan.remedies)
+    assert verdict_lines(plan)[0].startswith("DOES NOT FIT: stage 1 needs")
+    assert make_plan(recipe, 2, data, gpu_memory=80 * GIB).verdict == "fits"
+
+
+def test_activation_checkpointing_is_offered_where_it_makes_a_plan_fit(tmp_path):
+    """Beside autocast, which fits too; compiled encoders must give way, and are never offered stage 3."""
+    path = tmp_path / "zero1.json"
+    path.write_text('{"zero_optimization": {"stage": 1, "reduce_bucket_size": 100000}}')
+    settings = (f"engine.deepspeed={path}", "step.micro_batch=128", "views.query.size=96", "views.key.size=96")
+    data = find_data(tiny_recipe(), 1000, 10)
+    recipe = tiny_recipe(*settings, "engine.compile=true")
+    needed = make_plan(recipe, 1, data).memory[1].total
+    remedies = make_plan(recipe, 1, data, gpu_memory=GIB + int(0.95 * needed)).remedies
+    checkpointing, autocast = remedies
+    assert checkpointing.startswith("engine.activation_checkpointing=true engine.compile=false at ZeRO stage 1")
+    assert autocast.startswith("bfloat16 autocast")
+    assert "stage 3" not in " ".join(remedies)
+
+
+def test_what_is_offloaded_stands_under_the_total(tmp_path):
+    """A row of its own, and in the JSON."""
+    path = tmp_path / "zero2_offload.json"
+    path.write_text('{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}')
+    recipe = tiny_recipe(f"engine.deepspeed={path}", "engine.activation_checkpointing=true")
+    plan = make_plan(recipe, 1, find_data(recipe, 1000, 10))
+    printed = Console(file=io.StringIO(), width=160)
+    print_plan(plan, printed)
+    text = printed.file.getvalue()
+    assert text.index("total") < text.index("offloaded, on the host")
+    assert "float32, activation checkpointing" in text
+    said = as_json(plan)
+    assert said["memory"][2]["host"] == plan.memory[2].host > 0
+    assert said["activation_checkpointing"]
+
+
+def test_ranks_that_do_not_divide_the_step_are_refused_with_the_legal_ones(zero1):
+    """And with the setting that makes them legal."""
+    recipe = tiny_recipe(zero1)
+    with pytest.raises(RecipeError, match=r"3 ranks .*legal numbers of ranks: 1, 2, 4.*step.micro_batches=6"):
+        make_plan(recipe, 3, find_data(recipe, 1000, 10))
+
+
+def test_a_micro_batch_of_one_is_refused(zero1):
+    """BatchNorm would end the run at its first step."""
+    recipe = tiny_recipe(zero1, "step.micro_batch=1")
+    with pytest.raises(RecipeError, match=r"step.micro_batch is 1"):
+        make_plan(recipe, 1, find_data(recipe, 1000, 10))
+
+
+@pytest.mark.parametrize(
+    ("images", "classes", "said"),
+    [(1000, None, "--classes is missing"), (None, 10, "--images is missing"), (5, 10, "an image of each")],
+)
+def test_half_stated_data_is_refused(images, classes, said):
+    """Both figures, and enough images."""
+    with pytest.raises(UserError, match=said):
+        find_data(tiny_recipe(), images, classes)
+
+
+def test_missing_shards_are_answered_with_the_way_to_plan_without(tmp_path):
+    """The build is named too."""
+    with pytest.raises(DataError, match=r"build_shards.*--images N and --classes C"):
+        find_data(tiny_recipe(f"data.shards={tmp_path / 'none'}"), None, None)
+
+
+def test_shards_are_read_from_their_manifest(striped_shards, zero1):
+    """Counts, shards and a rank's share of them."""
+    recipe = tiny_recipe(zero1, f"data.shards={striped_shards}")
+    data = find_data(recipe, None, None)
+    assert (data.images, data.class_counts) == (148, (80, 40, 20, 8))
+    plan = make_plan(recipe, 4, data)
+    assert 1 <= plan.shards_per_rank <= len(data.shards)
+    assert plan.steps_per_epoch == 148 // 32
+    # 8 slots, windows of 4 and 2 steps ahead; a cache holds all shards of so small a set
+    assert plan.window_bytes == pytest.approx(8 * (4 + 2) * sum(data.shard_bytes) / 148, abs=1)
+    assert 0 < plan.cache_bytes <= sum(data.shard_bytes)
+    printed = Console(file=io.StringIO(), width=160)
+    print_plan(plan, printed)
+    assert "of host memory a rank, whatever its workers: 8 slots x 4 images" in printed.file.getvalue()
+
+
+def test_the_command_prints_tables_and_one_line_of_json(tmp_path, capsys, zero1):
+    """Status 0 where it fits, 1 where it does not, 2 with one message where the input is wrong."""
+    path = tmp_path / "tiny.yaml"
+    write_tiny_recipe(path, zero1)
+    common = ["--plan", "--recipe", str(path), "--images", "1000", "--classes", "10"]
+    assert main([*common, "--ranks", "2", "--gpu-memory", "80GiB", "--images-per-second", "100"]) == 0
+    printed = capsys.readouterr().out
+    for phrase in ("momentum", "all_to_all", "legal ranks", "images/s", "FITS: stage 1 needs"):
+        assert phrase in printed
+    assert main([*common, "--ranks", "2", "--gpu-memory", "1GiB", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["verdict"] == "does not fit"
+    with pytest.raises(SystemExit) as stopped:
+        main([*common, "--ranks", "2", "--gpu-memory", "much"])
+    assert stopped.value.code == 2
+    assert "error: --gpu-memory 'much'" in capsys.readouterr().err

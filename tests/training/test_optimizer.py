@@ -1,0 +1,76 @@
+"""SGD with its guard, and the schedule as arithmetic."""
+
+import math
+
+import pytest
+import torch
+
+from paco_ds.training.optimizer import GuardedSGD, learning_rate
+from tests.recipes import tiny_recipe
+
+
+def make(clip_norm=None):
+    weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    return weight, GuardedSGD([weight], 0.1, clip_norm=clip_norm, whole=True, momentum=0.9, weight_decay=0.01)
+
+
+def test_it_is_torchs_sgd_when_nothing_is_wrong():
+    """Three steps, bit for bit."""
+    weight, guarded = make()
+    other = torch.nn.Parameter(weight.detach().clone())
+    plain = torch.optim.SGD([other], 0.1, momentum=0.9, weight_decay=0.01)
+    for number in range(3):
+        weight.grad = torch.tensor([1.0, -2.0]) * (number + 1)
+        other.grad = weight.grad.clone()
+        guarded.step()
+        plain.step()
+        assert torch.equal(weight, other)
+    assert guarded.grad_norm == pytest.approx(3 * 5**0.5)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_changes_nothing(wrong):
+    """Weights and momentum stand; the refusal is told."""
+    weight, optimizer = make()
+    weight.grad = torch.tensor([1.0, 1.0])
+    optimizer.step()
+    before, momentum = weight.detach().clone(), optimizer.state[weight]["momentum_buffer"].clone()
+    weight.grad = torch.tensor([1.0, wrong])
+    optimizer.step()
+    assert optimizer.skipped
+    assert torch.equal(weight, before)
+    assert torch.equal(optimizer.state[weight]["momentum_buffer"], momentum)
+
+
+def test_clipping_scales_to_the_norm_and_reports_the_norm_before():
+    """Only a larger gradient is touched."""
+    weight, optimizer = make(clip_norm=1.0)
+    weight.grad = torch.tensor([3.0, 4.0])
+    optimizer.step()
+    torch.testing.assert_close(weight.grad, torch.tensor([0.6, 0.8]))
+    assert optimizer.grad_norm == 5.0
+    weight.grad = torch.tensor([0.3, 0.4])
+    optimizer.step()
+    assert torch.equal(weight.grad, torch.tensor([0.3, 0.4]))
+
+
+def test_the_published_schedule_changes_by_epoch():
+    """Linear warm-up to the peak, then lr / 2 (1 + cos(pi (e - w + 1) / (E - w + 1)))."""
+    recipe = tiny_recipe("schedule.per=epoch", "schedule.epochs=400", "schedule.warmup_epochs=10", "optimizer.lr=0.02")
+    rates = [learning_rate(recipe, 7 * epoch + 3, steps_per_epoch=7) for epoch in range(400)]
+    assert rates[0] == pytest.approx(0.002)
+    assert rates[9] == pytest.approx(0.02)
+    for e in (10, 11, 200, 399):
+        assert rates[e] == pytest.approx(0.01 * (1 + math.cos(math.pi * (e - 9) / 391)))
+    assert rates[399] < 1e-6 < rates[390]
+    assert learning_rate(recipe, 0, 7) == learning_rate(recipe, 6, 7) != learning_rate(recipe, 7, 7)
+
+
+def test_by_step_the_same_curve_is_followed_finely():
+    """Never rising after warm-up, the peak reached once."""
+    recipe = tiny_recipe("schedule.per=step", "schedule.epochs=20", "schedule.warmup_epochs=2", "optimizer.lr=0.1")
+    rates = [learning_rate(recipe, step, steps_per_epoch=10) for step in range(200)]
+    assert max(rates) == rates[19] == pytest.approx(0.1)
+    assert rates[:20] == sorted(rates[:20])
+    assert rates[19:] == sorted(rates[19:], reverse=True)
+    assert 0 < rates[-1] < 1e-4

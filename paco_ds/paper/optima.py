@@ -12,11 +12,12 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import FuncFormatter, NullLocator
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
 from paco_ds.data.manifest import SHOTS
-from paco_ds.paper.theory import LongTail, Optima, mean_optima, optima_by_equation_9
+from paco_ds.paper.equations import Floats, Optima, mean_optima, optima_by_equation_9
 from paco_ds.report.charts import FULL, GRID, GROUP_COLORS, INK, MUTED, Values, png, styled
 
 ALPHAS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -25,6 +26,29 @@ PUBLISHED_PULL = 4.5
 MOST_NAMES = 12
 DASHES = (0, (4, 2.5))
 OPTIMA_INCHES, ALPHA_INCHES = 4.0, 3.2
+
+
+@dataclass(frozen=True)
+class LongTail:
+    """A training split as the closed forms see it, classes from the largest to the smallest.
+
+    Attributes:
+        classes, shots: name and shot of each class.
+        counts_C: its training images, int64, none of them 0.
+        empty: classes left out for want of training images: there is no anchor of them.
+    """
+
+    name: str
+    split: str
+    classes: tuple[str, ...]
+    shots: tuple[str, ...]
+    counts_C: NDArray[np.int64]
+    empty: tuple[str, ...] = ()
+
+    @property
+    def prior_C(self) -> Floats:
+        """q(y) of each class."""
+        return self.counts_C / self.counts_C.sum()
 
 
 @dataclass(frozen=True)

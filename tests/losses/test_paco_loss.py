@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from paco_ds.contrast.key_queue import KeyQueue, QueueSnapshot
 from paco_ds.losses.paco import ParametricContrastiveLoss, class_prior
-from paco_ds.paper import theory
+from paco_ds.paper import equations as theory
 from tests.losses.reference import parametric_contrastive_loss
 
 DIM = 8

@@ -5,8 +5,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from paco_ds.data.manifest import Shots
-from paco_ds.paper.optima import OptimaPage
-from paco_ds.paper.theory import LongTail
+from paco_ds.paper.optima import LongTail, OptimaPage
 
 
 def page(counts: list[int], alpha: float = 0.05) -> OptimaPage:

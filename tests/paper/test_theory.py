@@ -10,30 +10,30 @@ import numpy as np
 import pytest
 import torch
 
-from paco_ds.paper import theory
+from paco_ds.paper import equations, theory
 
 SHIPPED_CARD = Path(__file__).resolve().parents[2] / "shards" / "fashion-mnist-lt.yaml"
 
 
 def test_center_probability_of_balanced_imagenet_is_071():
     """Section 3.4: 1000 balanced classes, queue 8192, alpha .05."""
-    assert theory.paco_optimum(8192 / 1000, 0.05)[1] == pytest.approx(0.71, abs=0.005)
-    exact = theory.expected_positives(1 / 1000, queue_length=8192, micro_batch=32)
-    assert theory.paco_optimum(exact, 0.05)[1] == pytest.approx(0.71, abs=0.005)
+    assert equations.paco_optimum(8192 / 1000, 0.05)[1] == pytest.approx(0.71, abs=0.005)
+    exact = equations.expected_positives(1 / 1000, queue_length=8192, micro_batch=32)
+    assert equations.paco_optimum(exact, 0.05)[1] == pytest.approx(0.71, abs=0.005)
 
 
 def test_expected_positives_counts_queue_queries_and_keys():
     """Eq. (9), for arrays too."""
-    np.testing.assert_allclose(theory.expected_positives(np.array([0.5, 0.01]), 100, 8), [57.5, 1.15])
+    np.testing.assert_allclose(equations.expected_positives(np.array([0.5, 0.01]), 100, 8), [57.5, 1.15])
 
 
 @pytest.mark.parametrize("alpha", [0.05, 1.0])
 def test_optimum_spends_all_probability(alpha):
     """K p+ + p_c = 1 (Remark 2), and K p+ = 1 (Remark 1)."""
-    p_positive, p_center = theory.paco_optimum(12.0, alpha)
+    p_positive, p_center = equations.paco_optimum(12.0, alpha)
     assert 12 * p_positive + p_center == pytest.approx(1)
     assert p_positive == pytest.approx(alpha * p_center)
-    assert 12 * theory.supcon_optimum(12.0) == pytest.approx(1)
+    assert 12 * equations.supcon_optimum(12.0) == pytest.approx(1)
 
 
 def minimise(loss, terms: int, p_sum: float) -> tuple[torch.Tensor, float]:
@@ -62,18 +62,18 @@ class TestMinima:
     def test_supcon_ends_at_remark_1_and_equation_12(self, positives, p_sum):
         """Eq. (3), summed: p+ = p_sum / K and the loss of Eq. (12)."""
         p, least = minimise(lambda p: -p.log().sum(), positives, p_sum)
-        np.testing.assert_allclose(p, p_sum * theory.supcon_optimum(float(positives)), rtol=1e-6)
-        assert least == pytest.approx(theory.supcon_minimum(positives, p_sum), rel=1e-10, abs=1e-12)
+        np.testing.assert_allclose(p, p_sum * equations.supcon_optimum(float(positives)), rtol=1e-6)
+        assert least == pytest.approx(equations.supcon_minimum(positives, p_sum), rel=1e-10, abs=1e-12)
 
     @pytest.mark.parametrize("alpha", [0.05, 0.4])
     @pytest.mark.parametrize("positives", [1, 6, 40])
     def test_paco_ends_at_remark_2_and_equation_17(self, positives, alpha, p_sum):
         """Eq. (14): p_c and p+ of Remark 2 times p_sum, and the loss of Eq. (17)."""
         p, least = minimise(lambda p: -p[0].log() - alpha * p[1:].log().sum(), 1 + positives, p_sum)
-        p_positive, p_center = theory.paco_optimum(positives, alpha)
+        p_positive, p_center = equations.paco_optimum(positives, alpha)
         np.testing.assert_allclose(p[0], p_sum * p_center, rtol=1e-6)
         np.testing.assert_allclose(p[1:], p_sum * p_positive, rtol=1e-6)
-        assert least == pytest.approx(theory.paco_minimum(positives, alpha, p_sum), rel=1e-10)
+        assert least == pytest.approx(equations.paco_minimum(positives, alpha, p_sum), rel=1e-10)
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -88,16 +88,16 @@ def test_equation_18_is_the_gradient_of_a_center(own):
     loss = -log_p[label] - alpha * log_p[6 : 6 + positives].sum()
     (gradient,) = torch.autograd.grad(loss, centers)
     k = label if own else 4
-    scale = theory.center_gradient_scale(float(log_p[k].detach().exp()), alpha, positives, own=own)
+    scale = equations.center_gradient_scale(float(log_p[k].detach().exp()), alpha, positives, own=own)
     np.testing.assert_allclose(gradient[k], scale * feature, rtol=1e-12)
 
 
 def test_own_center_is_pulled_up_to_its_optimum_only():
     """Eq. (19): the own center's gradient changes sign at 1 / (1 + alpha K*), others are pushed away."""
-    optimum = theory.paco_optimum(8.192, 0.05)[1]
-    assert theory.center_gradient_scale(optimum, 0.05, 8.192, own=True) == pytest.approx(0)
-    assert theory.center_gradient_scale(optimum - 0.01, 0.05, 8.192, own=True) < 0
-    assert theory.center_gradient_scale(0.01, 0.05, 8.192, own=False) > 0
+    optimum = equations.paco_optimum(8.192, 0.05)[1]
+    assert equations.center_gradient_scale(optimum, 0.05, 8.192, own=True) == pytest.approx(0)
+    assert equations.center_gradient_scale(optimum - 0.01, 0.05, 8.192, own=True) < 0
+    assert equations.center_gradient_scale(0.01, 0.05, 8.192, own=False) > 0
 
 
 class TestPositives:
@@ -109,7 +109,7 @@ class TestPositives:
         for draws in itertools.product([False, True], repeat=4):
             probability = np.prod([q if hit else 1 - q for hit in draws])
             expected[1 + 2 * sum(draws[:2]) + sum(draws[2:])] += probability
-        K, probability = theory.positives_distribution(q, queue_length=2, micro_batch=3)
+        K, probability = equations.positives_distribution(q, queue_length=2, micro_batch=3)
         np.testing.assert_array_equal(K, np.arange(1, 8))
         np.testing.assert_allclose(probability, expected[1:], rtol=1e-13)
 
@@ -117,7 +117,7 @@ class TestPositives:
     @pytest.mark.parametrize(("queue", "m"), [(0, 1), (0, 8), (8192, 32), (10**6, 64)])
     def test_mean_and_variance_are_those_of_independent_draws(self, prior, queue, m):
         """1 + q (queue + 2 m - 2), and q (1 - q) (queue + 4 (m - 1)); probabilities sum to 1."""
-        K, probability = theory.positives_distribution(prior, queue, m)
+        K, probability = equations.positives_distribution(prior, queue, m)
         mean = K @ probability
         assert probability.sum() == pytest.approx(1, abs=1e-12)
         assert mean == pytest.approx(1 + prior * (queue + 2 * m - 2), rel=1e-9)
@@ -127,11 +127,11 @@ class TestPositives:
     def test_equation_9_misses_the_own_key(self):
         """By 1 - q: nothing for the head, nearly everything for the tail of iNaturalist (2 of 437,513 images)."""
         for prior in (0.4, 2 / 437_513):
-            K, probability = theory.positives_distribution(prior, 8192, 32)
-            assert K @ probability - theory.expected_positives(prior, 8192, 32) == pytest.approx(1 - prior)
+            K, probability = equations.positives_distribution(prior, 8192, 32)
+            assert K @ probability - equations.expected_positives(prior, 8192, 32) == pytest.approx(1 - prior)
         tail = np.array([2 / 437_513])
-        by_equation_9 = theory.optima_by_equation_9(tail, np.array([0.05]), 8192, 32)
-        exact = theory.mean_optima(tail, np.array([0.05]), 8192, 32)
+        by_equation_9 = equations.optima_by_equation_9(tail, np.array([0.05]), 8192, 32)
+        exact = equations.mean_optima(tail, np.array([0.05]), 8192, 32)
         assert by_equation_9.center_AC.item() == pytest.approx(0.998, abs=5e-4)
         assert exact.center_AC.item() == pytest.approx(0.951, abs=5e-4)
         assert by_equation_9.supcon_C.item() > 1 > exact.supcon_C.item()
@@ -140,14 +140,14 @@ class TestPositives:
     def test_refuses_what_is_no_draw(self, prior, queue, m):
         """The message names the arguments."""
         with pytest.raises(ValueError, match="class_prior must be in"):
-            theory.positives_distribution(prior, queue, m)
+            equations.positives_distribution(prior, queue, m)
 
 
 def test_mean_optima_are_what_sampled_batches_have():
     """Within 4 standard errors of 4,000 drawn queues and micro-batches, counted image by image."""
     rng = np.random.default_rng(0)
     prior, alphas = np.array([0.5, 0.38, 0.1, 0.02]), np.array([0.05, 0.3])
-    mean = theory.mean_optima(prior, alphas, queue_length=40, micro_batch=4)
+    mean = equations.mean_optima(prior, alphas, queue_length=40, micro_batch=4)
     for y in range(4):
         others, queue = (rng.choice(4, (4000, n), p=prior) == y for n in (3, 40))
         K = 1 + 2 * others.sum(1) + queue.sum(1)  # its own key, then query and key of each other image, then the queue
@@ -226,7 +226,7 @@ class TestCommand:
             cells[1].strip(): [c.strip() for c in cells[2:-1]] for line in lines if len(cells := line.split("│")) > 2
         }
         tail = theory.read_long_tail(SHIPPED_CARD)
-        exact = theory.mean_optima(tail.prior_C, np.array([0.03]), 256, 32)
+        exact = equations.mean_optima(tail.prior_C, np.array([0.03]), 256, 32)
         few = np.average(exact.center_AC[0, 8:], weights=[16, 10])
         assert rows["Few"][:2] == ["2", "16 - 10"]
         assert rows["Few"][8] == f"{few:.3g}"
@@ -247,7 +247,7 @@ class TestCommand:
         said = " ".join(capsys.readouterr().out.split())
         assert "It is 4.5 with alpha 0.0014 and this queue, or with this alpha and a queue of 158." in said
         for alpha, queue in ((0.00135, 8192), (0.05, 158)):
-            K = theory.mean_optima(tail.prior_C, np.array([alpha]), queue, 32).positives_C[0]
+            K = equations.mean_optima(tail.prior_C, np.array([alpha]), queue, 32).positives_C[0]
             assert alpha * K == pytest.approx(4.5, rel=0.02)
 
     @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ INSTALLED := .venv/installed
 SHARDS := data/fashion-mnist-lt/manifest.json
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help prerequisites venv demo demo-compare test soak lint format bench clean
+.PHONY: help prerequisites venv demo demo-compare test soak lint format tree bench clean
 
 help:
 	@echo 'make demo          train PaCo with DeepSpeed on 2 ranks, on real long-tailed images; page: runs/demo/report.html'
@@ -14,6 +14,7 @@ help:
 	@echo 'make test          the tests of every change'
 	@echo 'make soak          long runs: the full demo, the comparison; record: docs/soak.md'
 	@echo 'make lint          ruff and mypy;  make format: rewrite with ruff'
+	@echo 'make tree          which room of the code imports which, and what goes against the data'"'"'s way'
 	@echo 'make bench         speed and memory against rivals on the same work'
 	@echo 'make venv          only install into .venv;  make clean: remove .venv, data/ and runs/'
 
@@ -53,6 +54,9 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+tree:
+	@$(PYTHON) tools/tree.py
 
 bench: $(INSTALLED)
 	$(BIN)/python tools/bench/loss.py

@@ -1,0 +1,3 @@
+"""Long-tailed image recognition with PaCo at cluster scale."""
+
+__version__ = "0.9.0"

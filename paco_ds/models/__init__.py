@@ -1,0 +1,1 @@
+"""Networks: backbones, experts, heads, and the recogniser that joins them."""

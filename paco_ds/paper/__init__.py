@@ -1,0 +1,1 @@
+"""The paper: its equations, its tables, and runs that reproduce them."""

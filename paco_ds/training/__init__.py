@@ -1,0 +1,1 @@
+"""Training: the trainer, its step, and the components it is built from."""

@@ -105,9 +105,3 @@ def test_commands_find_their_own_checkout_from_anywhere(script, tmp_path):
     assert run.returncode == 0, run.stderr
     assert "this checkout" in run.stdout
     assert "usage:" in run.stdout
-
-
-def test_no_module_is_named_like_one_of_the_standard_library():
-    """The launcher would make `import torch` find ours."""
-    package = Path(engine.__file__).parent
-    assert not {p.stem for p in package.iterdir()} & sys.stdlib_module_names

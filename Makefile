@@ -3,16 +3,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+OLD := fa700ad
 SHARDS := data/fashion-mnist-lt/manifest.json
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help prerequisites venv demo demo-compare test soak lint format tree bench clean
+.PHONY: help prerequisites venv demo demo-compare test soak same lint format tree bench clean
 
 help:
 	@echo 'make demo          train PaCo with DeepSpeed on 2 ranks, on real long-tailed images; page: runs/demo/report.html'
 	@echo 'make demo-compare  cross-entropy, Balanced Softmax and PaCo, 3 seeds each; page: runs/demo-compare/comparison.html'
 	@echo 'make test          the tests of every change'
 	@echo 'make soak          long runs: the full demo, the comparison; record: docs/soak.md'
+	@echo 'make same          prove that results are those of an older version, OLD=REVISION (default: 0.8.0)'
 	@echo 'make lint          ruff and mypy;  make format: rewrite with ruff'
 	@echo 'make tree          which room of the code imports which, and what goes against the data'"'"'s way'
 	@echo 'make bench         speed and memory against rivals on the same work'
@@ -45,6 +47,9 @@ test: $(INSTALLED)
 soak: $(INSTALLED) $(SHARDS)
 	mkdir -p docs/results
 	$(BIN)/python -m pytest -m soak tests/soak
+
+same: $(INSTALLED)
+	$(BIN)/python tools/compare_versions.py --old $(OLD)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

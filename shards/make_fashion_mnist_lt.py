@@ -66,6 +66,6 @@ def main() -> None:
 if __name__ == "__main__":
     # The checkout need not be installed.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from paco_ds.data.pack.sources import read_idx
+    from paco_ds.data.pack.sources.idx import read_idx
 
     main()

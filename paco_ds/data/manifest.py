@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeInt,
     PositiveInt,
@@ -22,6 +20,7 @@ from pydantic import (
 )
 
 from paco_ds.config.recipe import Recipe
+from paco_ds.config.section import Section
 from paco_ds.data.storage import MissingFile, Storage, as_storage, open_storage
 from paco_ds.errors import DataError
 
@@ -34,10 +33,8 @@ Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Triple = tuple[float, float, float]
 
 
-class StrictModel(BaseModel):
-    """Frozen settings that refuse an unknown key and name the nearest valid one."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class StrictModel(Section):
+    """A section of a card or manifest: an unknown key is refused with the nearest valid one."""
 
     @model_validator(mode="before")
     @classmethod

@@ -29,8 +29,8 @@ from typing import Any
 
 from paco_ds.command import report_user_errors
 from paco_ds.config.recipe import Recipe
-from paco_ds.data.card import load_card
 from paco_ds.data.manifest import MANIFEST_FILE
+from paco_ds.data.pack.card import load_card
 from paco_ds.distributed.launch import free_port
 from paco_ds.errors import RecipeError, UserError
 from paco_ds.files import is_url, sha256_file

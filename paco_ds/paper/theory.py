@@ -15,9 +15,9 @@ import numpy as np
 from rich.console import Console
 
 from paco_ds.command import report_user_errors
-from paco_ds.data.card import load_card
 from paco_ds.data.manifest import MANIFEST_FILE, load_manifest
-from paco_ds.data.pack.sources import class_counts
+from paco_ds.data.pack.card import load_card
+from paco_ds.data.pack.read import class_counts
 from paco_ds.errors import DataError, UserError
 from paco_ds.paper.optima import LongTail, OptimaPage
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from paco_ds.data.card import changed, folder_card
 from paco_ds.data.manifest import Manifest, load_manifest
 from paco_ds.data.pack import add as add_module
 from paco_ds.data.pack.add import add_images
+from paco_ds.data.pack.card import changed, folder_card
 from paco_ds.data.pack.check import check_shards
 from paco_ds.data.pack.command import main
 from paco_ds.data.pack.plan import BuildOptions
@@ -129,4 +129,4 @@ def test_command_says_the_revision(first: Manifest, tmp_path: Path, capsys: pyte
     """`build_shards.py add DIR --source folder --root ROOT`."""
     root = str(images(tmp_path / "second", ant=4))
     assert main(["add", str(first.directory), "--source", "folder", "--root", root, "--workers", "1"]) == 0
-    assert "revision 2; the one before stands beside it" in capsys.readouterr().out
+    assert "revision 2; the previous manifest is kept beside it" in capsys.readouterr().out

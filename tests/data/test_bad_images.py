@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from paco_ds.data.card import Card, changed, folder_card
 from paco_ds.data.manifest import Manifest
 from paco_ds.data.pack import image_bytes
+from paco_ds.data.pack.card import Card, changed, folder_card
 from paco_ds.data.pack.check import check_shards
 from paco_ds.data.pack.command import main
 from paco_ds.data.pack.image_bytes import BadImage, ending_of, resized, verify

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from paco_ds.data.card import load_card
 from paco_ds.data.manifest import Manifest, sample_key
 from paco_ds.data.pack import write as write_module
+from paco_ds.data.pack.card import load_card
 from paco_ds.data.pack.check import check_shards
 from paco_ds.data.pack.command import main
 from paco_ds.data.pack.plan import BuildOptions
@@ -167,7 +167,7 @@ def test_incomplete_commands_say_what_is_missing(
 def test_check_of_whole_shards_is_one_line(tiny_shards: Manifest, capsys: pytest.CaptureFixture[str]) -> None:
     """Exit code 0."""
     assert main(["check", str(tiny_shards.directory), "--workers", "1"]) == 0
-    assert "all well, 59 samples in" in capsys.readouterr().out
+    assert "no damage, 59 samples in" in capsys.readouterr().out
 
 
 def test_check_lists_all_damage(damaged: Manifest, capsys: pytest.CaptureFixture[str]) -> None:

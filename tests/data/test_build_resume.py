@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from paco_ds.data.card import folder_card, load_card
 from paco_ds.data.manifest import Manifest, load_manifest
 from paco_ds.data.pack import shards as build_module
+from paco_ds.data.pack.card import folder_card, load_card
 from paco_ds.data.pack.command import main
 from paco_ds.data.pack.plan import BuildOptions
 from paco_ds.data.pack.ranks import Rank, rank_of_environment

@@ -7,14 +7,13 @@ import pytest
 
 from paco_ds.config.recipe import StorageSettings
 from paco_ds.data import storage as storage_module
-from paco_ds.data.card import load_card
 from paco_ds.data.manifest import Manifest, load_manifest
-from paco_ds.data.pack.card_of_options import card_of_options
+from paco_ds.data.pack.card import card_of_options, load_card
 from paco_ds.data.pack.check import check_shards
 from paco_ds.data.pack.plan import BuildOptions
 from paco_ds.data.pack.ranks import Rank
+from paco_ds.data.pack.read import read_source
 from paco_ds.data.pack.shards import build_shards, build_share
-from paco_ds.data.pack.sources import read_source
 from paco_ds.data.storage import Storage
 from paco_ds.errors import DataError
 from tests.data.s3 import BUCKET, Proxy, s3_server

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from paco_ds.data.card import folder_card, load_card
+from paco_ds.data.pack.card import folder_card, load_card
 from paco_ds.errors import DataError
 from tests.data.tiny import TINY_CARD
 
@@ -41,7 +41,7 @@ def test_missing_card_points_to_the_readme(tmp_path: Path) -> None:
     [
         ("license: MIT", "licence: MIT", "unknown key 'licence'; did you mean 'license'"),
         ("images: train-images", "imges: train-images", r"splits.train: unknown key 'imges'; .*'images'"),
-        ("source: idx", "source: idy", "source is 'idy', must be one of idx, cifar, folder"),
+        ("source: idx", "source: idy", "source is 'idy', must be one of cifar, csv, folder, idx"),
         ("name: tiny", "name: [tiny", "is not YAML"),
         ("license: MIT\n", "", "license: Field required"),
         ("std: [0.25, 0.25, 0.25]", "std: [0.25, 0, 0.25]", r"std.1: Input should be greater than 0"),

@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 import pytest
 
-from paco_ds.data.card import load_card
+from paco_ds.data.pack.card import load_card
 from paco_ds.data.pack.shards import build_shards
 
 ROOT = Path(__file__).parents[2]

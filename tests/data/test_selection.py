@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from paco_ds.data.card import Imbalance
+from paco_ds.data.pack.card import Imbalance
 from paco_ds.data.pack.samples import Samples, SamplesBuilder
 from paco_ds.data.pack.selection import long_tailed_counts, make_long_tailed, split_validation
 

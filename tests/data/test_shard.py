@@ -13,7 +13,7 @@ import webdataset as wds
 
 from paco_ds.data import shard as shard_module
 from paco_ds.data.manifest import Manifest
-from paco_ds.data.pack.sources import read_idx
+from paco_ds.data.pack.sources.idx import read_idx
 from paco_ds.data.shard import BadSample, ShardReader, check_shard, index_shard, load_index
 from paco_ds.errors import DataError
 from tests.data.tiny import flip_byte

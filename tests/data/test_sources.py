@@ -8,9 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from paco_ds.data.card import FolderCard, FolderSplit, INaturalistCard, INaturalistSplit, load_card
+from paco_ds.data.pack.card import load_card
 from paco_ds.data.pack.image_bytes import BadImage
-from paco_ds.data.pack.sources import Source, read_idx, read_source
+from paco_ds.data.pack.read import read_source
+from paco_ds.data.pack.source import Source
+from paco_ds.data.pack.sources.folder import FolderCard, FolderSplit
+from paco_ds.data.pack.sources.idx import read_idx
+from paco_ds.data.pack.sources.inaturalist import INaturalistCard, INaturalistSplit
 from paco_ds.errors import DataError
 from tests.data.tiny import TINY_CARD, write_idx
 

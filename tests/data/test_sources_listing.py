@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from paco_ds.data.card import Card, make_card
-from paco_ds.data.pack.sources import Source, class_counts, list_source, read_source
+from paco_ds.data.pack.card import Card, make_card
+from paco_ds.data.pack.read import class_counts, list_source, read_source
+from paco_ds.data.pack.source import Source
 from paco_ds.errors import DataError
 from tests.data.tiny import encoded
 

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import webdataset as wds
 
-from paco_ds.data.card import Card, changed, folder_card, make_card
 from paco_ds.data.manifest import Manifest
-from paco_ds.data.pack.card_of_options import card_of_options
+from paco_ds.data.pack.card import Card, card_of_options, changed, folder_card, make_card
 from paco_ds.data.pack.plan import BuildOptions
+from paco_ds.data.pack.read import read_source
 from paco_ds.data.pack.shards import build_shards
-from paco_ds.data.pack.sources import Source, read_source
+from paco_ds.data.pack.source import Source
 from paco_ds.data.shard import ShardReader
 from paco_ds.errors import DataError
 from tests.data.tiny import encoded, flip_byte

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from paco_ds.config.load import load_recipe
-from paco_ds.data.card import Imbalance, load_card
 from paco_ds.data.manifest import Manifest, Shard, Split
 from paco_ds.data.pack import suggest as suggest_module
+from paco_ds.data.pack.card import Imbalance, load_card
 from paco_ds.data.pack.command import main
 from paco_ds.data.pack.selection import long_tailed_counts
 from paco_ds.data.pack.suggest import histogram, suggest

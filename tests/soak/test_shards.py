@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from paco_ds.data.card import folder_card
 from paco_ds.data.manifest import load_manifest
 from paco_ds.data.pack.add import add_images
+from paco_ds.data.pack.card import folder_card
 from paco_ds.data.pack.check import check_shards
 from paco_ds.data.pack.plan import BuildOptions
 from paco_ds.data.pack.shards import build_shards

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from paco_ds.config.recipe import Recipe, StorageSettings
-from paco_ds.data.card import load_card
 from paco_ds.data.manifest import Manifest, load_manifest, open_data
+from paco_ds.data.pack.card import load_card
 from paco_ds.data.pack.plan import BuildOptions
 from paco_ds.data.pack.shards import build_shards
 from paco_ds.data.storage import Storage

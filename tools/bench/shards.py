@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from report import Bar, at_least, at_most, in_own_process, median_seconds, print_bars, status_bytes
 
-from paco_ds.data.card import Card, folder_card, make_card
+from paco_ds.data.pack.card import Card, folder_card, make_card
 from paco_ds.data.pack.plan import BuildOptions, plan_build
 from paco_ds.data.pack.ranks import Rank
 from paco_ds.data.pack.shards import build_shards

@@ -34,7 +34,7 @@ from report import MIB, Bar, at_least, at_most, print_bars, print_table
 
 from paco_ds.config.load import validate_recipe
 from paco_ds.config.recipe import Recipe
-from paco_ds.data.card import folder_card
+from paco_ds.data.pack.card import folder_card
 from paco_ds.data.pack.shards import build_shards
 
 WORLD_SIZE = 2

@@ -39,8 +39,8 @@ from report import MIB, at_least, print_bars, print_table
 
 from paco_ds.config.load import load_recipe
 from paco_ds.config.recipe import Recipe
-from paco_ds.data.card import folder_card
 from paco_ds.data.manifest import load_manifest
+from paco_ds.data.pack.card import folder_card
 from paco_ds.data.pack.plan import BuildOptions
 from paco_ds.data.pack.shards import build_shards
 from paco_ds.data.shard import ShardReader

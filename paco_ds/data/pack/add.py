@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from paco_ds.data.card import Card
 from paco_ds.data.manifest import MANIFEST_FILE, Manifest, Split, load_manifest
+from paco_ds.data.pack.card import Card
 from paco_ds.data.pack.plan import BuildOptions, BuildPlan, plan_of, select
 from paco_ds.data.pack.ranks import Rank
+from paco_ds.data.pack.read import read_source
 from paco_ds.data.pack.shards import (
     STATE_FOLDER,
     clear_state,
@@ -22,7 +23,6 @@ from paco_ds.data.pack.shards import (
     say_ignored,
     write_plan,
 )
-from paco_ds.data.pack.sources import read_source
 from paco_ds.data.pack.workers import Workers
 from paco_ds.data.pack.write import Written
 from paco_ds.data.storage import Storage, as_storage

@@ -1,4 +1,4 @@
-"""Owns the command `build_shards`: its options, what it prints, its exit codes."""
+"""The command `build_shards`: options, output, exit codes."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from paco_ds.data.card import SOURCES, SPLIT_NAMES, Card, changed, load_card
+from paco_ds.config.plugins import allow_code, is_plugin
 from paco_ds.data.manifest import SHOTS, Manifest, load_manifest
 from paco_ds.data.pack.add import add_images
-from paco_ds.data.pack.card_of_options import card_of_options
+from paco_ds.data.pack.card import SPLIT_NAMES, Card, card_of_options, card_type, card_types, changed, load_card
 from paco_ds.data.pack.check import check_shards
 from paco_ds.data.pack.plan import SHARD_BYTES, BuildOptions
 from paco_ds.data.pack.ranks import rank_of_environment
 from paco_ds.data.pack.shards import BAD_IMAGES_FILE, build_share
 from paco_ds.data.pack.suggest import histogram, suggest, write_files
-from paco_ds.errors import DataError
+from paco_ds.errors import DataError, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 all well, 1 damage found, 2 something given is wrong, 130 interrupted."""
-    arguments = _parser().parse_args(argv)
+    """Exit status: 0 success, 1 damage found, 2 a mistake of the user, 130 interrupted."""
     try:
+        arguments = _parser(_known_sources(argv)).parse_args(argv)
         code: int = arguments.command(arguments, Console())
         return code
-    except (DataError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; give the same command again", file=sys.stderr)
+        print("interrupted; give the same command again to resume", file=sys.stderr)
         return 130
 
 
@@ -64,7 +64,7 @@ def _add(arguments: argparse.Namespace, console: Console) -> int:
     if manifest is not None:
         console.print(_summary(manifest, time.perf_counter() - started))
         _say_bad(manifest, console)
-        console.print(f"revision {manifest.revision}; the one before stands beside it", highlight=False)
+        console.print(f"revision {manifest.revision}; the previous manifest is kept beside it", highlight=False)
     return 0
 
 
@@ -78,7 +78,7 @@ def _check(arguments: argparse.Namespace, console: Console) -> int:
         return 1
     samples = sum(split.samples for split in manifest.splits.values())
     shards = sum(len(split.shards) for split in manifest.splits.values())
-    print(f"{arguments.directory}: all well, {samples} samples in {shards} shards")
+    print(f"{arguments.directory}: no damage, {samples} samples in {shards} shards")
     return 0
 
 
@@ -103,26 +103,26 @@ def _suggest(arguments: argparse.Namespace, console: Console) -> int:
     missing = [split for split in ("val", "test") if split not in manifest.splits]
     if missing:
         print(
-            f"there is no split {' and no '.join(missing)}: nothing can be chosen without val nor reported without "
-            "test; --validation-share of a build makes a val out of train"
+            f"there is no split {' and no '.join(missing)}: settings are chosen on val and results reported on "
+            "test; build with --validation-share to split a val off train"
         )
     return 0
 
 
 def card_and_root(arguments: argparse.Namespace) -> tuple[Card, str]:
-    """The card given or made of the options, changed as the options say, and where its images are."""
+    """The card, read or made from options and changed by them, and the root of its images."""
     if (arguments.card is None) == (arguments.source is None):
         raise DataError("give either a dataset CARD or --source with --root")
     if arguments.card is not None:
-        given = [f"--{name.replace('_', '-')}" for name in _WITHOUT_CARD if getattr(arguments, name) is not None]
+        given = [f"--{name.replace('_', '-')}" for name in arguments.card_keys if getattr(arguments, name) is not None]
         if given:
-            raise DataError(f"{', '.join(given)} say what a card says: leave them out, or the card {arguments.card}")
+            raise DataError(f"{', '.join(given)} are keys of a card: leave them out, or the card {arguments.card}")
         card = load_card(arguments.card)
         root = arguments.root or _beside(arguments.card, card.root)
     else:
         if arguments.root is None:
             raise DataError(f"--source {arguments.source} needs --root, the folder that holds the images")
-        card = card_of_options({name: getattr(arguments, name) for name in ("source", "root", *_WITHOUT_CARD)})
+        card = card_of_options({name: getattr(arguments, name) for name in ("source", "root", *arguments.card_keys)})
         root = arguments.root
     changes: dict[str, Any] = {}
     if arguments.imbalance_factor is not None:
@@ -144,18 +144,6 @@ def _beside(card: Path, root: str) -> str:
     return root if "://" in root else str(card.parent / root)
 
 
-_WITHOUT_CARD = (
-    *SPLIT_NAMES,
-    "name",
-    "license",
-    "classes",
-    "path_column",
-    "label_column",
-    "group_column",
-    "delimiter",
-)
-
-
 def _options(arguments: argparse.Namespace) -> BuildOptions:
     return BuildOptions(
         seed=arguments.seed,
@@ -167,30 +155,43 @@ def _options(arguments: argparse.Namespace) -> BuildOptions:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def _known_sources(argv: Sequence[str] | None) -> dict[str, type[Card]]:
+    """The sources whose options are offered: all of the package, and the `module:Class` that --source names."""
+    first = argparse.ArgumentParser("build_shards", add_help=False, allow_abbrev=False)
+    first.add_argument("--source", default="")
+    first.add_argument("--allow-code", action="store_true")
+    given, _ = first.parse_known_args(argv)
+    if given.allow_code:
+        allow_code()
+    return card_types() | ({given.source: card_type(given.source, "--source")} if is_plugin(given.source) else {})
+
+
+def _parser(sources: Mapping[str, type[Card]]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="build_shards", description="Make webdataset shards with an index and a manifest; check them."
     )
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher gives it; RANK says more
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # given by the launcher; RANK is used instead
     commands = parser.add_subparsers(required=True)
     build = commands.add_parser(
         "build",
-        help="images to shards, as a dataset card or --source says",
-        description="Killed at any moment and given again, the command goes on and ends with the same bytes. Started "
-        "by `deepspeed --hostfile hosts tools/build_shards.py build ...` on a shared file system, ranks share it.",
+        help="build shards from the images of a dataset card or --source",
+        description="If interrupted, give the same command again: it resumes, and ends with the same bytes. Started by "
+        "`deepspeed --hostfile hosts tools/build_shards.py build ...` on a shared file system, ranks share the work.",
     )
-    _add_source_options(build)
+    _add_source_options(build, sources)
     build.add_argument("--output", required=True, help="directory of the shards: a path or any fsspec URL")
     build.add_argument("--overwrite", action="store_true", help="replace the shards in --output")
     build.set_defaults(command=_build)
-    add = commands.add_parser("add", help="more images and classes, matched by name, for finished shards")
+    add = commands.add_parser("add", help="add images and classes, matched by name, to finished shards")
     add.add_argument("directory", help="path or URL of the shards")
-    _add_source_options(add)
+    _add_source_options(add, sources)
     add.set_defaults(command=_add, overwrite=False)
     check = commands.add_parser("check", help="verify every byte of a directory of shards")
     check.add_argument("directory", help="path or URL of the shards")
     check.set_defaults(command=_check)
-    ask = commands.add_parser("suggest", help="class counts, shots, settings for them; writes a card and a recipe")
+    ask = commands.add_parser(
+        "suggest", help="show class counts and shots; suggest settings; write a card and a recipe"
+    )
     ask.add_argument("directory", help="path or URL of the shards")
     ask.add_argument("--output", type=Path, default=Path("suggested"), help="folder of the two files (suggested)")
     ask.add_argument("--overwrite", action="store_true", help="replace the files in --output")
@@ -200,32 +201,31 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_source_options(command: argparse.ArgumentParser) -> None:
-    """What says which images are taken and how they are stored."""
-    command.add_argument("card", nargs="?", type=Path, help="YAML page in shards/; see shards/README.md")
+def _add_source_options(command: argparse.ArgumentParser, sources: Mapping[str, type[Card]]) -> None:
+    """Options that choose the images and how they are stored; those of a single source are declared by its card."""
+    command.add_argument("card", nargs="?", type=Path, help="YAML file in shards/; see shards/README.md")
     command.add_argument("--root", help="where the images are, if not where the card says: a path or URL")
+    command.add_argument("--allow-code", action="store_true", help="permit a source module:Class from outside paco_ds")
     without = command.add_argument_group("without a card")
-    without.add_argument("--source", choices=SOURCES, help="what the images come as")
+    without.add_argument("--source", metavar="SOURCE", help=f"one of {', '.join(sources)}; or module:Class")
+    pages = "; ".join(f"{name}: {kind.page}" for name, kind in sources.items())
     for split in SPLIT_NAMES:
-        without.add_argument(
-            f"--{split}",
-            metavar="PAGE",
-            help="its JSON, list or CSV file, folder, pattern of tars, or IMAGES,LABELS (idx); relative to --root",
-        )
+        text = f"images of {split}, relative to --root. " + (pages if split == "train" else "As --train")
+        without.add_argument(f"--{split}", metavar="PAGE", help=text.replace("%", "%%"))
     without.add_argument("--name", help="of the data set; the root's name unless given")
     without.add_argument("--license", help="of the data set")
-    without.add_argument("--classes", metavar="FILE", help="class names in the order of labels, one on each line")
-    without.add_argument("--path-column", metavar="NAME", help="csv: which column holds the path (path)")
-    without.add_argument("--label-column", metavar="NAME", help="csv: which column holds the class (label)")
-    without.add_argument("--group-column", metavar="NAME", help="csv: rows with one value stay on one side of a split")
-    without.add_argument("--delimiter", metavar="CHARACTER", help="csv: between fields (,)")
-    select = command.add_argument_group("selection (a card may say these too)")
+    options = {key: option for kind in sources.values() for key, option in kind.options.items()}
+    for key, (metavar, text) in options.items():
+        takers = ", ".join(name for name, kind in sources.items() if key in kind.options)
+        without.add_argument(f"--{key.replace('_', '-')}", metavar=metavar, help=f"{takers}: {text}".replace("%", "%%"))
+    command.set_defaults(card_keys=(*SPLIT_NAMES, "name", "license", *options))
+    select = command.add_argument_group("selection (also keys of a card)")
     select.add_argument(
         "--imbalance-factor", type=float, metavar="F", help="long-tailed train: largest class / smallest"
     )
     select.add_argument("--imbalance-profile", choices=("exp", "pareto"), help="shape of the tail (exp)")
-    select.add_argument("--validation-share", type=float, metavar="SHARE", help="of each class of train, made val")
-    stored = command.add_argument_group("images (a card may say the first two)")
+    select.add_argument("--validation-share", type=float, metavar="SHARE", help="of each class of train, moved to val")
+    stored = command.add_argument_group("images (the first two are also keys of a card)")
     stored.add_argument(
         "--resize-short",
         type=_at_least_1,

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from paco_ds.data.card import Card
+from paco_ds.data.pack.card import Card
 from paco_ds.data.pack.ranks import Rank
+from paco_ds.data.pack.read import read_source
+from paco_ds.data.pack.root import MapOver
 from paco_ds.data.pack.selection import make_long_tailed, split_validation
-from paco_ds.data.pack.sources import Source, read_source
-from paco_ds.data.pack.sources.source import MapOver
+from paco_ds.data.pack.source import Source
 from paco_ds.data.pack.write import ShardJob, WriteSettings, plan_shards
 from paco_ds.data.storage import Storage
 from paco_ds.errors import DataError

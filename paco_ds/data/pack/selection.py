@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from paco_ds.data.card import Imbalance
+from paco_ds.data.pack.card import Imbalance
 from paco_ds.data.pack.samples import Samples
 
 _PARETO_POWER = 3  # 1,000 classes from 1280 to 5 images then have 116,600 in all; ImageNet-LT has 115,846

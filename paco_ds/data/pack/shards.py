@@ -15,13 +15,13 @@ import numpy as np
 from pydantic import ValidationError
 from rich.console import Console
 
-from paco_ds.data.card import Card
 from paco_ds.data.manifest import MANIFEST_FILE, Manifest, Sha256, Shard, Split, StrictModel, load_manifest
+from paco_ds.data.pack.card import Card
 from paco_ds.data.pack.image_bytes import BadImage
 from paco_ds.data.pack.plan import BuildOptions, BuildPlan, plan_build
 from paco_ds.data.pack.progress import ShardProgress
 from paco_ds.data.pack.ranks import PLAN_FILE, Rank
-from paco_ds.data.pack.sources.source import some
+from paco_ds.data.pack.source import some
 from paco_ds.data.pack.tar import BLOCK
 from paco_ds.data.pack.workers import Report, Workers
 from paco_ds.data.pack.write import ShardJob, WriteSettings, Written, write_shard

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from paco_ds.data.card import Resize
 from paco_ds.data.manifest import Name, Shard, StrictModel, sample_key
+from paco_ds.data.pack.card import Resize
 from paco_ds.data.pack.image_bytes import BadImage, Encoded, ending_of, resized, verify
 from paco_ds.data.pack.samples import Samples
-from paco_ds.data.pack.sources.source import Images
+from paco_ds.data.pack.source import Images
 from paco_ds.data.pack.tar import BLOCK, SampleTar
 from paco_ds.data.storage import Storage
 from paco_ds.errors import DataError

@@ -1,18 +1,20 @@
-"""Owns the source `cifar`: the python pickles of CIFAR-10 and CIFAR-100, read without running what is in them."""
+"""The source `cifar`: the Python pickles of CIFAR-10 and CIFAR-100, loaded without executing their content."""
 
 from __future__ import annotations
 
 import io
 import pickle
-from typing import Any
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field, model_validator
 
-from paco_ds.data.card import CifarCard
+from paco_ds.data.manifest import Name, StrictModel
+from paco_ds.data.pack.card import Card
+from paco_ds.data.pack.root import Root
 from paco_ds.data.pack.samples import SamplesBuilder
-from paco_ds.data.pack.sources.idx import Arrays, add_array
-from paco_ds.data.pack.sources.source import Root, Source, some
+from paco_ds.data.pack.source import Arrays, Source, add_array, some
 from paco_ds.data.storage import as_storage
 from paco_ds.errors import DataError
 
@@ -22,13 +24,13 @@ _NAMES = (b"fine_label_names", b"label_names")
 
 
 def _bytes_of_text(text: str, encoding: str) -> bytes:
-    """What Python 3 makes of bytes where it writes as Python 2 does, and nothing else of `_codecs.encode`."""
+    """`_codecs.encode` for latin1 alone: Python 3 writes bytes so at pickle protocols of Python 2."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"it asks for {encoding!r}, which CIFAR's files have no use for")
     return text.encode("latin1")
 
 
-# All that a CIFAR pickle refers to: an array is rebuilt from its type and its bytes. Names of numpy 1 and 2.
+# All names that a CIFAR pickle refers to: an array is rebuilt from its type and bytes. Names of numpy 1 and 2.
 _ALLOWED = {
     (f"numpy.{core}.multiarray", "_reconstruct"): np._core.multiarray._reconstruct  # type: ignore[attr-defined]
     for core in ("core", "_core")
@@ -36,7 +38,7 @@ _ALLOWED = {
 
 
 class _Restricted(pickle.Unpickler):
-    """Numbers, strings, bytes, lists and dicts need no name looked up; arrays need these; all else is refused."""
+    """Numbers, strings, bytes, lists and dicts look up no name; arrays need those of `_ALLOWED`; others are refused."""
 
     def find_class(self, module: str, name: str) -> Any:
         try:
@@ -45,46 +47,70 @@ class _Restricted(pickle.Unpickler):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which CIFAR's files have no use for") from None
 
 
-def read(card: CifarCard, root: Root) -> Source:
-    """List the images of CIFAR's pickles; DataError if they are malformed or labels lie outside the classes."""
-    classes = card.classes or _names(root, str(card.meta))
-    splits = {}
-    for name, split in card.splits.items():
-        rows = SamplesBuilder()
-        for file in split.files:
-            page, place = _unpickled(root, file), root.storage.place(file)
-            labels, images = _labels(page, place), _images(page, place)
-            if len(labels) != len(images):
-                raise DataError(f"{root}/{file} has {len(images)} images and {len(labels)} labels")
-            outside = np.flatnonzero((labels < 0) | (labels >= len(classes)))
-            if len(outside):
-                raise DataError(
-                    f"{root}/{file}: label {labels[outside[0]]} of image {outside[0]} is none of the "
-                    f"{len(classes)} classes"
-                )
-            add_array(rows, file, labels, 3 * _SIDE * _SIDE)
-        splits[name] = rows.build()
-    return Source(classes, splits, Arrays(root, load_images))
+class CifarSplit(StrictModel):
+    """Python pickles of CIFAR-10 or CIFAR-100, one after another."""
+
+    files: tuple[str, ...] = Field(min_length=1)
+
+
+class CifarCard(Card):
+    """CIFAR's Python pickles; class names are those of ``meta`` unless the card gives them."""
+
+    page: ClassVar[str] = "pickles, separated by commas"
+
+    source: Literal["cifar"]
+    classes: tuple[str, ...] | None = None
+    meta: str | None = None
+    encoding: Literal["png"] = "png"
+    splits: dict[Name, CifarSplit] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _classes_or_meta(self) -> Self:
+        if (self.classes is None) == (self.meta is None):
+            raise ValueError("give either meta, the pickle with the classes' names, or classes")
+        return self
+
+    @classmethod
+    def split_of(cls, page: str) -> dict[str, Any]:
+        return {"files": page.split(",")}
+
+    @classmethod
+    def keys_of_root(cls, root: str) -> dict[str, Any]:
+        """Splits and meta of an unpacked CIFAR-10 or CIFAR-100 folder; DataError if the root is neither."""
+        place = as_storage(root)
+        if place.exists("meta"):
+            return {"meta": "meta", "splits": {"train": {"files": ["train"]}, "test": {"files": ["test"]}}}
+        if place.exists("batches.meta"):
+            batches = [f"data_batch_{number}" for number in range(1, 6)]
+            splits = {"train": {"files": batches}, "test": {"files": ["test_batch"]}}
+            return {"meta": "batches.meta", "splits": splits}
+        raise DataError(f"{root} has neither meta (CIFAR-100) nor batches.meta (CIFAR-10): is it the unpacked folder?")
+
+    def list_images(self, root: Root) -> Source:
+        """List the images of CIFAR's pickles; DataError if they are malformed or a label has no class."""
+        classes = self.classes or _names(root, str(self.meta))
+        splits = {}
+        for name, split in self.splits.items():
+            rows = SamplesBuilder()
+            for file in split.files:
+                page, place = _unpickled(root, file), root.storage.place(file)
+                labels, images = _labels(page, place), _images(page, place)
+                if len(labels) != len(images):
+                    raise DataError(f"{root}/{file} has {len(images)} images and {len(labels)} labels")
+                outside = np.flatnonzero((labels < 0) | (labels >= len(classes)))
+                if len(outside):
+                    raise DataError(
+                        f"{root}/{file}: label {labels[outside[0]]} of image {outside[0]} is none of the "
+                        f"{len(classes)} classes"
+                    )
+                add_array(rows, file, labels, 3 * _SIDE * _SIDE)
+            splits[name] = rows.build()
+        return Source(classes, splits, Arrays(root, load_images))
 
 
 def load_images(root: Root, file: str) -> npt.NDArray[np.uint8]:
     """The images of a pickle, uint8 [N, 32, 32, 3], RGB."""
     return _images(_unpickled(root, file), root.storage.place(file))
-
-
-def find_splits(root: str) -> dict[str, Any]:
-    """What a card says of CIFAR-10's or CIFAR-100's folder as it is unpacked: splits and meta.
-
-    Raises:
-        DataError: the folder holds neither.
-    """
-    place = as_storage(root)
-    if place.exists("meta"):
-        return {"meta": "meta", "splits": {"train": {"files": ["train"]}, "test": {"files": ["test"]}}}
-    if place.exists("batches.meta"):
-        batches = [f"data_batch_{number}" for number in range(1, 6)]
-        return {"meta": "batches.meta", "splits": {"train": {"files": batches}, "test": {"files": ["test_batch"]}}}
-    raise DataError(f"{root} has neither meta (CIFAR-100) nor batches.meta (CIFAR-10): is it the unpacked folder?")
 
 
 def _unpickled(root: Root, file: str) -> dict[bytes, Any]:

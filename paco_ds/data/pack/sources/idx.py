@@ -1,81 +1,73 @@
-"""Owns the source `idx`: IDX files of unsigned bytes, as MNIST and its descendants come; and images held as arrays."""
+"""The source `idx`: IDX files of unsigned bytes, the format of MNIST and its descendants."""
 
 from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
+from typing import Any, ClassVar, Literal
 
-import cv2
 import numpy as np
-import numpy.typing as npt
+from pydantic import Field, StrictStr
 
-from paco_ds.data.card import IdxCard
-from paco_ds.data.pack.samples import Samples, SamplesBuilder
-from paco_ds.data.pack.sources.source import Root, Source
+from paco_ds.data.manifest import Name, StrictModel
+from paco_ds.data.pack.card import CLASSES_FILE, Card, Option
+from paco_ds.data.pack.root import Root
+from paco_ds.data.pack.samples import SamplesBuilder
+from paco_ds.data.pack.source import Arrays, Pixels, Source, add_array, class_names
 from paco_ds.errors import DataError
 
 _UINT8 = 0x08
-Pixels = npt.NDArray[np.uint8]
 
 
-@dataclass(frozen=True)
-class Arrays:
-    """Images that have no encoded bytes, in files of many: stored as PNG.
+class IdxSplit(StrictModel):
+    """A pair of IDX files, gzipped or not: images uint8 [N, H, W], labels uint8 [N]."""
 
-    Attributes:
-        load: a function at the top of a module, from the root and the name of a file to uint8 [N, H, W] or
-            [N, H, W, 3] (RGB).
-    """
-
-    root: Root
-    load: Callable[[Root, str], Pixels]
-
-    def read(self, samples: Samples, row: int, room: memoryview) -> bytes:
-        """One image as PNG; the file it is in is loaded once in each process."""
-        file = samples.names[row].rpartition("#")[0]
-        pixels = _loaded(self.load, self.root, file)[samples.places[row]]
-        if pixels.ndim == 3:
-            pixels = pixels[..., ::-1]  # OpenCV writes blue, green, red
-        return bytes(cv2.imencode(".png", np.ascontiguousarray(pixels))[1])
+    images: str
+    labels: str
 
 
-@lru_cache(maxsize=8)
-def _loaded(load: Callable[[Root, str], Pixels], root: Root, file: str) -> Pixels:
-    return load(root, file)
+class IdxCard(Card):
+    """Images in IDX files; they have no encoded bytes, so they are stored as ``encoding``."""
 
+    page: ClassVar[str] = "IMAGES,LABELS"
+    options: ClassVar[dict[str, Option]] = {"classes": CLASSES_FILE}
 
-def add_array(rows: SamplesBuilder, file: str, labels: npt.NDArray[np.integer], image_bytes: int) -> None:
-    """A row for each image of a file of many."""
-    for place, label in enumerate(labels.tolist()):
-        rows.add(f"{file}#{place}", label, place=place, size=image_bytes)
+    source: Literal["idx"]
+    classes: tuple[StrictStr, ...] | StrictStr
+    encoding: Literal["png"] = "png"
+    splits: dict[Name, IdxSplit] = Field(min_length=1)
 
+    @classmethod
+    def split_of(cls, page: str) -> dict[str, Any]:
+        images, comma, labels = page.partition(",")
+        if not comma:
+            raise DataError(f"{page!r}: give an IDX split as IMAGES,LABELS")
+        return {"images": images, "labels": labels}
 
-def read(card: IdxCard, root: Root) -> Source:
-    """List the images of IDX files; DataError if they are malformed or labels lie outside the card's classes."""
-    splits = {}
-    for name, files in card.splits.items():
-        images, labels = load_idx(root, files.images), load_idx(root, files.labels)
-        if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
-            raise DataError(
-                f"split {name}: {files.images} has shape {images.shape} and {files.labels} {labels.shape}; "
-                "they must be [N, H, W] and [N]"
-            )
-        if len(labels) and labels.max() >= len(card.classes):
-            raise DataError(
-                f"split {name}: {files.labels} has label {labels.max()}, but the card names {len(card.classes)} classes"
-            )
-        rows = SamplesBuilder()
-        add_array(rows, files.images, labels, images[0].nbytes if len(images) else 0)
-        splits[name] = rows.build()
-    return Source(card.classes, splits, Arrays(root, load_idx))
+    def list_images(self, root: Root) -> Source:
+        """List the images of IDX files; DataError if they are malformed or a label has no class."""
+        classes = class_names(self.classes, root)
+        splits = {}
+        for name, files in self.splits.items():
+            images, labels = load_idx(root, files.images), load_idx(root, files.labels)
+            if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
+                raise DataError(
+                    f"split {name}: {files.images} has shape {images.shape} and {files.labels} {labels.shape}; "
+                    "they must be [N, H, W] and [N]"
+                )
+            if len(labels) and labels.max() >= len(classes):
+                raise DataError(
+                    f"split {name}: {files.labels} has label {labels.max()}, but the card names {len(classes)} classes"
+                )
+            rows = SamplesBuilder()
+            add_array(rows, files.images, labels, images[0].nbytes if len(images) else 0)
+            splits[name] = rows.build()
+        return Source(classes, splits, Arrays(root, load_idx))
 
 
 def read_idx(path: Path) -> Pixels:
-    """As `load_idx`, of a local file."""
+    """`load_idx` of a local file."""
     return load_idx(Root(path.parent), path.name)
 
 

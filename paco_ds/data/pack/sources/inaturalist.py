@@ -1,6 +1,6 @@
-"""Owns the source `inaturalist`: the competitions' COCO-style JSON, and the folders of torchvision's INaturalist.
+"""The source `inaturalist`: the competitions' COCO-style JSON, and the folders of torchvision's INaturalist.
 
-The JSON of 2021 has 2.7 million images, so pages are parsed as a stream and kept as columns.
+The JSON of 2021 has 2.7 million images, so files are parsed as streams and kept as columns.
 """
 
 from __future__ import annotations
@@ -8,19 +8,75 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar, Literal, Self
 
 import ijson
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field, model_validator
 
-from paco_ds.data.card import INaturalistCard
+from paco_ds.data.manifest import Name, StrictModel
+from paco_ds.data.pack.card import Card
+from paco_ds.data.pack.root import Root, require_inside
 from paco_ds.data.pack.samples import Names, Samples, SamplesBuilder
-from paco_ds.data.pack.sources.folder import add_images
-from paco_ds.data.pack.sources.source import Files, Root, Source, require_inside, some
+from paco_ds.data.pack.source import Files, Source, add_images, some
 from paco_ds.errors import DataError
 
 _CHUNK = 1 << 20
+
+
+class INaturalistSplit(StrictModel):
+    """A COCO-style JSON file of images, annotations and categories; or a folder in torchvision's layout."""
+
+    annotations: str | None = None
+    folder: str | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if (self.annotations is None) == (self.folder is None):
+            raise ValueError("give either annotations, a JSON file, or folder, a tree of images by category")
+        return self
+
+
+class INaturalistCard(Card):
+    """Images listed by COCO-style JSON; ``categories`` names a JSON file that holds the classes' names."""
+
+    page: ClassVar[str] = "a JSON file, or a folder in torchvision's layout"
+
+    source: Literal["inaturalist"]
+    categories: str | None = None
+    splits: dict[Name, INaturalistSplit] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _one_layout(self) -> Self:
+        if len({split.folder is None for split in self.splits.values()}) > 1:
+            raise ValueError("some splits have annotations and some a folder; their labels would not be the same")
+        return self
+
+    @classmethod
+    def split_of(cls, page: str) -> dict[str, Any]:
+        return {"annotations": page} if page.endswith(".json") else {"folder": page}
+
+    def list_images(self, root: Root) -> Source:
+        """List the images; labels follow the category ids."""
+        if next(iter(self.splits.values())).folder is not None:
+            return _read_folders(self, root)
+        pages = {name: _Page(root, str(split.annotations)) for name, split in self.splits.items()}
+        first = next(iter(pages.values()))
+        ids = sorted(first.categories)
+        for page in pages.values():
+            if not page.categories:
+                raise DataError(f"{page.where} has no categories: it must be a list of entries with id and name")
+            if sorted(page.categories) != ids:
+                differing = [str(i) for i in sorted(set(page.categories) ^ set(ids))]
+                raise DataError(f"{page.where} does not have the categories of {first.where}: {some(differing)}")
+        names = _categories(root, self.categories) if self.categories else first.categories
+        nameless = [str(i) for i in ids if i not in names]
+        if nameless:
+            raise DataError(f"{root}/{self.categories} has no name for category {some(nameless)}")
+        labels = {category: label for label, category in enumerate(ids)}
+        splits = {name: page.samples(labels) for name, page in pages.items()}
+        return Source(tuple(names[i] for i in ids), splits, Files(root))
 
 
 class _Page:
@@ -93,31 +149,8 @@ def _table(names: Names, labels: npt.NDArray[np.int32]) -> Samples:
     return Samples(names, labels, unknown, np.zeros(len(labels), np.int64), nothing, nothing.astype(np.int32))
 
 
-def read(card: INaturalistCard, root: Root) -> Source:
-    """List the images; label order is that of the category ids."""
-    if next(iter(card.splits.values())).folder is not None:
-        return _read_folders(card, root)
-    pages = {name: _Page(root, str(split.annotations)) for name, split in card.splits.items()}
-    first = next(iter(pages.values()))
-    ids = sorted(first.categories)
-    for page in pages.values():
-        if not page.categories:
-            raise DataError(f"{page.where} has no categories: it must be a list of entries with id and name")
-        if sorted(page.categories) != ids:
-            differing = [str(i) for i in sorted(set(page.categories) ^ set(ids))]
-            raise DataError(f"{page.where} does not have the categories of {first.where}: {some(differing)}")
-    names = _categories(root, card.categories) if card.categories else first.categories
-    nameless = [str(i) for i in ids if i not in names]
-    if nameless:
-        raise DataError(f"{root}/{card.categories} has no name for category {some(nameless)}")
-    labels = {category: label for label, category in enumerate(ids)}
-    return Source(
-        tuple(names[i] for i in ids), {name: page.samples(labels) for name, page in pages.items()}, Files(root)
-    )
-
-
 def _categories(root: Root, file: str) -> dict[int, str]:
-    """Names by category id; the official categories.json is a bare list, others keep it under `categories`."""
+    """Names by category id. The official categories.json is a bare list; other files have a key `categories`."""
     names: dict[int, str] = {}
 
     def take(entry: Any) -> None:
@@ -130,7 +163,7 @@ def _categories(root: Root, file: str) -> dict[int, str]:
 
 
 def _parse(root: Root, file: str, takers: dict[str, Callable[[Any], None]]) -> None:
-    """Give every entry of these lists of a JSON file to its taker, in one pass; "" is the file being a bare list."""
+    """Call the taker of each list with its entries, in one pass over the file; "" stands for a file that is a list."""
     with root.open(file, "the JSON file") as stream:
         queues = {part: ijson.sendable_list() for part in takers}
         parsers = [

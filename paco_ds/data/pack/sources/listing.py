@@ -1,31 +1,101 @@
-"""Owns the sources `list` and `csv`: text files that name an image and its class on each line, read line by line."""
+"""The sources `list` and `csv`: text files with an image and its class on each line, read line by line."""
 
 from __future__ import annotations
 
 import csv
 import io
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Annotated, Any, BinaryIO, ClassVar, Literal
 
 import numpy as np
+from pydantic import Field, StrictStr
 
-from paco_ds.data.card import CsvCard, ListCard
+from paco_ds.data.manifest import Name, StrictModel
+from paco_ds.data.pack.card import CLASSES_FILE, Card, Option
+from paco_ds.data.pack.root import Root, require_inside
 from paco_ds.data.pack.samples import Samples, SamplesBuilder
-from paco_ds.data.pack.sources.source import Files, Root, Source, class_names, require_inside, some
+from paco_ds.data.pack.source import Files, Source, class_names, some
 from paco_ds.errors import DataError
 
-_LARGEST_LABEL = 10_000_000  # a label beyond it is a mistake, not a class
+_LARGEST_LABEL = 10_000_000  # a larger label is a mistake, not a class
 
 
-def read_lists(card: ListCard, root: Root) -> Source:
-    """List files as ImageNet-LT, Places-LT and iNaturalist18 publish them: `path label`, the label counted from 0."""
-    classes = class_names(card.classes, root)
-    limit = len(classes) if classes is not None else _LARGEST_LABEL
-    splits = {name: _read_list(root, split.list, limit) for name, split in card.splits.items()}
-    if classes is None:
-        largest = max((int(samples.labels.max()) for samples in splits.values() if len(samples)), default=-1)
-        classes = tuple(str(label) for label in range(largest + 1))
-    return Source(classes, splits, Files(root))
+class ListSplit(StrictModel):
+    """A text file with a path and an integer label on each line, as the long-tailed benchmarks publish them."""
+
+    list: str
+
+
+class ListCard(Card):
+    """Images named by list files; ``classes`` gives the class names, or a text file with one per line."""
+
+    page: ClassVar[str] = "the list file"
+    options: ClassVar[dict[str, Option]] = {"classes": CLASSES_FILE}
+
+    source: Literal["list"]
+    classes: tuple[StrictStr, ...] | StrictStr | None = None
+    splits: dict[Name, ListSplit] = Field(min_length=1)
+
+    @classmethod
+    def split_of(cls, page: str) -> dict[str, Any]:
+        return {"list": page}
+
+    def list_images(self, root: Root) -> Source:
+        """Lists as ImageNet-LT, Places-LT and iNaturalist18 publish them: `path label`, labels from 0."""
+        classes = class_names(self.classes, root)
+        limit = len(classes) if classes is not None else _LARGEST_LABEL
+        splits = {name: _read_list(root, split.list, limit) for name, split in self.splits.items()}
+        if classes is None:
+            largest = max((int(samples.labels.max()) for samples in splits.values() if len(samples)), default=-1)
+            classes = tuple(str(label) for label in range(largest + 1))
+        return Source(classes, splits, Files(root))
+
+
+class CsvSplit(StrictModel):
+    """A CSV file with a header."""
+
+    file: str
+
+
+class CsvCard(Card):
+    """Images named by the rows of CSV files. Rows with the same ``group_column`` value stay in the same split."""
+
+    page: ClassVar[str] = "the CSV file"
+    options: ClassVar[dict[str, Option]] = {
+        "classes": CLASSES_FILE,
+        "path_column": Option("NAME", "column of the path (path)"),
+        "label_column": Option("NAME", "column of the class (label)"),
+        "group_column": Option("NAME", "rows with the same value stay in the same split"),
+        "delimiter": Option("CHARACTER", "between fields (,)"),
+    }
+
+    source: Literal["csv"]
+    path_column: str = "path"
+    label_column: str = "label"
+    group_column: str | None = None
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ","
+    classes: tuple[StrictStr, ...] | StrictStr | None = None
+    splits: dict[Name, CsvSplit] = Field(min_length=1)
+
+    @classmethod
+    def split_of(cls, page: str) -> dict[str, Any]:
+        return {"file": page}
+
+    def list_images(self, root: Root) -> Source:
+        """CSV files with a header. A label is a class name; with ``classes`` given it may be an index into them."""
+        labels = _Labels(class_names(self.classes, root))
+        groups: dict[str, int] = {}
+        splits = {
+            name: _read_rows(
+                self, root, split.file, labels, groups, may_add=name == "train" or "train" not in self.splits
+            )
+            for name, split in sorted(self.splits.items(), key=lambda item: item[0] != "train")
+        }
+        names, order = labels.sorted()
+        relabelled = {
+            name: Samples(s.names, order[s.labels], s.sizes, s.stamps, s.places, s.groups) for name, s in splits.items()
+        }
+        return Source(names, {name: relabelled[name] for name in self.splits}, Files(root))
 
 
 def _read_list(root: Root, file: str, limit: int) -> Samples:
@@ -47,24 +117,8 @@ def _read_list(root: Root, file: str, limit: int) -> Samples:
     return rows.build()
 
 
-def read_csv(card: CsvCard, root: Root) -> Source:
-    """CSV files with a header. A label is a class name; with ``classes`` given it may be a position in them."""
-    classes = class_names(card.classes, root)
-    labels = _Labels(classes)
-    groups: dict[str, int] = {}
-    splits = {
-        name: _read_rows(card, root, split.file, labels, groups, may_add=name == "train" or "train" not in card.splits)
-        for name, split in sorted(card.splits.items(), key=lambda item: item[0] != "train")
-    }
-    names, order = labels.sorted()
-    relabelled = {
-        name: Samples(s.names, order[s.labels], s.sizes, s.stamps, s.places, s.groups) for name, s in splits.items()
-    }
-    return Source(names, {name: relabelled[name] for name in card.splits}, Files(root))
-
-
 class _Labels:
-    """Class names met so far; closed when the card gives them."""
+    """Class names read so far; fixed if the card gives them."""
 
     def __init__(self, given: tuple[str, ...] | None) -> None:
         self._given = given
@@ -84,7 +138,7 @@ class _Labels:
         raise DataError(f"{where}: {text!r:.60} is none of {known}")
 
     def sorted(self) -> tuple[tuple[str, ...], np.ndarray]:
-        """Class names in their final order, numbers by value and else by name, and the new label of each old one."""
+        """Class names in final order (numbers by value, else by name), and the new label of each old label."""
         if self._given is not None:
             return self._given, np.arange(len(self._given), dtype=np.int32)
         numeric = all(name.isdecimal() for name in self._number)

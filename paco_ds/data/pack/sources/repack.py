@@ -1,6 +1,6 @@
-"""Owns the source `webdataset`: samples of other tars, to be packed again in another size, order or selection.
+"""The source `webdataset`: samples of other tars, repacked with another shard size, order or selection.
 
-Tars are scanned once for where each image and label lies; nothing but JSON and numbers is decoded.
+Tars are scanned once for where each image and label lies; only JSON and numbers are decoded.
 """
 
 from __future__ import annotations
@@ -10,23 +10,27 @@ import json
 import os
 import tarfile
 from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import braceexpand
+from pydantic import Field, StrictStr
 
-from paco_ds.data.card import WebdatasetCard
+from paco_ds.data.manifest import Name, StrictModel
+from paco_ds.data.pack.card import CLASSES_FILE, Card, Option
 from paco_ds.data.pack.image_bytes import BadImage, Encoded
+from paco_ds.data.pack.root import Root
 from paco_ds.data.pack.samples import Samples, SamplesBuilder
-from paco_ds.data.pack.sources.source import ENDINGS, Root, Source, class_names, ending
+from paco_ds.data.pack.source import ENDINGS, Source, class_names, ending
 from paco_ds.data.storage import MissingFile, Storage
 from paco_ds.errors import DataError
 
 _MAX_OPEN = 64
-_MOST_ABOUT = 1 << 20  # bytes of JSON
+_MOST_ABOUT = 1 << 20  # bytes of a JSON member
 
 
 @dataclass
 class Members:
-    """Images that are members of tars; one tar stays open, since rows are read in any order from a few of them."""
+    """Images that are members of tars. Tars stay open, since rows come in any order from a few of them."""
 
     root: Root
     _open: dict[str, int] = field(default_factory=dict, repr=False)
@@ -64,22 +68,44 @@ class Members:
         return DataError(f"{self.root.storage.place(tar)} changed while the shards were built: start again")
 
 
-def read(card: WebdatasetCard, root: Root) -> Source:
-    """List the samples of tars; labels are the numbers in them, class names those beside them or the card's."""
-    names: dict[int, str] = {}
-    splits = {}
-    bad: list[BadImage] = []
-    for split, tars in card.splits.items():
-        scan = _Scan(card, root, SamplesBuilder(), names, bad)
-        for tar in _expanded(root, tars.tars):
-            scan.tar(tar)
-        splits[split] = scan.rows.build()
-    given = class_names(card.classes, root)
-    largest = max((int(s.labels.max()) for s in splits.values() if len(s)), default=-1)
-    if given is not None and largest >= len(given):
-        raise DataError(f"label {largest} of the tars is out of range, the labels are 0 to {len(given) - 1}")
-    classes = given or tuple(names.get(label, str(label)) for label in range(largest + 1))
-    return Source(classes, splits, Members(root), bad=bad)
+class WebdatasetSplit(StrictModel):
+    """Tars of another build: a pattern such as `train-*.tar` or `train-{000..107}.tar`."""
+
+    tars: str
+
+
+class WebdatasetCard(Card):
+    """Samples of other webdataset shards: an image and `.json` with ``label_key`` and ``class_key``, or `.cls`."""
+
+    page: ClassVar[str] = "the tars, as a pattern such as 'train-*.tar'"
+    options: ClassVar[dict[str, Option]] = {"classes": CLASSES_FILE}
+
+    source: Literal["webdataset"]
+    label_key: str = "label"
+    class_key: str = "class"
+    classes: tuple[StrictStr, ...] | StrictStr | None = None
+    splits: dict[Name, WebdatasetSplit] = Field(min_length=1)
+
+    @classmethod
+    def split_of(cls, page: str) -> dict[str, Any]:
+        return {"tars": page}
+
+    def list_images(self, root: Root) -> Source:
+        """List the samples of tars. Labels are the numbers in them, class names those beside them or the card's."""
+        names: dict[int, str] = {}
+        splits = {}
+        bad: list[BadImage] = []
+        for split, tars in self.splits.items():
+            scan = _Scan(self, root, SamplesBuilder(), names, bad)
+            for tar in _expanded(root, tars.tars):
+                scan.tar(tar)
+            splits[split] = scan.rows.build()
+        given = class_names(self.classes, root)
+        largest = max((int(s.labels.max()) for s in splits.values() if len(s)), default=-1)
+        if given is not None and largest >= len(given):
+            raise DataError(f"label {largest} of the tars is out of range, the labels are 0 to {len(given) - 1}")
+        classes = given or tuple(names.get(label, str(label)) for label in range(largest + 1))
+        return Source(classes, splits, Members(root), bad=bad)
 
 
 def _expanded(root: Root, pattern: str) -> list[str]:

@@ -1,0 +1,211 @@
+"""Dataset cards: the name, license and images of a data set, read from YAML or made from command line options.
+
+Each kind of source has its own subclass of `Card`, in a module of `pack.sources` or outside the package.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import pkgutil
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, get_args
+
+import yaml
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from paco_ds.config.plugins import is_plugin, load_plugin
+from paco_ds.data.manifest import Name, Shots, StrictModel, Triple, validation_message
+from paco_ds.data.pack import sources
+from paco_ds.data.pack.root import Root
+from paco_ds.data.pack.source import Source
+from paco_ds.errors import DataError
+
+# ImageNet's, as in every published recipe without figures of its own.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+SPLIT_NAMES = ("train", "val", "test")
+
+
+class Option(NamedTuple):
+    """A card's key as a command line option: `--key METAVAR`, with its help."""
+
+    metavar: str
+    help: str
+
+
+CLASSES_FILE = Option("FILE", "class names in the order of labels, one on each line")
+
+
+class Imbalance(StrictModel):
+    """Makes train long-tailed: its largest class over its smallest is `factor`."""
+
+    factor: Annotated[float, Field(ge=1)]
+    profile: Literal["exp", "pareto"] = "exp"
+
+
+class Resize(StrictModel):
+    """Images whose shorter side is above `short` pixels are shrunk to it and stored as JPEG."""
+
+    short: PositiveInt
+    quality: Annotated[int, Field(ge=1, le=100)] = 90
+
+
+class Card(StrictModel):
+    """A dataset card. A subclass is a kind of source: it adds its keys and lists its images.
+
+    A subclass declares `source: Literal["its name"]`, by which cards and `--source` choose it, and `splits`.
+
+    Attributes:
+        page: what `--train`, `--val` and `--test` take for this source, in words.
+        options: keys of the card that are command line options as well.
+    """
+
+    page: ClassVar[str]
+    options: ClassVar[dict[str, Option]] = {}
+
+    source: str
+    name: str
+    license: str
+    homepage: str = ""
+    root: str = "."  # relative to the card's folder
+    mean: Triple = IMAGENET_MEAN
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = IMAGENET_STD
+    shots: Shots = Shots()
+    imbalance: Imbalance | None = None
+    validation_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    resize: Resize | None = None
+    splits: Mapping[Name, Any]
+
+    @abstractmethod
+    def list_images(self, root: Root) -> Source:
+        """List the images of all splits without opening them; sizes are MISSING where the source does not give them.
+
+        Raises:
+            DataError: a file is missing or malformed, or the splits do not agree on the classes.
+        """
+
+    @classmethod
+    @abstractmethod
+    def split_of(cls, page: str) -> dict[str, Any]:
+        """A split's entry in the card for `--train PAGE`."""
+
+    @classmethod
+    def keys_of_root(cls, root: str) -> dict[str, Any]:
+        """Keys that follow from the root alone, such as `splits`; DataError if it is not a root of this source."""
+        return {}
+
+    @model_validator(mode="after")
+    def _no_repeats(self) -> Self:
+        for (first, a), (second, b) in itertools.combinations(self.splits.items(), 2):
+            if a == b:
+                raise ValueError(f"splits {first} and {second} are the same images")
+        classes = getattr(self, "classes", None)
+        repeated = [name for name, n in Counter(classes).items() if n > 1] if isinstance(classes, tuple) else []
+        if repeated:
+            raise ValueError(f"classes names {', '.join(repeated)} more than once")
+        for option in ("imbalance", "validation_share"):
+            if getattr(self, option) is not None and "train" not in self.splits:
+                raise ValueError(f"{option} needs a split train; the card has only: {', '.join(self.splits)}")
+        if self.validation_share is not None and "val" in self.splits:
+            raise ValueError("validation_share makes a split val out of train, but the card has a val already")
+        return self
+
+
+@cache
+def card_types() -> dict[str, type[Card]]:
+    """The card of each source in the package, by the name of the source."""
+    found = {}
+    for module in pkgutil.iter_modules(sources.__path__, f"{sources.__name__}."):
+        for kind in vars(importlib.import_module(module.name)).values():
+            if isinstance(kind, type) and issubclass(kind, Card) and kind.__module__ == module.name:
+                (found_name,) = get_args(kind.model_fields["source"].annotation)
+                found[found_name] = kind
+    return dict(sorted(found.items()))
+
+
+def card_type(source: Any, origin: str) -> type[Card]:
+    """The card of a source: a name in the package, or `module:Class` outside of it where code is allowed.
+
+    Raises:
+        DataError: no such source, or the class is not a Card; begins with ``origin``.
+        RecipeError: `module:Class` without permission, or it cannot be imported.
+    """
+    if isinstance(source, str) and is_plugin(source):
+        kind = load_plugin(source, "source")
+        if not (isinstance(kind, type) and issubclass(kind, Card)):
+            raise DataError(f"{origin}: source {source} is not a subclass of paco_ds.data.pack.card.Card")
+        return kind
+    if not isinstance(source, str) or source not in card_types():
+        raise DataError(f"{origin}: source is {source!r}, must be one of {', '.join(card_types())}, or module:Class")
+    return card_types()[source]
+
+
+def load_card(path: str | Path) -> Card:
+    """Read the card at ``path``.
+
+    Raises:
+        DataError: no such file, not YAML, an unknown source, an unknown, missing or ill-typed key.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"there is no dataset card {path}; shards/README.md says what one is")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError(f"card {path} is not YAML: {' '.join(str(error).split())}") from error
+    return make_card(data, f"card {path}")
+
+
+def make_card(data: Any, origin: str) -> Card:
+    """The card with these keys and values; DataError, beginning with ``origin``, if they are not valid."""
+    kind = card_type(data.get("source") if isinstance(data, dict) else None, origin)
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise DataError(f"{origin}: {validation_message(error)}") from error
+
+
+def changed(card: Card, **changes: Any) -> Card:
+    """The card with these keys set, validated again."""
+    return make_card(card.model_dump(exclude_none=True) | changes, f"the card of {card.name} with the options given")
+
+
+def card_of_options(options: Mapping[str, str | None]) -> Card:
+    """The card for `source`, `root`, a page per split, `name`, `license`, and the options of the source.
+
+    Raises:
+        DataError: an option is missing, or the source does not take it.
+    """
+    source, root = str(options["source"]), str(options["root"])
+    kind = card_type(source, "--source")
+    shared = {"source", "root", "name", "license", *SPLIT_NAMES}
+    given = {key: value for key, value in options.items() if value is not None}
+    for key in given:
+        if key not in shared | set(kind.options):
+            raise DataError(f"--source {source} does not take --{key.replace('_', '-')}")
+    keys = kind.keys_of_root(root)
+    if pages := {split: given[split] for split in SPLIT_NAMES if split in given}:
+        keys["splits"] = {split: kind.split_of(page) for split, page in pages.items()}
+    if "splits" not in keys:
+        raise DataError(f"--source {source} needs --train: {kind.page}, under --root")
+    about = {
+        "source": source,
+        "name": given.get("name") or name_of(root),
+        "license": given.get("license", "not stated"),
+    }
+    return make_card(about | keys | {key: given[key] for key in kind.options if key in given}, f"--source {source}")
+
+
+def folder_card(root: str | Path) -> Card:
+    """A card for class folders without one: root/train, root/val, root/test where they exist, else root as train."""
+    return card_of_options({"source": "folder", "root": str(root)})
+
+
+def name_of(root: str | Path) -> str:
+    """The default name of a data set: its folder's."""
+    return str(root).rstrip("/").rpartition("/")[2] if "://" in str(root) else Path(root).resolve().name

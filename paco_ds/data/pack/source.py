@@ -1,0 +1,173 @@
+"""A listed source: its classes, a table of images for each split, and the reader of their bytes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Protocol, overload
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from paco_ds.data.pack.image_bytes import BadImage, Encoded
+from paco_ds.data.pack.root import MapOver, Root
+from paco_ds.data.pack.samples import MISSING, Samples, SamplesBuilder
+from paco_ds.data.storage import MissingFile
+from paco_ds.errors import DataError
+
+# Endings of image files; other files in folders are left out. The format itself is decided by content.
+ENDINGS = frozenset(("jpg", "jpeg", "png", "webp"))
+_SHOWN = 5
+Pixels = npt.NDArray[np.uint8]
+
+
+class Images(Protocol):
+    """Reads the images of a source by table row. It is pickled for the worker processes."""
+
+    def read(self, samples: Samples, row: int, room: memoryview) -> Encoded:
+        """The encoded image; BadImage if it cannot be had, DataError if the source changed under the build.
+
+        Args:
+            room: a buffer of the listed size and one byte; reading into it saves a copy.
+        """
+
+
+@dataclass(frozen=True)
+class Files:
+    """Images that are single files, kept byte for byte."""
+
+    root: Root
+
+    def read(self, samples: Samples, row: int, room: memoryview) -> Encoded:
+        name = samples.names[row]
+        try:
+            data = self.root.read(name, room)
+        except MissingFile as error:
+            raise BadImage("missing", name) from error
+        except OSError as error:
+            raise BadImage("unreadable", name, error.strerror or str(error)) from error
+        if len(data) != len(room) - 1:
+            raise DataError(f"image {self.root}/{name} changed while the shards were built: start again")
+        return data
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Images stored as pixels in files of many images each; they become PNG.
+
+    Attributes:
+        load: a module-level function from the root and a file's name to uint8 [N, H, W] or [N, H, W, 3] (RGB).
+    """
+
+    root: Root
+    load: Callable[[Root, str], Pixels]
+
+    def read(self, samples: Samples, row: int, room: memoryview) -> bytes:
+        """One image as PNG; each process loads its file once."""
+        file = samples.names[row].rpartition("#")[0]
+        pixels = _loaded(self.load, self.root, file)[samples.places[row]]
+        if pixels.ndim == 3:
+            pixels = pixels[..., ::-1]  # OpenCV writes blue, green, red
+        return bytes(cv2.imencode(".png", np.ascontiguousarray(pixels))[1])
+
+
+@lru_cache(maxsize=8)
+def _loaded(load: Callable[[Root, str], Pixels], root: Root, file: str) -> Pixels:
+    return load(root, file)
+
+
+def add_array(rows: SamplesBuilder, file: str, labels: npt.NDArray[np.integer], image_bytes: int) -> None:
+    """Add a row for each image of a file of many, `image_bytes` each."""
+    for place, label in enumerate(labels.tolist()):
+        rows.add(f"{file}#{place}", label, place=place, size=image_bytes)
+
+
+def add_images(rows: SamplesBuilder, root: Root, folder: str, label: int, ignored: Counter[str]) -> None:
+    """Add a row for each image file anywhere below a folder, sorted by name; count other files in `ignored`."""
+    names = []
+    for name in root.files(folder):
+        if ending(name) in ENDINGS:
+            names.append(name)
+        else:
+            ignored[f".{ending(name)}" if ending(name) else "(no ending)"] += 1
+    for name in sorted(names):
+        rows.add(name, label)
+
+
+@dataclass
+class Source:
+    """The images of a card, listed.
+
+    Attributes:
+        classes: names; a label is a position in it.
+        splits: the images of each split.
+        images: reads them.
+        ignored: number of files left out, by ending.
+        bad: listed images that cannot be used, each with its reason.
+    """
+
+    classes: tuple[str, ...]
+    splits: dict[str, Samples]
+    images: Images
+    ignored: Counter[str] = field(default_factory=Counter)
+    bad: list[BadImage] = field(default_factory=list)
+
+    def require_training_images(self) -> None:
+        """Raise DataError unless every class has a training image: a loss cannot learn a class that it never sees."""
+        if "train" in self.splits:
+            counts = self.splits["train"].counts(len(self.classes))
+            empty = [self.classes[label] for label in np.flatnonzero(counts == 0)]
+            if empty:
+                raise DataError(f"no training image of {some(empty)}: add some, or take the class out")
+
+    def checked(self, look_up: MapOver = map) -> Source:
+        """The source with file sizes looked up; missing, empty and repeated images move to `bad`."""
+        splits, bad = {}, list(self.bad)
+        for name, samples in self.splits.items():
+            if isinstance(self.images, Files):
+                samples = samples.sized(*self.images.root.sizes(samples.names, look_up))
+            reasons = {
+                "missing": np.flatnonzero(samples.sizes == MISSING),
+                "empty": np.flatnonzero(samples.sizes == 0),
+                "listed_twice": samples.names.repeated(),
+            }
+            keep = np.ones(len(samples), bool)
+            for reason, rows in reasons.items():
+                bad += [BadImage(reason, samples.names[row]) for row in rows.tolist() if keep[row]]
+                keep[rows] = False
+            splits[name] = samples if keep.all() else samples.take(np.flatnonzero(keep))
+        return replace(self, splits=splits, bad=bad)
+
+
+@overload
+def class_names(given: tuple[str, ...] | str, root: Root) -> tuple[str, ...]: ...
+@overload
+def class_names(given: tuple[str, ...] | str | None, root: Root) -> tuple[str, ...] | None: ...
+def class_names(given: tuple[str, ...] | str | None, root: Root) -> tuple[str, ...] | None:
+    """The class names of a card: listed there, or in a text file with one name per line."""
+    if not isinstance(given, str):
+        return given
+    with root.open(given, "the file of class names") as file:
+        names = tuple(line.strip() for line in file.read().decode("utf-8").splitlines())
+    if not names or "" in names:
+        raise DataError(f"{root}/{given} must have a class name on each line and no empty line")
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise DataError(f"{root}/{given} names {some(repeated)} more than once")
+    return names
+
+
+def ending(name: str) -> str:
+    """A file name's ending, lower case, without the dot: as `os.path.splitext`, in half the time."""
+    _, dot, last = name.rpartition("/")[2].lstrip(".").rpartition(".")
+    return last.lower() if dot else ""
+
+
+def some(names: Iterable[str]) -> str:
+    """The first few of names, and how many more there are."""
+    listed: Sequence[str] = list(names)
+    more = len(listed) - _SHOWN
+    return (", ".join(listed[:_SHOWN]) or "none") + (f" and {more} more" if more > 0 else "")

@@ -25,7 +25,7 @@ prerequisites:
 
 venv: $(INSTALLED)
 
-$(INSTALLED): setup.py constraints.txt | prerequisites
+$(INSTALLED): pyproject.toml setup.py constraints.txt | prerequisites
 	@echo 'installing into .venv (torch with CUDA libraries is 5 GB; minutes)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch torchvision

@@ -12,9 +12,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# The launcher puts this folder first on the path, where `paco_ds` itself cannot be imported from.
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # a checkout need not be installed
 
 from paco_ds.command import report_user_errors
 
@@ -101,7 +100,7 @@ def _normalized(
     if split == recipe.evaluation.test_split:
         raise RecipeError(
             f"--tau-normalize auto would choose tau on {split}, the test split: give a number, or shards with a "
-            f"validation split (tools/build_shards.py build ... --validation-share .05)"
+            f"validation split (paco-build-shards build ... --validation-share .05)"
         )
     manifest.check_files(split)
     chosen, balanced = choose_tau(model.to(ranks.device), recipe, manifest, split, ranks)

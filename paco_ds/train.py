@@ -10,9 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
-# The launcher puts this folder first on the path, where `paco_ds` itself cannot be imported from.
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # a checkout need not be installed
 
 from paco_ds.command import report_user_errors
 from paco_ds.config.load import load_recipe

@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
-"""Make, check and extend shards, suggest settings: ``build_shards.py build``, ``check``, ``add``, ``suggest``."""
+"""Make, check and extend shards, suggest settings: `build_shards.py build`, `check`, `add`, `suggest`."""
 
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # The checkout need not be installed.
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # a checkout need not be installed
     from paco_ds.data.pack.command import main
 
     sys.exit(main())

@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
-"""Say before a run what it will need, and show its views: `tools/preflight.py --help`."""
+"""Say before a run what it will need, and show its views: `preflight.py --help`."""
 
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # The checkout need not be installed.
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # a checkout need not be installed
     from paco_ds.planning.preflight import main
 
     sys.exit(main())

@@ -1,11 +1,11 @@
-"""Train the rows of a table over several seeds and draw them: `tools/reproduce.py --table T.yaml --output DIR`."""
+#!/usr/bin/env python3
+"""Train the rows of a table over several seeds and draw them: `reproduce.py --table T --output DIR`."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from paco_ds.paper.reproduce import main
-
 if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # a checkout need not be installed
+    from paco_ds.paper.reproduce import main
+
     sys.exit(main())

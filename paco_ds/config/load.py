@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import typing
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,31 +12,37 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from paco_ds.config import shipped
 from paco_ds.config.recipe import Recipe
 from paco_ds.config.views import TrainView
 from paco_ds.errors import RecipeError
 from paco_ds.files import is_url
 
+RENAMED = {"engine.max_refused": "engine.max_skipped"}  # {name until 0.8: name}
 PATH_KEYS = ("data.shards", "data.cache.directory", "engine.deepspeed", "model.start_from", "loss.distill.teacher")
 
 
+log = logging.getLogger(__name__)
+
+
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Read a recipe and apply `key.path=value` overrides (values are YAML).
+    """Read a recipe, given by path or by the name of a shipped one, and apply `key.path=value` overrides (values are
+    YAML).
 
     Paths in the file are relative to the file; paths in overrides are relative to the working directory.
 
     Raises:
         RecipeError: names the key, where it was set, and what is valid there.
     """
-    path = Path(path)
+    path = shipped.find_recipe(path)
     tree = _read(path)
     if isinstance(base := tree.pop("base", None), str):
-        shared = _read(path.parent / base)
+        shared = _read(shipped.find_recipe(base, path.parent))
         if "base" in shared:
             raise RecipeError(f"{path}: base {base} has a base of its own; recipes share parts by one level")
         tree = _merged(shared, tree)
     elif base is not None:
-        raise RecipeError(f"{path}: base is the path of a recipe, relative to this one, not {base!r}")
+        raise RecipeError(f"{path}: base is a recipe, by a path relative to this one or by name, not {base!r}")
     reference = _get(tree, "step.micro_batches")
     origin: dict[str, str] = {}
     for override in overrides:
@@ -61,12 +68,11 @@ def _read(path: Path) -> dict[str, Any]:
     """The tree of one file, its paths made absolute."""
     try:
         tree = yaml.load(path.read_text(), _UniqueKeys)
-    except FileNotFoundError:
-        raise RecipeError(f"no recipe at {path}; recipes of this project lie in ds_configs/recipes/") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise RecipeError(f"{path} must be a mapping of settings, not {type(tree).__name__}")
+    _rename(tree, str(path))
     for key in PATH_KEYS:
         _anchor_path(tree, key, path.parent)
     return tree
@@ -106,13 +112,34 @@ def _anchor_path(tree: dict[str, Any], key: str, base: Path) -> None:
     section, _, name = key.rpartition(".")
     value = _get(tree, key)
     if isinstance(value, str) and not is_url(value) and not value.startswith("torchvision:"):
-        _get(tree, section)[name] = str((base / value).resolve())
+        path = shipped.find_deepspeed(value, base) if key == "engine.deepspeed" else base / value
+        _get(tree, section)[name] = str(shipped.outside_package(path.resolve()))
+
+
+def _rename(tree: dict[str, Any], place: str) -> None:
+    """Give settings under names of earlier versions their present names, in place, with a warning.
+
+    Raises:
+        RecipeError: a setting is given under both names.
+    """
+    for old, new in RENAMED.items():
+        section, _, old_name = old.rpartition(".")
+        settings, new_name = _get(tree, section), new.rpartition(".")[2]
+        if not isinstance(settings, dict) or old_name not in settings:
+            continue
+        if new_name in settings:
+            raise RecipeError(f"{place}: {old!r} is the former name of {new!r}, and both are given; keep {new!r}")
+        log.warning("%s: %s is called %s now; rename it", place, old, new)
+        settings[new_name] = settings.pop(old_name)
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> str:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise RecipeError(f"--set {override}: write key.path=value, for example --set optimizer.lr=0.05")
+    if key in RENAMED:
+        log.warning("--set %s: %s is called %s now; rename it", override, key, RENAMED[key])
+        key = RENAMED[key]
     *sections, last = key.split(".")
     for part in sections:
         tree = tree.setdefault(part, {})

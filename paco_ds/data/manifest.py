@@ -219,9 +219,7 @@ class Manifest(StrictModel):
 
 def require_size(storage: Storage, name: str, stated: int, found: int | None) -> None:
     """Raise DataError, with the remedy, unless a listed file has the bytes stated; `found` None: it is not there."""
-    remedy = (
-        f"copy it again or rebuild it; `tools/build_shards.py check {storage.url}` lists all damage of the directory"
-    )
+    remedy = f"copy it again or rebuild it; `paco-build-shards check {storage.url}` lists all damage of the directory"
     if found is None:
         raise DataError(f"{storage.place(name)} is missing, but {MANIFEST_FILE} lists it: {remedy}")
     if found != stated:
@@ -240,7 +238,7 @@ def load_manifest(directory: str | Path | Storage) -> Manifest:
     if storage.url.endswith(".json"):
         storage, file = storage.parent()
     path = storage.place(file)
-    build = f"`tools/build_shards.py build CARD --output {storage.url}`"
+    build = f"`paco-build-shards build CARD --output {storage.url}`"
     if storage.is_local and not storage.local_directory.is_dir():
         raise DataError(f"there is no shard directory {storage.url}; make it with {build}")
     try:

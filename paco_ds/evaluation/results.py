@@ -6,10 +6,11 @@ import json
 import platform
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import paco_ds
 from paco_ds.config.recipe import Recipe
 from paco_ds.data.manifest import Manifest
 from paco_ds.evaluation.accuracy import ShotAccuracy
@@ -23,13 +24,9 @@ def now() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of what decides the result."""
-    found = {"python": platform.python_version()}
-    for package in ("paco_ds", "torch", "torchvision", "deepspeed", "webdataset"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # run from a checkout that was not installed
-            found[package] = "not installed"
-    return found
+    packages = ("torch", "torchvision", "deepspeed", "webdataset")
+    own = {"python": platform.python_version(), "paco_ds": paco_ds.__version__}
+    return own | {package: version(package) for package in packages}
 
 
 def write_results(

@@ -104,7 +104,7 @@ class BadSamples:
         raise DataError(
             f"{self._count} of {self._planned} samples of this epoch could not be read, more than "
             f"data.max_bad_share = {self._share:g} allows:\n  {listed}\n"
-            f"Run tools/build_shards.py check {self._shards}, then mend the shards or raise data.max_bad_share"
+            f"Run paco-build-shards check {self._shards}, then mend the shards or raise data.max_bad_share"
         )
 
 

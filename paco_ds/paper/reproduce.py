@@ -1,7 +1,7 @@
 """The rows of a table trained over seeds and drawn beside the paper's figures.
 
-    python tools/reproduce.py --table 13 --scale small --data shards/fashion-mnist-lt.yaml --output runs/table13
-    python tools/reproduce.py --table 9 --scale paper --output runs/table9       writes the commands for a cluster
+    paco-reproduce --table 13 --scale small --data fashion-mnist-lt --output runs/table13
+    paco-reproduce --table 9 --scale paper --output runs/table9       writes the commands for a cluster
 
 Each (row, seed) is a run of its own, launched as a user would launch it, so an interrupted table goes on. A second
 stage starts from the run of the row that it names, which is trained first, also where its result is kept. With
@@ -25,23 +25,20 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from paco_ds.command import report_user_errors
 from paco_ds.config.recipe import Recipe
+from paco_ds.config.shipped import PACKAGE, data_folder, find_card
 from paco_ds.data.manifest import MANIFEST_FILE
 from paco_ds.data.pack.card import load_card
-from paco_ds.distributed.launch import free_port
 from paco_ds.errors import RecipeError, UserError
 from paco_ds.files import is_url, sha256_file
-from paco_ds.metrics.log import read as read_log
-from paco_ds.paper.comparison import MethodResults, SeedResult, write_comparison
 from paco_ds.paper.results import keep_result, read_result
 from paco_ds.paper.tables import Row, Table, load_table, small_recipe
-from paco_ds.training.initial_weights import require_same_network
 
-HERE = Path(__file__).parents[1]
-TRAIN, EVALUATE, BUILD = HERE / "train.py", HERE / "evaluate.py", HERE.parent / "tools" / "build_shards.py"
+if TYPE_CHECKING:  # with torch and matplotlib, which --help need not wait for
+    from paco_ds.paper.comparison import SeedResult
 
 
 @dataclass(frozen=True)
@@ -115,6 +112,8 @@ class Job:
             RecipeError: recipe and overrides do not fit each other, or not those of its first stage.
             UserError: what is kept belongs to another training.
         """
+        from paco_ds.training.initial_weights import require_same_network
+
         recipe, first = self.recipe, self.first_stage
         if first is not None:
             first.check()
@@ -127,13 +126,14 @@ class Job:
         own = (*self.row.set, *(self.row.small if self.small else ()))
         overrides = [f"--set={override}" for override in (*own, *self.overrides)]
         recipe = str(self.small or self.table.recipe_of(self.row))
-        return [*launcher, str(TRAIN), "--config", recipe, "--output", str(self.run), *overrides]
+        return [*launcher, str(PACKAGE / "train.py"), "--config", recipe, "--output", str(self.run), *overrides]
 
     def evaluation(self) -> list[str] | None:
         """The command whose figures are the row's, where they are not those of the training's end."""
         if not self.row.evaluate:
             return None
-        return [sys.executable, str(EVALUATE), f"--run={self.run}", f"--output={self.results}", *self.row.evaluate]
+        script = str(PACKAGE / "evaluate.py")
+        return [sys.executable, script, f"--run={self.run}", f"--output={self.results}", *self.row.evaluate]
 
     def figures(self) -> dict[str, Any]:
         """What it reached on the test split, as kept or else as the run itself says.
@@ -147,6 +147,8 @@ class Job:
 
     def read(self) -> SeedResult:
         """Its top-1 accuracies; raises as `figures` does."""
+        from paco_ds.paper.comparison import SeedResult
+
         figures = self.figures()
         return SeedResult(seed=self.seed, **{name: figures[name] for name in ("many", "medium", "few", "all")})
 
@@ -154,6 +156,8 @@ class Job:
         """Keep what the finished run says, where results are kept."""
         if self.kept is None:
             return
+        from paco_ds.metrics.log import read as read_log
+
         trained = json.loads((self.run / "metrics.json").read_text())
         steps = (line for line in read_log(self.run / "metrics.jsonl") if line["kind"] == "step")
         keep_result(
@@ -218,6 +222,8 @@ class Trainings:
 def _launch(job: Job, ranks: int, quiet: bool) -> None:
     """Its training and its evaluation, as a user would launch them. A finished run is launched too: it checks that it
     was trained by this row's recipe, and evaluates."""
+    from paco_ds.distributed.launch import free_port
+
     launcher = str(Path(sys.executable).with_name("deepspeed"))
     # not the launcher's one port, which a second training on this host would find taken
     training = job.training([launcher, "--num_gpus", str(ranks), "--master_port", free_port()])
@@ -253,6 +259,8 @@ def draw(table: Table, jobs: Sequence[Job], output: Path) -> None:
     Raises:
         UserError: rows that were not run yet, by name, or results that belong to other trainings or data.
     """
+    from paco_ds.paper.comparison import MethodResults, write_comparison
+
     missing = [f"{job.row.name} (seed {job.seed})" for job in jobs if not job.done]
     if missing:
         raise UserError(
@@ -312,8 +320,9 @@ def build_shards(card: Path, shards: Path) -> None:
         UserError: the build failed.
     """
     if not (shards / MANIFEST_FILE).exists():
-        command = [sys.executable, str(BUILD), "build", str(card), "--output", str(shards)]
-        if subprocess.run(command, check=False).returncode:
+        from paco_ds.data.pack.command import main as build
+
+        if build(["build", str(card), "--output", str(shards)]):
             raise UserError(f"the shards of {card} could not be built; see above")
 
 
@@ -324,12 +333,13 @@ def main(argv: list[str] | None = None) -> int:
         table = load_table(arguments.table)
         small, extra = None, list(arguments.set)
         if arguments.data is not None:
-            name = load_card(arguments.data).name.lower()  # as its recipe and its folder of shards are called
-            shards = HERE.parent / "data" / name
+            card = find_card(arguments.data)
+            name = load_card(card).name.lower()  # as its recipe and its folder of shards are called
+            shards = data_folder() / name
             extra.insert(0, f"data.shards={shards}")
         if arguments.scale == "small":
             if arguments.data is None:
-                raise RecipeError("--scale small needs --data, a card such as shards/fashion-mnist-lt.yaml")
+                raise RecipeError("--scale small needs --data, a card such as fashion-mnist-lt")
             small = small_recipe(name)
             table = table.model_copy(update={"title": f"{table.title}; here stand-ins on {name}"})
         elif arguments.scale is None and table.scale == "paper":
@@ -354,7 +364,7 @@ def main(argv: list[str] | None = None) -> int:
             job.check()
         if not arguments.draw_only:
             if arguments.scale == "small" and not all(job.kept and job.done for job in jobs):
-                build_shards(arguments.data, shards)
+                build_shards(card, shards)
             run_jobs(jobs, arguments.ranks, arguments.jobs)
         draw(table, jobs, arguments.output)
     return 0
@@ -362,10 +372,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", required=True, help="9 to 14, or a table file; see ds_configs/tables/")
+    parser.add_argument("--table", required=True, help="9 to 14, or another by path or name: demo, methods")
     parser.add_argument("--output", required=True, type=Path, help="directory of the runs and of the drawn table")
     parser.add_argument("--scale", choices=["small", "paper"], help="stand-ins to train here, or commands of a cluster")
-    parser.add_argument("--data", type=Path, help="card of the data set at small scale; built if need be")
+    parser.add_argument("--data", type=Path, help="card of the data set, by path or name; built if need be")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 1 to N for every row")
     parser.add_argument("--ranks", type=int, default=2, help="ranks of each training on this host")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time; their output goes to RUN/run.log")

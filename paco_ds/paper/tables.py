@@ -24,10 +24,8 @@ from pydantic import Field, ValidationError, model_validator
 from paco_ds.config.load import load_recipe
 from paco_ds.config.recipe import Recipe
 from paco_ds.config.section import Section
+from paco_ds.config.shipped import SMALL_RECIPES, find_recipe, find_table
 from paco_ds.errors import RecipeError
-
-ROOT = Path(__file__).resolve().parents[2]
-TABLES, SMALL_RECIPES = ROOT / "ds_configs" / "tables", ROOT / "ds_configs" / "recipes" / "small"
 
 
 class PaperFigures(Section):
@@ -122,22 +120,20 @@ class Table(Section):
 
 
 def load_table(name: str | Path) -> Table:
-    """Read a table by number (9 to 14) or by the path of its file; recipes' paths in it are relative to it.
+    """Read a table by number (9 to 14), by name, or by the path of its file; recipes in it are given by name or by a
+    path relative to it.
 
     Raises:
         RecipeError: names the file and what is wrong in it.
     """
-    path = TABLES / f"table{name}.yaml" if str(name).isdigit() else Path(name)
+    path = find_table(name)
     try:
         table = Table.model_validate(yaml.safe_load(path.read_text()))
-    except FileNotFoundError:
-        known = ", ".join(sorted(p.stem.removeprefix("table") for p in TABLES.glob("table*.yaml")))
-        raise RecipeError(f"no table at {path}; tables of the paper here: {known}, others: a path") from None
     except (yaml.YAMLError, ValidationError) as error:
         raise RecipeError(f"{path}: {error}") from None
 
     def absolute(recipe: str) -> str:
-        return str((path.parent / recipe).resolve())
+        return str(find_recipe(recipe, path.parent).resolve())
 
     rows = tuple(row.model_copy(update={"recipe": absolute(row.recipe)} if row.recipe else {}) for row in table.rows)
     return table.model_copy(update={"recipe": absolute(table.recipe), "rows": rows})

@@ -1,6 +1,6 @@
 """What the paper's closed forms mean for a data set, alpha and queue length (see docs/theory.md).
 
-python -m paco_ds.paper.theory --card shards/fashion-mnist-lt.yaml --alpha .05 --queue 8192 --micro-batch 32
+paco-theory --card fashion-mnist-lt --alpha .05 --queue 8192 --micro-batch 32
 """
 
 from __future__ import annotations
@@ -10,16 +10,20 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
 
 from paco_ds.command import report_user_errors
+from paco_ds.config.shipped import find_card
 from paco_ds.data.manifest import MANIFEST_FILE, load_manifest
 from paco_ds.data.pack.card import load_card
 from paco_ds.data.pack.read import class_counts
 from paco_ds.errors import DataError, UserError
-from paco_ds.paper.optima import LongTail, OptimaPage
+
+if TYPE_CHECKING:  # with matplotlib and torch, which --help need not wait for
+    from paco_ds.paper.optima import LongTail
 
 
 def read_long_tail(where: Path, split: str = "train", root: Path | None = None) -> LongTail:
@@ -32,11 +36,14 @@ def read_long_tail(where: Path, split: str = "train", root: Path | None = None) 
     Raises:
         DataError: there is no such split, or nothing at hand tells how many images its classes have.
     """
+    from paco_ds.paper.optima import LongTail
+
     if where.is_dir() or where.name == MANIFEST_FILE:
         manifest = load_manifest(where if where.is_dir() else where.parent)
         name, classes, shots = manifest.name, manifest.classes, manifest.shots
         counts = manifest.split(split).class_counts
     else:
+        where = find_card(where)
         card = load_card(where)
         if split not in card.splits:
             raise DataError(f"card {where} has no split {split!r}; its splits are: {', '.join(card.splits)}")
@@ -46,7 +53,7 @@ def read_long_tail(where: Path, split: str = "train", root: Path | None = None) 
             raise DataError(
                 f"the class counts of {where} are not at hand: {error}. Give --root FOLDER with the files the card "
                 f"names for {split}, or give as --card the directory of its built shards, whose {MANIFEST_FILE} has "
-                f"the counts (tools/build_shards.py build {where} --output DIRECTORY)"
+                f"the counts (paco-build-shards build {where} --output DIRECTORY)"
             ) from error
         name, shots = card.name, card.shots
     order = [c for c in sorted(range(len(counts)), key=lambda c: -counts[c]) if counts[c]]
@@ -63,6 +70,8 @@ def read_long_tail(where: Path, split: str = "train", root: Path | None = None) 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the tables, draw the pictures if there is an --output; returns the exit status."""
     arguments = _parser().parse_args(argv)
+    from paco_ds.paper.optima import OptimaPage
+
     with report_user_errors():
         output: Path | None = arguments.output
         if output is not None and output.suffix not in ("", ".png"):
@@ -82,10 +91,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m paco_ds.paper.theory",
         description="Head to tail, the optimum of SupCon and of PaCo, and which alpha gives which p_c.",
+        epilog="example:\n  paco-theory --card fashion-mnist-lt --alpha .05 --queue 256 --output runs/theory",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--card", required=True, type=Path, help="dataset card, or directory of built shards")
+    parser.add_argument("--card", required=True, type=Path, help="dataset card (path or name), or directory of shards")
     parser.add_argument("--split", default="train", help="whose class counts (default %(default)s)")
     parser.add_argument("--root", type=Path, help="folder of the card's files, if not the one it names")
     parser.add_argument("--alpha", type=_positive, default=0.05, help="weight of a positive (default %(default)s)")

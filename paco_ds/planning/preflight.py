@@ -1,10 +1,13 @@
 """Say before a run what it will need, and show what it will see.
 
-    preflight.py --plan --recipe R --ranks N --gpu-memory 80GiB    memory, traffic and time
-    preflight.py --workers --recipe R --gpus-per-node 8            loader workers that feed a node's GPUs
-    preflight.py --views sheet.png --recipe R                      both views of images from the shards
+    paco-preflight --plan --recipe R --ranks N --gpu-memory 80GiB    memory, traffic and time
+    paco-preflight --workers --recipe R --gpus-per-node 8            loader workers that feed a node's GPUs
+    paco-preflight --views sheet.png --recipe R                      both views of images from the shards
 
 Without shards on this machine --plan takes `--images N --classes C`. The model is never built in memory for a plan.
+
+example:
+  paco-preflight --plan --recipe imagenet_lt_resnet50 --ranks 4 --gpu-memory 80GiB --images 115846 --classes 1000
 """
 
 from __future__ import annotations
@@ -107,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--plan", action="store_true", help="plan memory, traffic and time of a run")
     parser.add_argument("--workers", action="store_true", help="measure how many loader workers feed a node's GPUs")
     parser.add_argument("--views", metavar="SHEET.png", help="draw both views of images from the recipe's shards")
-    parser.add_argument("--recipe", required=True, help="recipe, YAML; see ds_configs/recipes/")
+    parser.add_argument("--recipe", required=True, help="recipe, YAML: a path, or the name of a shipped one")
     parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a setting")
     parser.add_argument("--ranks", type=int, help="ranks of the job, over all hosts")
     parser.add_argument("--gpus-per-node", type=int, help="for --workers; those of this machine by default")

@@ -87,7 +87,7 @@ def test_a_file_that_is_no_recipe_is_refused(path, text, message):
 
 def test_a_missing_file_and_a_missing_setting_are_named(tmp_path, path):
     """With where to look, or what to give."""
-    with pytest.raises(RecipeError, match=r"no recipe at .*absent.yaml; .*ds_configs/recipes"):
+    with pytest.raises(RecipeError, match=r"no recipe .*absent.yaml: .*ds_configs/recipes; nearest: "):
         load_recipe(tmp_path / "absent.yaml")
     path.write_text(TINY.replace("optimizer: {lr: 0.05}", "optimizer: {}"))
     with pytest.raises(RecipeError, match=r"'optimizer.lr' is missing; .* --set optimizer.lr="):
@@ -186,8 +186,8 @@ class TestBase:
     @pytest.mark.parametrize(
         ("own", "message"),
         [
-            ("base: nowhere.yaml\n", "no recipe at .*nowhere.yaml"),
-            ("base: 3\n", "base is the path of a recipe"),
+            ("base: nowhere.yaml\n", "no recipe nowhere.yaml"),
+            ("base: 3\n", "base is a recipe, by a path"),
             ("base: own.yaml\n", "has a base of its own"),
         ],
     )

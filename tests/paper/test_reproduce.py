@@ -85,8 +85,10 @@ def test_a_wrong_table_is_refused(tmp_path, text, message):
 
 
 def test_a_missing_table_is_named(tmp_path):
-    """With the paper's tables there are."""
-    with pytest.raises(RecipeError, match=r"no table at .*x.yaml; .*10, 11, 12, 13, 14, 9"):
+    """With the nearest of those there are."""
+    with pytest.raises(RecipeError, match=r"no table table15: .*ds_configs/tables; nearest: table1\d, "):
+        load_table(15)
+    with pytest.raises(RecipeError, match=r"no table .*x.yaml: "):
         load_table(tmp_path / "x.yaml")
 
 

@@ -253,7 +253,7 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--card", "nowhere.yaml"], "there is no dataset card nowhere.yaml"),
+            (["--card", "nowhere.yaml"], "no dataset card nowhere.yaml"),
             (["--card", str(SHIPPED_CARD), "--output", "page.pdf"], "neither a folder nor a .png"),
             (["--card", str(SHIPPED_CARD), "--alpha", "0"], "0 is not a number above 0"),
             (["--card", str(SHIPPED_CARD), "--queue", "-1"], "-1 is less than 0"),

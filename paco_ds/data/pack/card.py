@@ -19,6 +19,7 @@ import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from paco_ds.config.plugins import is_plugin, load_plugin
+from paco_ds.config.shipped import find_card
 from paco_ds.data.manifest import Name, Shots, StrictModel, Triple, validation_message
 from paco_ds.data.pack import sources
 from paco_ds.data.pack.root import Root
@@ -146,14 +147,12 @@ def card_type(source: Any, origin: str) -> type[Card]:
 
 
 def load_card(path: str | Path) -> Card:
-    """Read the card at ``path``.
+    """Read the card at ``path``, or the shipped one of that name.
 
     Raises:
-        DataError: no such file, not YAML, an unknown source, an unknown, missing or ill-typed key.
+        DataError: no such card, not YAML, an unknown source, an unknown, missing or ill-typed key.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"there is no dataset card {path}; shards/README.md says what one is")
+    path = find_card(path)
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""The command `build_shards`: options, output, exit codes."""
+"""The command `paco-build-shards`: options, output, exit codes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from paco_ds.config.plugins import allow_code, is_plugin
+from paco_ds.config.shipped import find_card
 from paco_ds.data.manifest import SHOTS, Manifest, load_manifest
 from paco_ds.data.pack.add import add_images
 from paco_ds.data.pack.card import SPLIT_NAMES, Card, card_of_options, card_type, card_types, changed, load_card
@@ -99,7 +100,7 @@ def _suggest(arguments: argparse.Namespace, console: Console) -> int:
     for line in suggestion.reasons:
         print(f"- {line}")
     card, recipe = write_files(manifest, suggestion, arguments.output, arguments.overwrite)
-    print(f"written: {card}, {recipe}; train: deepspeed paco_ds/train.py --config {recipe} --output runs/suggested")
+    print(f"written: {card}, {recipe}; train: deepspeed --module paco_ds.train --config {recipe}")
     missing = [split for split in ("val", "test") if split not in manifest.splits]
     if missing:
         print(
@@ -117,8 +118,9 @@ def card_and_root(arguments: argparse.Namespace) -> tuple[Card, str]:
         given = [f"--{name.replace('_', '-')}" for name in arguments.card_keys if getattr(arguments, name) is not None]
         if given:
             raise DataError(f"{', '.join(given)} are keys of a card: leave them out, or the card {arguments.card}")
-        card = load_card(arguments.card)
-        root = arguments.root or _beside(arguments.card, card.root)
+        path = find_card(arguments.card)
+        card = load_card(path)
+        root = arguments.root or _beside(path, card.root)
     else:
         if arguments.root is None:
             raise DataError(f"--source {arguments.source} needs --root, the folder that holds the images")
@@ -157,7 +159,7 @@ def _options(arguments: argparse.Namespace) -> BuildOptions:
 
 def _known_sources(argv: Sequence[str] | None) -> dict[str, type[Card]]:
     """The sources whose options are offered: all of the package, and the `module:Class` that --source names."""
-    first = argparse.ArgumentParser("build_shards", add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--source", default="")
     first.add_argument("--allow-code", action="store_true")
     given, _ = first.parse_known_args(argv)
@@ -166,9 +168,18 @@ def _known_sources(argv: Sequence[str] | None) -> dict[str, type[Card]]:
     return card_types() | ({given.source: card_type(given.source, "--source")} if is_plugin(given.source) else {})
 
 
+_EXAMPLES = """examples:
+  paco-build-shards build fashion-mnist-lt --output data/fashion-mnist-lt
+  paco-build-shards build --source folder --root images --output data/mine    images/train/CLASS/*.jpg, val/, test/
+  paco-build-shards check data/mine
+  paco-build-shards suggest data/mine"""
+
+
 def _parser(sources: Mapping[str, type[Card]]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="build_shards", description="Make webdataset shards with an index and a manifest; check them."
+        description="Make webdataset shards with an index and a manifest; check them.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # given by the launcher; RANK is used instead
     commands = parser.add_subparsers(required=True)
@@ -176,7 +187,8 @@ def _parser(sources: Mapping[str, type[Card]]) -> argparse.ArgumentParser:
         "build",
         help="build shards from the images of a dataset card or --source",
         description="If interrupted, give the same command again: it resumes, and ends with the same bytes. Started by "
-        "`deepspeed --hostfile hosts tools/build_shards.py build ...` on a shared file system, ranks share the work.",
+        "`deepspeed --hostfile hosts --module paco_ds.data.pack.command build ...` on a shared file system, ranks "
+        "share the work.",
     )
     _add_source_options(build, sources)
     build.add_argument("--output", required=True, help="directory of the shards: a path or any fsspec URL")
@@ -203,7 +215,7 @@ def _parser(sources: Mapping[str, type[Card]]) -> argparse.ArgumentParser:
 
 def _add_source_options(command: argparse.ArgumentParser, sources: Mapping[str, type[Card]]) -> None:
     """Options that choose the images and how they are stored; those of a single source are declared by its card."""
-    command.add_argument("card", nargs="?", type=Path, help="YAML file in shards/; see shards/README.md")
+    command.add_argument("card", nargs="?", type=Path, help="dataset card, YAML: a path, or the name of one in shards/")
     command.add_argument("--root", help="where the images are, if not where the card says: a path or URL")
     command.add_argument("--allow-code", action="store_true", help="permit a source module:Class from outside paco_ds")
     without = command.add_argument_group("without a card")
@@ -272,3 +284,7 @@ def _say_bad(manifest: Manifest, console: Console) -> None:
     if manifest.storage.exists(BAD_IMAGES_FILE):
         lines = manifest.storage.read(BAD_IMAGES_FILE).decode().splitlines()
         console.print(f"{len(lines)} images left out, named in {manifest.storage.place(BAD_IMAGES_FILE)}", markup=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

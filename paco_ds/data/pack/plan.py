@@ -26,7 +26,7 @@ SHARD_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How a build is done; see `tools/build_shards.py build --help`.
+    """How a build is done; see `paco-build-shards build --help`.
 
     Attributes:
         seed: of the order inside the shards, the long-tailed part and the validation split.

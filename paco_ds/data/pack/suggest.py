@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from paco_ds.config.shipped import DEEPSPEED
 from paco_ds.data.manifest import Manifest
 from paco_ds.data.pack.image_bytes import BadImage, size_of
 from paco_ds.data.shard import BadSample, ShardReader
@@ -29,7 +30,6 @@ _QUEUE_SHARE = 1 / 14  # of an epoch's images: ImageNet-LT's 8192 of 115,846
 _LEAST_MICRO_BATCH, _FEWEST_STEPS = 4, 8  # BatchNorm needs some images, an epoch some steps
 _SMALL_SET = 20_000  # images below which a step of 128 leaves few steps an epoch
 _SAMPLED = 64  # images looked at for their size
-_CONFIGS = Path(__file__).parents[3] / "ds_configs"
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def shorter_side(manifest: Manifest, split: str) -> int:
         except (BadSample, BadImage):
             continue
     if not sides:
-        raise DataError(f"none of the images of {manifest.storage.url} could be read: build_shards.py check names them")
+        raise DataError(f"no image of {manifest.storage.url} could be read: paco-build-shards check names them")
     return int(np.median(sides))
 
 
@@ -167,7 +167,7 @@ def recipe_of(manifest: Manifest, suggestion: Suggestion, folder: Path) -> dict[
             "warmup_epochs": 5 if small else 10,
             "per": "step" if small else "epoch",
         },
-        "engine": {"deepspeed": _path(str(_CONFIGS / ("zero1.json" if small else "zero1_autocast.json")), folder)},
+        "engine": {"deepspeed": _path(str(DEEPSPEED / ("zero1.json" if small else "zero1_autocast.json")), folder)},
         "evaluation": {
             "every_epochs": 5,
             "split": "val" if "val" in splits else None,
@@ -186,7 +186,7 @@ def write_files(manifest: Manifest, suggestion: Suggestion, folder: Path, overwr
     content = {
         "card.yaml": (f"# The shards of {manifest.name} as a source.\n", card_of(manifest)),
         "recipe.yaml": (
-            "".join(f"# {line}\n" for line in ("Suggested by build_shards.py suggest:", *suggestion.reasons)),
+            "".join(f"# {line}\n" for line in ("Suggested by paco-build-shards suggest:", *suggestion.reasons)),
             recipe_of(manifest, suggestion, folder),
         ),
     }

@@ -68,7 +68,7 @@ class Load:
             if not self.substitute:
                 raise DataError(
                     f"sample {bad.key} of {bad.shard} cannot be evaluated ({bad.reason}); an accuracy without it would "
-                    f"be of another set. Copy the shard again, or rebuild it; tools/build_shards.py check finds all"
+                    f"be of another set. Copy the shard again, or rebuild it; paco-build-shards check finds all"
                 ) from bad
             return self._substitute(plan, bad)
 
@@ -94,7 +94,7 @@ class Load:
         names = ", ".join(f"{r.key} ({r.reason})" for r in replaced[:5])
         raise DataError(
             f"{len(replaced)} samples drawn one after the other are unreadable: {names}, ... "
-            f"Run tools/build_shards.py check on the shards' directory"
+            f"Run paco-build-shards check on the shards' directory"
         )
 
 

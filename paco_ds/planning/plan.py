@@ -10,7 +10,7 @@ from paco_ds.config.recipe import Recipe
 from paco_ds.data.manifest import Manifest, load_manifest
 from paco_ds.data.storage import open_storage
 from paco_ds.data.stream.order import EpochOrder
-from paco_ds.data.stream.plan import held_bytes, micro_batches_ahead, shards_at_once
+from paco_ds.data.stream.partition import held_bytes, micro_batches_ahead, shards_at_once
 from paco_ds.distributed.ranks import MicroBatchLayout
 from paco_ds.errors import DataError, RecipeError, UserError
 from paco_ds.planning.memory import Device, Memory, offloads, plan_memory, zero_settings

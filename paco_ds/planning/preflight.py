@@ -44,7 +44,7 @@ def _plan(recipe: Recipe, arguments: argparse.Namespace) -> int:
         raise UserError("--plan needs --ranks N, the ranks of the job over all hosts")
     memory = parse_bytes(arguments.gpu_memory, "--gpu-memory") if arguments.gpu_memory else None
     from paco_ds.planning.plan import find_data, make_plan  # brings DeepSpeed, after what can be refused early
-    from paco_ds.planning.report import as_json, print_plan
+    from paco_ds.planning.print_plan import as_json, print_plan
 
     plan = make_plan(
         recipe,

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from paco_ds.data.manifest import Manifest, load_manifest
+from paco_ds.data.pack.build_plan import BuildOptions
 from paco_ds.data.pack.card import load_card
-from paco_ds.data.pack.plan import BuildOptions
 from paco_ds.data.pack.shards import build_shards
 from tests.data.tiny import TINY_CARD, TINY_COUNTS, write_idx
 

@@ -8,10 +8,10 @@ import pytest
 from paco_ds.data.manifest import Manifest, load_manifest
 from paco_ds.data.pack import add as add_module
 from paco_ds.data.pack.add import add_images
+from paco_ds.data.pack.build_plan import BuildOptions
 from paco_ds.data.pack.card import changed, folder_card
 from paco_ds.data.pack.check import check_shards
 from paco_ds.data.pack.command import main
-from paco_ds.data.pack.plan import BuildOptions
 from paco_ds.data.pack.shards import build_shards
 from paco_ds.data.shard import ShardReader
 from paco_ds.errors import DataError
@@ -121,7 +121,7 @@ def test_long_tailed_part_of_an_addition_is_refused(first: Manifest, tmp_path: P
     """It would be no part of the whole."""
     root = images(tmp_path / "second", ant=4)
     card = changed(folder_card(root), imbalance={"factor": 10})
-    with pytest.raises(DataError, match="leave imbalance out"):
+    with pytest.raises(DataError, match="imbalance selects from a whole train split"):
         add_images(first.directory, card, root, SMALL)
 
 

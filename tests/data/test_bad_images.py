@@ -11,11 +11,11 @@ from PIL import Image
 
 from paco_ds.data.manifest import Manifest
 from paco_ds.data.pack import image_bytes
+from paco_ds.data.pack.build_plan import BuildOptions
 from paco_ds.data.pack.card import Card, changed, folder_card
 from paco_ds.data.pack.check import check_shards
 from paco_ds.data.pack.command import main
 from paco_ds.data.pack.image_bytes import BadImage, ending_of, resized, verify
-from paco_ds.data.pack.plan import BuildOptions
 from paco_ds.data.pack.shards import build_shards
 from paco_ds.data.shard import RawSample, ShardReader
 from paco_ds.errors import DataError
@@ -80,7 +80,10 @@ def test_names_of_any_kind_are_kept_in_the_json_alone(tmp_path: Path) -> None:
 
 CUT = encoded(".jpg", 64)[:-400]
 BAD = {
-    "gif.jpg": (b"GIF89a" + bytes(20), "unknown_format (begins with 47 49 46 38 39 61 00 00, no JPEG, PNG or WebP)"),
+    "gif.jpg": (
+        b"GIF89a" + bytes(20),
+        "unknown_format (begins with 47 49 46 38 39 61 00 00, neither JPEG, PNG nor WebP)",
+    ),
     "html.jpg": (b"<html>404</html>", "unknown_format"),
     "none.jpg": (b"", "empty"),
 }
@@ -95,7 +98,7 @@ def test_images_that_cannot_be_taken_end_the_build_with_the_list(
     command = ["build", "--source", "folder", "--root", str(root), "--output", str(out), "--workers", "1"]
     assert main(command) == 2
     message = capsys.readouterr().err
-    assert "2 images cannot be taken (2 unknown_format), at most 0 may be left out" in message
+    assert "2 bad images (2 unknown_format), at most 0 may be left out" in message
     for name in ("gif.jpg", "html.jpg"):
         assert f"c/{name}: {BAD[name][1]}" in message
     assert len((out / "bad-images.txt").read_text().splitlines()) == 2
@@ -126,7 +129,7 @@ def test_class_whose_images_are_all_bad_is_named(tmp_path: Path) -> None:
     for name, data in (("good", encoded()), ("rotten", b"no image")):
         (root / name).mkdir(parents=True)
         (root / name / "1.jpg").write_bytes(data)
-    with pytest.raises(DataError, match="no training image of rotten can be taken"):
+    with pytest.raises(DataError, match="no training image of rotten can be used"):
         build_shards(folder_card(root), root, tmp_path / "out", BuildOptions(max_bad=1))
 
 
@@ -163,7 +166,7 @@ def test_truncated_image_is_found_when_asked_for(tmp_path: Path) -> None:
     root = tmp_path / "root"
     card = folder(root, {"cut.jpg": CUT, "whole.jpg": encoded()})
     build_shards(card, root, tmp_path / "unseen")
-    with pytest.raises(DataError, match=r"1 images cannot be taken \(1 undecodable\)(.|\n)*c/cut.jpg: undecodable"):
+    with pytest.raises(DataError, match=r"1 bad images \(1 undecodable\)(.|\n)*c/cut.jpg: undecodable"):
         build_shards(card, root, tmp_path / "out", BuildOptions(verify=True))
 
 

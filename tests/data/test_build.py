@@ -7,10 +7,10 @@ import pytest
 
 from paco_ds.data.manifest import Manifest, sample_key
 from paco_ds.data.pack import write as write_module
+from paco_ds.data.pack.build_plan import BuildOptions
 from paco_ds.data.pack.card import load_card
 from paco_ds.data.pack.check import check_shards
 from paco_ds.data.pack.command import main
-from paco_ds.data.pack.plan import BuildOptions
 from paco_ds.data.pack.samples import SamplesBuilder
 from paco_ds.data.pack.shards import build_shards
 from paco_ds.data.pack.write import plan_shards
@@ -76,14 +76,14 @@ def test_existing_shards_are_refused(tiny_card: Path, damaged: Manifest, capsys:
     assert build(tiny_card, damaged.directory) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1
-    assert "holds shards already; give another --output, or --overwrite" in message
+    assert "already has shards; give another --output, or --overwrite" in message
     assert contents(damaged.directory) == before
 
 
 def test_tars_of_others_are_refused(tiny_card: Path, tmp_path: Path) -> None:
     """A folder of foreign shards is not built into."""
     (tmp_path / "train-00000.tar").write_bytes(b"precious")
-    with pytest.raises(DataError, match=r"holds train-00000.tar, which is not ours"):
+    with pytest.raises(DataError, match=r"has train-00000.tar, which paco_ds did not write"):
         build_shards(load_card(tiny_card), tiny_card.parent / "images", tmp_path)
 
 
@@ -195,7 +195,7 @@ def test_check_of_no_shards_is_an_error(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_check_compares_class_counts(tiny_shards: Manifest) -> None:
-    """A manifest whose counts add up but are not those of the indexes."""
+    """A manifest whose counts add up but differ from those of the indexes."""
     train = tiny_shards.split("train").model_copy(update={"class_counts": (29, 13, 5)})
     edited = tiny_shards.model_copy(update={"splits": {"train": train}})
-    assert check_shards(edited) == ["split train: class_counts of the manifest are not those of the indexes"]
+    assert check_shards(edited) == ["split train: class_counts of the manifest differ from those of the indexes"]

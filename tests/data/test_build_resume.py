@@ -15,10 +15,10 @@ import pytest
 
 from paco_ds.data.manifest import Manifest, load_manifest
 from paco_ds.data.pack import shards as build_module
+from paco_ds.data.pack.build_plan import BuildOptions
+from paco_ds.data.pack.build_ranks import BuildRank, rank_of_environment
 from paco_ds.data.pack.card import folder_card, load_card
 from paco_ds.data.pack.command import main
-from paco_ds.data.pack.plan import BuildOptions
-from paco_ds.data.pack.ranks import Rank, rank_of_environment
 from paco_ds.data.pack.shards import build_shards, build_share
 from paco_ds.data.pack.write import Written, write_shard
 from paco_ds.errors import DataError
@@ -128,7 +128,7 @@ def test_build_that_ended_before_its_empty_folder_was_removed_is_refused_and_tid
     with pytest.raises(Stop):
         build_shards(card, images_of(tiny_card), out, SMALL)
     monkeypatch.undo()
-    with pytest.raises(DataError, match="holds shards already"):
+    with pytest.raises(DataError, match="already has shards"):
         build_shards(card, images_of(tiny_card), out, SMALL)
     assert contents(out) == contents(tiny_shards.directory)
 
@@ -159,12 +159,12 @@ def test_killed_command_goes_on(tmp_path: Path) -> None:
             assert tar.read_bytes() == (tmp_path / "expected" / tar.name).read_bytes()
     done = subprocess.run(command, capture_output=True, text=True)
     # a kill may have come after the end
-    assert done.returncode == 0 or "holds shards already" in done.stderr
+    assert done.returncode == 0 or "already has shards" in done.stderr
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")
 
 
 def _share(card: Path, out: Path, rank: int, world_size: int) -> None:
-    build_share(load_card(card), images_of(card), out, SMALL, Rank(rank, world_size, patience=60))
+    build_share(load_card(card), images_of(card), out, SMALL, BuildRank(rank, world_size, patience=60))
 
 
 @pytest.mark.parametrize("world_size", [2, 9])
@@ -185,8 +185,8 @@ def test_ranks_share_a_build(tiny_card: Path, tiny_shards: Manifest, tmp_path: P
 
 def test_silent_rank_is_named(tiny_card: Path, tmp_path: Path) -> None:
     """Rank 0 does not wait for ever; what it wrote is kept."""
-    with pytest.raises(DataError, match=r"rank 1 has given no sign of life .* while rank 0 waits for its shards"):
-        build_share(load_card(tiny_card), images_of(tiny_card), tmp_path / "out", SMALL, Rank(0, 2, patience=0.3))
+    with pytest.raises(DataError, match=r"rank 1 was silent .* while rank 0 waited for its shards"):
+        build_share(load_card(tiny_card), images_of(tiny_card), tmp_path / "out", SMALL, BuildRank(0, 2, patience=0.3))
     assert list(tmp_path.glob("out/*.tar"))
     assert not (tmp_path / "out" / "manifest.json").exists()
 
@@ -194,25 +194,25 @@ def test_silent_rank_is_named(tiny_card: Path, tmp_path: Path) -> None:
 def test_failed_rank_says_why_to_the_others(tiny_card: Path, damaged: Manifest, tmp_path: Path) -> None:
     """A build that rank 0 refuses ends on the other ranks too, with its reason."""
     out = tmp_path / "out"
-    with pytest.raises(DataError, match="holds shards already"):
-        build_share(load_card(tiny_card), images_of(tiny_card), damaged.directory, SMALL, Rank(0, 2, patience=1))
+    with pytest.raises(DataError, match="already has shards"):
+        build_share(load_card(tiny_card), images_of(tiny_card), damaged.directory, SMALL, BuildRank(0, 2, patience=1))
     state = damaged.directory / ".build"
     (out / ".build").mkdir(parents=True)
     (out / ".build" / "rank-0.json").write_bytes((state / "rank-0.json").read_bytes())
-    with pytest.raises(DataError, match=r"rank 0 failed: DataError: .*holds shards already"):
-        build_share(load_card(tiny_card), images_of(tiny_card), out, SMALL, Rank(1, 2, patience=1))
+    with pytest.raises(DataError, match=r"rank 0 failed: DataError: .*already has shards"):
+        build_share(load_card(tiny_card), images_of(tiny_card), out, SMALL, BuildRank(1, 2, patience=1))
 
 
 def test_rank_comes_from_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     """RANK and WORLD_SIZE, alone without them; nonsense is refused."""
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    assert rank_of_environment() == Rank(0, 1)
+    assert rank_of_environment() == BuildRank(0, 1)
     monkeypatch.setenv("RANK", "2")
-    with pytest.raises(DataError, match="RANK=2 and WORLD_SIZE=1 are no rank"):
+    with pytest.raises(DataError, match="RANK=2 and WORLD_SIZE=1 are not valid"):
         rank_of_environment()
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert rank_of_environment() == Rank(2, 3)
+    assert rank_of_environment() == BuildRank(2, 3)
 
 
 def test_argument_of_the_launcher_is_taken(tiny_card: Path, tiny_shards: Manifest, tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_full_disk_is_said_and_leaves_nothing_half_written(tiny_card: Path, tmp_
     command = ["build", str(tiny_card), "--output", str(out), "--shard-bytes", "20000", "--workers", "1"]
     done = subprocess.run([sys.executable, "-c", script, *command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "train-00000.tar cannot be written: File too large. Make room and give the same command" in done.stderr
+    assert "train-00000.tar cannot be written: File too large. Free space and give the same command" in done.stderr
     assert [path for path in out.rglob("*") if path.is_file() and path.parent.name != ".build"] == []
 
 
@@ -246,7 +246,7 @@ def test_no_room_is_said_before_anything_is_written(
     """The plan knows how much is needed."""
     usage = build_module.shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(build_module.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(DataError, match=r"the shards need 0.0 GB more and .* has 0.0 GB free: make room"):
+    with pytest.raises(DataError, match=r"the shards need 0.0 GB more, but .* has 0.0 GB free: free space"):
         build_shards(load_card(tiny_card), images_of(tiny_card), tmp_path / "out", SMALL)
     assert not list(tmp_path.glob("out/*.tar"))
 

@@ -8,10 +8,10 @@ import pytest
 from paco_ds.config.recipe import StorageSettings
 from paco_ds.data import storage as storage_module
 from paco_ds.data.manifest import Manifest, load_manifest
+from paco_ds.data.pack.build_plan import BuildOptions
+from paco_ds.data.pack.build_ranks import BuildRank
 from paco_ds.data.pack.card import card_of_options, load_card
 from paco_ds.data.pack.check import check_shards
-from paco_ds.data.pack.plan import BuildOptions
-from paco_ds.data.pack.ranks import Rank
 from paco_ds.data.pack.read import read_source
 from paco_ds.data.pack.shards import build_shards, build_share
 from paco_ds.data.storage import Storage
@@ -76,7 +76,7 @@ def test_images_on_s3_are_listed_once_and_read(s3: Proxy, tmp_path: Path) -> Non
 
 def _share(card: Path, place: str, rank: int) -> None:
     options = BuildOptions(shard_bytes=20_000)
-    build_share(load_card(card), card.parent / "images", place, options, Rank(rank, 2, patience=60))
+    build_share(load_card(card), card.parent / "images", place, options, BuildRank(rank, 2, patience=60))
 
 
 def test_ranks_share_a_build_on_s3(tiny_card: Path, tiny_shards: Manifest, s3: Proxy) -> None:

@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from paco_ds.data.pack import progress as progress_module
-from paco_ds.data.pack.progress import ShardProgress
+from paco_ds.data.pack import progress_bar as progress_module
+from paco_ds.data.pack.progress_bar import ShardProgress
 
 
 class Clock:

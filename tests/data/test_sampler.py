@@ -69,18 +69,18 @@ def test_images_left_out_of_an_epoch_come_in_others():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_line_has_each_id_as_often_as_it_occurs(kind):
+def test_the_sequence_has_each_id_as_often_as_it_occurs(kind):
     """First copies first, shard by shard; it is the same in another process, and another each epoch."""
     sampler = sampler_of(kind)
-    line, times = sampler.line(3), sampler.occurrences(3)
-    np.testing.assert_array_equal(np.bincount(line, minlength=len(times)), times)
+    sequence, times = sampler.sequence(3), sampler.occurrences(3)
+    np.testing.assert_array_equal(np.bincount(sequence, minlength=len(times)), times)
     distinct = int((times > 0).sum())
-    assert len(np.unique(line[:distinct])) == distinct
-    shard = np.searchsorted(np.cumsum(sampler.counts), line[:distinct], side="right")
+    assert len(np.unique(sequence[:distinct])) == distinct
+    shard = np.searchsorted(np.cumsum(sampler.counts), sequence[:distinct], side="right")
     assert (np.diff(shard) != 0).sum() == len(sampler.counts) - 1
     copy = pickle.loads(pickle.dumps(sampler))
-    np.testing.assert_array_equal(copy.line(3), line)
-    assert not np.array_equal(sampler.line(4), line)
+    np.testing.assert_array_equal(copy.sequence(3), sequence)
+    assert not np.array_equal(sampler.sequence(4), sequence)
 
 
 def test_copies_of_an_image_are_spread_over_the_epoch():
@@ -88,7 +88,7 @@ def test_copies_of_an_image_are_spread_over_the_epoch():
     sampler = sampler_of("class_balanced")
     labels = sampler._labels.labels()
     G = 16
-    order = EpochOrder(sampler.counts, G, seed=3, epoch=0, window=8, line=sampler.line(0))
+    order = EpochOrder(sampler.counts, G, seed=3, epoch=0, window=8, sequence=sampler.sequence(0))
     batches = np.stack([order.batch(step, range(G)) for step in range(order.steps)])
     for image in np.flatnonzero(labels == 5):
         steps = np.flatnonzero((batches == image).any(axis=1))
@@ -99,7 +99,7 @@ def test_class_balanced_batches_hold_all_classes_alike():
     """Every class with images has its sixth of the places seen."""
     sampler = sampler_of("class_balanced")
     labels = sampler._labels.labels()
-    order = EpochOrder(sampler.counts, 24, seed=3, epoch=0, window=8, line=sampler.line(0))
+    order = EpochOrder(sampler.counts, 24, seed=3, epoch=0, window=8, sequence=sampler.sequence(0))
     batches = np.stack([labels[order.batch(step, range(24))] for step in range(order.steps)])
     share = np.stack([(batches == label).mean(axis=1) for label in range(6)])
     np.testing.assert_allclose(share.mean(axis=1), 1 / 6, atol=0.02)
@@ -110,5 +110,5 @@ def test_labels_travel_as_their_source():
     """A sampler in use does not carry its arrays to loader processes."""
     sampler = sampler_of("class_balanced")
     before = len(pickle.dumps(sampler))
-    sampler.line(0)
+    sampler.sequence(0)
     assert len(pickle.dumps(sampler)) == before

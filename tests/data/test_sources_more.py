@@ -15,8 +15,8 @@ import pytest
 import webdataset as wds
 
 from paco_ds.data.manifest import Manifest
+from paco_ds.data.pack.build_plan import BuildOptions
 from paco_ds.data.pack.card import Card, card_of_options, changed, folder_card, make_card
-from paco_ds.data.pack.plan import BuildOptions
 from paco_ds.data.pack.read import read_source
 from paco_ds.data.pack.shards import build_shards
 from paco_ds.data.pack.source import Source

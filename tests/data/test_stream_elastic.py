@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paco_ds.data.shard import Stored
-from paco_ds.data.stream.plan import Planned, TrainingPlan, held_bytes
+from paco_ds.data.stream.partition import Planned, TrainingPlan, held_bytes
 from paco_ds.data.stream.read_ahead import TrainingSamples
 from paco_ds.data.stream.sampler import ClassSampler
 from paco_ds.distributed.ranks import MicroBatchLayout
@@ -81,7 +81,7 @@ def batches(
         plan = plan_of(counts, layout, sampler, window, start)
         last = plan.total_steps if steps is None else min(start + steps, plan.total_steps)
         shares = [TrainingSamples(plan, Reader(sum(counts))).share(n, workers) for n in range(workers)]
-        sizes = [[len(slots) for slots in plan.lanes_of(n, workers)] for n in range(workers)]
+        sizes = [[len(slots) for slots in plan.slots_of(n, workers)] for n in range(workers)]
         for step in range(start, last):
             for slot, j in enumerate(layout.own):
                 taken = [next(share) for n, share in enumerate(shares) for _ in range(sizes[n][slot])]

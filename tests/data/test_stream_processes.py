@@ -37,7 +37,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize(
     ("what", "message"),
-    [("killed", r"TrainingError: loader process \d+ \(-9\).* is gone.*lower data.workers"), ("left", "something else")],
+    [("killed", r"TrainingError: loader process \d+ \(-9\).* died.*lower data.workers"), ("left", "something else")],
 )
 def test_the_rank_ends_whatever_became_of_its_loader_processes(striped_shards, tmp_path, what, message):
     """They do not see SIGTERM; waiting for them at exit would last for ever."""
@@ -69,5 +69,5 @@ def test_a_connection_that_breaks_before_its_process_has_ended_is_laid_to_the_pr
         raise ConnectionResetError("reset by peer")
         yield
 
-    with pytest.raises(TrainingError, match=rf"loader process {process.pid} \(-9\).* is gone"):
+    with pytest.raises(TrainingError, match=rf"loader process {process.pid} \(-9\).* died"):
         next(_raising(parts(), [process], lambda: None))

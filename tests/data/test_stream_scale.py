@@ -12,7 +12,7 @@ import pytest
 from paco_ds.data import shard as shard_module
 from paco_ds.data.manifest import Manifest, load_manifest
 from paco_ds.data.stream.batches import TrainingStream
-from paco_ds.data.stream.plan import TrainingPlan
+from paco_ds.data.stream.partition import TrainingPlan
 from paco_ds.distributed.ranks import MicroBatchLayout
 from tests.recipes import tiny_recipe
 
@@ -51,7 +51,7 @@ def test_fourteen_million_samples_are_planned_from_any_step_in_little_memory(G: 
     counts = (1400,) * 10_000
     tracemalloc.start()
     plan = TrainingPlan(counts, layout, seed=1, window=64, start=start, epochs=90)
-    slots = [slot for of_slot in plan.lanes_of(0, 1) for slot in of_slot]
+    slots = [slot for of_slot in plan.slots_of(0, 1) for slot in of_slot]
     window = next(plan.windows(slots))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

@@ -92,7 +92,7 @@ def test_command_writes_a_card_and_a_recipe_that_load(
     assert (card.source, card.root, set(card.splits)) == ("webdataset", str(damaged.directory), {"train", "test"})
     assert main(["build", str(tmp_path / "out" / "card.yaml"), "--output", str(tmp_path / "again")]) == 0
     assert main(command) == 2
-    assert "card.yaml is there already" in capsys.readouterr().err
+    assert "card.yaml exists" in capsys.readouterr().err
 
 
 def test_recipe_for_photographs_loads(damaged: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

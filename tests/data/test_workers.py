@@ -5,7 +5,7 @@ import os
 import pytest
 from rich.console import Console
 
-from paco_ds.data.pack.progress import ShardProgress
+from paco_ds.data.pack.progress_bar import ShardProgress
 from paco_ds.data.pack.workers import Report, Workers
 from paco_ds.errors import DataError
 
@@ -52,5 +52,5 @@ def test_a_process_that_was_ended_is_said() -> None:
     """By what was under way, and by what is asked for afterwards."""
     with Workers(2) as workers:
         for _ in range(2):
-            with pytest.raises(DataError, match=r"worker process was ended from outside.*fewer --workers"):
+            with pytest.raises(DataError, match=r"worker process was killed.*fewer --workers"):
                 list(workers.map(_end, [3]))

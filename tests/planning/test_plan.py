@@ -15,7 +15,7 @@ from paco_ds.models.recogniser import make_recogniser
 from paco_ds.planning.memory import PARTS, plan_memory, zero_settings
 from paco_ds.planning.plan import find_data, judge, make_plan
 from paco_ds.planning.preflight import main
-from paco_ds.planning.report import as_json, print_plan, verdict_lines
+from paco_ds.planning.print_plan import as_json, print_plan, verdict_lines
 from paco_ds.planning.sizes import format_bytes, parse_bytes
 from paco_ds.planning.trace import LiveBytes, trace_step
 from paco_ds.planning.traffic import plan_traffic

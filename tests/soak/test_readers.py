@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from paco_ds.data.pack.build_plan import BuildOptions
 from paco_ds.data.pack.card import folder_card
-from paco_ds.data.pack.plan import BuildOptions
 from paco_ds.data.pack.shards import build_shards
 from paco_ds.data.shard import ShardReader
 from tests.data.tiny import encoded

@@ -16,9 +16,9 @@ import pytest
 
 from paco_ds.data.manifest import load_manifest
 from paco_ds.data.pack.add import add_images
+from paco_ds.data.pack.build_plan import BuildOptions
 from paco_ds.data.pack.card import folder_card
 from paco_ds.data.pack.check import check_shards
-from paco_ds.data.pack.plan import BuildOptions
 from paco_ds.data.pack.shards import build_shards
 from tests.data.tiny import encoded
 

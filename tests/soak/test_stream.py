@@ -13,12 +13,12 @@ import pytest
 
 from paco_ds.config.recipe import Recipe, StorageSettings
 from paco_ds.data.manifest import Manifest, load_manifest, open_data
+from paco_ds.data.pack.build_plan import BuildOptions
 from paco_ds.data.pack.card import load_card
-from paco_ds.data.pack.plan import BuildOptions
 from paco_ds.data.pack.shards import build_shards
 from paco_ds.data.storage import Storage
 from paco_ds.data.stream.batches import TrainingStream
-from paco_ds.data.stream.plan import TrainingPlan
+from paco_ds.data.stream.partition import TrainingPlan
 from paco_ds.data.stream.sampler import ClassSampler
 from paco_ds.distributed.ranks import MicroBatchLayout
 from tests.data.mutations import fuzz
@@ -134,10 +134,10 @@ def test_order_of_fourteen_million(record: Record) -> None:
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(20_000, dtype=np.int32), of_class))
     sampler = ClassSampler("class_balanced", counts, _Labels(labels), tuple(of_class), seed=1, epochs=90)
     began = time.perf_counter()
-    sampler.line(0)
+    sampler.sequence(0)
     first = time.perf_counter() - began
     began = time.perf_counter()
-    sampler.line(1)
+    sampler.sequence(1)
     later = time.perf_counter() - began
     record("the same laid out class-balanced", f"{first:.1f} s, later epochs {later:.1f} s", later < 10)
     assert later < 10

@@ -36,9 +36,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from report import Bar, at_least, at_most, in_own_process, median_seconds, print_bars, status_bytes
 
+from paco_ds.data.pack.build_plan import BuildOptions, plan_build
+from paco_ds.data.pack.build_ranks import BuildRank
 from paco_ds.data.pack.card import Card, folder_card, make_card
-from paco_ds.data.pack.plan import BuildOptions, plan_build
-from paco_ds.data.pack.ranks import Rank
 from paco_ds.data.pack.shards import build_shards
 from paco_ds.data.storage import Storage
 
@@ -235,7 +235,7 @@ def _peak_of_build(root: Path, page: str, output: Path) -> int:
 def _peak_of_plan(root: Path, page: str, output: Path) -> int:
     started = time.perf_counter()
     plan = plan_build(_card(root, page), root, Storage(output), BuildOptions())
-    next(plan.jobs(Rank()))
+    next(plan.jobs(BuildRank()))
     print(f"{page} planned in {time.perf_counter() - started:.0f} s")
     return status_bytes("VmHWM")
 

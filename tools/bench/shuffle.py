@@ -55,10 +55,10 @@ def long_tail() -> np.ndarray:
 
 def epoch_of(build: Build, counts: np.ndarray, sampler: str) -> np.ndarray:
     """Ids of all batches of the third of ten epochs: int64 [steps, BATCH]."""
-    line = None
+    sequence = None
     if sampler != "instance_balanced":
-        line = ClassSampler(sampler, build.counts, build, tuple(counts), seed=1, epochs=10).line(2)  # type: ignore[arg-type]
-    order = EpochOrder(build.counts, BATCH, seed=1, epoch=2, window=64, line=line)
+        sequence = ClassSampler(sampler, build.counts, build, tuple(counts), seed=1, epochs=10).sequence(2)  # type: ignore[arg-type]
+    order = EpochOrder(build.counts, BATCH, seed=1, epoch=2, window=64, sequence=sequence)
     windows = range(-(-order.steps // order.window))
     return np.concatenate([order.window_ids(number, range(BATCH)).T for number in windows])
 

@@ -40,13 +40,13 @@ from report import MIB, at_least, print_bars, print_table
 from paco_ds.config.load import load_recipe
 from paco_ds.config.recipe import Recipe
 from paco_ds.data.manifest import load_manifest
+from paco_ds.data.pack.build_plan import BuildOptions
 from paco_ds.data.pack.card import folder_card
-from paco_ds.data.pack.plan import BuildOptions
 from paco_ds.data.pack.shards import build_shards
 from paco_ds.data.shard import ShardReader
 from paco_ds.data.storage import Storage
 from paco_ds.data.stream.batches import TrainingStream
-from paco_ds.data.stream.plan import TrainingPlan, held_bytes
+from paco_ds.data.stream.partition import TrainingPlan, held_bytes
 from paco_ds.data.stream.read_ahead import TrainingSamples
 from paco_ds.distributed.ranks import MicroBatchLayout
 

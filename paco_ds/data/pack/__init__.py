@@ -1,1 +1,1 @@
-"""From source images to shards: listing, planning, writing, checking."""
+"""Build shards from source images: list, plan, write, check."""

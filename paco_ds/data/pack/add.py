@@ -1,4 +1,4 @@
-"""Owns the adding of images and classes to finished shards: new shards beside the old, a new manifest for all."""
+"""Add images and classes to finished shards: new shards beside the old ones, and a new manifest."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 from rich.console import Console
 
 from paco_ds.data.manifest import MANIFEST_FILE, Manifest, Split, load_manifest
+from paco_ds.data.pack.build_plan import BuildOptions, BuildPlan, plan_of, select
+from paco_ds.data.pack.build_ranks import BuildRank
 from paco_ds.data.pack.card import Card
-from paco_ds.data.pack.plan import BuildOptions, BuildPlan, plan_of, select
-from paco_ds.data.pack.ranks import Rank
 from paco_ds.data.pack.read import read_source
 from paco_ds.data.pack.shards import (
     STATE_FOLDER,
@@ -34,17 +34,17 @@ def add_images(
     card: Card,
     root: str | Path,
     options: BuildOptions,
-    rank: Rank = Rank(),  # noqa: B008 (frozen)
+    rank: BuildRank = BuildRank(),  # noqa: B008 (frozen)
     console: Console | None = None,
 ) -> Manifest | None:
-    """Add a card's images to a directory of shards; the new manifest from rank 0, None from the others.
+    """Add a card's images to a directory of shards. Returns the new manifest on rank 0, None on the others.
 
-    Classes are matched by name; new ones get the labels after the known ones, in the order of the card. The old
-    shards are not touched, and the manifest before is kept as `manifest-REVISION.json`: a run that goes on from
-    before is told by the manifest's digest, and can be pointed at that file.
+    Classes are matched by name; new classes get the next labels, in the order of the card. The old shards are not
+    changed, and the previous manifest is kept as `manifest-REVISION.json`: a run trained on it can resume with that
+    file.
 
     Raises:
-        DataError: as `build_shards`; these images were added before; a new class has no image in train.
+        DataError: as `build_shards`; these images were added before; a new class has no training image.
     """
     console = console or Console(quiet=True)
     output = as_storage(directory)
@@ -54,7 +54,7 @@ def add_images(
         plan = _plan(before, card, root, output, options, workers)
         if plan.listing in before.listings:
             if rank.number == 0 and rank.plan(state) is not None:
-                clear_state(state)  # ended after the manifest was written, before the rest was cleared
+                clear_state(state)  # interrupted after the manifest was written, before the state was cleared
                 remove_state(state)
                 return before
             raise DataError(f"these images of {card.name} are in {output.url} already, as its manifest says")
@@ -77,7 +77,7 @@ def _plan(
     before: Manifest, card: Card, root: str | Path, output: Storage, options: BuildOptions, workers: Workers
 ) -> BuildPlan:
     if card.imbalance is not None:
-        raise DataError("a long-tailed part is drawn from a whole train, not from what is added: leave imbalance out")
+        raise DataError("imbalance selects from a whole train split, not from added images: leave it out")
     source = select(card, read_source(card, root, workers.map), options.seed)
     known = {name: label for label, name in enumerate(before.classes)}
     classes = (*before.classes, *(name for name in source.classes if name not in known))
@@ -95,7 +95,7 @@ def _plan(
 
 
 def _merged(before: Manifest, plan: BuildPlan, written: list[Written]) -> Manifest:
-    """The old splits with the new shards after theirs, and all classes."""
+    """The manifest of the old splits with the new shards appended, and all classes."""
     added = describe(plan, written, {name: split.samples for name, split in before.splits.items()})
     more = (0,) * (len(plan.source.classes) - len(before.classes))
     splits = {

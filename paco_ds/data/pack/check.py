@@ -1,4 +1,4 @@
-"""Owns the check of a directory of shards: every byte against the manifest, every bad shard and sample named."""
+"""Check a directory of shards: compare every byte with the manifest, list every damaged shard and sample."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 from rich.console import Console
 
 from paco_ds.data.manifest import Manifest, Split
-from paco_ds.data.pack.progress import ShardProgress
+from paco_ds.data.pack.progress_bar import ShardProgress
 from paco_ds.data.pack.workers import Report, Workers
 from paco_ds.data.shard import ShardReader, check_shard, load_index
 from paco_ds.data.storage import MissingFile, Storage
@@ -16,7 +16,7 @@ _Job = tuple[int, str, int]  # place in the manifest, split, shard
 
 
 def check_shards(manifest: Manifest, *, workers: int = 1, console: Console | None = None) -> list[str]:
-    """All damage of the shards of a manifest, a line each, in its order; an empty list if there is none."""
+    """All damage of the shards of a manifest, one line each, in its order."""
     jobs: list[_Job] = [(0, split.name, n) for split in manifest.splits.values() for n in range(len(split.shards))]
     jobs = [(place, split, number) for place, (_, split, number) in enumerate(jobs)]
     images = sum(split.samples for split in manifest.splits.values())
@@ -32,7 +32,7 @@ def check_shards(manifest: Manifest, *, workers: int = 1, console: Console | Non
         for split in manifest.splits.values():
             counts = np.bincount(ShardReader(manifest.storage, split).labels(), minlength=len(manifest.classes))
             if tuple(counts) != split.class_counts:
-                problems.append(f"split {split.name}: class_counts of the manifest are not those of the indexes")
+                problems.append(f"split {split.name}: class_counts of the manifest differ from those of the indexes")
     return problems
 
 
@@ -46,7 +46,7 @@ def _check(settings: tuple[Storage, dict[str, Split]], job: _Job, report: Report
 
 
 def _energon_problems(storage: Storage, split: Split, number: int) -> list[str]:
-    """The offsets beside a shard are for other readers: they may be gone, as in older builds, but not be wrong."""
+    """Problems of `.tar.idx`, which only other readers use: it may be missing, as in older builds, but not wrong."""
     shard = split.shards[number]
     try:
         stored = storage.read(shard.energon_file)
@@ -54,7 +54,7 @@ def _energon_problems(storage: Storage, split: Split, number: int) -> list[str]:
     except MissingFile:
         return []
     except DataError:
-        return []  # the index itself is named already
+        return []  # the index is listed already
     end = index["offset"][-1:] + index["size"][-1:]
     if stored != np.concatenate((index["offset"], end)).astype("<u8").tobytes():
         return [f"{shard.energon_file} does not fit {shard.file}: remove it, only other readers use it"]

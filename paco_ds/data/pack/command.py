@@ -19,10 +19,10 @@ from paco_ds.config.plugins import allow_code, is_plugin
 from paco_ds.config.shipped import find_card
 from paco_ds.data.manifest import SHOTS, Manifest, load_manifest
 from paco_ds.data.pack.add import add_images
+from paco_ds.data.pack.build_plan import SHARD_BYTES, BuildOptions
+from paco_ds.data.pack.build_ranks import rank_of_environment
 from paco_ds.data.pack.card import SPLIT_NAMES, Card, card_of_options, card_type, card_types, changed, load_card
 from paco_ds.data.pack.check import check_shards
-from paco_ds.data.pack.plan import SHARD_BYTES, BuildOptions
-from paco_ds.data.pack.ranks import rank_of_environment
 from paco_ds.data.pack.shards import BAD_IMAGES_FILE, build_share
 from paco_ds.data.pack.suggest import histogram, suggest, write_files
 from paco_ds.errors import DataError, UserError

@@ -1,4 +1,4 @@
-"""Owns what the builder does to an encoded image: name its format by content, prove that it decodes, shrink it."""
+"""Encoded images in the builder: detect the format by content, verify that they decode, resize."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps
 
-# The largest image that is decoded, in pixels: a decompression bomb is small as a file and fills memory.
+# Largest image that is decoded, in pixels: a decompression bomb is a small file that fills memory.
 MAX_PIXELS = 178_956_970
 Encoded = bytes | memoryview
 _PIL_FORMAT = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 
 
-class BadImage(Exception):  # noqa: N818 (counted and named by the builder; not an end by itself)
-    """One image cannot be taken: ``reason`` is a short slug, ``where`` names it at its source."""
+class BadImage(Exception):  # noqa: N818 (the builder counts and lists them; only too many are an error)
+    """One image cannot be used: ``reason`` is a short slug, ``where`` names it at its source."""
 
     def __init__(self, reason: str, where: str = "", detail: str = "") -> None:
         super().__init__(reason, where, detail)
@@ -29,7 +29,7 @@ class BadImage(Exception):  # noqa: N818 (counted and named by the builder; not 
 
 
 def ending_of(data: Encoded) -> str:
-    """jpg, png or webp by the first bytes, whatever the file is called.
+    """jpg, png or webp, by the first bytes and not by the file's name.
 
     Raises:
         BadImage: `empty`, or `unknown_format`.
@@ -42,7 +42,7 @@ def ending_of(data: Encoded) -> str:
         return "webp"
     if not data:
         raise BadImage("empty")
-    raise BadImage("unknown_format", detail=f"begins with {data[:8].hex(' ')}, no JPEG, PNG or WebP")
+    raise BadImage("unknown_format", detail=f"begins with {data[:8].hex(' ')}, neither JPEG, PNG nor WebP")
 
 
 def verify(data: Encoded, ending: str) -> None:
@@ -58,7 +58,7 @@ def verify(data: Encoded, ending: str) -> None:
                 simplejpeg.decode_jpeg(data, colorspace="GRAY", fastdct=True)
                 return
         except ValueError:
-            pass  # CMYK and harmless oddities land here too: Pillow decides
+            pass  # also for CMYK and harmless oddities: Pillow decides
     image = _opened(data, ending)
     with _as_bad_image():
         image.load()
@@ -71,7 +71,7 @@ def size_of(data: Encoded) -> tuple[int, int]:
 
 
 def resized(data: Encoded, ending: str, short: int, quality: int) -> tuple[Encoded, str]:
-    """The image with its shorter side made ``short`` pixels, as JPEG, upright; the same bytes if it is that small.
+    """Shrink the shorter side to ``short`` pixels, as upright JPEG; the same bytes if it is not longer.
 
     Returns the bytes and their ending. Raises BadImage as `verify`.
     """
@@ -83,21 +83,21 @@ def resized(data: Encoded, ending: str, short: int, quality: int) -> tuple[Encod
     with _as_bad_image():
         image.draft("RGB", (2 * size[0], 2 * size[1]))  # JPEG decodes at a reduced scale, at least twice the target
         small = _eight_bits(image).resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
-        upright = ImageOps.exif_transpose(small)  # the new file has no EXIF that would say so
+        upright = ImageOps.exif_transpose(small)  # the new file has no EXIF orientation
         out = io.BytesIO()
         upright.save(out, "JPEG", quality=quality)
     return out.getvalue(), "jpg"
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """RGB pixels of 8 bits; 16-bit grey keeps its upper byte, where Pillow by itself would clip to white."""
+    """8-bit RGB; of 16-bit gray the upper byte is kept, where Pillow would clip to white."""
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
     return image.convert("RGB")
 
 
 def _opened(data: Encoded, ending: str) -> Image.Image:
-    """The image as Pillow opens it, its size checked before a pixel is decoded."""
+    """Open with Pillow and check the size before any pixel is decoded."""
     with _as_bad_image():
         image = Image.open(io.BytesIO(data), formats=(_PIL_FORMAT[ending],))
     if image.width * image.height > MAX_PIXELS:
@@ -107,7 +107,7 @@ def _opened(data: Encoded, ending: str) -> Image.Image:
 
 @contextmanager
 def _as_bad_image() -> Iterator[None]:
-    """Everything that Pillow raises for damaged bytes, which is more than its documentation says."""
+    """Turn any error that Pillow raises for damaged bytes into BadImage; it raises more than it documents."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS decides

@@ -1,6 +1,6 @@
-"""Owns the table of a split's source images: columns, not objects, so that 3 million of them fit beside a builder.
+"""The table of a split's source images, in columns, so that 3 million rows fit in memory.
 
-A row costs its name and 28 bytes. Workers are sent their rows only (`Samples.take`).
+A row takes its name and 28 bytes. Workers receive only their rows (`Samples.take`).
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-MISSING = -1  # size of an image that is listed but is not there
-_BLOCK = 2048  # rows that are taken as Python's objects at a time
+MISSING = -1  # size of an image that is listed but does not exist
+_BLOCK = 2048  # rows converted to Python objects at a time
 
 
 class Names(Sequence[str]):
-    """Strings as one blob of UTF-8 and int64 offsets [N + 1]; names that are no UTF-8 survive as Python has them."""
+    """Strings as one blob of UTF-8 and int64 offsets [N + 1]; other encodings survive as surrogate escapes."""
 
     def __init__(self, blob: bytes | bytearray, offsets: npt.NDArray[np.int64]) -> None:
         self.blob, self.offsets = blob, offsets
 
     @classmethod
     def of(cls, names: Iterable[str]) -> Names:
-        """Take strings one at a time, so that an iterator of millions is never a list."""
+        """From strings, one at a time: an iterator of millions never becomes a list."""
         blob, ends = bytearray(), array("q", [0])
         for name in names:
             blob += name.encode("utf-8", "surrogateescape")
@@ -37,13 +37,13 @@ class Names(Sequence[str]):
         return bytes(self.blob[self.offsets[row] : self.offsets[row + 1]])
 
     def text(self, row: int) -> str:
-        """One name as it can be shown and stored: bytes that are no UTF-8 become escapes."""
+        """One name for display and storage: bytes that are not UTF-8 become escapes."""
         return self.raw(row).decode("utf-8", "backslashreplace")
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def __getitem__(self, row: int) -> str:  # type: ignore[override]  # slices are what `take` is for
+    def __getitem__(self, row: int) -> str:  # type: ignore[override]  # `take` replaces slices
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)} names")
         return self.raw(row).decode("utf-8", "surrogateescape")
@@ -52,17 +52,17 @@ class Names(Sequence[str]):
         return (raw.decode("utf-8", "surrogateescape") for raw in self.raws())
 
     def raws(self) -> Iterator[bytes]:
-        """The bytes of every name, in half the time that asking row by row takes."""
+        """The bytes of every name, in half the time of `raw` for each row."""
         for block in self.blocks():
             blob = bytes(block.blob)
             yield from (blob[a:b] for a, b in pairwise(block.offsets.tolist()))
 
     def texts(self) -> Iterator[str]:
-        """Every name as `text` gives it."""
+        """Every name, as `text`."""
         return (raw.decode("utf-8", "backslashreplace") for raw in self.raws())
 
     def blocks(self, size: int = _BLOCK) -> Iterator[Names]:
-        """The names in order, so many at a time."""
+        """The names in order, in blocks of `size`."""
         for at in range(0, len(self), size):
             offsets = self.offsets[at : at + size + 1]
             yield Names(bytes(self.blob[offsets[0] : offsets[-1]]), offsets - offsets[0])
@@ -74,7 +74,7 @@ class Names(Sequence[str]):
         return Names(blob, np.concatenate((np.zeros(1, np.int64), np.cumsum(ends - begins, dtype=np.int64))))
 
     def repeated(self) -> npt.NDArray[np.int64]:
-        """Rows whose name an earlier row has, ascending."""
+        """Rows whose name occurs in an earlier row, ascending."""
         hashes = np.fromiter(map(hash, self.raws()), np.int64, len(self))
         order = np.argsort(hashes, kind="stable")
         alike = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
@@ -92,12 +92,12 @@ class Samples:
     """The images of a split at their source, row by row.
 
     Attributes:
-        names: where each is, relative to the root: a path, or `file#position` inside a file of many.
+        names: relative to the root: a path, or `file#position` in a file of many images.
         labels: int32 [N].
-        sizes: int64 [N], bytes as stored there; MISSING where nothing is.
-        stamps: int64 [N], what changes when the image does (a file's mtime in ns); 0 where nothing is known.
-        places: int64 [N], position inside the file that holds many images; empty for plain files.
-        groups: int32 [N], images of one group stay on one side of a split; empty without groups.
+        sizes: int64 [N], bytes at the source; MISSING where the image does not exist.
+        stamps: int64 [N], a file's mtime in ns; 0 where unknown.
+        places: int64 [N], position in a file of many images; empty for single files.
+        groups: int32 [N], images of a group stay in the same split; empty without groups.
     """
 
     names: Names
@@ -122,7 +122,7 @@ class Samples:
         )
 
     def sized(self, sizes: npt.NDArray[np.int64], stamps: npt.NDArray[np.int64]) -> Samples:
-        """The same rows with the sizes and stamps found at their places."""
+        """The same rows with these sizes and stamps."""
         return replace(self, sizes=sizes, stamps=stamps)
 
     def counts(self, classes: int) -> npt.NDArray[np.int64]:
@@ -143,7 +143,7 @@ class SamplesBuilder:
     def add(
         self, name: str, label: int, *, group: int | None = None, place: int | None = None, size: int | None = None
     ) -> None:
-        """One more row; group, place and size are given for every row or for none."""
+        """Add a row; give group, place and size for every row or for none."""
         self._blob += name.encode("utf-8", "surrogateescape")
         self._ends.append(len(self._blob))
         self._labels.append(label)
@@ -155,7 +155,7 @@ class SamplesBuilder:
             self._sizes.append(size)
 
     def build(self) -> Samples:
-        """The table; rows added without a size are MISSING until `Samples.sized`."""
+        """The table; sizes are MISSING unless given, until `Samples.sized`."""
         count = len(self)
         return Samples(
             Names(self._blob, np.array(self._ends, np.int64)),

@@ -1,4 +1,4 @@
-"""Owns which images of a source are taken: a long-tailed part of train, and a validation split out of it."""
+"""Selection from a source: a long-tailed subset of train, and a validation split taken from train."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy.typing as npt
 from paco_ds.data.pack.card import Imbalance
 from paco_ds.data.pack.samples import Samples
 
-_PARETO_POWER = 3  # 1,000 classes from 1280 to 5 images then have 116,600 in all; ImageNet-LT has 115,846
-_IMBALANCE_STREAM, _VALIDATION_STREAM = 1, 2  # the two draws of one seed are independent
+_PARETO_POWER = 3  # 1,000 classes of 1280 to 5 images then have 116,600 in total; ImageNet-LT has 115,846
+_IMBALANCE_STREAM, _VALIDATION_STREAM = 1, 2  # makes the two draws of one seed independent
 
 
 def long_tailed_counts(available: npt.NDArray[np.int64], imbalance: Imbalance) -> npt.NDArray[np.int64]:
@@ -21,7 +21,7 @@ def long_tailed_counts(available: npt.NDArray[np.int64], imbalance: Imbalance) -
     - exp: n F^(-r/(C-1)) (Cui et al. 2019);
     - pareto: n (1 + (F^(1/3) - 1) r/(C-1))^-3, a power law, whose head falls faster (as that of ImageNet-LT).
 
-    Never more than there are, and never none of a class that has some.
+    Never more than available, and at least one of every class that has images.
     """
     rank = np.argsort(-available, kind="stable")
     place = np.arange(len(available)) / max(len(available) - 1, 1)
@@ -37,16 +37,16 @@ def long_tailed_counts(available: npt.NDArray[np.int64], imbalance: Imbalance) -
 
 
 def make_long_tailed(samples: Samples, classes: int, imbalance: Imbalance, seed: int) -> Samples:
-    """The part of a split that has these counts, drawn by seed, in the order of the split."""
+    """A random subset of a split with these counts, in the order of the split."""
     counts = long_tailed_counts(samples.counts(classes), imbalance)
     order = _drawn_by_class(samples, seed, _IMBALANCE_STREAM)
     return samples.take(np.sort(order[_place_in_class(samples.labels[order]) < counts[samples.labels[order]]]))
 
 
 def split_validation(samples: Samples, classes: int, share: float, seed: int) -> tuple[Samples, Samples]:
-    """(train, val) of a split: `share` of each class, rounded, and never the last image of a class.
+    """(train, val) of a split: `share` of each class, rounded; at least one image of a class stays in train.
 
-    With groups, whole groups are taken, in drawn order, as long as no class gets more than its share.
+    With groups, whole groups move to val in random order, as long as no class exceeds its share.
     """
     available = samples.counts(classes)
     wanted = np.minimum(np.floor(available * share + 0.5).astype(np.int64), np.maximum(available - 1, 0))
@@ -75,16 +75,16 @@ def _whole_groups(samples: Samples, wanted: npt.NDArray[np.int64], seed: int) ->
 
 
 def _drawn_by_class(samples: Samples, seed: int, stream: int) -> npt.NDArray[np.int64]:
-    """Rows sorted by label, those of a label in drawn order."""
+    """Rows sorted by label, in random order within a label."""
     return np.lexsort((_bits(len(samples), seed, stream), samples.labels))
 
 
 def _bits(count: int, seed: int, stream: int) -> npt.NDArray[np.uint64]:
-    """Random bits that later versions of numpy keep, as `write.plan_shards` needs them too."""
+    """Random bits that are the same in later versions of numpy, see `write.plan_shards`."""
     bits: npt.NDArray[np.uint64] = np.random.PCG64([seed, stream]).random_raw(count)
     return bits
 
 
 def _place_in_class(labels: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
-    """Of sorted labels: how many equal ones come before each."""
+    """For sorted labels: the number of equal labels before each."""
     return np.arange(len(labels)) - np.searchsorted(labels, labels)

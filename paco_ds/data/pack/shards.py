@@ -1,4 +1,4 @@
-"""Owns the building of shards: what is not there yet is written, by one process or several ranks; the manifest last."""
+"""Build shards: write those that do not exist yet, by one process or several ranks, and the manifest last."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from paco_ds.data.manifest import MANIFEST_FILE, Manifest, Sha256, Shard, Split, StrictModel, load_manifest
+from paco_ds.data.pack.build_plan import BuildOptions, BuildPlan, plan_build
+from paco_ds.data.pack.build_ranks import PLAN_FILE, BuildRank
 from paco_ds.data.pack.card import Card
 from paco_ds.data.pack.image_bytes import BadImage
-from paco_ds.data.pack.plan import BuildOptions, BuildPlan, plan_build
-from paco_ds.data.pack.progress import ShardProgress
-from paco_ds.data.pack.ranks import PLAN_FILE, Rank
+from paco_ds.data.pack.progress_bar import ShardProgress
 from paco_ds.data.pack.source import some
 from paco_ds.data.pack.tar import BLOCK
 from paco_ds.data.pack.workers import Report, Workers
@@ -30,10 +30,10 @@ from paco_ds.data.storage import MissingFile, Storage, as_storage
 from paco_ds.errors import DataError
 from paco_ds.files import PARTIAL
 
-STATE_FOLDER = ".build"  # what an unfinished build knows of itself
+STATE_FOLDER = ".build"  # records of an unfinished build
 BAD_IMAGES_FILE = "bad-images.txt"
 _SHOWN_BAD = 20
-_MOST_BAD = 1000  # after so many a build does not go on to find more
+_MOST_BAD = 1000  # a build stops looking for more after this many
 _BESIDE = (".tar", ".index.npy", ".tar.idx")
 
 
@@ -46,14 +46,14 @@ def build_shards(
 ) -> Manifest:
     """Build shards, indexes and, last, the manifest of every split of a card.
 
-    The same images, seed and shard size give the same bytes with any number of workers, also after a build that
-    was killed: shards that it finished are recognised by plan and digest, and not written again.
+    The same images, seed and shard size give the same bytes with any number of workers, also if a build was killed
+    and resumed: its finished shards are recognised by plan and digest, and not written again.
 
     Raises:
-        DataError: ``output`` has shards and ``overwrite`` is off, the source is not as the card says, more images
-            than ``max_bad`` cannot be taken, or the disk is full.
+        DataError: ``output`` has shards and ``overwrite`` is off, the source does not match the card, more than
+            ``max_bad`` images are bad, or the disk is full.
     """
-    manifest = build_share(card, root, output, options, Rank(), console)
+    manifest = build_share(card, root, output, options, BuildRank(), console)
     assert manifest is not None
     return manifest
 
@@ -63,10 +63,10 @@ def build_share(
     root: str | Path,
     output: str | Path | Storage,
     options: BuildOptions,
-    rank: Rank,
+    rank: BuildRank,
     console: Console | None = None,
 ) -> Manifest | None:
-    """One rank's share of `build_shards`; the manifest from rank 0, None from the others when it stands."""
+    """One rank's share of `build_shards`. Returns the manifest on rank 0, and None on the others once it is written."""
     console = console or Console(quiet=True)
     output = as_storage(output)
     state = output.inside(STATE_FOLDER)
@@ -112,12 +112,12 @@ def write_plan(
     plan: BuildPlan,
     output: Storage,
     options: BuildOptions,
-    rank: Rank,
+    rank: BuildRank,
     workers: Workers,
     manifest_of: Callable[[list[Written]], Manifest],
     console: Console,
 ) -> Manifest | None:
-    """Write a rank's shards of a plan; rank 0 then makes the manifest of all, in the order of the plan."""
+    """Write a rank's shards of a plan; rank 0 then writes the manifest of all shards, in the order of the plan."""
     state = output.inside(STATE_FOLDER)
     rank.begin(state, plan.digest)
     own: dict[str, Written] = {}
@@ -163,16 +163,16 @@ class _Once:
 
 
 class _Record(StrictModel):
-    """What a finished shard says of itself beside the others, until the manifest does."""
+    """Record of a finished shard, kept until the manifest is written."""
 
     plan: Sha256
     written: Written
 
 
 def _write_once(once: _Once, job: ShardJob, report: Report) -> Written:
-    """Write a shard and its record, unless both are there and the bytes are those of the record."""
+    """Write a shard and its record, unless both exist and the bytes match the record."""
     done = _recorded(once.state, job.name, once.plan)
-    if done is not None and _stands(once.settings.output, done):
+    if done is not None and _is_intact(once.settings.output, done):
         report(len(job.samples), int(job.samples.sizes.sum()), len(done.bad))
         return done
     written = write_shard(once.settings, job, report)
@@ -182,7 +182,7 @@ def _write_once(once: _Once, job: ShardJob, report: Report) -> Written:
 
 
 def _recorded(state: Storage, name: str, plan: str) -> Written | None:
-    """What a shard's record says, if it belongs to this plan."""
+    """A shard's record, if it belongs to this plan."""
     try:
         record = _Record.model_validate_json(state.read(f"{name}.json"))
     except (MissingFile, ValidationError):
@@ -190,8 +190,8 @@ def _recorded(state: Storage, name: str, plan: str) -> Written | None:
     return record.written if record.plan == plan else None
 
 
-def _stands(output: Storage, written: Written) -> bool:
-    """Whether the files are there with the bytes of the record; a crash of the host may have lost some."""
+def _is_intact(output: Storage, written: Written) -> bool:
+    """Whether the files have the bytes of the record; a crash of the host may have lost some."""
     shard = written.shard
     if shard is None:
         return True
@@ -208,7 +208,7 @@ def _stands(output: Storage, written: Written) -> bool:
 
 
 def describe(plan: BuildPlan, written: list[Written], before: Mapping[str, int] | None = None) -> dict[str, Split]:
-    """The splits that were written, ids counted from `before`; DataError for one left without an image."""
+    """The written splits, ids counted from `before`; DataError for a split without an image."""
     classes = len(plan.source.classes)
     splits = {}
     for name in plan.source.splits:
@@ -224,7 +224,7 @@ def describe(plan: BuildPlan, written: list[Written], before: Mapping[str, int] 
                 shards.append(shard_done.shard.model_copy(update={"first_key": None}) if own else shard_done.shard)
                 samples += shard_done.shard.samples
         if not shards:
-            raise DataError(f"split {name} has no image that can be taken")
+            raise DataError(f"split {name} has no image that can be used")
         splits[name] = Split(
             name=name,
             samples=samples - first_id,
@@ -239,18 +239,18 @@ def _require_training_images(plan: BuildPlan, splits: Mapping[str, Split]) -> No
     counts = splits["train"].class_counts if "train" in splits else ()
     empty = [plan.source.classes[label] for label, count in enumerate(counts) if not count]
     if empty:
-        raise DataError(f"no training image of {some(empty)} can be taken: repair some, or take the class out")
+        raise DataError(f"no training image of {some(empty)} can be used: repair some, or remove the class")
 
 
 def say_ignored(plan: BuildPlan, console: Console) -> None:
-    """Say which files of folders are no images by their ending."""
+    """Print which files were left out because of their ending."""
     if plan.source.ignored:
         counts = ", ".join(f"{n} {ending}" for ending, n in sorted(plan.source.ignored.items()))
         console.print(f"left out, not images by their ending: {counts}", markup=False)
 
 
-def refuse_bad(output: Storage, bad: Iterable[BadImage], max_bad: int, rank: Rank) -> None:
-    """Write the list of images that cannot be taken; DataError if there are more of them than may be left out."""
+def refuse_bad(output: Storage, bad: Iterable[BadImage], max_bad: int, rank: BuildRank) -> None:
+    """Write the list of bad images; DataError if there are more than `max_bad`."""
     found = sorted(map(str, bad))
     if rank.number == 0:
         if found:
@@ -264,60 +264,60 @@ def refuse_bad(output: Storage, bad: Iterable[BadImage], max_bad: int, rank: Ran
     shown = "\n  ".join(found[:_SHOWN_BAD])
     more = f"\n  and {len(found) - _SHOWN_BAD} more" if len(found) > _SHOWN_BAD else ""
     raise DataError(
-        f"{len(found)} images cannot be taken ({', '.join(f'{n} {reason}' for reason, n in sorted(reasons.items()))}), "
+        f"{len(found)} bad images ({', '.join(f'{n} {reason}' for reason, n in sorted(reasons.items()))}), "
         f"at most {max_bad} may be left out:\n  {shown}{more}\n"
-        f"All stand in {output.place(BAD_IMAGES_FILE)}. Repair or unlist them, or allow so many with --max-bad"
+        f"{output.place(BAD_IMAGES_FILE)} lists all. Repair or unlist them, or allow this many with --max-bad"
     )
 
 
 def clear_state(state: Storage) -> None:
-    """Remove what an unfinished build knew; its plan last, for which other ranks wait."""
+    """Remove the records of a build; the plan last, since other ranks wait for its removal."""
     names = state.sizes() or {}
     for name in sorted(names, key=lambda name: name == PLAN_FILE):
         state.remove(name)
 
 
 def remove_state(state: Storage) -> None:
-    """Remove the folder of the state once it is empty; another rank may still have its own file there."""
+    """Remove the folder of the state if it is empty; another rank may still have a file there."""
     if state.is_local:
         with suppress(OSError):
             os.rmdir(state.local_directory)
 
 
 def _refuse_existing(output: Storage, state: Storage, overwrite: bool, plan: str | None = None) -> None:
-    """Before planning: is there a finished build that is not ours to go on with? With the plan: is it of this plan?"""
+    """Raise DataError if `output` has a finished build; one of the same `plan` may be resumed."""
     if overwrite:
         return
     files = output.sizes() or {}
     if MANIFEST_FILE in files:
-        if state.exists(PLAN_FILE) and (plan is None or Rank().plan(state) == plan):
-            return  # killed after the manifest was written, before the rest was cleared
+        if state.exists(PLAN_FILE) and (plan is None or BuildRank().plan(state) == plan):
+            return  # killed after the manifest was written, before the state was cleared
         remove_state(state)  # killed when only the empty folder was left
-        raise DataError(f"{output.url} holds shards already; give another --output, or --overwrite to replace them")
+        raise DataError(f"{output.url} already has shards; give another --output, or --overwrite to replace them")
     foreign = [tar for tar in files if tar.endswith(".tar") and f"{tar.removesuffix('.tar')}.index.npy" not in files]
     if foreign:
-        raise DataError(f"{output.url} holds {foreign[0]}, which is not ours; give another --output")
+        raise DataError(f"{output.url} has {foreign[0]}, which paco_ds did not write; give another --output")
 
 
 def _require_room(plan: BuildPlan, output: Storage) -> None:
-    """DataError if the disk cannot hold the shards that are not there yet."""
+    """Raise DataError if the disk cannot hold the shards still to be written."""
     if not output.is_local:
         return
     place = output.local_directory
     place.mkdir(parents=True, exist_ok=True)
     files = output.sizes() or {}
-    images, size = plan.size(Rank())
+    images, size = plan.size(BuildRank())
     missing = size + 3 * BLOCK * images - sum(files.get(f"{name}.tar", 0) for _, name, *_ in plan.shards)
     free = shutil.disk_usage(place).free
     if missing > free:
         raise DataError(
-            f"the shards need {missing / 1e9:,.1f} GB more and {place} has {free / 1e9:,.1f} GB free: make room, or "
+            f"the shards need {missing / 1e9:,.1f} GB more, but {place} has {free / 1e9:,.1f} GB free: free space, or "
             "give another --output"
         )
 
 
 def remove_stale(output: Storage, manifest: Manifest) -> None:
-    """What earlier or interrupted builds left: shards that have an index beside them, and partial files."""
+    """Remove leftovers of earlier or interrupted builds: shards with an index beside them, and partial files."""
     files = output.sizes() or {}
     names = {shard.name for split in manifest.splits.values() for shard in split.shards}
     for file in files:

@@ -1,8 +1,8 @@
-"""Owns what the class counts of a data set suggest: alpha, queue and batch with reasons, a card and a recipe.
+"""Settings suggested by the class counts of a data set: alpha, queue and batch with reasons; a card and a recipe.
 
-The figures are starting points from the published runs and from p_c = 1 / (1 + alpha K_y) (Remark 2 of the paper), with
+The values are starting points from the published runs and from p_c = 1 / (1 + alpha K_y) (Remark 2 of the paper), with
 K_y = q(y) (queue + 2 m - 1) of Eq. 9: where alpha K of the largest class is far above that of the published runs, its
-center takes no part.
+center contributes nothing.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ ALPHA_K_OF_HEAD = 4.5  # of ImageNet-LT: alpha .05, its largest class has K = 90
 _LONGEST_QUEUE = 8192  # of the published runs
 _QUEUE_SHARE = 1 / 14  # of an epoch's images: ImageNet-LT's 8192 of 115,846
 _LEAST_MICRO_BATCH, _FEWEST_STEPS = 4, 8  # BatchNorm needs some images, an epoch some steps
-_SMALL_SET = 20_000  # images below which a step of 128 leaves few steps an epoch
-_SAMPLED = 64  # images looked at for their size
+_SMALL_SET = 20_000  # images; below this a batch of 128 leaves few steps in an epoch
+_SAMPLED = 64  # images sampled for their size
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Settings, and why.
+    """Suggested settings, with reasons.
 
     Attributes:
         shorter_side: pixels of the median image's shorter side.
@@ -52,7 +52,7 @@ class Suggestion:
 
 
 def suggest(manifest: Manifest, train_split: str = "train") -> Suggestion:
-    """Settings for the counts and image sizes of a split; DataError if it has no class with an image."""
+    """Settings for the class counts and image sizes of a split; DataError if it has no images."""
     counts = np.array(manifest.split(train_split).class_counts)
     samples, head = int(counts.sum()), int(counts.max())
     micro_batches = 2 if samples < _SMALL_SET else 4
@@ -79,7 +79,7 @@ def suggest(manifest: Manifest, train_split: str = "train") -> Suggestion:
         )
         + f"; {steps:,} steps an epoch",
         f"queue {queue}: about 7 % of an epoch as on ImageNet-LT, within 4 steps' {shortest} and the published "
-        f"{_LONGEST_QUEUE}; a queue that is long against the training costs Many",
+        f"{_LONGEST_QUEUE}; a queue that is long compared with the training lowers Many",
         f"alpha {alpha:g}: K = {k_head:.0f} keys of the largest class, so alpha K = {alpha * k_head:.1f} and its "
         f"center's optimum is {p_head:.2f}; ImageNet-LT has 4.5 and 0.18",
         f"temperature {temperature:g}: " + ("published" if temperature == 0.2 else "did better than 0.2 on small sets"),
@@ -90,13 +90,13 @@ def suggest(manifest: Manifest, train_split: str = "train") -> Suggestion:
 
 
 def _rounded_down(value: float) -> float:
-    """To one significant digit, 0.0347 to 0.03."""
+    """Round down to one significant digit: 0.0347 to 0.03."""
     digit = 10.0 ** math.floor(math.log10(value))
     return round(math.floor(value / digit + 1e-9) * digit, 12)
 
 
 def histogram(counts: Sequence[int]) -> list[tuple[str, int, int]]:
-    """Rows (images of a class, classes, images in all), bounds doubling, from the fewest on."""
+    """Rows (range of images per class, classes, total images), ascending; bounds double."""
     rows = []
     array = np.array(counts)
     low = 0
@@ -110,7 +110,7 @@ def histogram(counts: Sequence[int]) -> list[tuple[str, int, int]]:
 
 
 def shorter_side(manifest: Manifest, split: str) -> int:
-    """Pixels of the shorter side of the median of some images, by their headers.
+    """Median shorter side of a sample of images, in pixels, read from their headers.
 
     Raises:
         DataError: none of them can be read.
@@ -123,12 +123,14 @@ def shorter_side(manifest: Manifest, split: str) -> int:
         except (BadSample, BadImage):
             continue
     if not sides:
-        raise DataError(f"no image of {manifest.storage.url} could be read: paco-build-shards check names them")
+        raise DataError(
+            f"none of the images of {manifest.storage.url} could be read: paco-build-shards check lists the damage"
+        )
     return int(np.median(sides))
 
 
 def card_of(manifest: Manifest) -> dict[str, Any]:
-    """A card by which these shards can be packed again, or a long-tailed part of them."""
+    """A card for repacking these shards, or a long-tailed subset of them."""
     return {
         "name": manifest.name,
         "license": manifest.license,
@@ -142,7 +144,7 @@ def card_of(manifest: Manifest) -> dict[str, Any]:
 
 
 def recipe_of(manifest: Manifest, suggestion: Suggestion, folder: Path) -> dict[str, Any]:
-    """A recipe for these shards, its paths relative to the folder it will lie in."""
+    """A recipe for these shards, with paths relative to its folder."""
     small = suggestion.shorter_side <= 64
     side = suggestion.shorter_side if small else 224
     small_view = {"name": "small", "size": side, "cutout": 0}
@@ -181,7 +183,7 @@ def write_files(manifest: Manifest, suggestion: Suggestion, folder: Path, overwr
     """Write card.yaml and recipe.yaml.
 
     Raises:
-        DataError: one is there, and `overwrite` is off.
+        DataError: one exists, and `overwrite` is off.
     """
     content = {
         "card.yaml": (f"# The shards of {manifest.name} as a source.\n", card_of(manifest)),
@@ -192,7 +194,7 @@ def write_files(manifest: Manifest, suggestion: Suggestion, folder: Path, overwr
     }
     there = [name for name in content if (folder / name).exists()]
     if there and not overwrite:
-        raise DataError(f"{folder / there[0]} is there already; give another --output, or --overwrite to replace it")
+        raise DataError(f"{folder / there[0]} exists; give another --output, or --overwrite to replace it")
     folder.mkdir(parents=True, exist_ok=True)
     for name, (head, tree) in content.items():
         text = head + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)

@@ -1,6 +1,6 @@
-"""Owns the writing of tars: headers in bulk, digest, CRC-32 and index in the same pass, nothing read back.
+"""Write tars: digest, CRC-32 and index in the same pass, without reading back.
 
-The bytes are those of Python's tarfile (format ustar) and of webdataset's TarWriter with a fixed owner and time.
+The bytes equal those of Python's tarfile (format ustar) and of webdataset's TarWriter with a fixed owner and time.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ import tarfile
 from typing import BinaryIO
 
 import numpy as np
-from isal.isal_zlib import crc32  # zlib's, in a tenth of its time
+from isal.isal_zlib import crc32  # as zlib's, ten times faster
 
 from paco_ds.data.pack.image_bytes import Encoded
 from paco_ds.data.shard import INDEX_DTYPE
 
-OWNER = "paco_ds"  # fixed, so that the same input gives the same bytes for every user
+OWNER = "paco_ds"  # the same for every user, so that the same input gives the same bytes
 BLOCK = tarfile.BLOCKSIZE
 MAX_NAME = 100  # bytes of a member's name in a ustar header
 _MAX_SIZE = 8**11 - 1  # eleven octal digits
-_BUFFER = 256 << 10  # bytes hashed and written at a time: they stay in a core's own cache
-_ABOUT = 8 << 10  # bytes that a sample is likely not to need beside its image
+_BUFFER = 256 << 10  # bytes hashed and written at a time: they stay in a core's cache
+_ABOUT = 8 << 10  # bytes beyond its image that a sample rarely exceeds
 _PADDING = bytes(BLOCK)
 
 
 def _header_parts() -> tuple[bytes, bytes, bytes]:
-    """What lies between name, size and checksum in every header of ours, and what follows."""
+    """The constant parts of our headers: between name and size, between size and checksum, after the checksum."""
     info = tarfile.TarInfo("x")
     info.mode, info.uname, info.gname = 0o444, OWNER, OWNER
     raw = info.tobuf(tarfile.USTAR_FORMAT)
@@ -45,47 +45,47 @@ def header(name: bytes, size: int) -> bytes:
 
 
 class SampleTar:
-    """Writes samples, an image and its JSON each, to an open file that nobody else writes to.
+    """Writes samples, each an image and its JSON, to an open file.
 
     Attributes:
-        bytes: written so far.
-        sha256: of these bytes, once closed.
+        bytes: number written so far.
+        sha256: of the whole file, once closed.
     """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self._buffer = memoryview(bytearray(_BUFFER))  # one for all samples: fresh memory costs a fault a page
+        self._buffer = memoryview(bytearray(_BUFFER))  # one for all samples: new memory costs a page fault per page
         self._filled = 0
         self._digest = hashlib.sha256()
         self._rows: list[tuple[int, int, int, int, int, int]] = []
         self.bytes = 0
 
     def room(self, size: int) -> memoryview:
-        """So many bytes of the buffer: `add` does not copy a JPEG that was read there. Good until it is called."""
+        """`size` bytes of the buffer, valid until `add`, which does not copy a JPEG that was read into them."""
         self._make_room(BLOCK + size + _ABOUT)
         start = self._filled + BLOCK
         return self._buffer[start : start + size]
 
     def add(self, key: str, ending: str, image: Encoded, about: bytes, label: int) -> None:
-        """One sample; ValueError for a key or an image that a ustar header cannot hold."""
+        """Add a sample; ValueError for a key or an image that a ustar header cannot hold."""
         if len(image) > _MAX_SIZE:
             raise ValueError(f"an image of {len(image)} bytes does not fit a tar member")
         image_header = header(f"{key}.{ending}".encode(), len(image))
         about_member = b"%b%b%b" % (header(f"{key}.json".encode(), len(about)), about, _PADDING[: -len(about) % BLOCK])
         image_padding = _PADDING[: -len(image) % BLOCK]
-        # As TarWriter lays them out, by name.
+        # members are sorted by name, as TarWriter does
         if ending < "json":
             before, after = image_header, image_padding + about_member
         else:
             before, after = about_member + image_header, image_padding
         size = len(before) + len(image) + len(after)
         if self._filled + size > len(self._buffer):
-            image = bytes(image)  # it may lie where it is written over
+            image = bytes(image)  # a copy, since the buffer may be overwritten
             self._make_room(size)
         start, end = self._filled + len(before), self._filled + len(before) + len(image)
         if len(before) > BLOCK or not (isinstance(image, memoryview) and image.obj is self._buffer.obj):
             self._buffer[start:end] = image
-        self._buffer[self._filled : start] = before  # after the image, which may have lain here
+        self._buffer[self._filled : start] = before  # after the image, which may have been here
         self._buffer[end : self._filled + size] = after
         stretch = self._buffer[self._filled : self._filled + size]
         self._rows.append((self.bytes, size, len(before), len(image), label, crc32(stretch)))
@@ -125,6 +125,6 @@ class SampleTar:
     def _flush(self) -> None:
         rest = self._buffer[: self._filled]
         self._digest.update(rest)
-        while rest:  # a nearly full disk takes a part, and refuses the rest
+        while rest:  # a nearly full disk writes only a part
             rest = rest[os.write(self._file.fileno(), rest) :]
         self._filled = 0

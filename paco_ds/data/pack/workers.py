@@ -1,4 +1,4 @@
-"""Owns the processes that work on shards: jobs made one at a time, settings sent once, counts reported as they grow."""
+"""Worker processes for shards: jobs are created one at a time, settings are sent once, counts are reported."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from functools import lru_cache, partial
 from multiprocessing.sharedctypes import SynchronizedArray
 from typing import Any, Self, TypeVar
 
-from paco_ds.data.pack.progress import ShardProgress, peak_of_process
+from paco_ds.data.pack.progress_bar import ShardProgress, peak_of_process
 from paco_ds.errors import DataError
 
 Settings = TypeVar("Settings")
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-Report = Callable[[int, int, int], None]  # images, bytes and bad images since the last one
+Report = Callable[[int, int, int], None]  # images, bytes and bad images since the last report
 _LOOK_EVERY = 0.5  # seconds
-_AHEAD = 2  # jobs made per process before one is free, so that none waits
+_AHEAD = 2  # jobs queued per process, so that none waits
 
 
 class Workers:
-    """So many processes, or none where one is asked for and this one does the work. They start at once, while this
-    one has other things to do, and end with the block that this is the context of.
+    """`count` worker processes; with a count of 1 this process does the work. A context manager: the processes start at
+    once and end with the block.
 
     Args:
-        modules: what the process that they are forked from imports first.
+        modules: imported by the fork server first.
     """
 
     def __init__(self, count: int, *modules: str) -> None:
@@ -39,10 +39,10 @@ class Workers:
         if count > 1:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload([__name__, *modules])
-            # A report's three, and the most memory of a process.
+            # the three counts of a report, and the peak memory of a process
             self._counts: SynchronizedArray[int] = context.Array("q", 4)
             self._pool = ProcessPoolExecutor(count, context, _begin, (self._counts,))
-            for _ in range(count):  # a process is started when there is more to do than there are processes
+            for _ in range(count):  # the pool starts a process only for a job that no idle process takes
                 self._pool.submit(int)
 
     def __enter__(self) -> Self:
@@ -53,7 +53,7 @@ class Workers:
             self._pool.shutdown(cancel_futures=True)
 
     def map(self, function: Callable[[Job], Result], items: Iterable[Job]) -> Iterator[Result]:
-        """As Python's, of a function and items that can be sent to processes; a few are under way at a time."""
+        """As `map`, for a picklable function and items; a few run at a time."""
         if self.count <= 1:
             yield from map(function, items)
             return
@@ -72,12 +72,12 @@ class Workers:
         jobs: Iterable[Job],
         progress: ShardProgress,
     ) -> Iterator[Result]:
-        """Results as they come; an error of a job is raised here.
+        """Yield results as jobs finish; an error of a job is raised here.
 
         Args:
-            function: at the top of a module; `function(settings, job, report)`.
-            settings: each process unpacks them once.
-            jobs: taken one by one, so that only those under way exist.
+            function: a module-level function, `function(settings, job, report)`.
+            settings: unpickled once in each process.
+            jobs: consumed one by one, so that only running ones exist.
         """
         if self.count <= 1:
             for job in jobs:
@@ -108,7 +108,7 @@ class Workers:
     def _submitted(
         self, number: int, waiting: Iterator[Job], function: Callable[[Job], Result]
     ) -> Iterator[Future[Result]]:
-        """Hand on so many of what waits."""
+        """Submit the next `number` items."""
         for item in itertools.islice(waiting, number):
             with _end_named():
                 future = self._pool.submit(function, item)
@@ -124,13 +124,13 @@ def _end_named() -> Iterator[None]:
         yield
     except BrokenProcessPool as error:
         raise DataError(
-            "a worker process was ended from outside, perhaps because memory was short: give the same command again, "
-            "with fewer --workers in that case; what is finished is kept"
+            "a worker process was killed, perhaps out of memory: give the same command again, in that case with fewer "
+            "--workers; finished shards are kept"
         ) from error
 
 
 def _begin(counts: SynchronizedArray[int]) -> None:
-    # An interrupt is the parent's to answer: these finish the shard they have.
+    # the parent handles an interrupt; workers finish their shard
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     global _counts_here
     _counts_here = counts

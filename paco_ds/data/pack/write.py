@@ -1,4 +1,4 @@
-"""Owns the writing of shards: which sample goes into which, and one shard from its rows of the table."""
+"""Assign samples to shards, and write one shard from its rows of the table."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from paco_ds.errors import DataError
 _JSON = json.JSONEncoder(ensure_ascii=False)
 _REPORT_EVERY = 32  # images
 
-Report = Callable[[int, int, int], None]  # images, their source bytes and bad ones since the last report
+Report = Callable[[int, int, int], None]  # images, their source bytes and bad images since the last report
 
 
 @dataclass(frozen=True)
 class WriteSettings:
-    """What all shards of a build share; each process is sent it once."""
+    """Settings shared by all shards of a build; sent to each process once."""
 
     output: Storage
     images: Images
@@ -42,7 +42,7 @@ class WriteSettings:
 
 @dataclass(frozen=True)
 class ShardJob:
-    """One shard to write: key numbers first_key and up, for these rows."""
+    """One shard to write: these rows, with keys numbered from first_key."""
 
     name: str
     split: str
@@ -51,8 +51,8 @@ class ShardJob:
 
 
 class Written(StrictModel):
-    """What became of a job: the shard, None if no image of it could be taken; images of each class that has some;
-    reason, place and detail of each image left out."""
+    """Result of a job: the shard, None without a usable image; images per class; reason, place and detail of each bad
+    image."""
 
     name: Name
     shard: Shard | None
@@ -61,15 +61,15 @@ class Written(StrictModel):
 
 
 def plan_shards(samples: Samples, split: str, seed: int, shard_bytes: int) -> list[npt.NDArray[np.int64]]:
-    """Shuffle the samples of a split by (seed, split) and cut them into shards of about equal bytes: rows of each.
+    """Shuffle the samples of a split by (seed, split) and divide them into shards of about equal bytes: rows of each.
 
-    Only sizes of the sources are used, so the plan stands before anything is read or encoded; a shard stays
-    below ``shard_bytes`` up to the size of one sample. Raw generator bits are sorted because numpy promises
-    them, but not its shuffle, to be the same in later versions.
+    Only source sizes are used, so the plan is complete before any image is read; a shard exceeds ``shard_bytes``
+    by less than one sample. Raw generator bits are sorted because numpy guarantees them, but not its shuffle, to be
+    the same in later versions.
     """
     bits = np.random.PCG64([seed, zlib.crc32(split.encode())]).random_raw(len(samples))
     order = np.argsort(bits, kind="stable")
-    # Two headers, the image padded to whole blocks, and a block for the JSON.
+    # two headers, the image padded to whole blocks, and a block for the JSON
     ends = np.cumsum(3 * BLOCK + -(-samples.sizes[order] // BLOCK) * BLOCK)
     shards = -(-int(ends[-1]) // shard_bytes)
     begins = np.concatenate((np.zeros(1, np.int64), ends[:-1]))
@@ -79,7 +79,7 @@ def plan_shards(samples: Samples, split: str, seed: int, shard_bytes: int) -> li
 
 
 def write_shard(settings: WriteSettings, job: ShardJob, report: Report) -> Written:
-    """Write one tar, its index and its `.tar.idx`; they get their names only when whole, the tar last.
+    """Write one tar, its index and its `.tar.idx`. Each is renamed to its name when complete, the tar last.
 
     Raises:
         DataError: the disk is full, or the source changed since it was listed.
@@ -132,11 +132,11 @@ def write_shard(settings: WriteSettings, job: ShardJob, report: Report) -> Writt
 
 
 class _NothingLeft(Exception):  # noqa: N818 (leaves the shard unwritten)
-    """No image of a shard could be taken."""
+    """No image of a shard could be used."""
 
 
 class _Progress:
-    """Turns totals into what was added since the last report."""
+    """Reports the increase of totals since the last report."""
 
     def __init__(self, report: Report) -> None:
         self._report, self._last = report, (0, 0, 0)
@@ -148,12 +148,12 @@ class _Progress:
 
 
 def _about(label: int, name: str, source: str) -> bytes:
-    """The JSON of a sample; strings one by one, which takes a quarter of the time of a dictionary."""
+    """The JSON of a sample; encoding the strings alone takes a quarter of the time of a dictionary."""
     return f'{{"label": {label}, "class": {_JSON.encode(name)}, "source": {_JSON.encode(source)}}}'.encode()
 
 
 def _image(settings: WriteSettings, samples: Samples, row: int, room: memoryview) -> tuple[Encoded, str]:
-    """The bytes to store and how their member ends."""
+    """The bytes to store and the ending of their member."""
     data = settings.images.read(samples, row, room)
     ending = ending_of(data)
     if settings.verify:
@@ -171,6 +171,6 @@ def _full_disk_named(output: Storage, name: str) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise DataError(
-            f"{output.place(name)}.tar cannot be written: {error.strerror}. Make room and give the same command "
-            "again: the shards that are finished are kept"
+            f"{output.place(name)}.tar cannot be written: {error.strerror}. Free space and give the same command "
+            "again: finished shards are kept"
         ) from error

@@ -1,9 +1,9 @@
 """The stream: planned samples read from shards, decoded, turned into views and batched, as a webdataset pipeline.
 
-Training yields one optimizer step of this rank at a time: its micro-batches, each with both views as bytes (keys
-are needed for all of them before the first query). Loader processes each make a part of every micro-batch, so any
-number of them gives the same bytes, and together they read and hold no more than one would. A bad sample keeps its
-place: another of its class stands in, and it is reported.
+Training yields one optimizer step of this rank at a time: its micro-batches, each with both views as bytes (the keys of
+all micro-batches are needed before the first query). Each loader process makes a part of every micro-batch, so any
+number of processes gives the same bytes, and together they read and hold no more than one would. A bad sample is
+replaced by another of its class and reported.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from paco_ds.data.manifest import Manifest
 from paco_ds.data.shard import ShardReader
 from paco_ds.data.stream.load import CollatePart, Load, Part, Replaced, collate
 from paco_ds.data.stream.loader_processes import start_loading
-from paco_ds.data.stream.plan import EvaluationPlan, TrainingPlan, micro_batches_ahead, shards_at_once
+from paco_ds.data.stream.partition import EvaluationPlan, TrainingPlan, micro_batches_ahead, shards_at_once
 from paco_ds.data.stream.read_ahead import EvaluationSamples, TrainingSamples
 from paco_ds.data.stream.sampler import ClassSampler, SharedLabels
 from paco_ds.data.stream.views import MakeViews, make_view
@@ -46,7 +46,7 @@ class MicroBatch:
 
 
 def join(parts: Sequence[Part]) -> MicroBatch:
-    """The micro-batch of its parts; page-locked where there is a GPU, to which it then goes while that computes."""
+    """Concatenate the parts of a micro-batch; in pinned memory with a GPU, so that the copy overlaps computation."""
     first = parts[0].views
     views = [_joined([part.views[view] for part in parts]) for view in range(len(first))]
     return MicroBatch(
@@ -106,7 +106,7 @@ class TrainingStream:
         )
         workers = min(recipe.data.workers, layout.micro_batch)  # each makes at least one image of a micro-batch
         self._accumulation, self._parts_of_each = layout.accumulation, max(workers, 1)
-        # all of the step that is asked for next is made while the one under way is computed
+        # the whole next step is prefetched while the current one is computed
         self._parts = start_loading(pipeline, workers, ahead=micro_batches_ahead(layout))
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
@@ -124,13 +124,15 @@ class TrainingStream:
 
 
 def refuse_small_cache(recipe: Recipe, manifest: Manifest, layout: MicroBatchLayout, ranks: int) -> None:
-    """Raise RecipeError where data.cache would not hold the shards that the ranks of a host read from at one time.
+    """Raise RecipeError if data.cache cannot hold the shards that the ranks of a host read from at the same time.
 
-    Such a cache would fetch whole shards again and again, for a window each. Without one only ranges can be read.
+    Such a cache would fetch whole shards repeatedly, for one window each. Without a cache only ranges are read.
     """
     cache, split = recipe.data.cache, manifest.split(recipe.data.train_split)
     if cache is None and manifest.storage.is_pipe:
-        raise RecipeError("a pipe: command gives whole shards, not ranges of them: set data.cache.directory and .bytes")
+        raise RecipeError(
+            "a pipe: command gives whole shards, not ranges: set data.cache.directory and data.cache.bytes"
+        )
     if cache is None or manifest.storage.is_local:
         return
     counts = [shard.samples for shard in split.shards]
@@ -139,7 +141,7 @@ def refuse_small_cache(recipe: Recipe, manifest: Manifest, layout: MicroBatchLay
     if cache.bytes < needed:
         raise RecipeError(
             f"data.cache.bytes {cache.bytes} cannot hold the {shards} shards that {ranks} ranks of this host read from "
-            f"at one time: raise it to {needed}, or leave data.cache out, and only ranges of shards are read"
+            f"at the same time: raise it to {needed}, or leave data.cache out to read ranges only"
         )
 
 

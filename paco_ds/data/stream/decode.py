@@ -1,9 +1,9 @@
-"""Owns the step from an image file's bytes to pixels, whatever the file: uint8 RGB as a viewer shows it, or a reason.
+"""Decode the bytes of an image file to uint8 RGB, or raise BadSample with a reason.
 
-JPEG is decoded by libjpeg-turbo, at 1/2, 1/4 or 1/8 of its side where the caller needs no more; a whole PNG by
-OpenCV; all else, and every file that these two refuse, by PIL, with a fixed list of formats. Nothing is printed.
-EXIF's orientation is applied, which the published code does not do: images stand as a viewer shows them.
-Transparency is dropped, as PIL's convert("RGB") does; 16 bits keep their upper 8.
+JPEG is decoded by libjpeg-turbo, at 1/2, 1/4 or 1/8 of its side where the caller needs no more; intact PNG by OpenCV;
+other files, and those that these two refuse, by PIL with a fixed list of formats. Nothing is printed. EXIF's
+orientation is applied, which the published code does not do. Transparency is dropped, as by PIL's convert("RGB"); of
+16 bits the upper 8 are kept.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from paco_ds.data.shard import BadSample, RawSample
 
 Pixels = npt.NDArray[np.uint8]  # [height, width, 3], RGB
 
-# PIL has decoders that run other programs (EPS: Ghostscript); none of those here.
+# no format whose PIL decoder runs another program (EPS: Ghostscript)
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
 _SIGNATURES = (_JPEG, _PNG, b"RIFF", b"GIF8", b"BM")
 
 
 class EncodedImage:
-    """An image whose header was read: `height` and `width` in pixels, after the turn that its EXIF asks for."""
+    """An image whose header was read: `height` and `width` in pixels, after EXIF's rotation."""
 
     def __init__(self, height: int, width: int, decode: Callable[[int], Pixels]) -> None:
         self.height, self.width = height, width
@@ -41,7 +41,7 @@ class EncodedImage:
         """uint8 [H, W, 3]; `reduction` 1, 2, 4 or 8 allows sides of ceil(side / reduction), which saves time.
 
         Raises:
-            BadSample: the bytes behind the header are damaged.
+            BadSample: the bytes after the header are damaged.
         """
         return self._decode(reduction)
 
@@ -61,7 +61,7 @@ def open_image(sample: RawSample, max_pixels: int) -> EncodedImage:
         if data.startswith(_PNG):
             return _open_png(sample, max_pixels)
     except (ValueError, struct.error, cv2.error):
-        pass  # a header that these decoders do not like: PIL says whether it is one
+        pass  # these decoders refuse the header; PIL decides
     return _open_other(sample, max_pixels)
 
 
@@ -74,7 +74,7 @@ def _open_jpeg(sample: RawSample, max_pixels: int) -> EncodedImage:
     data = sample.image
     height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
     _check_pixels(height, width, sample, max_pixels)
-    if colors not in ("YCbCr", "RGB", "Gray"):  # CMYK and YCCK, inverted or not: PIL knows
+    if colors not in ("YCbCr", "RGB", "Gray"):  # PIL handles CMYK and YCCK, inverted or not
         return _open_other(sample, max_pixels)
     orientation = _orientation(data)
     turned = orientation in _TURNS_SIDES
@@ -83,7 +83,7 @@ def _open_jpeg(sample: RawSample, max_pixels: int) -> EncodedImage:
         smallest = {"min_height": -(-height // reduction), "min_width": -(-width // reduction)}
         try:
             image = simplejpeg.decode_jpeg(data, "RGB", **smallest, min_factor=reduction)
-        except ValueError:  # it stops at damage that PIL, and the published code, read over
+        except ValueError:  # it stops at damage that PIL, as used by the published code, tolerates
             return _open_other(sample, max_pixels).decode()
         return _upright(image, orientation)
 
@@ -94,7 +94,7 @@ def _open_png(sample: RawSample, max_pixels: int) -> EncodedImage:
     data = sample.image
     width, height = struct.unpack(">II", data[16:24])
     _check_pixels(height, width, sample, max_pixels)
-    # OpenCV writes what it dislikes to the terminal, and may give half an image
+    # OpenCV prints errors of damaged files to the terminal, and may return half an image
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB) if _is_whole_png(data) else None
     if image is None:
         return _open_other(sample, max_pixels)
@@ -113,10 +113,10 @@ def _is_whole_png(data: bytes) -> bool:
 
 
 def _open_other(sample: RawSample, max_pixels: int) -> EncodedImage:
-    """Any format of the list, decoded at once: few images come here."""
+    """Decode any format of the list at once; few images take this path."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # large images: the limit is checked here
+            warnings.simplefilter("ignore")  # about large images: the limit is checked here
             file = Image.open(io.BytesIO(sample.image), formats=_FORMATS)
             _check_pixels(file.height, file.width, sample, max_pixels)
             image = np.array(_rgb(ImageOps.exif_transpose(file)))
@@ -127,7 +127,7 @@ def _open_other(sample: RawSample, max_pixels: int) -> EncodedImage:
         raise BadSample(reason, sample.key, sample.shard) from None
     except Image.DecompressionBombError:
         raise BadSample("too_many_pixels", sample.key, sample.shard) from None
-    except Exception as error:  # PIL's decoders answer damage with errors of any kind
+    except Exception as error:  # PIL's decoders raise errors of any kind for damage
         reason = "truncated" if "truncated" in str(error).lower() else "undecodable"
         raise BadSample(reason, sample.key, sample.shard) from error
     return EncodedImage(image.shape[0], image.shape[1], lambda reduction: image)
@@ -166,7 +166,7 @@ def _orientation_of(segment: bytes) -> int:
             warnings.simplefilter("ignore")
             exif.load(segment)
             value = exif.get(ExifTags.Base.Orientation, 1)
-    except Exception:  # PIL's reader answers damage with errors of any kind
+    except Exception:  # PIL's reader raises errors of any kind for damage
         return 1
     return value if value in range(1, 9) else 1
 
@@ -174,6 +174,6 @@ def _orientation_of(segment: bytes) -> int:
 def _upright(image: Pixels, orientation: int) -> Pixels:
     if orientation in _TURNS_SIDES:
         image = cv2.transpose(image)
-    # what is left to do after the transposition, by EXIF's table: none, left-right, both, up-down
+    # the flip after the transposition, by EXIF's table: 1 left-right, -1 both, 0 up-down
     flip = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}.get(orientation)
     return image if flip is None else cv2.flip(image, flip)

@@ -1,6 +1,6 @@
-"""Making of images what a step needs: stored samples decoded, turned into views, and gathered.
+"""Decode stored samples, augment them to views, and collate the views of a micro-batch.
 
-A bad sample keeps its place: another of its class stands in, and it is reported.
+A bad sample is replaced by another of its class and reported.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from paco_ds.data.shard import BadSample, RawSample, ShardReader, Stored
-from paco_ds.data.stream.plan import Planned, TrainingPlan, this_worker
+from paco_ds.data.stream.partition import Planned, TrainingPlan, this_worker
 from paco_ds.data.stream.views import MakeViews
 from paco_ds.errors import DataError
 from paco_ds.randomness import DrawPurpose, generator
@@ -23,7 +23,7 @@ from paco_ds.randomness import DrawPurpose, generator
 
 @dataclass(frozen=True)
 class Replaced:
-    """A sample that could not be used, and the place its substitute took."""
+    """A bad sample that was replaced: its key, its shard, and the reason."""
 
     key: str
     shard: str
@@ -32,7 +32,7 @@ class Replaced:
 
 @dataclass(frozen=True)
 class Part:
-    """What a loader process made of a micro-batch: `views` uint8 [views, images, 3, H, W], of one shared memory."""
+    """A loader process's share of a micro-batch: `views` uint8 [views, images, 3, H, W] in one shared memory."""
 
     views: Tensor
     labels: np.ndarray
@@ -43,7 +43,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A sample's views, uint8 [size, size, 3] each: the query's (evaluation's), and the key's if there is one."""
+    """A sample's views, uint8 [size, size, 3] each: for the query (or evaluation), and for the key if there is one."""
 
     plan: Planned
     views: tuple[np.ndarray, ...]
@@ -53,7 +53,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Load:
-    """Reads a planned sample and makes its views; in training a bad one is replaced, in evaluation it is an error."""
+    """Decodes a planned sample to its views. A bad sample is replaced in training; in evaluation it is an error."""
 
     reader: ShardReader
     make_views: MakeViews
@@ -67,8 +67,8 @@ class Load:
         except BadSample as bad:
             if not self.substitute:
                 raise DataError(
-                    f"sample {bad.key} of {bad.shard} cannot be evaluated ({bad.reason}); an accuracy without it would "
-                    f"be of another set. Copy the shard again, or rebuild it; paco-build-shards check finds all"
+                    f"sample {bad.key} of {bad.shard} cannot be evaluated ({bad.reason}); without it the accuracy "
+                    f"would be that of another set. Copy or rebuild the shard; paco-build-shards check lists more"
                 ) from bad
             return self._substitute(plan, bad)
 
@@ -78,7 +78,7 @@ class Load:
         return Loaded(plan, self.make_views(raw, *rngs), raw.label)
 
     def _substitute(self, plan: Planned, bad: BadSample) -> Loaded:
-        """Another sample of the class (any, if none can be read), a function of (seed, epoch, position)."""
+        """Another sample of the class (of any class if none can be read), a function of (seed, epoch, position)."""
         rng = generator(DrawPurpose.SUBSTITUTE, self.seed, plan.epoch, plan.position)
         samples = len(self.reader)
         classmates = rng.permutation(self.reader.ids_of_class(int(self.reader.labels()[plan.sample_id])))
@@ -93,22 +93,22 @@ class Load:
                 replaced.append(Replaced(also_bad.key, also_bad.shard, also_bad.reason))
         names = ", ".join(f"{r.key} ({r.reason})" for r in replaced[:5])
         raise DataError(
-            f"{len(replaced)} samples drawn one after the other are unreadable: {names}, ... "
-            f"Run paco-build-shards check on the shards' directory"
+            f"{len(replaced)} samples in a row cannot be read: {names}, ... "
+            f"Run paco-build-shards check on the directory of the shards"
         )
 
 
-_MOST_TRIES = 100  # a set of which a hundred draws fail is not worth reading on
+_MOST_TRIES = 100  # if a hundred draws in a row fail, the data set is damaged
 _VIEW_STREAMS = (DrawPurpose.QUERY_VIEW, DrawPurpose.KEY_VIEW)
 
 
 def collate(samples: Sequence[Loaded]) -> Part:
-    """Views and labels of some images of a micro-batch."""
+    """Stack the views and labels of some images of a micro-batch."""
     height, width, channels = samples[0].views[0].shape
     views = torch.empty((len(samples[0].views), len(samples), channels, height, width), dtype=torch.uint8)
     for number, sample in enumerate(samples):
         for image, view in zip(views[:, number], sample.views, strict=True):
-            cv2.split(view, list(image.numpy()))  # a tenth of the time of numpy's transposition
+            cv2.split(view, list(image.numpy()))  # ten times faster than numpy's transposition
     return Part(
         views=views,
         labels=np.array([s.label for s in samples]),
@@ -120,13 +120,13 @@ def collate(samples: Sequence[Loaded]) -> Part:
 
 @dataclass(frozen=True)
 class CollatePart:
-    """Collates the samples that a loader process makes of each micro-batch; how many, it knows only there."""
+    """Collates a loader process's share of each micro-batch; the share is known only inside the process."""
 
     plan: TrainingPlan
 
     def __call__(self, samples: Iterable[Loaded]) -> Iterator[Part]:
         samples = iter(samples)
-        for size in itertools.cycle(map(len, self.plan.lanes_of(*this_worker()))):
+        for size in itertools.cycle(map(len, self.plan.slots_of(*this_worker()))):
             part = list(itertools.islice(samples, size))
             if not part:
                 return

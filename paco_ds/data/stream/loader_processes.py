@@ -1,4 +1,4 @@
-"""The loader processes of a rank: how they start, end with it, and tell what went wrong."""
+"""The loader processes of a rank: start, errors, and end together with the rank."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from torch.utils.data import DataLoader
 from paco_ds.data.stream.load import Part
 from paco_ds.errors import TrainingError, UserError
 
-_NEWS = 20.0  # seconds within which the end of a loader process is known
+_NEWS = 20.0  # seconds to wait for the exit status of a loader process
 
 
 def start_loading(pipeline: wds.DataPipeline, workers: int, ahead: int = 2) -> Iterator[Part]:
-    """Start the loader's processes, now, and iterate over what they make; a user's error arrives as it was raised.
+    """Start the loader processes and iterate over their parts; a UserError raised in one is raised here unchanged.
 
     Args:
-        ahead: parts that each process makes before they are asked for.
+        ahead: parts that each process prefetches.
     """
     if workers:
-        # fork would copy a process that already runs threads; a fork server has none
+        # a process that runs threads must not be forked; the fork server has none
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["paco_ds.data.stream.batches"])  # or every worker would import torch by itself
+        context.set_forkserver_preload(["paco_ds.data.stream.batches"])  # or every worker would import torch
     loader = DataLoader(
         wds.DataPipeline(pipeline, _errors_as_values),
         batch_size=None,
@@ -45,15 +45,14 @@ def start_loading(pipeline: wds.DataPipeline, workers: int, ahead: int = 2) -> I
     with _signals_blocked():
         parts = iter(loader)
     processes = list(getattr(parts, "_workers", ()))
-    # Python would end them at exit by SIGTERM, which they do not see, and wait for ever. What is registered last
-    # runs first.
+    # At exit Python would send SIGTERM, which they have blocked, and wait for ever. Last registered runs first.
     end = functools.partial(_kill, processes)
     atexit.register(end)
     return _raising(parts, processes, end)
 
 
 def _errors_as_values(parts: Iterable[Part]) -> Iterator[Part | UserError]:
-    """A loader process would wrap an error's message in its traceback."""
+    """Yield a UserError as a value: a loader process would wrap its message in a traceback."""
     try:
         yield from parts
     except UserError as error:
@@ -69,14 +68,14 @@ def _raising(
                 raise part
             yield part
     except (RuntimeError, OSError, EOFError) as error:
-        # A connection that breaks is known before the end of the process that broke it.
+        # the broken connection is noticed before the exit of the process that broke it
         connection.wait([process.sentinel for process in processes], timeout=_NEWS)
         gone = [f"{process.pid} ({process.exitcode})" for process in processes if process.exitcode]
         if not gone:
             raise
         raise TrainingError(
-            f"loader process {', '.join(gone)} (exit status) of this rank is gone. -9 is mostly the kernel's, out of "
-            f"memory: lower data.workers or data.window, or give the host more; then run the same command to go on"
+            f"loader process {', '.join(gone)} (exit status) of this rank died. -9 mostly means out of memory: "
+            f"lower data.workers or data.window, or add memory; then run the same command to resume"
         ) from error
     finally:
         end()
@@ -91,10 +90,10 @@ def _kill(processes: list[BaseProcess]) -> None:
 
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Processes started here do not see SIGTERM and SIGINT: launchers send those to all of a rank's processes, and
-    the rank needs its images until the step under way is done. They end with the rank all the same, even if that is
-    killed (`_begin_worker`)."""
-    resource_tracker.ensure_running()  # which unblocks both when it starts
+    """Processes started in the block ignore SIGTERM and SIGINT: launchers send those to all processes of a rank, and
+    the rank needs its images until the current step is done. They still end with the rank, even if it is killed
+    (`_begin_worker`)."""
+    resource_tracker.ensure_running()  # its start unblocks both signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     try:
         yield
@@ -103,11 +102,11 @@ def _signals_blocked() -> Iterator[None]:
 
 
 def _begin_worker(worker: int, environment: dict[str, str]) -> None:
-    """The rank's environment, where storage finds its keys: the fork server's may be older. One thread for the images,
-    and one that ends this process when its rank is gone, however that went.
+    """Take over the rank's environment, in which storage finds its credentials: the fork server's may be older. Use
+    one thread for images, and one that ends this process when its rank ends in any way.
 
-    torch's loader looks for another parent instead, but the fork server stays: it waits for its workers. Workers
-    left over hold on to the rank's output, and so ssh and the launcher of other hosts wait for them.
+    torch's loader checks for a change of parent instead, but the parent is the fork server, which waits for its
+    workers. Workers left over keep the rank's output open, so ssh and the launchers of other hosts would wait for them.
     """
     os.environ.update(environment)
     cv2.setNumThreads(0)
@@ -118,5 +117,5 @@ def _begin_worker(worker: int, environment: dict[str, str]) -> None:
 def _end_with_the_rank() -> None:
     rank = multiprocessing.parent_process()
     if rank is not None:
-        rank.join()  # not a child of ours: this waits for the pipe that only it holds open
+        rank.join()  # waits for the pipe that only the rank holds open
         os._exit(1)

@@ -1,9 +1,9 @@
-"""Reading ahead of need: windows of stored samples fetched by threads while earlier ones are decoded.
+"""Prefetch of windows of encoded samples by threads, while earlier samples are decoded.
 
-A loader process holds, for each of its slots, what is left of the window under way, given back sample by sample, and
-maybe the next one. The slots' next windows are asked for at different steps, evenly over a window, so that reading
-is steady and what is held stays at about slots x window samples; `steps_ahead` at the least are between asking for
-a window and its first sample.
+For each of its batch slots a loader process holds the rest of the current window, freed sample by sample, and possibly
+the next window. The next windows are requested at different steps, spread evenly over a window, so that reads are
+steady and about slots x window samples are held. At least `steps_ahead` steps lie between a request and its first
+sample.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import numpy as np
 from torch.utils.data import IterableDataset
 
 from paco_ds.data.shard import ShardReader, Stored
-from paco_ds.data.stream.plan import EvaluationPlan, Planned, TrainingPlan, Window, steps_ahead, this_worker
+from paco_ds.data.stream.partition import EvaluationPlan, Planned, TrainingPlan, Window, steps_ahead, this_worker
 
-_THREADS_LOCAL, _THREADS_REMOTE = 2, 16  # one request of a remote store is slow, many at once are not
+_THREADS_LOCAL, _THREADS_REMOTE = 2, 16  # a remote store answers one request slowly, but many at once
 
 
 class TrainingSamples(IterableDataset):
-    """Planned samples and their stored bytes, micro-batch by micro-batch: the share of this loader process."""
+    """Planned samples and their encoded bytes, micro-batch by micro-batch: the share of this loader process."""
 
     def __init__(self, plan: TrainingPlan, reader: ShardReader) -> None:
         self.plan, self.reader = plan, reader
@@ -31,8 +31,8 @@ class TrainingSamples(IterableDataset):
         return self.share(*this_worker())
 
     def share(self, worker: int, workers: int) -> Iterator[tuple[Planned, Stored]]:
-        """What one of so many loader processes takes."""
-        slots = [slot for of_slot in self.plan.lanes_of(worker, workers) for slot in of_slot]
+        """The share of one of `workers` loader processes."""
+        slots = [slot for of_slot in self.plan.slots_of(worker, workers) for slot in of_slot]
         self.reader.keep = max(self.reader.keep, 2 * len(slots))
         windows = self.plan.windows(slots)
         pool = ThreadPoolExecutor(_threads(self.reader), thread_name_prefix="read-ahead")
@@ -40,7 +40,7 @@ class TrainingSamples(IterableDataset):
             window = next(windows, None)
             now = [self._fetch(pool, window, row) for row in range(len(slots))] if window else []
             while window is not None:
-                # in a thread, since a sampler lays out a new epoch here
+                # in a thread, since a sampler computes a new epoch here
                 following = pool.submit(next, windows, None)
                 later: list[Future[WindowBuffer]] = []
                 for step in range(window.start, window.start + window.steps):
@@ -58,7 +58,7 @@ class TrainingSamples(IterableDataset):
         return pool.submit(WindowBuffer, self.reader, window.ids[row])
 
     def _due(self, window: Window, step: int, slots: int) -> int:
-        """How many slots' next windows have been asked for at a step of this one."""
+        """Number of batch slots whose next window has been requested at a step of this one."""
         left = window.start + window.steps - step
         quiet = steps_ahead(self.plan.window)
         spread = max(self.plan.window - quiet, 1)
@@ -66,7 +66,7 @@ class TrainingSamples(IterableDataset):
 
 
 class EvaluationSamples(IterableDataset):
-    """Planned samples of a split and their stored bytes, batch by batch; the next batches are being read."""
+    """Planned samples of a split and their encoded bytes, batch by batch; the next two batches are prefetched."""
 
     def __init__(self, plan: EvaluationPlan, reader: ShardReader) -> None:
         self.plan, self.reader = plan, reader
@@ -91,7 +91,7 @@ def _taken(batch: list[Planned], held: Future[WindowBuffer]) -> Iterator[tuple[P
 
 
 class WindowBuffer:
-    """Samples read together; each is let go when it was taken as often as it was planned."""
+    """The samples of a window; each is freed once it was taken as often as it was planned."""
 
     def __init__(self, reader: ShardReader, ids: Sequence[int] | np.ndarray) -> None:
         self._times = Counter(int(i) for i in ids)

@@ -1,18 +1,17 @@
 """Samplers: how often each image occurs in an epoch (Kang et al. 2020, "Decoupling Representation and Classifier").
 
-An epoch has as many places as there are images, whatever the sampler. Class j gets the share
+An epoch has as many places as there are images, for every sampler. Class j gets the share
 p_j = n_j^q / sum of n_i^q of them: q = 1 instance-balanced, 1/2 square-root, 0 class-balanced; progressively balanced
-goes from the first to the last in equal parts from the first epoch to the last (their Eq. 3). A class's places are
-shared out evenly over its images: all of them before any a second time.
+moves linearly from the first to the last over the epochs (their Eq. 3). The places of a class are divided evenly over
+its images: each occurs once before any occurs twice.
 
-`data.sampler` changes only this. The class prior of the loss stays that of the data, as in Balanced Softmax (Ren et
-al. 2020), who say that class-balanced batches together with it over-balance: use one of the two.
+The class prior of the loss stays that of the data, as in Balanced Softmax (Ren et al. 2020). They find that
+class-balanced batches together with it over-balance: use one of the two.
 
-Layout, so that reads stay large: the first copies of all images that occur are laid out as an ordinary epoch, shard
-by shard, and a window of them is one range with holes. Second and later copies follow in rounds, those of an image
-spread evenly over the rounds; in each round the shards come in another order. Copies of an image thus lie far
-apart, in other slots and steps, and a round goes through the shards once. Its windows are several short ranges,
-read ahead in parallel, and a rare class's few images are all that they touch.
+Layout, so that reads stay large: the first copies of all images are laid out as an ordinary epoch, shard by shard, and
+a window of them is one range with gaps. Further copies follow in rounds, the copies of an image spread evenly over the
+rounds; each round visits the shards once, in another order. So copies of an image lie far apart, in other batch slots
+and steps. The windows of a round are several short ranges, prefetched in parallel.
 """
 
 from __future__ import annotations
@@ -26,17 +25,17 @@ import torch
 from paco_ds.config.recipe import Sampler
 from paco_ds.randomness import DrawPurpose, generator, permutation
 
-_GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, cover 0..1 evenly however many are taken
+_GOLDEN = 0.6180339887498949  # its multiples modulo 1 cover 0..1 evenly, for any number of them
 
 
 class Labels(Protocol):
-    """Where labels come from."""
+    """Anything that gives labels by id."""
 
     def labels(self) -> npt.NDArray[np.int32]: ...
 
 
 class SharedLabels:
-    """Labels by id, int32, in memory that a rank shares with its loader processes: read once, held once."""
+    """Labels by id, int32, in memory that a rank shares with its loader processes."""
 
     def __init__(self, labels: npt.NDArray[np.int32]) -> None:
         self._tensor = torch.tensor(labels, dtype=torch.int32).share_memory_()
@@ -61,9 +60,9 @@ def class_shares(sampler: Sampler, class_counts: npt.ArrayLike, epoch: int, epoc
 
 
 def places_of_classes(shares: npt.NDArray[np.float64], places: int, draw: float) -> npt.NDArray[np.int64]:
-    """Whole numbers that add up to `places`, each less than 1 from its share; `draw` in [0, 1) decides the rounding.
+    """Integers that sum to `places`, each within 1 of its share; `draw` in [0, 1) decides the rounding.
 
-    Over draws the expected number is the exact share (systematic sampling).
+    The expectation over draws is the exact share (systematic sampling).
     """
     ends = np.floor(places * np.cumsum(shares) / shares.sum() + draw).astype(np.int64)
     ends[-1] = places
@@ -71,11 +70,11 @@ def places_of_classes(shares: npt.NDArray[np.float64], places: int, draw: float)
 
 
 class ClassSampler:
-    """Lays out the epochs of one sampler. Every process makes its own from the labels: 8 bytes an image.
+    """The sequences of one sampler, by epoch. Every process computes them from the labels: 8 bytes per image.
 
     Args:
         counts: samples of each shard.
-        labels: travel to other processes with the sampler; what is made of them does not.
+        labels: pickled with the sampler; what is derived from them is not.
     """
 
     def __init__(
@@ -97,7 +96,7 @@ class ClassSampler:
         return self.__dict__ | {"_place_in_class": None}
 
     def occurrences(self, epoch: int) -> npt.NDArray[np.int32]:
-        """How often each id occurs in an epoch: int32 [samples], adding up to the number of samples."""
+        """How often each id occurs in an epoch: int32 [samples], summing to the number of samples."""
         labels = self._labels.labels()
         rng = generator(DrawPurpose.SAMPLER, self.seed)
         rounding, first = rng.random(2)
@@ -105,15 +104,15 @@ class ClassSampler:
         places = places_of_classes(shares, len(labels), (rounding + epoch * _GOLDEN) % 1)
         images = np.maximum(np.asarray(self.class_counts, dtype=np.int64), 1)
         every, more = np.divmod(places, images)
-        # Who gets one more is a run of the class's images that begins elsewhere each epoch, at the same relative
-        # place for all classes: the images left out lie together, where they need not be read.
+        # The images that get one more are consecutive within their class, from a start that moves each epoch and has
+        # the same relative position in all classes: the images left out are adjacent, so they need not be read.
         begin = np.floor((first + epoch * _GOLDEN) % 1 * images).astype(np.int32)
         turn = self._places_in_class(labels) - begin[labels]
         turn += np.where(turn < 0, images.astype(np.int32)[labels], 0)
         return every.astype(np.int32)[labels] + (turn < more.astype(np.int32)[labels])
 
-    def line(self, epoch: int) -> npt.NDArray[np.int32]:
-        """All ids of an epoch as often as they occur, in the order they are laid out: int32 [samples]."""
+    def sequence(self, epoch: int) -> npt.NDArray[np.int32]:
+        """All ids of an epoch, each as often as it occurs: int32 [samples]."""
         times = self.occurrences(epoch)
         ends = np.cumsum(self.counts)
         first = [
@@ -127,7 +126,7 @@ class ClassSampler:
         shard = np.repeat(np.arange(len(self.counts), dtype=np.int32), self.counts)[repeated]
         phase = generator(DrawPurpose.SAMPLER, self.seed, epoch).random(len(repeated), dtype=np.float32)
         rounds = int(copies.max())
-        # which row of the above each further copy is of, and which of its copies it is
+        # for each further copy: its row in `repeated`, and the number of the copy
         row = np.repeat(np.arange(len(repeated), dtype=np.int32), copies)
         number = np.arange(len(row)) - np.repeat(np.cumsum(copies) - copies, copies)
         in_round = ((number + phase[row]) * rounds / copies[row]).astype(np.int64)
@@ -156,9 +155,9 @@ def _smallest(numbers: np.ndarray, below: int) -> np.ndarray:
 
 
 def _shuffled(shard: np.ndarray, number: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """16 random bits of each (shard, round): sorted by them, shards come in another order each round.
+    """16 random bits of each (shard, round); sorting by them gives each round another order of the shards.
 
-    Two shards of equal bits stay in their order, one after the other, since ids are sorted before.
+    Shards with equal bits keep their order, since ids are sorted before.
     """
     salt = np.random.PCG64([DrawPurpose.SAMPLER, seed, epoch, 1]).random_raw()
     bits = (number.astype(np.uint64) << np.uint64(32)) + shard.astype(np.uint64) + np.uint64(salt)

@@ -1,6 +1,6 @@
-"""Owns AutoAugment's CIFAR-10 policy (Cubuk et al. 2019, table 7) with the ranges of the published PaCo code.
+"""AutoAugment's CIFAR-10 policy (Cubuk et al. 2019, table 7) with the ranges of the published PaCo code.
 
-That code differs from torchvision's in three points, kept here: what comes from outside is gray, a rotation is always
+That code differs from torchvision's in three points, kept here: pixels from outside are gray, rotations are always
 counter-clockwise, and shears are bicubic while translations and rotations take the nearest pixel.
 """
 
@@ -68,7 +68,7 @@ CIFAR10_POLICY: tuple[tuple[_Step, _Step], ...] = (
 
 
 def draw_cifar10_policy(fill: Color, rng: np.random.Generator) -> tuple[Operation, ...]:
-    """The operations of one of the 25 pairs, each applied with its probability."""
+    """Draw one of the 25 pairs; each operation is applied with its probability."""
     drawn: list[Operation] = []
     for name, probability, magnitude in CIFAR10_POLICY[below(len(CIFAR10_POLICY), rng)]:
         if happens(probability, rng):

@@ -1,4 +1,4 @@
-"""Owns the operations that mix neighbours: Gaussian blur and sharpness."""
+"""Operations on neighbouring pixels: Gaussian blur and sharpness."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from paco_ds.data.stream.views.color import blended
 from paco_ds.data.stream.views.view import Pixels
 
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13  # PIL's ImageFilter.SMOOTH
-_REACH = 2.5  # deviations; what lies further out weighs 1.2 % and is given to the rest
+_REACH = 2.5  # standard deviations; the 1.2 % of weight beyond is spread over the rest
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Blur:
 
 @dataclass(frozen=True)
 class Sharpness:
-    """Distance from the smoothed view times `factor`: 0 is smooth, 1 unchanged, 2 sharp. The outermost pixels stay."""
+    """Scale the difference to the smoothed view by `factor`: 0 smooths, 1 changes nothing, 2 sharpens. Border pixels
+    stay."""
 
     factor: float
 

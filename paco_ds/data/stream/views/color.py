@@ -1,7 +1,6 @@
-"""Owns the color operations: brightness, contrast, saturation, hue and gray, with PIL's arithmetic on bytes.
+"""Color operations: brightness, contrast, saturation, hue and gray, with PIL's arithmetic on bytes.
 
-PIL blends in float and cuts the fraction off; so is done here, since five operations that round instead would make
-images brighter by two bytes.
+As in PIL, blends are computed in float and truncated: five operations that round would brighten images by two bytes.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from paco_ds.data.stream.views.view import Operation, Pixels
 
 _LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as PIL's gray
 _SAME = np.eye(3)
-_CUT = -0.499  # OpenCV rounds: this makes it cut, and leaves whole numbers alone
+_CUT = -0.499  # OpenCV rounds; this offset makes it truncate and keeps integers
 
 
 @dataclass(frozen=True)
 class Brightness:
-    """Times `factor`: a blend with black."""
+    """Multiply by `factor`: a blend with black."""
 
     factor: float
 
@@ -31,7 +30,7 @@ class Brightness:
 
 @dataclass(frozen=True)
 class Contrast:
-    """Distance from the mean gray of the view times `factor`."""
+    """Scale the difference to the mean gray of the view by `factor`."""
 
     factor: float
 
@@ -42,7 +41,7 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Saturation:
-    """Distance of every pixel from its own gray times `factor` (PIL's Color)."""
+    """Scale the difference of every pixel to its gray by `factor` (PIL's Color)."""
 
     factor: float
 
@@ -55,13 +54,13 @@ class Saturation:
 
 @dataclass(frozen=True)
 class Hue:
-    """Hue moved by `shift` of the color circle."""
+    """Shift the hue by `shift` of the color circle."""
 
     shift: float
 
     def __call__(self, view: Pixels) -> Pixels:
         hsv = cv2.cvtColor(view, cv2.COLOR_RGB2HSV_FULL)
-        hsv[..., 0] += np.uint8(int(self.shift * 255) % 256)  # wraps, as the circle does
+        hsv[..., 0] += np.uint8(int(self.shift * 255) % 256)  # wraps around
         return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
 
 

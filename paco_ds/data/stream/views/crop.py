@@ -1,4 +1,4 @@
-"""Owns where a view lies in its image, and the resampling of that part to the view's size."""
+"""Crops: where a view lies in its image, and the resampling of that part to the view's size."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch.nn import functional
 from paco_ds.data.stream.views.draws import below, uniform
 from paco_ds.data.stream.views.view import Pixels
 
-REDUCTIONS = (8, 4, 2)  # of a side: what a JPEG decoder can leave out at its source, for less work
-_LONGEST = 16  # sides of evaluation's image that count; a strip of 1 x 50,000 would become 256 x 12.8 million pixels
+REDUCTIONS = (8, 4, 2)  # of a side: a JPEG decoder can scale by these while decoding, which saves time
+_LONGEST = 16  # largest aspect ratio in evaluation; a strip of 1 x 50,000 would become 256 x 12.8 million pixels
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class Box:
 
     @property
     def reduction(self) -> int:
-        """The largest at which the box still has the view's pixels."""
+        """The largest reduction at which the box still has at least the view's pixels."""
         return next((r for r in REDUCTIONS if min(self.height, self.width) >= r * self.size), 1)
 
     def __call__(self, image: Pixels) -> Pixels:
-        """Cut out and resample; of a reduced image the box is rounded to whole pixels, which moves an edge by at most
-        half a pixel of the view."""
+        """Crop and resample. In a reduced image the box is rounded to whole pixels, which moves an edge by at most half
+        a pixel of the view."""
         rows, columns = image.shape[:2]
         top, bottom = _scaled(self.top, self.height, rows, self.image_height)
         left, right = _scaled(self.left, self.width, columns, self.image_width)
@@ -44,7 +44,7 @@ class Box:
 
 
 def _scaled(start: int, length: int, now: int, drawn: int) -> tuple[int, int]:
-    """A stretch of a side of `drawn` pixels, where the side has `now`."""
+    """Start and end of a stretch of a side, scaled from `drawn` to `now` pixels."""
     if now == drawn:
         return start, start + length
     begin = min(round(start * now / drawn), now - 1)
@@ -52,15 +52,15 @@ def _scaled(start: int, length: int, now: int, drawn: int) -> tuple[int, int]:
 
 
 def resampled(image: Pixels, height: int, width: int) -> Pixels:
-    """Resize with a triangle as wide as what a new pixel covers: PIL's BILINEAR within one byte, in less time.
+    """Antialiased bilinear resize: PIL's BILINEAR within one byte, in less time.
 
     Args:
-        image: uint8 [H, W, 3], or a part of one; it is returned itself if it has the size already.
+        image: uint8 [H, W, 3], or a part of one; returned unchanged if it has the size already.
     """
     if image.shape[:2] == (height, width):
         return image
     rows, columns = image.shape[:2]
-    # one piece, with all strides of channels_last: torch makes planes of anything else, and of the result as well
+    # contiguous, with all strides of channels_last: otherwise torch converts it, and the result, to planes
     planes = torch.from_numpy(np.ascontiguousarray(image)).as_strided(
         (1, 3, rows, columns), (3 * rows * columns, 1, 3 * columns, 3)
     )
@@ -95,7 +95,7 @@ def resized_crop(
 
 @dataclass(frozen=True)
 class PaddedCrop:
-    """Shorter side to `size` if it is not, black `padding` around, then `size` x `size` pixels from (top, left)."""
+    """Resize the shorter side to `size`, pad with black, then crop `size` x `size` pixels from (top, left)."""
 
     resized_height: int
     resized_width: int
@@ -125,8 +125,8 @@ def padded_crop(height: int, width: int, size: int, padding: int, rng: np.random
 
 @dataclass(frozen=True)
 class CenterCrop:
-    """Shorter side to `resize`, then the center `size` x `size` pixels, from all pixels of the image: torchvision's
-    Resize and CenterCrop, within one byte, unless one side is more than 16 times the other."""
+    """Resize the shorter side to `resize`, then crop the center `size` x `size` pixels: torchvision's Resize and
+    CenterCrop within one byte, unless one side is more than 16 times the other."""
 
     resize: int
     size: int
@@ -140,14 +140,14 @@ class CenterCrop:
 
 
 def _center(image: Pixels, height: int, width: int) -> Pixels:
-    """The middle of an image, no larger than height x width."""
+    """The center of an image, at most height x width."""
     top, left = (round(max(side, 0) / 2) for side in (image.shape[0] - height, image.shape[1] - width))
     return image[top : top + height, left : left + width]
 
 
 @dataclass(frozen=True)
 class ScaledAndShifted:
-    """The image scaled about its center, moved by whole pixels, on black."""
+    """Scale the image about its center and shift it by whole pixels; the background is black."""
 
     scale: float
     down: int
@@ -161,5 +161,5 @@ class ScaledAndShifted:
         x = (self.size - 1) / 2 + self.right - self.scale * (width - 1) / 2
         y = (self.size - 1) / 2 + self.down - self.scale * (height - 1) / 2
         matrix = np.array([[self.scale, 0, x], [0, self.scale, y]])
-        # linear resampling blurs small images, and evaluation's are sharp (docs/results.md; one seed, within noise)
+        # linear resampling blurs small images, unlike evaluation's (docs/results.md; one seed, within noise)
         return cv2.warpAffine(image, matrix, (self.size, self.size), flags=cv2.INTER_CUBIC)

@@ -1,4 +1,4 @@
-"""Owns the erased square (Cutout, DeVries and Taylor 2017)."""
+"""The erased square (Cutout, DeVries and Taylor 2017)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from paco_ds.data.stream.views.view import Pixels
 
 @dataclass(frozen=True)
 class Cutout:
-    """A black square of `side` pixels; its center is anywhere in the view, so that it may hang over the edge."""
+    """A black square of `side` pixels, centered anywhere in the view: it may extend over the edge."""
 
     y: int
     x: int
@@ -25,5 +25,5 @@ class Cutout:
 
 
 def draw_cutout(size: int, side: int, rng: np.random.Generator) -> Cutout:
-    """A square about a pixel of a view of `size` x `size`."""
+    """Draw a square centered at a pixel of a view of `size` x `size`."""
     return Cutout(int(rng.integers(size)), int(rng.integers(size)), side)

@@ -1,4 +1,4 @@
-"""Owns single draws of a few kinds, from doubles alone: numpy's own take ten times as long for one number."""
+"""Single random draws made from `rng.random()`: numpy's other methods take ten times as long for one number."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def uniform(low: float, high: float, rng: np.random.Generator) -> float:
 
 
 def below(end: int, rng: np.random.Generator) -> int:
-    """One of 0 to end - 1; none is favoured by more than end / 2^53."""
+    """An integer from 0 to end - 1; the bias is at most end / 2^53."""
     return int(end * rng.random())
 
 

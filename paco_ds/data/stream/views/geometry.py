@@ -1,4 +1,4 @@
-"""Owns the operations that move pixels: flip, shear, translation, rotation; what comes from outside has one color."""
+"""Geometric operations: flip, shear, translation, rotation. Pixels from outside get one fill color."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Color = tuple[int, int, int]
 
 
 class Interpolation(Enum):
-    """How a pixel is made from those around its origin."""
+    """Interpolation between the pixels around a source position."""
 
     NEAREST = cv2.INTER_NEAREST
     BILINEAR = cv2.INTER_LINEAR
@@ -24,7 +24,7 @@ class Interpolation(Enum):
 
 @dataclass(frozen=True)
 class Flip:
-    """Left becomes right."""
+    """Mirror left and right."""
 
     def __call__(self, view: Pixels) -> Pixels:
         return cv2.flip(view, 1)
@@ -32,7 +32,7 @@ class Flip:
 
 @dataclass(frozen=True)
 class ShearX:
-    """Rows move by `factor` times their height in the view."""
+    """Shift each row by `factor` times its y coordinate."""
 
     factor: float
     interpolation: Interpolation
@@ -44,7 +44,7 @@ class ShearX:
 
 @dataclass(frozen=True)
 class ShearY:
-    """Columns move by `factor` times their place in the view."""
+    """Shift each column by `factor` times its x coordinate."""
 
     factor: float
     interpolation: Interpolation
@@ -56,7 +56,7 @@ class ShearY:
 
 @dataclass(frozen=True)
 class TranslateX:
-    """To the left by `share` of the width."""
+    """Shift to the left by `share` of the width."""
 
     share: float
     interpolation: Interpolation
@@ -68,7 +68,7 @@ class TranslateX:
 
 @dataclass(frozen=True)
 class TranslateY:
-    """Up by `share` of the height."""
+    """Shift up by `share` of the height."""
 
     share: float
     interpolation: Interpolation
@@ -80,7 +80,7 @@ class TranslateY:
 
 @dataclass(frozen=True)
 class Rotate:
-    """Counter-clockwise about the center, by degrees."""
+    """Rotate counter-clockwise about the center, in degrees."""
 
     degrees: float
     interpolation: Interpolation
@@ -94,9 +94,9 @@ class Rotate:
 
 
 def _moved(view: Pixels, rows: tuple[tuple[float, ...], ...], interpolation: Interpolation, fill: Color) -> Pixels:
-    """Pixel (x, y) comes from rows @ (x, y, 1), both in PIL's coordinates, where pixel centers are at halves."""
+    """Affine transform: pixel (x, y) comes from rows @ (x, y, 1), in PIL's coordinates (pixel centers at halves)."""
     matrix = np.array(rows, np.float64)
-    matrix[:, 2] += matrix[:, :2] @ (0.5, 0.5) - 0.5  # OpenCV's are at whole numbers
+    matrix[:, 2] += matrix[:, :2] @ (0.5, 0.5) - 0.5  # OpenCV's pixel centers are at integers
     return cv2.warpAffine(
         view,
         matrix,
@@ -108,7 +108,7 @@ def _moved(view: Pixels, rows: tuple[tuple[float, ...], ...], interpolation: Int
 
 
 def _translated(view: Pixels, axis: int, pixels: float, interpolation: Interpolation, fill: Color) -> Pixels:
-    """Pixel i along `axis` comes from i + pixels: the same mix of neighbours for all, less work than `_moved`."""
+    """Pixel i along `axis` comes from i + pixels. One kernel for all pixels: less work than `_moved`."""
     floor, nearest = math.floor(pixels), math.floor(pixels + 0.5)
     first, weights = _weights(pixels - floor, interpolation)
     kernel, anchor = np.array([weights]), (nearest - floor - first, 0)
@@ -116,7 +116,7 @@ def _translated(view: Pixels, axis: int, pixels: float, interpolation: Interpola
         kernel, anchor = kernel.T, (0, anchor[0])
     mixed = cv2.filter2D(view, -1, kernel, anchor=anchor, borderType=cv2.BORDER_REPLICATE)
     side = view.shape[axis]
-    start, end = max(nearest, 0), min(side + nearest, side)  # of what stays in view
+    start, end = max(nearest, 0), min(side + nearest, side)  # of the part that stays in view
     if start >= end:
         return np.full_like(view, fill)
     before, after = start - nearest, side + nearest - end
@@ -126,7 +126,7 @@ def _translated(view: Pixels, axis: int, pixels: float, interpolation: Interpola
 
 
 def _weights(share: float, interpolation: Interpolation) -> tuple[int, tuple[float, ...]]:
-    """For a point `share` of the way from pixel 0 to pixel 1: the first pixel that counts, and the weights from it."""
+    """For a point `share` of the way from pixel 0 to 1: the first pixel with a weight, and the weights from it on."""
     if interpolation is Interpolation.NEAREST:
         return 0, (1.0, 0.0) if share < 0.5 else (0.0, 1.0)
     if interpolation is Interpolation.BILINEAR:

@@ -1,4 +1,4 @@
-"""Owns the views that a recipe can name: which operations they draw, in which order."""
+"""The views that a recipe can name: which operations they draw, in which order."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class _Small:
         s = self.settings
         low, high = np.log(s.zoom).tolist()
         zoom = np.exp(low + (high - low) * rng.random())
-        # whole pixels, which need no resampling
+        # whole pixels: no resampling
         right, down = int(rng.integers(-s.shift, s.shift + 1)), int(rng.integers(-s.shift, s.shift + 1))
         sampling = ScaledAndShifted(zoom * s.size / min(height, width), down, right, s.size)
         flip: tuple[Operation, ...] = (Flip(),) if happens(s.flip, rng) else ()

@@ -1,4 +1,4 @@
-"""Owns the making of a sample's views: the header read, all views drawn, the image decoded once, the views made."""
+"""Views of one sample: read the header, draw all views, decode the image once, render the views."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from paco_ds.data.stream.views.view import Pixels, View
 
 @dataclass(frozen=True)
 class MakeViews:
-    """Views of an encoded image, decoded at the size that the view with the smallest crop needs."""
+    """Views of an encoded image, decoded at the scale that the smallest crop needs."""
 
     views: tuple[View, ...]
     max_pixels: int

@@ -1,4 +1,4 @@
-"""Owns the operations that replace byte by byte, a table of 256 each, with PIL's arithmetic."""
+"""Operations on single bytes, by a table of 256 values, with PIL's arithmetic."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Invert:
 
 @dataclass(frozen=True)
 class Posterize:
-    """The upper `bits` of each byte; the others become 0."""
+    """Keep the upper `bits` of each byte; the others become 0."""
 
     bits: int
 
@@ -32,7 +32,7 @@ class Posterize:
 
 @dataclass(frozen=True)
 class Solarize:
-    """Invert values from `threshold` on; 256 inverts none."""
+    """Invert values of at least `threshold`; 256 inverts none."""
 
     threshold: float
 
@@ -53,7 +53,7 @@ class SolarizeAdd:
 
 @dataclass(frozen=True)
 class AutoContrast:
-    """Stretch each channel so that its darkest value becomes 0 and its brightest 255."""
+    """Stretch each channel so that its minimum becomes 0 and its maximum 255."""
 
     def __call__(self, view: Pixels) -> Pixels:
         table = np.empty((1, 256, 3), np.uint8)
@@ -66,7 +66,7 @@ class AutoContrast:
 
 @dataclass(frozen=True)
 class Equalize:
-    """Spread each channel's values so that all are about equally frequent."""
+    """Equalize the histogram of each channel."""
 
     def __call__(self, view: Pixels) -> Pixels:
         table = np.empty((1, 256, 3), np.uint8)

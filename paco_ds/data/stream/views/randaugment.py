@@ -1,7 +1,8 @@
-"""Owns RandAugment (Cubuk et al. 2020) as timm has it, which the published runs use: `rand-n2-m10-mstd0.5`.
+"""RandAugment (Cubuk et al. 2020) of timm, as in the published runs: `rand-n2-m10-mstd0.5`.
 
-It is not torchvision's: 15 operations; each one drawn is applied with probability .5; its magnitude is normal and
-never above 10; brightness, contrast, color and sharpness rise with it from .1 to 1.9; posterize and solarize weaken.
+It differs from torchvision's: 15 operations; each drawn operation is applied with probability .5; its magnitude is
+normal and at most 10; brightness, contrast, color and sharpness rise with it from .1 to 1.9; posterize and solarize
+weaken.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from paco_ds.data.stream.views.geometry import Interpolation, Rotate, ShearX, Sh
 from paco_ds.data.stream.views.point import AutoContrast, Equalize, Invert, Posterize, Solarize, SolarizeAdd
 from paco_ds.data.stream.views.view import Operation
 
-_TOP = 10.0  # the magnitude at which every operation has its full range
+_TOP = 10.0  # the magnitude of full strength
 _INTERPOLATIONS = (Interpolation.BILINEAR, Interpolation.BICUBIC)
 
 
 def draw_randaugment(settings: RandAugmentSettings, rng: np.random.Generator) -> tuple[Operation, ...]:
-    """The operations to apply to one view, from none to `settings.operations`."""
+    """Draw the operations of one view, from none to `settings.operations`."""
     drawn: list[Operation] = []
     for _ in range(settings.operations):
         make = OPERATIONS[below(len(OPERATIONS), rng)]
@@ -43,7 +44,7 @@ def _interpolation(rng: np.random.Generator) -> Interpolation:
 
 _Make = Callable[[float, RandAugmentSettings, np.random.Generator], Operation]
 
-# level: the magnitude as a share of the full one, 0 to 1
+# level: magnitude / 10, from 0 to 1
 OPERATIONS: tuple[_Make, ...] = (
     lambda level, s, rng: AutoContrast(),
     lambda level, s, rng: Equalize(),

@@ -1,9 +1,8 @@
-"""Owns how ranks that a launcher started share one build, by files beside the shards: no process group is needed.
+"""Ranks of a launcher that share one build. They coordinate by files beside the shards, without a process group.
 
-Rank r of W writes shards r, r + W, ... Rank 0 writes `plan.json` when the others may begin, waits until each has
-said that its shards are done, and removes `plan.json` when the manifest stands, for which the others wait. Each
-rank shows that it lives by a counter that it writes again and again; a launch has a number of its own, so that what
-an earlier one left is not believed.
+Rank r of W writes shards r, r + W, ... Rank 0 writes `plan.json` to start the others, waits until each reports its
+shards done, writes the manifest, and removes `plan.json`, for which the others wait. Each rank writes a heartbeat file
+repeatedly. Every launch has its own id, so that files of an earlier launch are ignored.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ _BEAT_EVERY = 5.0  # seconds
 
 
 @dataclass(frozen=True)
-class Rank:
+class BuildRank:
     """This process's share of a build.
 
     Attributes:
-        patience: seconds without a sign of life after which another rank is given up.
+        patience: seconds without a heartbeat after which another rank counts as lost.
     """
 
     number: int = 0
@@ -37,11 +36,11 @@ class Rank:
     patience: float = 120.0
 
     def takes(self, job: int) -> bool:
-        """Whether the shard of this number is ours."""
+        """Whether this rank writes the shard of this number."""
         return job % self.world_size == self.number
 
     def begin(self, state: Storage, plan: str) -> None:
-        """Rank 0: let the others begin with this plan. They return once it is theirs too.
+        """Rank 0 starts the others with this plan; they return once their own plan is the same.
 
         Raises:
             DataError: as `_wait`.
@@ -51,16 +50,16 @@ class Rank:
         else:
             self._wait(
                 state,
-                "the same plan as its own (do all hosts see the same images and options?)",
+                "the same plan (do all hosts see the same images and options?)",
                 lambda: () if _get(state, PLAN_FILE).get("plan") == plan else (0,),
             )
 
     def plan(self, state: Storage) -> object:
-        """The plan of the build under way, None without one."""
+        """The digest of the current build's plan; None without a build."""
         return _get(state, PLAN_FILE).get("plan")
 
     def finish(self, state: Storage, conclude: Callable[[], None]) -> None:
-        """Rank 0: `conclude()` when all ranks are done. The others say that they are, and return when it has."""
+        """Rank 0 calls `conclude()` when all ranks are done. The others report that they are done and wait for it."""
         if self.number == 0:
             launch = _get(state, PLAN_FILE)["launch"]
             others = range(1, self.world_size)
@@ -83,7 +82,7 @@ class Rank:
 
     @contextmanager
     def alive(self, state: Storage) -> Iterator[None]:
-        """Show the others that this rank lives, and, if it ends with an error, why."""
+        """Write this rank's heartbeat during the block; if the block fails, write the reason."""
         if self.world_size == 1:
             yield
             return
@@ -102,10 +101,10 @@ class Rank:
         state.remove(_alive(self.number))
 
     def _wait(self, state: Storage, what: str, waited_for: Callable[[], Iterable[int]]) -> None:
-        """Return when no rank is waited for any more.
+        """Return when `waited_for()` is empty.
 
         Raises:
-            DataError: such a rank has failed, or shown no sign of life for `patience` seconds.
+            DataError: one of these ranks failed, or had no heartbeat for `patience` seconds.
         """
         seen: dict[int, tuple[dict[str, object], float]] = {}
         while ranks := list(waited_for()):
@@ -114,14 +113,14 @@ class Rank:
                 if rank not in seen or seen[rank][0] != sign:
                     seen[rank] = (sign, now)
                 silent = now - seen[rank][1]
-                # What an earlier launch left is overwritten meanwhile by a rank that starts.
+                # a file of an earlier launch is overwritten in this time by a rank that starts
                 if "failed" in sign and silent > min(4 * _BEAT_EVERY, self.patience / 2):
                     raise DataError(f"rank {rank} failed: {sign['failed']}")
                 if silent > self.patience:
                     raise DataError(
-                        f"rank {rank} has given no sign of life for {silent:.0f} s while rank {self.number} waits for "
-                        f"{what}: is {state.url} the same folder on every host? Give the same command again: the "
-                        "shards that are finished are kept"
+                        f"rank {rank} was silent for {silent:.0f} s while rank {self.number} waited for {what}. Is "
+                        f"{state.url} the same folder on every host? Give the same command again: finished shards are "
+                        "kept"
                     )
             time.sleep(min(0.5, self.patience / 8))
 
@@ -133,16 +132,16 @@ class Rank:
             over.wait(min(_BEAT_EVERY, self.patience / 8))
 
 
-def rank_of_environment() -> Rank:
-    """The rank that a launcher gave this process; rank 0 of 1 without one.
+def rank_of_environment() -> BuildRank:
+    """The rank from RANK and WORLD_SIZE; rank 0 of 1 without a launcher.
 
     Raises:
-        DataError: RANK and WORLD_SIZE are not such numbers.
+        DataError: they are not valid.
     """
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if not rank.isdecimal() or not world.isdecimal() or int(rank) >= int(world):
-        raise DataError(f"RANK={rank} and WORLD_SIZE={world} are no rank of a launch; unset both to build alone")
-    return Rank(int(rank), int(world))
+        raise DataError(f"RANK={rank} and WORLD_SIZE={world} are not valid; unset both to build with one process")
+    return BuildRank(int(rank), int(world))
 
 
 def _alive(rank: int) -> str:

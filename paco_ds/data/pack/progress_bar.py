@@ -1,4 +1,4 @@
-"""Owns what a long command over shards shows while it runs: images, rates, time left, bad images so far."""
+"""Progress of a long command over shards: images, rates, time left, bad images so far."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 MB = 1e6
-_RECENT = 30  # seconds that rates are of: what an earlier run had finished goes by faster than what is written
-_LINE_EVERY = 10  # seconds, where no terminal shows a bar
+_RECENT = 30  # seconds over which rates are averaged: shards of an earlier run pass faster than new ones
+_LINE_EVERY = 10  # seconds between lines without a terminal
 
 
 class ShardProgress:
-    """A bar on a terminal, and a line now and then elsewhere.
+    """A bar on a terminal; elsewhere a line every 10 s.
 
     Args:
-        title: what is done.
-        images: in all.
-        size: bytes in all, what time left is reckoned by.
+        title: name of the work.
+        images: total number.
+        size: total bytes; the time left is estimated from them.
     """
 
     def __init__(self, console: Console, title: str, images: int, size: int) -> None:
@@ -50,7 +50,7 @@ class ShardProgress:
         self._bar.stop()
 
     def add(self, images: int, size: int, bad: int) -> None:
-        """More images done, of so many bytes, of which so many were bad."""
+        """Report images done, their bytes, and how many of them were bad."""
         for place, more in enumerate((images, size, bad)):
             self._done[place] += more
         now = time.monotonic()
@@ -63,16 +63,16 @@ class ShardProgress:
             self._console.print(f"{self._title}: {self.figures()}", markup=False, highlight=False)
 
     def note_peak(self, size: int) -> None:
-        """The most memory that another process took so far."""
+        """Record the peak memory of another process, in bytes."""
         self._worker_peak = max(self._worker_peak, size)
 
     def memory(self) -> str:
-        """Peaks of memory as the kernel kept them."""
+        """Peak memory of this process and of the largest worker, in words."""
         worker = f", {self._worker_peak / MB:,.0f} MB in the largest worker" if self._worker_peak else ""
         return f"peak memory {peak_of_process() / MB:,.0f} MB{worker}"
 
     def figures(self) -> str:
-        """What a line says."""
+        """The figures of a line."""
         images, size, bad = self._done
         (then, images_then, size_then), (now, *_) = self._recent[0], self._recent[-1]
         seconds = max(now - then, 1e-3)
@@ -85,7 +85,7 @@ class ShardProgress:
 
 
 def peak_of_process() -> int:
-    """Bytes of memory that this process had at most."""
+    """Peak memory of this process, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

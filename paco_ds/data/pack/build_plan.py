@@ -1,4 +1,4 @@
-"""Owns what a build is: its options, and the plan of its shards, made before the first image is read."""
+"""Options of a build, and the plan of its shards, made before the first image is read."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from paco_ds.data.pack.build_ranks import BuildRank
 from paco_ds.data.pack.card import Card
-from paco_ds.data.pack.ranks import Rank
 from paco_ds.data.pack.read import read_source
 from paco_ds.data.pack.root import MapOver
 from paco_ds.data.pack.selection import make_long_tailed, split_validation
@@ -26,13 +26,13 @@ SHARD_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How a build is done; see `paco-build-shards build --help`.
+    """Options of a build; see `paco-build-shards build --help`.
 
     Attributes:
-        seed: of the order inside the shards, the long-tailed part and the validation split.
+        seed: of the shuffle, the long-tailed subset and the validation split.
         shard_bytes: largest shard.
         verify: decode every image.
-        max_bad: images that may be left out; one more ends the build with the list.
+        max_bad: bad images that may be left out; more end the build with a list of them.
     """
 
     seed: int = 0
@@ -45,14 +45,14 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """All that is decided before the first image is read.
+    """Everything decided before the first image is read.
 
     Attributes:
-        source: the images, selected.
-        settings: what every process needs.
+        source: the selected images.
+        settings: shared by all worker processes.
         shards: (split, name, number of the first key, rows of the split's table) in the order of the manifest.
-        digest: of the images, their sizes and times, and of all options that the bytes depend on.
-        listing: digest of names, labels and sizes alone: says whether the same images were listed before.
+        digest: of the images, their sizes and times, and all options that the bytes depend on.
+        listing: digest of names, labels and sizes alone; equal if the same images were listed before.
     """
 
     source: Source
@@ -61,13 +61,13 @@ class BuildPlan:
     digest: str
     listing: str
 
-    def jobs(self, rank: Rank) -> Iterator[ShardJob]:
-        """The shards of a rank, each cut out of the table when it is asked for."""
+    def jobs(self, rank: BuildRank) -> Iterator[ShardJob]:
+        """The shards of a rank, each taken from the table on demand."""
         for number, (split, name, first_key, rows) in enumerate(self.shards):
             if rank.takes(number):
                 yield ShardJob(name, split, first_key, self.source.splits[split].take(rows))
 
-    def size(self, rank: Rank) -> tuple[int, int]:
+    def size(self, rank: BuildRank) -> tuple[int, int]:
         """Images and source bytes of a rank's shards."""
         own = [shard for number, shard in enumerate(self.shards) if rank.takes(number)]
         size = sum(int(self.source.splits[split].sizes[rows].sum()) for split, _, _, rows in own)
@@ -77,13 +77,13 @@ class BuildPlan:
 def plan_build(
     card: Card, root: str | Path, output: Storage, options: BuildOptions, look_up: MapOver = map
 ) -> BuildPlan:
-    """List the source, select from it, and cut it into shards; DataError as `build_shards`."""
+    """List the source, select from it, and divide it into shards; DataError as `build_shards`."""
     source = select(card, read_source(card, root, look_up), options.seed)
     return plan_of(card, source, output, options, {}, {})
 
 
 def select(card: Card, source: Source, seed: int) -> Source:
-    """The source with what the card asks for: a long-tailed train, a validation split out of it."""
+    """Apply the card's selection: a long-tailed subset of train, and a validation split taken from train."""
     splits, classes = dict(source.splits), len(source.classes)
     if card.imbalance is not None:
         splits["train"] = make_long_tailed(splits["train"], classes, card.imbalance, seed)
@@ -91,7 +91,7 @@ def select(card: Card, source: Source, seed: int) -> Source:
         splits["train"], splits["val"] = split_validation(splits["train"], classes, card.validation_share, seed)
         if not len(splits["val"]):
             raise DataError(
-                f"validation_share {card.validation_share} of these classes takes no image: raise it, or collect more"
+                f"validation_share {card.validation_share} selects no image of these classes: raise it, or add images"
             )
     return replace(source, splits=splits)
 
@@ -104,14 +104,14 @@ def plan_of(
     first_shards: Mapping[str, int],
     first_keys: Mapping[str, int],
 ) -> BuildPlan:
-    """Cut a source into shards; their names and keys are counted from these numbers."""
+    """Divide a source into shards; `first_shards` and `first_keys` give the first numbers per split."""
     settings = WriteSettings(output, source.images, source.classes, card.resize, options.verify)
     shards = []
     for split, samples in source.splits.items():
         if not len(samples):
             continue
         key = first_keys.get(split, 0)
-        seed = options.seed + first_shards.get(split, 0)  # what is added later is shuffled anew
+        seed = options.seed + first_shards.get(split, 0)  # images added later get another shuffle
         for number, rows in enumerate(plan_shards(samples, split, seed, options.shard_bytes)):
             shards.append((split, f"{split}-{first_shards.get(split, 0) + number:05d}", key, rows))
             key += len(rows)

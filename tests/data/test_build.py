@@ -153,7 +153,7 @@ def test_folders_need_no_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     [
         ([], "give either a dataset CARD or --source with --root"),
         (["--source", "folder"], "--source folder needs --root"),
-        (["none.yaml"], "there is no dataset card none.yaml"),
+        (["none.yaml"], "no dataset card none.yaml"),
     ],
 )
 def test_incomplete_commands_say_what_is_missing(

@@ -1,4 +1,8 @@
-"""Evaluate a run: `python paco_ds/evaluate.py --run RUN` (or `deepspeed paco_ds/evaluate.py --run RUN` on many ranks).
+"""Evaluate a run, on one rank or, by the launcher, on many.
+
+examples:
+  paco-evaluate --run runs/demo
+  deepspeed --module paco_ds.evaluate --run runs/demo
 
 Prints Many / Medium / Few / All, top-1 and top-5, and writes RUN/metrics.json. Reads the portable checkpoint; no
 DeepSpeed engine is needed, and every image is counted once on any number of ranks. Several --run are an ensemble:

@@ -1,20 +1,31 @@
-"""Train a recipe: `deepspeed [--hostfile hosts] paco_ds/train.py --config RECIPE.yaml --output RUN`.
-
-Run again, the same command goes on where the run in RUN stopped, also in mid-epoch and on another legal number of
+"""Train a recipe. Run again, the same command resumes the run in --output, also in mid-epoch and on another number of
 ranks.
+
+examples:
+  deepspeed --hostfile hosts paco_ds/train.py                    the demo, on the images that ship, into runs/demo
+  deepspeed --module paco_ds.train --config imagenet_lt_resnet50 --set data.shards=data/imagenet_lt --output runs/a
+  paco-train --config demo --set schedule.epochs=2               one rank, without a launcher
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # a checkout need not be installed
 
 from paco_ds.command import report_user_errors
 from paco_ds.config.load import load_recipe
+from paco_ds.config.shipped import RECIPES, card_with_images
+from paco_ds.errors import DataError
+
+if TYPE_CHECKING:
+    from paco_ds.config.recipe import Recipe
+    from paco_ds.distributed.ranks import Ranks
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,10 +38,18 @@ def main(argv: list[str] | None = None) -> int:
     from paco_ds.training import engine
     from paco_ds.training.trainer import Trainer
 
-    with report_user_errors(), RankWatchdog(lambda: resume_hint(arguments.output)):
-        recipe = load_recipe(arguments.config, arguments.set)
+    output = arguments.output or Path("runs", Path(arguments.config or "demo").stem)
+    with report_user_errors(), RankWatchdog(lambda: resume_hint(output)):
+        recipe = load_recipe(arguments.config, arguments.set) if arguments.config else _demo(arguments.set)
         ranks = engine.start(recipe, arguments.expect_ranks)
-        trainer = Trainer(recipe, arguments.output, ranks, arguments.stop_at_step)
+        if ranks.first and not arguments.config:
+            print(
+                f"no --config: training the recipe demo into {output}; for another give --config FILE.yaml or the "
+                f"name of one in {RECIPES}",
+                flush=True,
+            )
+        _build_missing_shards(recipe.data.shards, ranks)
+        trainer = Trainer(recipe, output, ranks, arguments.stop_at_step)
         try:
             trainer.run()
         finally:
@@ -40,10 +59,45 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _demo(overrides: Sequence[str]) -> Recipe:
+    """The demo on any number of ranks: those that cannot share its step evenly run one micro-batch each."""
+    from paco_ds.distributed.launch import environment_ranks
+
+    recipe = load_recipe("demo", overrides)
+    _, world_size, _ = environment_ranks()
+    if recipe.step.micro_batches % world_size:
+        recipe = load_recipe("demo", (f"step.micro_batches={world_size}", *overrides))
+    return recipe
+
+
+def _build_missing_shards(shards: str, ranks: Ranks) -> None:
+    """Build shards that are missing on rank 0, while the others wait, if the card and its images ship.
+
+    Raises:
+        DataError: the build failed; on every rank alike.
+    """
+    from rich.console import Console
+
+    from paco_ds.data.manifest import MANIFEST_FILE
+    from paco_ds.data.pack.card import load_card
+    from paco_ds.data.pack.shards import build_shards
+
+    card, failure = card_with_images(shards), None
+    if ranks.first and card is not None and not Path(shards, MANIFEST_FILE).exists():
+        try:
+            build_shards(load_card(card), card.parent / load_card(card).root, shards, console=Console())
+        except (DataError, OSError) as error:
+            failure = f"{shards} could not be built from {card}: {error}"
+    if failure := ranks.gather_objects(failure)[0]:
+        raise DataError(failure)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="recipe, YAML; see ds_configs/recipes/")
-    parser.add_argument("--output", required=True, type=Path, help="run directory, on storage all hosts share")
+    parser.add_argument("--config", help="recipe, YAML: a path, or the name of a shipped one; demo by default")
+    parser.add_argument(
+        "--output", type=Path, help="run directory, on storage all hosts share; runs/NAME OF THE RECIPE by default"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a setting")
     parser.add_argument("--expect-ranks", type=int, help="end at once if the job has another number of ranks")
     parser.add_argument("--stop-at-step", type=int, help="write a checkpoint after this many steps and end")

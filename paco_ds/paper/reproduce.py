@@ -1,7 +1,8 @@
 """The rows of a table trained over seeds and drawn beside the paper's figures.
 
-    paco-reproduce --table 13 --scale small --data fashion-mnist-lt --output runs/table13
-    paco-reproduce --table 9 --scale paper --output runs/table9       writes the commands for a cluster
+examples:
+  paco-reproduce --table 13 --scale small --data fashion-mnist-lt --output runs/table13
+  paco-reproduce --table 9 --scale paper --output runs/table9       writes the commands for a cluster
 
 Each (row, seed) is a run of its own, launched as a user would launch it, so an interrupted table goes on. A second
 stage starts from the run of the row that it names, which is trained first, also where its result is kept. With

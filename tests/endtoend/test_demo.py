@@ -103,7 +103,7 @@ def test_missing_shards_end_the_job_with_the_remedy(tmp_path):
     run = train(2, tmp_path / "run", tmp_path / "absent", cwd=tmp_path)
     assert run.returncode != 0
     assert "absent" in run.stderr
-    assert "tools/build_shards.py" in run.stderr
+    assert "paco-build-shards build" in run.stderr
 
 
 def test_a_rank_that_dies_ends_the_job(shards, tmp_path):

@@ -100,7 +100,8 @@ def _suggest(arguments: argparse.Namespace, console: Console) -> int:
     for line in suggestion.reasons:
         print(f"- {line}")
     card, recipe = write_files(manifest, suggestion, arguments.output, arguments.overwrite)
-    print(f"written: {card}, {recipe}; train: deepspeed --module paco_ds.train --config {recipe}")
+    print(f"written: {card}, {recipe}")
+    print(f"train: deepspeed --module paco_ds.train --config {recipe} --output runs/suggested")
     missing = [split for split in ("val", "test") if split not in manifest.splits]
     if missing:
         print(

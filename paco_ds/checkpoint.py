@@ -1,15 +1,14 @@
-"""Checkpoints: everything that makes a resumed run the same run, at any ZeRO stage and on any legal number of ranks.
+"""Checkpoints: the state from which a run resumes exactly, at any ZeRO stage and legal number of ranks.
 
 A checkpoint is a folder of safetensors (float32 weights and buffers; momentum; queue) and state.json (step, recipe,
-manifest, digests of the files). It is written under a temporary name, read back, and renamed when whole. A damaged
-one is found by its digests, and the one before it is used.
+manifest, digests of the files). It is written under a temporary name, read back, and renamed. A damaged checkpoint
+is detected by its digests, and the previous one is used.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,19 +21,19 @@ from torch import Tensor
 from paco_ds.config.load import load_recipe
 from paco_ds.config.recipe import Recipe
 from paco_ds.errors import CheckpointError, RecipeError
-from paco_ds.files import sha256_file
+from paco_ds.files import fsync, sha256_file
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "paco_ds checkpoint"
 VERSION = 1
-BEST = "best"  # folder of the weights that were best on the validation split
+BEST = "best"  # folder of the best weights on the validation split
 MODEL, MOMENTUM, QUEUE, STATE = "model.safetensors", "momentum.safetensors", "queue.safetensors", "state.json"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole, verified checkpoint on disk. `step` is the number of optimizer steps done."""
+    """A complete, verified checkpoint on disk. `step` is the number of optimizer steps done."""
 
     path: Path
     step: int
@@ -49,14 +48,14 @@ class Checkpoint:
         return load_file(self.path / MOMENTUM)
 
     def queue(self) -> dict[str, Tensor]:
-        """The state of a `KeyQueue`; only of methods that have one."""
+        """The state of a `KeyQueue`; only for methods with a queue."""
         return load_file(self.path / QUEUE)
 
     def check_data(self, manifest_sha256: str) -> None:
-        """Refuse shards other than those it was trained on.
+        """Check that the shards are those it was trained on.
 
         Raises:
-            CheckpointError: the manifest is another one.
+            CheckpointError: the manifest is another.
         """
         trained_on = self.state["manifest_sha256"]
         if trained_on != manifest_sha256:
@@ -70,8 +69,8 @@ class Checkpoints:
     """The checkpoints of a run directory.
 
     Args:
-        run: the run directory; checkpoints lie under checkpoints/.
-        recipe, manifest_sha256: what a resumed run must agree on.
+        run: the run directory; checkpoints are in its folder checkpoints/.
+        recipe, manifest_sha256: must be the same in a resumed run.
     """
 
     def __init__(self, run: Path, recipe: Recipe, manifest_sha256: str) -> None:
@@ -91,8 +90,8 @@ class Checkpoints:
 
         Args:
             model, momentum: (name, tensor) of all weights and buffers, and of all momentum buffers. Every rank
-                walks through them, since making them is a collective; only one with `write` keeps and writes them.
-            about: further facts for state.json (world size, versions).
+                must iterate over them, since that is a collective; only a rank with `write` writes them.
+            about: further entries of state.json (world size, versions).
         """
         files = {MODEL: _kept(model, write), MOMENTUM: _kept(momentum, write)}
         if queue is not None:
@@ -114,19 +113,19 @@ class Checkpoints:
     def save_best(
         self, step: int, model: Iterable[tuple[str, Tensor]], about: Mapping[str, Any], write: bool = True
     ) -> None:
-        """Keep the weights after `step` steps as the best so far, in place of the ones before; as `save`, without
-        momentum and queue, since nothing goes on from them."""
+        """Write the weights after `step` steps as the best so far, replacing the previous best. As `save`, without
+        momentum and queue, since no run resumes from them."""
         files = {MODEL: _kept(model, write)}
         if write:
             self._write(BEST, files, self._state(step) | {"criterion": self.recipe.evaluation.checkpoint} | dict(about))
 
     def best(self, until: int) -> Checkpoint | None:
-        """The best weights of this run among its first `until` steps by the recipe's criterion, or None. Those of a
-        later step belong to a part of the run that a resumed one takes again; those of another criterion, which may
-        change between a run and its continuation, are the best of something else.
+        """The best weights among the first `until` steps by the recipe's criterion, or None. Weights of a later step
+        belong to steps that the resumed run repeats. The criterion may change on resume: weights of another one are
+        ignored.
 
         Raises:
-            CheckpointError: damaged, or of other meaning or other data.
+            CheckpointError: damaged, or of another recipe or other data.
         """
         if not (self.folder / BEST).exists():
             return None
@@ -137,10 +136,10 @@ class Checkpoints:
         return checkpoint
 
     def latest(self) -> Checkpoint | None:
-        """The newest whole checkpoint of this run, or None if there is none.
+        """The newest intact checkpoint of this run, or None without checkpoints.
 
         Raises:
-            CheckpointError: it is of other meaning or other data, or none of those there is whole.
+            CheckpointError: it is of another recipe or other data, or all checkpoints are damaged.
         """
         if not any(self.folder.glob("step-*")):
             return None
@@ -151,8 +150,7 @@ class Checkpoints:
     def _check_resume_identity(self, checkpoint: Checkpoint) -> None:
         now = json.loads(json.dumps(self.recipe.resume_identity()))
         saved = checkpoint.state["meaning"]
-        # a setting younger than the checkpoint then was what it is by default; one of a section that was left out, of
-        # which the name alone is saved, was nothing
+        # a setting newer than the checkpoint had its default value, except in a section that was null
         younger = {key: self.recipe.default(key) for key in now.keys() - saved.keys() if not _left_out(key, saved)}
         saved = younger | saved
         differences = [
@@ -162,9 +160,9 @@ class Checkpoints:
         ]
         if differences:
             raise CheckpointError(
-                f"{checkpoint.path} was trained by another recipe:\n"
+                f"{checkpoint.path} was trained with another recipe:\n"
                 + "\n".join(differences)
-                + "\nSet these back to go on, or give another --output to start a new run"
+                + "\nReset these to resume, or give another --output to start a new run"
             )
         checkpoint.check_data(self.manifest_sha256)
 
@@ -178,29 +176,29 @@ class Checkpoints:
         state["sha256"] = {file: sha256_file(part / file) for file in files}
         (part / STATE).write_text(json.dumps(state, indent=1))
         for path in (*part.iterdir(), part):
-            _fsync(path)
+            fsync(path)
         read_checkpoint(part)
         final = self.folder / name
-        shutil.rmtree(final, ignore_errors=True)  # of an earlier, damaged or cut, attempt at this step
+        shutil.rmtree(final, ignore_errors=True)  # left by an earlier, damaged or interrupted, save of this step
         part.rename(final)
-        _fsync(self.folder)
+        fsync(self.folder)
 
     def _prune(self, newest: int) -> None:
-        """Keep the newest by number. Later ones are damaged, else the run would have gone on from there."""
+        """Remove all but the newest. Later ones are damaged, else the run would have resumed from them."""
         for path in self.folder.glob("step-*"):
             if int(path.name.removeprefix("step-")) > newest:
                 shutil.rmtree(path)
         for path in sorted(self.folder.glob("step-*"))[: -self.recipe.checkpoint.keep]:
             shutil.rmtree(path)
-        for path in self.folder.glob(".step-*.part"):  # of a save that was killed
+        for path in self.folder.glob(".step-*.part"):  # left by a killed save
             shutil.rmtree(path)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Open a checkpoint and verify every file of it.
+    """Open a checkpoint and verify all its files.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the format is another version's.
+        CheckpointError: a file is missing or damaged, or the format has another version.
     """
     try:
         state = json.loads((path / STATE).read_text())
@@ -217,7 +215,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def newest_checkpoint(run: Path) -> Checkpoint:
-    """The newest whole checkpoint of a run directory, whatever its recipe; a damaged one is named and passed over.
+    """The newest intact checkpoint of a run directory, for any recipe; damaged ones are skipped with a warning.
 
     Raises:
         CheckpointError: there is none.
@@ -228,10 +226,10 @@ def newest_checkpoint(run: Path) -> Checkpoint:
             return read_checkpoint(path)
         except CheckpointError as error:
             problems.append(str(error))
-            logger.warning("%s; trying the one before", error)
+            logger.warning("%s; trying the previous one", error)
     if problems:
         raise CheckpointError(
-            "no checkpoint of this run is whole:\n  "
+            "all checkpoints of this run are damaged:\n  "
             + "\n  ".join(problems)
             + f"\nRestore one, or move {run / 'checkpoints'} away to start again"
         )
@@ -272,11 +270,11 @@ def open_run(run: Path, setting: str, remedy: str) -> tuple[Recipe, Checkpoint]:
 
 
 def resume_hint(run: Path) -> str:
-    """What to do when a run was cut off; a glance at its folder, which reads and verifies nothing."""
+    """How to resume an interrupted run, by the names in its folder; nothing is read or verified."""
     steps = sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
     if not steps:
         return "There is no checkpoint yet: the same command starts again"
-    return f"Run the same command again to go on from step {steps[-1]}"
+    return f"Run the same command again to resume from step {steps[-1]}"
 
 
 def _left_out(key: str, meaning: Mapping[str, Any]) -> bool:
@@ -286,17 +284,9 @@ def _left_out(key: str, meaning: Mapping[str, Any]) -> bool:
 
 
 def _kept(named: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
-    """Walk through a collective to its end, keeping its tensors only where they are wanted."""
+    """Iterate over a collective to its end, keeping its tensors only if `keep`."""
     kept = {}
     for name, tensor in named:
         if keep:
             kept[name] = tensor.detach().cpu().contiguous()
     return kept
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,10 +1,10 @@
-"""The errors a user can cause and mend: raised where the cause is known, naming the thing and the remedy."""
+"""Errors that a user can cause and fix; the message names the cause and the remedy."""
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
-    """Something given to paco_ds is wrong. Commands print it as one message, without a traceback."""
+    """A mistake in the input. Commands print its message without a traceback."""
 
 
 class RecipeError(UserError):
@@ -20,4 +20,4 @@ class DataError(UserError):
 
 
 class TrainingError(UserError):
-    """A run cannot go on as it is set."""
+    """A run cannot continue with its settings."""

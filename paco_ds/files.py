@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and their digests."""
+"""Atomic writing of files, and digests."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ PARTIAL = ".partial"  # ending of a file that is being written
 
 
 def is_url(place: str) -> bool:
-    """Whether a place is a URL (`s3://...`, `pipe:...`), not a path; a single letter is a drive, not a scheme."""
+    """Whether a place is a URL (`s3://...`, `pipe:...`) and not a path; a single letter is a drive."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", place) is not None
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file for writing that gets its name only after all its bytes are on disk."""
+    """Open a file for writing that is renamed to `path` once all its bytes are on disk."""
     partial = path.with_name(f".{path.name}{PARTIAL}")
     try:
         with partial.open("wb") as file:
@@ -30,18 +30,23 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    fsync(path.parent)
 
 
 def replace_text(path: Path, text: str) -> Path:
-    """Write a text file under a temporary name and rename it; a reader sees the old one or the new one."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    return part.replace(path)
+    """Write a UTF-8 text file atomically: a reader sees the old content or the new. Returns the path."""
+    with whole_file(path) as file:
+        file.write(text.encode())
+    return path
+
+
+def fsync(path: Path) -> None:
+    """Flush a file or folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sha256_file(path: str | Path) -> str:

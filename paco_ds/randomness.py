@@ -1,4 +1,4 @@
-"""Randomness as a function: every draw names its stream and what it depends on, and leaves no state behind."""
+"""Stateless randomness: every draw is a function of its purpose and a key of numbers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 class DrawPurpose(IntEnum):
-    """What a draw is for; it comes first in the seed, so that no two purposes share one."""
+    """Purpose of a draw. It is the first number of the seed, so that no two purposes share a seed."""
 
     SHARDS = 1
     ROTATION = 2
@@ -22,19 +22,19 @@ class DrawPurpose(IntEnum):
 
 
 def generator(stream: DrawPurpose, *key: int) -> np.random.Generator:
-    """A generator that depends on nothing but the stream and the key (non-negative numbers)."""
+    """A generator that depends only on the purpose and the key (non-negative numbers)."""
     return np.random.Generator(np.random.PCG64(_words(stream, *key)))
 
 
 def permutation(length: int, stream: DrawPurpose, *key: int) -> np.ndarray:
-    """0 to length - 1 in drawn order, int64.
+    """A random permutation of 0 to length - 1, int64.
 
-    Raw bits are sorted, since numpy promises those, but not its shuffle, to be the same in later versions.
+    Raw bits are sorted, since numpy guarantees those, but not its shuffle, to be the same in later versions.
     """
     return np.argsort(np.random.PCG64(_words(stream, *key)).random_raw(length), kind="stable")
 
 
 def _words(*key: int) -> np.ndarray | list[int]:
-    """A seed as the 32-bit words that numpy makes of a list of numbers: an array of them spares it a third of the time,
-    and is the same seed where each number is one word."""
+    """The seed as an array of 32-bit words, which takes numpy two thirds of the time of a list; the same seed if each
+    number is one word."""
     return np.array(key, np.uint32) if max(key) < 2**32 else list(key)

@@ -1,4 +1,4 @@
-"""Who sends which image to whom when keys are normalised over shuffled groups: arithmetic, no communication.
+"""The all-to-all plan of ShuffleBN: row order and send/receive counts, computed without communication.
 
 Shapes: G global batch, m micro-batch, M micro-batches, W ranks, A = M / W.
 """
@@ -14,13 +14,13 @@ from paco_ds.distributed.ranks import MicroBatchLayout
 
 @dataclass(frozen=True)
 class KeyExchange:
-    """A rank's part of the exchange.
+    """A rank's part of the all-to-all.
 
     Attributes:
-        rows: of the rank's own A m images, in the order they are sent: by receiver, then in the receiver's order.
-        send: [W] how many of them go to each rank, itself included.
-        receive: [W] how many images come from each rank, itself included.
-        in_group_order: [A m] where, among the images as they arrive (by sender), each of the rank's groups' is.
+        rows: order in which the rank's A m images are sent: by receiver, then in the receiver's order.
+        send: [W] number of images sent to each rank, itself included.
+        receive: [W] number of images received from each rank, itself included.
+        in_group_order: [A m] indices that sort the received images (by sender) into group order.
     """
 
     rows: np.ndarray
@@ -30,12 +30,12 @@ class KeyExchange:
 
 
 def key_exchange(groups: np.ndarray, layout: MicroBatchLayout) -> KeyExchange:
-    """The exchange that brings every image to the rank that runs its group, each at most once.
+    """The all-to-all that sends every image to the rank of its group, at most once.
 
-    Everybody computes it from the permutation, so no sizes are exchanged. O(G), whatever the number of ranks.
+    Every rank computes it from the permutation, so no sizes are exchanged. O(G) for any number of ranks.
 
     Args:
-        groups: [M, m] slots of each group; group g is run by rank g mod W.
+        groups: [M, m] batch slots of each group; rank g mod W runs group g.
     """
     m, W, A = layout.micro_batch, layout.world_size, layout.accumulation
     by_receiver = groups.reshape(A, W, m).swapaxes(0, 1).reshape(W, A * m)

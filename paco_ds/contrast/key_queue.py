@@ -1,4 +1,4 @@
-"""Owns the queue of past keys: a ring whose contents depend only on the sequence of keys pushed.
+"""The queue of past keys: a ring whose contents depend only on the sequence of pushed keys.
 
 Shapes: K queue length, N filled slots, G keys of one push (the global batch), C classes, D dimension.
 """
@@ -15,24 +15,24 @@ from paco_ds.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
-_DIGEST_WORDS = 2**20  # at a time, so that the digest of a long queue needs no memory of the queue's size
+_DIGEST_WORDS = 2**20  # hashed at a time, so that the digest of a long queue needs little memory
 
 
 @dataclass(frozen=True)
 class QueueSnapshot:
-    """The queue as one optimizer step sees it, with the sums that the loss needs of it.
+    """The queue as seen by one optimizer step, with the class sums that the loss needs.
 
-    The sums are derived from keys and labels once a step and never stored: nothing to drift, nothing to save. Keys
-    and labels are those of the queue, not copies, and serve until its next push.
+    The sums are computed from keys and labels once per step and never stored, so they cannot drift. Keys and labels
+    share the queue's memory and are valid until its next push.
 
     Attributes:
-        keys_ND: filled slots only, in slot order; [E, N, D] as seen by :meth:`experts`.
+        keys_ND: keys of the filled slots, in slot order; [E, N, D] after :meth:`experts`.
         labels_N: their classes, int64.
         class_count_C: n_y, the number of keys of each class, int64.
-        present_sum_RD: S_y of the classes present, then a row of zeros for every other; dtype of the keys. With
+        present_sum_RD: S_y of the classes with a key, then one row of zeros for all others; dtype of the keys. With
             100,000 classes most have no key in the queue.
-        row_C: the row of each class in it.
-        version: counts changes of the keys in place, to notice a later push; None where torch does not.
+        row_C: row of each class in present_sum_RD.
+        version: torch's version counter of the keys, to detect a later push; None in inference mode.
     """
 
     keys_ND: Tensor
@@ -44,10 +44,10 @@ class QueueSnapshot:
 
     @classmethod
     def of(cls, keys_ND: Tensor, labels_N: Tensor, num_classes: int) -> "QueueSnapshot":
-        """Derive the class sums. Each class is summed in slot order by one thread, so that equal queues have
-        bit-equal sums on any device and number of threads.
+        """Compute the class sums. One thread sums each class in slot order, so that equal queues have bit-equal sums on
+        any device and number of threads.
 
-        One path for all devices: index_add_ is not deterministic on CUDA; segment_reduce is, at 9 times the
+        index_add_ is not deterministic on CUDA; segment_reduce is, at 9 times the
         cost (C = 8142, N = 8192, D = 128, two cores: .4 ms index_add_, .7 this, 6.4 segment_reduce).
 
         Raises:
@@ -63,7 +63,7 @@ class QueueSnapshot:
         row_C = torch.where(present_C, present_C.cumsum(0) - 1, present_C.sum())
         if len(keys_ND):
             by_class_N = labels_N.argsort(stable=True)
-            # Where each class present begins, and an empty bag after the last: the row of zeros.
+            # start of each class with a key, and an empty bag after the last: the row of zeros
             starts_R = F.pad((count_C.cumsum(0) - count_C)[present_C], (0, 1), value=len(labels_N))
             sum_RD = F.embedding_bag(by_class_N, keys_ND, starts_R, mode="sum")
         else:
@@ -76,7 +76,7 @@ class QueueSnapshot:
         return len(self.labels_N)
 
     def class_sums(self, labels_B: Tensor) -> Tensor:
-        """S_y of each label, [B, D] or, of experts, [E, B, D]; zeros for a class without keys."""
+        """S_y of each label, [B, D], or [E, B, D] with experts; zeros for a class without keys."""
         return self.present_sum_RD[..., self.row_C[labels_B], :]
 
     @property
@@ -85,10 +85,10 @@ class QueueSnapshot:
         return self.class_sums(torch.arange(len(self.row_C), device=self.row_C.device))
 
     def experts(self, count: int) -> "QueueSnapshot":
-        """See keys of dimension count x D, an expert's beside the next one's, as [E, N, D], without a copy.
+        """View keys of dimension count x D, the experts' keys concatenated, as [E, N, D].
 
         Raises:
-            ValueError: a dimension that does not divide.
+            ValueError: the dimension is not divisible by `count`.
         """
         dim = self.keys_ND.shape[-1]
         if self.keys_ND.ndim != 2 or dim % count:
@@ -97,7 +97,7 @@ class QueueSnapshot:
         return replace(self, keys_ND=keys_END, present_sum_RD=sum_ERD)
 
     def check_current(self) -> None:
-        """Raise a ValueError if keys were pushed since: keys and class sums would be of different queues."""
+        """Raise ValueError if keys were pushed since: keys and class sums would not match."""
         if self.version is not None and self.keys_ND._version != self.version:
             raise ValueError("the queue has changed since this snapshot: take a new one after each push")
 
@@ -105,13 +105,13 @@ class QueueSnapshot:
 class KeyQueue:
     """Ring of the last `length` keys and their labels.
 
-    The n-th key ever pushed (from 0) lies in slot n mod length, so that keys pushed in any portions leave the
-    same queue. Slots not yet filled take no part in anything. Length 0 is a queue that stays empty.
+    The n-th pushed key (from 0) lies in slot n mod length, so the queue does not depend on how pushes are divided.
+    Unfilled slots are not used. A queue of length 0 stays empty.
 
     Args:
         length: K >= 0.
         dim: D >= 1, the dimension of keys.
-        device: where keys and labels are kept.
+        device: of keys and labels.
 
     Raises:
         ValueError: a negative length or a dimension below 1.
@@ -137,14 +137,14 @@ class KeyQueue:
 
     @torch.no_grad()
     def push(self, keys_GD: Tensor, labels_G: Tensor) -> None:
-        """Take a global batch in global order, over the oldest keys; of more keys than slots the last K.
+        """Replace the oldest keys by a global batch, in order; if G > K only the last K are kept.
 
         Args:
             keys_GD: float32, any G >= 0.
             labels_G: int64.
 
         Raises:
-            ValueError: shapes or dtypes that do not fit this queue.
+            ValueError: wrong shapes or dtypes.
         """
         length, dim = self.keys_KD.shape
         if keys_GD.shape != (len(labels_G), dim) or labels_G.ndim != 1:
@@ -166,11 +166,11 @@ class KeyQueue:
         self.count += new
 
     def snapshot(self, num_classes: int, newest: tuple[Tensor, Tensor] | None = None) -> QueueSnapshot:
-        """The filled part with its class sums. Without `newest` it shares the queue's memory (a queue of a million
-        keys has half a gigabyte on every rank): use it before the next push. Gradients may be taken after it.
+        """The filled slots with their class sums. Without `newest` it shares the queue's memory (a million keys take
+        half a gigabyte on every rank): use it before the next push. The backward pass may come after the push.
 
         Args:
-            newest: keys [G, D] and labels [G] of this step, to be met with those of the queue.
+            newest: keys [G, D] and labels [G] of this step, appended to those of the queue.
 
         Raises:
             ValueError: a label outside [0, num_classes).
@@ -193,7 +193,7 @@ class KeyQueue:
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take the contents of another queue of the same length and dimension.
+        """Load the contents of another queue of the same length and dimension.
 
         Raises:
             CheckpointError: tensors missing, unknown, or of another shape or dtype; a negative count.
@@ -220,10 +220,10 @@ class KeyQueue:
 
 
 def digest(tensors: Iterable[Tensor]) -> Tensor:
-    """Bit-exact checksum, an int64 scalar on the tensors' device, that costs one pass and no host sync.
+    """Bit-exact checksum, an int64 scalar on the tensors' device, in one pass without a host sync.
 
-    Every 32-bit word counts times an odd number of its own, modulo 2^64: a change of a single word always
-    shows, and so do words that change places, but for a rare coincidence.
+    Every 32-bit word is multiplied by a distinct odd number, modulo 2^64: a change of a single word is always detected,
+    and swapped words are, except for rare coincidences.
 
     Args:
         tensors: all on one device, of 4 or 8 byte elements.

@@ -1,1 +1,1 @@
-"""Ranks: the process group, how they are started, what ZeRO does, and who watches for a hang."""
+"""Ranks: process group and launch, collectives, ZeRO, and the watchdog."""

@@ -1,4 +1,4 @@
-"""Joining and leaving the job's process group, with every refusal that saves a hang.
+"""Join and leave the job's process group, with checks that raise an error instead of a hang.
 
 One code path for one rank without a launcher, for `deepspeed` and for `torchrun`; NCCL on CUDA, gloo on CPU.
 """
@@ -38,8 +38,8 @@ def join_job(threads: int | None, initialise: Callable[..., object] = dist.init_
         initialise: called with the backend's name; DeepSpeed has its own.
 
     Raises:
-        UserError: the environment promises several ranks, but does not say where to find them, or a launcher
-            started several processes without telling which rank each is, or gloo could not be reached.
+        UserError: WORLD_SIZE is above 1 but the address of rank 0 is not set, or a launcher started several
+            processes without setting their ranks, or gloo would not be reachable.
     """
     rank, world_size, local_rank = environment_ranks()
     if world_size == 1:
@@ -65,7 +65,7 @@ def join_job(threads: int | None, initialise: Callable[..., object] = dist.init_
 
 
 def check_gloo_interface() -> None:
-    """gloo announces one address of this host to the others; make sure that it means something there.
+    """Check that the address of this host that gloo announces to the other hosts is reachable there.
 
     Raises:
         UserError: GLOO_SOCKET_IFNAME names no interface of this host, or the address is a loopback address.
@@ -90,13 +90,13 @@ def check_gloo_interface() -> None:
     if loopback := [address for address in announced if _is_loopback(address)]:
         what = f"GLOO_SOCKET_IFNAME={names}" if names else f"GLOO_SOCKET_IFNAME is not set and the host name {host}"
         raise UserError(
-            f"gloo would announce {loopback[0]} to the other hosts, where it means themselves: {what} stands for it. "
+            f"gloo would announce {loopback[0]} to the other hosts, where it is their own address: {what} gives it. "
             f"{remedy}"
         )
 
 
 def _address_of_host_name(host: str) -> str:
-    """The address gloo takes by itself: the first that the host name stands for and that is this host's own."""
+    """The default address of gloo: the first of the host name's addresses that belongs to this host."""
     try:
         found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
     except socket.gaierror:
@@ -113,24 +113,24 @@ def _is_loopback(address: str) -> bool:
 
 
 def _refuse_unnamed_ranks() -> None:
-    """Else each of these processes would think that it was alone, and all would write the same run."""
+    """Raise UserError if a launcher started several processes without ranks: all would write the same run."""
     for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         if "WORLD_SIZE" not in os.environ and int(os.environ.get(name, 1)) > 1:
             raise UserError(
                 f"{name} is {os.environ[name]}, but WORLD_SIZE is not set: this launcher starts several processes "
-                f"without telling which rank each is. Set RANK, LOCAL_RANK, LOCAL_SIZE, WORLD_SIZE, MASTER_ADDR and "
+                f"without setting their ranks. Set RANK, LOCAL_RANK, LOCAL_SIZE, WORLD_SIZE, MASTER_ADDR and "
                 f"MASTER_PORT for each (docs/cluster.md shows how under Slurm), or WORLD_SIZE=1 to have one rank"
             )
 
 
 def leave_job() -> None:
-    """Leave the process group; without this a rank in a dozen ends with an error."""
+    """Leave the process group; without this about one rank in twelve exits with an error."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def free_port() -> str:
-    """A port of this host that is free for the moment, as MASTER_PORT wants it."""
+    """A currently free port of this host, for MASTER_PORT."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])

@@ -1,6 +1,6 @@
-"""Ranks: who computes what, and the collectives between them, with every byte counted.
+"""Ranks: which micro-batches each computes, and collectives that count their bytes.
 
-Everything here works with one process and no process group, so that the same code runs in a notebook.
+Everything works with one process and no process group, so that the same code runs in a notebook.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 
 class Pending:
-    """A collective under way: what it makes is awaited where it is needed, and work goes on until then."""
+    """An asynchronous collective: `wait` for its result where it is needed."""
 
     def __init__(self, result: Tensor, work: dist.Work | None = None) -> None:
         self._result, self._work = result, work
 
     def wait(self) -> Tensor:
-        """Its result, the same however often it is asked for."""
+        """The result; may be called repeatedly."""
         if self._work is not None:
             self._work.wait()
             self._work = None
@@ -119,7 +119,7 @@ class ByteCounter:
 class MicroBatchLayout:
     """M micro-batches of m images on W ranks: rank j mod W runs micro-batch j.
 
-    Micro-batches carry the meaning (BatchNorm, in-batch contrasts, slots of the order); ranks only compute them.
+    Results depend on the micro-batches (BatchNorm, in-batch contrasts, batch slots), not on the number of ranks.
     """
 
     micro_batch: int
@@ -133,7 +133,7 @@ class MicroBatchLayout:
             legal = ", ".join(str(w) for w in range(1, M + 1) if M % w == 0)
             raise RecipeError(
                 f"{W} ranks cannot share step.micro_batches = {M} evenly; legal numbers of ranks: {legal}. "
-                f"Or give each step more micro-batches (the learning rate is scaled with them): "
+                f"Or use more micro-batches per step (the learning rate is scaled with them): "
                 f"--set step.micro_batches={(M // W + 1) * W}"
             )
 
@@ -143,7 +143,7 @@ class MicroBatchLayout:
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches that each rank runs in one optimizer step."""
+        """Micro-batches of each rank in one optimizer step."""
         return self.micro_batches // self.world_size
 
     @property
@@ -155,11 +155,11 @@ class MicroBatchLayout:
         return range(rank, self.micro_batches, self.world_size)
 
     def slots(self, micro_batch: int) -> range:
-        """Slots of the global batch that make up a micro-batch."""
+        """Batch slots of a micro-batch."""
         return range(micro_batch * self.micro_batch, (micro_batch + 1) * self.micro_batch)
 
     def global_order(self, gathered: Tensor) -> Tensor:
-        """Rows gathered from all ranks, [W, A m, ...], each rank's in its own order -> [G, ...] in slot order."""
+        """Rows gathered from all ranks, [W, A m, ...], in each rank's order -> [G, ...] in the order of batch slots."""
         W, A, m = self.world_size, self.accumulation, self.micro_batch
         rows = gathered.reshape(W, A, m, *gathered.shape[2:])
         return rows.transpose(0, 1).reshape(self.global_batch, *gathered.shape[2:])

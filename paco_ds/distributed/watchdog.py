@@ -1,12 +1,12 @@
-"""The rank watchdog: a rank that dies ends the whole job, on every host, and everybody is told which one it was.
+"""The rank watchdog: when a rank dies, the job ends on every host with a message that names the rank.
 
-Launchers watch the processes of their own host only: without this, the ranks of other hosts wait in a collective for
-ever (NCCL), or end with an error that names nobody (gloo), and pdsh waits for them.
+Launchers watch only the processes of their own host: without the watchdog, the ranks of other hosts wait in a
+collective for ever (NCCL) or end with an error that names no rank (gloo), and pdsh waits for them.
 
-Every rank holds one TCP connection to rank 0, on which nothing is said while all is well. When a process dies, its
-kernel closes the connection; when a host vanishes, rank 0's kernel misses the answers to its keepalive probes. No
-process has to prove that it lives: a long evaluation, checkpoint or compilation cannot be mistaken for death, and a
-step sends nothing. Rank 0 tells the others; they notice by themselves when it is rank 0 that died.
+Every rank holds one TCP connection to rank 0, idle in normal operation. When a process dies, its kernel closes the
+connection; when a host vanishes, rank 0's kernel misses the answers to its keepalive probes. There are no heartbeats: a
+long evaluation, checkpoint or compilation is not mistaken for a failure, and a step sends nothing. Rank 0 informs the
+others; they detect the death of rank 0 themselves.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ from paco_ds.distributed.launch import environment_ranks
 from paco_ds.errors import UserError
 
 LOST_STATUS = os.EX_TEMPFAIL
-"""Exit status of ranks that end because another was lost: the same command, run again, goes on."""
+"""Exit status of ranks that end because another was lost: running the same command again resumes."""
 
-# A host that vanished is known after IDLE + PROBES * INTERVAL = 30 seconds
+# a vanished host is detected after IDLE + PROBES * INTERVAL = 30 seconds
 KEEPALIVE_IDLE, KEEPALIVE_INTERVAL, KEEPALIVE_PROBES = 10, 5, 4
-SETTLE = 1.0  # seconds: ranks of one host die one after the other, and belong into one message
-HEARSAY = 3.0  # seconds a rank whose collective failed waits to hear who was lost; more than SETTLE
-GRACE = 5.0  # seconds a rank that knows of a loss has to end by itself
-PATIENCE = 60.0  # seconds between lines about ranks that have not come yet
-_KEY = "paco_ds/rank_watchdog"  # in the store: where rank 0 listens
+SETTLE = 1.0  # seconds to collect the ranks of one host, which die one after another, into one message
+HEARSAY = 3.0  # seconds that a rank with a failed collective waits for the name of the lost rank; more than SETTLE
+GRACE = 5.0  # seconds for a rank to exit after it learned of a loss
+PATIENCE = 60.0  # seconds between messages about ranks that have not connected
+_KEY = "paco_ds/rank_watchdog"  # key in the store: address of rank 0
 
 
 class RankWatchdog:
-    """Context of everything a rank does in a job; off in a job of one rank.
+    """Context manager around all work of a rank; does nothing in a job of one rank.
 
-    A rank that leaves it with an exception has failed: the others end with status 1 and show its reason. A rank that
-    vanishes is lost: the others say so and end with status `LOST_STATUS`, at most 60 seconds later.
+    A rank that leaves it with an exception has failed: the others print its reason and exit with status 1. A rank that
+    vanishes is lost: the others name it and exit with status `LOST_STATUS`, at most 60 seconds later.
 
     Args:
-        remedy: what to do after a loss, a sentence; called when there is one.
+        remedy: called after a loss; returns a sentence that says what to do.
         end: ends the process with a status, from any thread.
     """
 
@@ -61,16 +61,16 @@ class RankWatchdog:
     ) -> None:
         self._remedy, self._end = remedy, end
         self.rank, self.world_size, self._local_rank = environment_ranks()
-        self._links: dict[int, _Link] = {}  # rank at the other end -> link
-        self._over: set[int] = set()  # ranks that have left in good order
-        self._lost: dict[_Link, str] = {}  # links of ranks that went, and how
+        self._links: dict[int, _Link] = {}  # by the rank at the other end
+        self._over: set[int] = set()  # ranks that left without an error
+        self._lost: dict[_Link, str] = {}  # links of lost ranks, and the reason
         self._known_at = 0.0  # time of the first loss, then of the verdict
-        self._end_of_job: dict[str, Any] = {}  # the message to the others, once the job is to end
+        self._end_of_job: dict[str, Any] = {}  # the message to the others once the job must end
         self._verdict, self._closing, self._all_here = threading.Event(), threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> RankWatchdog:
-        # without an address there is no job to join, which `join_job` says
+        # without an address `join_job` raises an error
         if self.world_size > 1 and {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
             self._connect()
             self._thread = threading.Thread(target=self._watch, name="rank-watchdog", daemon=True)
@@ -89,8 +89,8 @@ class RankWatchdog:
             return False
         in_good_order = error is None or (isinstance(error, SystemExit) and not error.code)
         unexplained = isinstance(error, Exception) and not isinstance(error, UserError)
-        if unexplained:  # most likely a collective that the lost rank left
-            with _sigterm_ignored():  # the launcher of its host sends it to this rank, which is about to say why
+        if unexplained:  # most likely a collective failed because a rank was lost
+            with _sigterm_ignored():  # sent by the launcher of the host, while this rank is about to print the reason
                 if self._verdict.wait(HEARSAY):
                     self._end_process()
         if in_good_order:
@@ -108,7 +108,7 @@ class RankWatchdog:
         return False
 
     def _connect(self) -> None:
-        """Rank 0 listens; the others find it through the job's store and say who they are."""
+        """Rank 0 listens; the others find its address in the job's store, connect and send their rank."""
         address = os.environ["MASTER_ADDR"]
         self._store = _store_of_the_job(self.rank, self.world_size)
         self._wake, self._woken = socket.socketpair()
@@ -138,10 +138,10 @@ class RankWatchdog:
             self._selector.register(first, selectors.EVENT_READ, link)
 
     def _wait_for_all(self) -> None:
-        """Rank 0 goes on once it has heard of every rank: one that fails early can then be told to all.
+        """Rank 0 waits until every rank has connected, so that an early failure is reported to all.
 
         Raises:
-            UserError: some did not come; they are named.
+            UserError: some ranks did not connect; the message names them.
         """
         if self.rank == 0 and not self._all_here.wait(timeout := _start_timeout()):
             raise UserError(
@@ -150,7 +150,7 @@ class RankWatchdog:
             )
 
     def _watch(self) -> None:
-        """Listen to all connections; in a thread of its own, which sleeps but for a look at the clock a second."""
+        """Body of the watchdog thread: wait for messages, and check the clock every second."""
         said_at = time.monotonic()
         while not self._closing.is_set():
             for key, _ in self._selector.select(SETTLE):
@@ -160,7 +160,7 @@ class RankWatchdog:
                     self._hear(key.data)
             now, awaited = time.monotonic(), self._awaited()
             if self._verdict.is_set():
-                # those still to come would look for rank 0 in vain
+                # ranks that still start would not find rank 0
                 if now - self._known_at >= (PATIENCE if awaited else GRACE):
                     self._end_process()
                     return
@@ -171,14 +171,14 @@ class RankWatchdog:
                 self._say(f"still waiting for {_ranks(awaited)} of {self.world_size} to start")
 
     def _awaited(self) -> list[int]:
-        """Ranks that rank 0 has not heard of yet."""
+        """Ranks that have not connected to rank 0 yet."""
         if self.rank:
             return []
         return [rank for rank in range(1, self.world_size) if rank not in self._links]
 
     def _accept(self) -> None:
         assert self._listener is not None
-        with suppress(OSError):  # gone again
+        with suppress(OSError):  # closed again
             connection, _ = self._listener.accept()
             self._selector.register(connection, selectors.EVENT_READ, _Link(connection))
 
@@ -187,7 +187,7 @@ class RankWatchdog:
             messages = link.receive()
         except (OSError, ValueError) as error:
             self._selector.unregister(link.socket)
-            if link.rank is None:  # not one of ours
+            if link.rank is None:  # not a rank of this job
                 link.socket.close()
             elif link.rank not in self._over:
                 self._known_at = self._known_at or time.monotonic()
@@ -207,13 +207,13 @@ class RankWatchdog:
                 self._finish(message["end"], message["status"], alone="alone" in message)
 
     def _greet(self, link: _Link, message: dict[str, Any]) -> bool:
-        """Whether the one who connected is a rank of this job, the first of its number."""
+        """Whether the connection is from a rank of this job, and the first of that rank."""
         rank = message.get("rank")
         if message.get("token") != self._token or not isinstance(rank, int):
             return False
         if rank in self._links:
             port = os.environ["MASTER_PORT"]
-            there = f"{self._describe([rank])} takes part already: does another job use --master_port {port}?"
+            there = f"{self._describe([rank])} has already joined: does another job use --master_port {port}?"
             link.send({"end": there, "status": 1, "alone": True})
             return False
         link.rank, link.host = rank, str(message.get("host"))
@@ -225,7 +225,7 @@ class RankWatchdog:
         return True
 
     def _conclude(self) -> None:
-        """Some ranks are gone."""
+        """Report the lost ranks."""
         how = next(iter(self._lost.values()))
         lost = sorted(link.rank for link in self._lost if link.rank is not None)
         were = "was" if len(lost) == 1 else "were"
@@ -233,13 +233,13 @@ class RankWatchdog:
         self._finish(message, LOST_STATUS, alone=0 in lost)
 
     def _finish(self, message: str, status: int, alone: bool = False) -> None:
-        """The job is to end; `alone`: nobody else on this host may have heard why."""
+        """End the job; `alone`: print the message, since no other rank of this host may have received it."""
         if self._verdict.is_set():
             return
         self._end_of_job, self._known_at = {"end": message, "status": status}, time.monotonic()
         if self.rank == 0:
             self._tell(self._end_of_job)
-        if self._local_rank == 0 or alone:  # once a host is enough
+        if self._local_rank == 0 or alone:  # once per host
             self._say(message)
         self._verdict.set()
 
@@ -248,7 +248,7 @@ class RankWatchdog:
             link.send(message)
 
     def _describe(self, lost: Iterable[int]) -> str:
-        """Rank 3 on host node2 (10.77.0.2)."""
+        """Ranks with their hosts, as "rank 3 on host node2 (10.77.0.2)"."""
         by_host: dict[str, list[int]] = {}
         for rank in lost:
             link = self._links.get(rank)
@@ -259,24 +259,24 @@ class RankWatchdog:
     def _next_step(self) -> str:
         try:
             return self._remedy()
-        except Exception as error:  # the message matters more
+        except Exception as error:  # the message must be printed in any case
             return f"Run the same command again ({error})"
 
     def _say(self, what: str) -> None:
-        with suppress(OSError):  # nobody may listen any more
-            # in one write: lines of ranks that speak together stay lines
+        with suppress(OSError):  # the output may be closed
+            # in one write, so that messages of several ranks do not mix
             print(f"watchdog (rank {self.rank} of {self.world_size}): {what}\n", end="", file=sys.stderr, flush=True)
 
     def _end_process(self) -> None:
         for stream in (sys.stdout, sys.stderr):
             with suppress(Exception):
                 stream.flush()
-        # not sys.exit: the destructors of a process group whose member is gone may wait for it
+        # not sys.exit: destructors of a process group with a lost member may wait for it
         self._end(self._end_of_job["status"])
 
 
 class _Link:
-    """A connection between rank 0 and another rank, speaking lines of JSON."""
+    """A connection between rank 0 and another rank; messages are lines of JSON."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket, self._buffer = connection, b""
@@ -290,20 +290,20 @@ class _Link:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
 
     def send(self, message: dict[str, Any]) -> None:
-        """Say something; that the other end is gone is noticed when reading."""
+        """Send a message; a closed connection is detected when reading."""
         with suppress(OSError):
             self.socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> list[dict[str, Any]]:
-        """What has come.
+        """The messages received so far.
 
         Raises:
-            OSError: the other end is gone.
-            ValueError: it does not speak our language.
+            OSError: the connection is closed.
+            ValueError: not the watchdog's protocol.
         """
         try:
             data = self.socket.recv(1 << 16)
-        except BlockingIOError:  # nothing, after all
+        except BlockingIOError:  # nothing to read
             return []
         if not data:
             raise ConnectionResetError(errno.ECONNRESET, "closed")
@@ -329,7 +329,7 @@ def _sigterm_ignored() -> Iterator[None]:
 
 
 def _store_of_the_job(rank: int, world_size: int) -> TCPStore:
-    """The store that torch's process group will find too: a process has one server for an address.
+    """The store of the job, shared with torch's process group: a process has one server per address.
 
     Raises:
         UserError: rank 0 cannot serve it, or cannot be reached.
@@ -347,15 +347,15 @@ def _store_of_the_job(rank: int, world_size: int) -> TCPStore:
             multi_tenant=True,
         )
     except DistError as error:
-        remedy = "give another --master_port, if another job has this one"
+        remedy = "give another --master_port if another job uses this one"
         if rank:
             waited = f"waited {_start_timeout() / 60:g} minutes, DEEPSPEED_TIMEOUT"
-            remedy = f"look for rank 0's own message ({waited}), and whether this host reaches {address}"
+            remedy = f"look for rank 0's own message ({waited}), and whether this host can reach {address}"
         raise UserError(f"no store of the job at {address}, TCP port {port}: {remedy}. {error}") from None
 
 
 def _start_timeout() -> float:
-    """Seconds until ranks that do not come are given up; DeepSpeed's own setting and default."""
+    """Seconds to wait for ranks to start: DeepSpeed's setting, with its default."""
     return 60.0 * int(os.environ.get("DEEPSPEED_TIMEOUT", 10))
 
 
@@ -386,7 +386,7 @@ def _reason(error: BaseException | None) -> str:
 
 
 def _ranks(ranks: list[int]) -> str:
-    """Rank 3; ranks 0, 8-15."""
+    """Ranks in words: "rank 3", "ranks 0, 8-15"."""
     spans: list[list[int]] = []
     for rank in sorted(ranks):
         if spans and rank == spans[-1][1] + 1:

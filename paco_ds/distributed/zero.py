@@ -1,6 +1,6 @@
-"""Whole weights and momentum in and out of any ZeRO stage, and the moving average of partitioned weights.
+"""Read and set full weights and momentum at any ZeRO stage; moving average of partitioned weights.
 
-Stage 0 keeps everything whole; stages 1 and 2 partition the optimizer's state; stage 3 partitions weights too.
+Stage 0 partitions nothing; stages 1 and 2 partition the optimizer's state; stage 3 partitions weights too.
 Two of the calls used here are private to DeepSpeed; tests/distributed pins them.
 """
 
@@ -20,7 +20,7 @@ from deepspeed.utils import (
 from torch import Tensor
 from torch.nn import Parameter
 
-MOMENTUM = "momentum_buffer"  # torch.optim.SGD's name for it
+MOMENTUM = "momentum_buffer"  # torch.optim.SGD's name
 
 
 def stage_of(engine: Any) -> int:
@@ -28,7 +28,7 @@ def stage_of(engine: Any) -> int:
 
 
 def whole_model(engine: Any) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every weight, float32, and buffer; a collective that all ranks must walk through."""
+    """(name, tensor) of every weight, float32, and buffer; a collective: all ranks must iterate over it."""
     yield from engine.module.named_buffers()
     for name, parameter in engine.module.named_parameters():
         weight = safe_get_full_fp32_param(parameter) if _partitioned(engine, parameter) else None
@@ -53,7 +53,7 @@ def whole_momentum(engine: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def set_momentum(engine: Any, momentum: Mapping[str, Tensor]) -> None:
-    """Put whole momentum buffers back, as `whole_momentum` gave them at any stage and world size."""
+    """Set full momentum buffers, as `whole_momentum` gave them at any stage and world size."""
     _make_momentum(engine)
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:
@@ -70,10 +70,10 @@ def set_momentum(engine: Any, momentum: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def move_average(engine: Any, key: Sequence[Parameter], query: Sequence[Parameter], weight: float) -> None:
-    """key <- key + weight (query - key), in float32, on whatever part of the parameters this rank holds.
+    """key <- key + weight (query - key), in float32, on the part of the parameters that this rank holds.
 
-    At stage 3 small parameters (all BatchNorm) also keep a full copy on every rank, which must follow; on one
-    rank the copy may be the same memory.
+    At stage 3 small parameters (all BatchNorm) also keep a full copy on every rank, which is updated too; on one rank
+    the copy may be the same memory.
     """
     if stage_of(engine) < 3:
         torch._foreach_lerp_([k.data for k in key], [q.data for q in query], weight)

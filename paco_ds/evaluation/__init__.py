@@ -1,1 +1,1 @@
-"""Evaluation: exact counts over a split, and the figures long-tailed recognition is judged by."""
+"""Evaluation: exact counts over a split, and the metrics of long-tailed recognition."""

@@ -1,4 +1,4 @@
-"""Top-1 and top-5 accuracy of Many, Medium, Few and All, from integer counts that ranks can add up.
+"""Top-1 and top-5 accuracy of Many, Medium, Few and All, from integer counts that are summed over ranks.
 
 Shapes: B batch, C classes.
 """
@@ -22,7 +22,7 @@ TOP_K = 5
 
 @dataclass
 class ClassCounts:
-    """Images of each class seen, and recognised, so far.
+    """Images of each class, and those classified correctly, so far.
 
     Attributes:
         correct1_C: int64 [C], images whose class has the largest logit.
@@ -36,25 +36,25 @@ class ClassCounts:
 
     @classmethod
     def zeros(cls, classes: int, device: torch.device | str = "cpu") -> ClassCounts:
-        """Counts before the first image."""
+        """All counts 0."""
         return cls.from_tensor(torch.zeros(3, classes, dtype=torch.int64, device=device))
 
     @classmethod
     def from_tensor(cls, counts_3C: Tensor) -> ClassCounts:
-        """Counts from the tensor that `as_tensor` gave, usually after an all_reduce(SUM)."""
+        """Counts from a tensor of `as_tensor`, usually after an all_reduce(SUM)."""
         if counts_3C.dtype != torch.int64 or counts_3C.dim() != 2 or counts_3C.shape[0] != 3:
             raise ValueError(f"counts must be int64 [3, C], got {counts_3C.dtype} {list(counts_3C.shape)}")
         return cls(*counts_3C.unbind())
 
     def as_tensor(self) -> Tensor:
-        """int64 [3, C]: correct1, correct5, total. One tensor, so that one all_reduce adds up all ranks."""
+        """int64 [3, C]: correct1, correct5, total. One tensor, for one all_reduce."""
         return torch.stack((self.correct1_C, self.correct5_C, self.total_C))
 
     def add(self, logits_BC: Tensor, labels_B: Tensor, valid_B: Tensor) -> None:
         """Count a batch.
 
-        Equal logits are ranked by class index, so that a constant classifier gets no more than its due; an
-        image with a logit that is not a number counts as not recognised.
+        Equal logits are ranked by class index, so that a constant classifier does not count as correct everywhere. An
+        image with a NaN logit counts as wrong.
 
         Args:
             logits_BC: floating [B, C].
@@ -83,15 +83,15 @@ class ClassCounts:
 
 @dataclass(frozen=True)
 class ShotAccuracy:
-    """Accuracies as fractions; None where there is nothing to judge.
+    """Accuracies as fractions; None without images.
 
     Attributes:
-        many, medium, few: mean top-1 accuracy of the shot's classes (a class without images takes no part).
+        many, medium, few: mean top-1 accuracy of the shot's classes (classes without images are left out).
         all: top-1 accuracy over images.
         top5: the same four figures for the five largest logits, by name.
         per_class: top-1 accuracy of each class, None for a class without images.
-        detail: what single predictions tell beyond this, where they were kept.
-        images_by_experts: images that 1, 2, ... experts were asked about, where routers decide that.
+        detail: metrics from single predictions, if they were kept.
+        images_by_experts: number of images that used 1, 2, ... experts, with routers.
     """
 
     many: float | None
@@ -105,7 +105,7 @@ class ShotAccuracy:
 
     @property
     def experts_used(self) -> float | None:
-        """Mean number of experts asked about an image, where routers decide it."""
+        """Mean number of experts used per image, with routers."""
         if not self.images_by_experts or not sum(self.images_by_experts):
             return None
         return sum(e * images for e, images in enumerate(self.images_by_experts, 1)) / sum(self.images_by_experts)
@@ -123,7 +123,7 @@ class ShotAccuracy:
         return {**figures, "experts_used": self.experts_used, "images_by_experts": list(self.images_by_experts)}
 
     def table(self, title: str | None = None) -> Table:
-        """Many / Medium / Few / All, top-1 and top-5 in percent, for a rich console's `print`."""
+        """Many / Medium / Few / All, top-1 and top-5 in percent, as a rich table."""
         table = Table(title=title, title_justify="left", caption=self._routing(), caption_justify="left")
         table.add_column("accuracy, %")
         for group in GROUPS:

@@ -1,4 +1,4 @@
-"""What single predictions tell beyond counts of classes: F1, calibration, confusions, other test distributions.
+"""Metrics from single predictions: F1, calibration, confusions, accuracy under other test distributions.
 
 Shapes: N images of a split, C classes.
 """
@@ -20,13 +20,13 @@ MOST_CONFUSIONS = 20
 
 
 class Recorder:
-    """Collects predictions of this rank, batch by batch, and joins those of all ranks."""
+    """Collects the predictions of this rank, batch by batch, and gathers those of all ranks."""
 
     def __init__(self) -> None:
         self._batches: list[Tensor] = []
 
     def add(self, logits_BC: Tensor, labels_B: Tensor, valid_B: Tensor) -> None:
-        """Of a batch: floating logits [B, C], int64 labels [B], bool valid [B] (False for padding)."""
+        """Add a batch: floating logits [B, C], int64 labels [B], bool valid [B] (False for padding)."""
         confidence_B, predicted_B = logits_BC.double().softmax(1).max(1)
         self._batches.append(torch.stack([labels_B.double(), predicted_B.double(), confidence_B, valid_B.double()], 1))
 
@@ -39,7 +39,7 @@ class Recorder:
 
 @dataclass(frozen=True)
 class Predictions:
-    """int64 labels [N], int64 predicted classes [N] and float64 probabilities given to these [N]."""
+    """Labels int64 [N], predicted classes int64 [N], and their probabilities float64 [N]."""
 
     labels_N: Tensor
     predicted_N: Tensor
@@ -48,7 +48,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Detail:
-    """Figures of a split as fractions; those without images to judge are None.
+    """Metrics of a split as fractions; None without images.
 
     Attributes:
         balanced: mean of the classes' accuracies, over classes with images.
@@ -80,10 +80,10 @@ class Detail:
 
 
 def detail(predictions: Predictions, class_counts: Sequence[int]) -> Detail:
-    """The figures of a split's predictions.
+    """The metrics of a split's predictions.
 
     Args:
-        class_counts: training images of each class, which order the classes head to tail.
+        class_counts: training images of each class; they order the classes from head to tail.
     """
     labels_N, predicted_N = predictions.labels_N, predictions.predicted_N
     classes = len(class_counts)
@@ -114,7 +114,7 @@ def calibration_error(predictions: Predictions, bins: int = BINS) -> float | Non
 def confusions(
     predictions: Predictions, classes: int, most: int = MOST_CONFUSIONS
 ) -> list[tuple[int, int, int, float]]:
-    """(class, taken for, images, share of the class's images) of the pairs that cost most images."""
+    """(class, taken for, images, share of the class's images) of the most frequent wrong pairs."""
     wrong_N = predictions.labels_N != predictions.predicted_N
     pairs_N = predictions.labels_N[wrong_N] * classes + predictions.predicted_N[wrong_N]
     pair_P, images_P = pairs_N.unique(return_counts=True)
@@ -127,9 +127,9 @@ def confusions(
 
 
 def accuracy_by_distribution(accuracy_C: Tensor, class_counts: Sequence[int]) -> dict[str, float]:
-    """Top-1 where the test images of class c, by rank r_c in training, are as many as rho^(-r_c / (C - 1)), or with
-    the ranks reversed. SADE draws such test sets; this is the accuracy that one expects of them. Classes without test
-    images (nan) take no part."""
+    """Top-1 if class c, of rank r_c by training images, had a share of test images proportional to rho^(-r_c / (C -
+    1)), or with the ranks reversed. SADE samples such test sets; this is the expected accuracy on them. Classes without
+    test images (nan) are left out."""
     present_C = ~accuracy_C.isnan()
     if not present_C.any():
         return {}

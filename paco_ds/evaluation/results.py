@@ -1,4 +1,4 @@
-"""metrics.json: what a run reached on a split, with everything needed to say where the figure comes from."""
+"""metrics.json: the accuracy of a run on a split, with the recipe, data and versions behind it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from paco_ds.files import replace_text
 
 
 def now() -> str:
-    """The time as ISO 8601, UTC, in seconds."""
+    """The current time as ISO 8601, UTC, in seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides the result."""
+    """Versions of the packages that affect results."""
     packages = ("torch", "torchvision", "deepspeed", "webdataset")
     own = {"python": platform.python_version(), "paco_ds": paco_ds.__version__}
     return own | {package: version(package) for package in packages}
@@ -41,7 +41,7 @@ def write_results(
     started: str,
     about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write metrics.json as a whole or not at all; accuracies are fractions. `about` holds further keys."""
+    """Write metrics.json atomically; accuracies are fractions. `about` has further keys."""
     train = recipe.data.train_split
     results = {
         **accuracy.to_json(),

@@ -1,6 +1,6 @@
 """tau-normalisation of a trained classifier (Kang et al. 2020): w_c / ||w_c||^tau, no bias, tau chosen on validation.
 
-Long-tailed training gives frequent classes longer weights; tau between 0 and 1 takes that back without training.
+Long-tailed training gives frequent classes longer weights; tau between 0 and 1 reduces this without training.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TAUS = tuple(step / 10 for step in range(11))
 
 
 def normalized_weight(weight_CF: Tensor, tau: float) -> Tensor:
-    """w_c / ||w_c||^tau [C, F]: itself at tau 0, unit rows at tau 1."""
+    """w_c / ||w_c||^tau [C, F]: unchanged at tau 0, unit rows at tau 1."""
     return weight_CF / weight_CF.norm(dim=1, keepdim=True) ** tau
 
 
@@ -45,7 +45,7 @@ def tau_normalized(model: Recogniser, tau: float) -> Recogniser:
 def choose_tau(
     model: Recogniser, recipe: Recipe, manifest: Manifest, split: str, ranks: Ranks, taus: Sequence[float] = TAUS
 ) -> tuple[float, dict[float, float]]:
-    """(the tau of the best balanced accuracy on a split, the accuracy of each); features are made once.
+    """(tau with the best balanced accuracy on a split, accuracy by tau); features are computed once.
 
     Raises:
         RecipeError: as :func:`tau_normalized`.
@@ -71,7 +71,7 @@ def _balanced(counts: ClassCounts) -> float:
 def _linear_centers(model: Recogniser) -> nn.Linear:
     if not isinstance(model.centers, nn.Linear):
         raise RecipeError(
-            "tau-normalisation is of one linear classifier: model.centers must be linear, model.experts null and "
-            "model.trained not center_scales"
+            "tau-normalisation needs one linear classifier: set model.centers to linear, model.experts to null, and "
+            "model.trained not to center_scales"
         )
     return model.centers

@@ -1,1 +1,1 @@
-"""What a run tells while it trains: Prometheus metrics, metrics.jsonl, and progress on the screen."""
+"""Monitoring of a run: Prometheus metrics, metrics.jsonl, and progress on the screen."""

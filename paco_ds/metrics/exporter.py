@@ -1,7 +1,6 @@
-"""The Prometheus side of a rank: its metrics, the /metrics server, and the file that tells where it is.
+"""Prometheus metrics of a rank: the /metrics server, and the file that lists the targets.
 
-Counters belong to this process and start at 0 (restoring them would break `rate()`); the job's position is
-gauges.
+Counters belong to this process and start at 0 (restoring them would break `rate()`); the job's position is in gauges.
 """
 
 from __future__ import annotations
@@ -29,35 +28,35 @@ STEP_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60
 
 
 class MetricsSink(Protocol):
-    """Where the training loop reports; `Exporter` when metrics are on, `NullExporter` when off."""
+    """Receives reports of the training loop: `Exporter` with metrics on, `NullExporter` with metrics off."""
 
     def start(self, base_port: int, local_rank: int) -> int | None:
         """Serve /metrics; returns the port, or None if nothing is served."""
 
     def build_info(self, labels: Mapping[str, str]) -> None:
-        """Say once what runs here: versions, method, world size."""
+        """Set the labels of paco_build_info: versions, method, world size."""
 
     def observe_step(self, record: StepRecord, samples: int) -> None:
-        """A step is over, in which this rank processed `samples` images."""
+        """Report a finished step; this rank processed `samples` images."""
 
     def observe_bad_sample(self, reason: str) -> None:
-        """An image could not be used and was replaced."""
+        """Report a bad sample that was replaced."""
 
     def observe_accuracy(self, accuracy: ShotAccuracy) -> None:
-        """An evaluation is over."""
+        """Report a finished evaluation."""
 
     def add_collective_bytes(self, op: str, count: int) -> None:
-        """This rank handed `count` bytes to our collective `op`."""
+        """Report `count` bytes that this rank sent in collective `op`."""
 
     def checkpoint_blocked(self, seconds: float) -> None:
-        """Training stood still for a checkpoint."""
+        """Report the seconds for which a checkpoint blocked training."""
 
     def close(self) -> None:
         """Stop serving."""
 
 
 class Exporter:
-    """Every metric of a rank in a registry of its own, and the thread that serves it."""
+    """The metrics of a rank in their own registry, and the thread that serves them."""
 
     def __init__(self) -> None:
         registry = CollectorRegistry()
@@ -66,7 +65,7 @@ class Exporter:
         self._samples = Counter("paco_samples", "Training images processed by this rank.", registry=registry)
         self._steps = Counter("paco_steps", "Optimizer steps, skipped ones included.", registry=registry)
         self._skipped = Counter(
-            "paco_skipped_steps", "Optimizer steps that were skipped: something was not finite.", registry=registry
+            "paco_skipped_steps", "Optimizer steps that were skipped: a value was not finite.", registry=registry
         )
         self._duration = Histogram(
             "paco_step_duration_seconds",
@@ -78,7 +77,7 @@ class Exporter:
         self._loss = Gauge("paco_loss", "Training loss of the last step.", registry=registry)
         self._loss_parts = Gauge(
             "paco_loss_part",
-            "Parts of the training loss of the last step, by name, of methods that have some.",
+            "Parts of the training loss of the last step, by name, for methods with several parts.",
             ["part"],
             registry=registry,
         )
@@ -89,7 +88,7 @@ class Exporter:
         )
         self._bad_samples = Counter(
             "paco_bad_samples",
-            "Images that could not be used and were replaced.",
+            "Bad samples that were replaced.",
             ["reason"],
             registry=registry,
         )
@@ -101,25 +100,25 @@ class Exporter:
         )
         self._experts = Gauge(
             "paco_images_by_experts_ratio",
-            "Share of the images of the last evaluation that routers gave to so many experts.",
+            "Share of the images of the last evaluation that routers sent to this many experts.",
             ["experts"],
             registry=registry,
         )
         self._center_probability = Gauge(
             "paco_center_probability",
-            "Probability of the own center, by shot, when last seen.",
+            "Probability of the label's center, by shot, in the last step with such an anchor.",
             ["shot"],
             registry=registry,
         )
         self._center_optimum = Gauge(
             "paco_center_probability_optimum",
-            "Probability of the own center at the loss's optimum, by shot.",
+            "Probability of the label's center at the loss's optimum, by shot.",
             ["shot"],
             registry=registry,
         )
         self._positive_probability = Gauge(
             "paco_positive_probability",
-            "Probability of each positive (geometric mean over an anchor's), by shot, when last seen.",
+            "Probability of each positive (geometric mean), by shot, in the last step with such an anchor.",
             ["shot"],
             registry=registry,
         )
@@ -136,19 +135,19 @@ class Exporter:
             registry=registry,
         )
         self._checkpoint = Counter(
-            "paco_checkpoint_blocked_seconds", "Time training stood still for checkpoints.", registry=registry
+            "paco_checkpoint_blocked_seconds", "Time for which checkpoints blocked training.", registry=registry
         )
         self._last_step = Gauge(
             "paco_last_step_timestamp_seconds", "Unix time at which the last step ended.", registry=registry
         )
-        self._step = Gauge("paco_step", "Optimizer steps of the job so far, over all its runs.", registry=registry)
-        self._epoch = Gauge("paco_epoch", "Epoch under way, counted from 0.", registry=registry)
-        self._build = Info("paco_build", "What runs here.", registry=registry)
+        self._step = Gauge("paco_step", "Optimizer steps of the job so far, including earlier runs.", registry=registry)
+        self._epoch = Gauge("paco_epoch", "Current epoch, counted from 0.", registry=registry)
+        self._build = Info("paco_build", "Versions, method and world size.", registry=registry)
 
     def start(self, base_port: int, local_rank: int) -> int | None:
         """Serve /metrics on `base_port` + `local_rank` or the next free port; base_port 0 takes any free one.
 
-        Returns the port, or None after a warning: a run is never stopped for want of a port.
+        Returns the port, or None after a warning: a missing port never stops a run.
         """
         first = base_port + local_rank if base_port else 0
         for port in range(first, min(first + PORT_TRIES, 65536)):
@@ -157,25 +156,25 @@ class Exporter:
             except OSError as error:
                 if error.errno == errno.EADDRINUSE:
                     continue
-                logger.warning("no /metrics: port %d cannot be served (%s); training goes on", port, error)
+                logger.warning("no /metrics: port %d cannot be served (%s); training continues", port, error)
                 return None
             self._server = server, thread
             if port != first and first:
                 logger.warning("port %d is taken; /metrics is served on port %d", first, server.server_port)
             return int(server.server_port)
         logger.warning(
-            "no /metrics: no free port in %d..%d; training goes on. Set another base port to have metrics",
+            "no /metrics: no free port in %d..%d; training continues. Set metrics.port to another port",
             first,
             first + PORT_TRIES - 1,
         )
         return None
 
     def build_info(self, labels: Mapping[str, str]) -> None:
-        """paco_build_info with these labels and value 1."""
+        """Set paco_build_info to 1 with these labels."""
         self._build.info(dict(labels))
 
     def observe_step(self, record: StepRecord, samples: int) -> None:
-        """Count a step of `samples` images on this rank and show its figures."""
+        """Count a step of `samples` images on this rank and set its gauges."""
         self._samples.inc(samples)
         self._steps.inc()
         self._skipped.inc(record.skipped)
@@ -200,7 +199,7 @@ class Exporter:
         self._bad_samples.labels(reason).inc()
 
     def observe_accuracy(self, accuracy: ShotAccuracy) -> None:
-        """Show many, medium, few and all of an evaluation, and where there are routers what they asked for."""
+        """Set the accuracies of an evaluation, and with routers the shares of images by number of experts."""
         _set_by_shot(self._accuracy, accuracy.top1())
         images_by_experts = accuracy.images_by_experts or ()
         for experts, images in enumerate(images_by_experts, 1):
@@ -215,7 +214,7 @@ class Exporter:
         self._checkpoint.inc(seconds)
 
     def close(self) -> None:
-        """Stop the server and its thread, and give the port back."""
+        """Stop the server and its thread, and release the port."""
         if self._server is not None:
             server, thread = self._server
             server.shutdown()
@@ -225,7 +224,7 @@ class Exporter:
 
 
 class NullExporter:
-    """The sink of a run without metrics."""
+    """Does nothing."""
 
     def start(self, base_port: int, local_rank: int) -> int | None:
         return None
@@ -246,11 +245,11 @@ class NullExporter:
 
 
 def write_targets(path: Path, addresses: Sequence[str | None], run: str) -> None:
-    """Write metrics_targets.json in Prometheus' file_sd form, as a whole or not at all.
+    """Write metrics_targets.json in Prometheus' file_sd format, atomically.
 
     Args:
         path: RUN/metrics_targets.json.
-        addresses: HOST:PORT of each rank in rank order; None, for a rank that serves nothing, is left out.
+        addresses: HOST:PORT of each rank in rank order, or None for a rank without a server.
         run: value of the `run` label; each target also carries its `rank`.
     """
     targets = [
@@ -262,16 +261,15 @@ def write_targets(path: Path, addresses: Sequence[str | None], run: str) -> None
 
 
 def reachable_host(master_addr: str) -> str:
-    """The local address from which the master is reached (127.0.0.1 when it is this machine's loopback).
+    """The local address from which the master is reached (127.0.0.1 if the master is this machine).
 
-    That is the one network all nodes share, where a host name may mean nothing to Prometheus. An IPv6 address
-    comes in brackets, so that f"{host}:{port}" is always an address. A master that cannot be resolved gives
-    this machine's host name, with a warning: training meets the same trouble and says more.
+    All hosts share that network; Prometheus may not resolve a host name. An IPv6 address is in brackets, so that
+    f"{host}:{port}" is valid. If the master cannot be resolved: this machine's host name, with a warning.
     """
     try:
         family, kind, _, _, address = socket.getaddrinfo(master_addr, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
-            probe.connect(address)  # a datagram socket sends nothing here; the kernel only picks the route
+            probe.connect(address)  # a datagram socket sends nothing here; the kernel only chooses the route
             host = str(probe.getsockname()[0])
     except OSError as error:
         logger.warning("no route to master %r (%s); metrics targets name this host instead", master_addr, error)
@@ -280,7 +278,7 @@ def reachable_host(master_addr: str) -> str:
 
 
 def _set_by_shot(gauge: Gauge, figures: Mapping[str, float | None]) -> None:
-    # A shot without a figure this time keeps its last one: few steps hold an anchor of every shot.
+    # a shot without an anchor in this step keeps its last value
     for shot, value in figures.items():
         if value is not None:
             gauge.labels(shot).set(value)

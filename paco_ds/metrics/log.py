@@ -1,27 +1,27 @@
-"""metrics.jsonl: a JSON line per optimizer step and per evaluation, cut and continued when a run resumes."""
+"""metrics.jsonl: one JSON line per optimizer step and per evaluation; truncated and continued when a run resumes."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from paco_ds.evaluation.accuracy import ShotAccuracy
+from paco_ds.files import whole_file
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one optimizer step has to tell.
+    """The record of one optimizer step.
 
     Attributes:
         step: optimizer steps done, this one included.
-        epoch: the epoch under way, counted from 0 as in the order.
+        epoch: the current epoch, counted from 0.
         loss: mean over the anchors of the global batch.
-        lr: learning rate this step was taken with.
+        lr: learning rate of the step.
         grad_norm: L2 norm before clipping.
         images_per_second: of all ranks together.
         data_wait_seconds: time this rank waited for its images.
@@ -32,9 +32,9 @@ class StepRecord:
         positive_probability: mean of p+, the geometric mean over an anchor's positives, over the anchors of a shot
             that have one; None for a shot without such anchors.
         positive_probability_optimum: p+* = alpha / W_i, likewise.
-        parts: what the loss is made of, by name, of methods that say; means over the global batch.
-        skipped: the step changed nothing, since something was not finite.
-        bad_samples: images replaced in this step because they could not be read.
+        parts: parts of the loss by name, for methods with several; means over the global batch.
+        skipped: the step changed nothing, since a value was not finite.
+        bad_samples: samples replaced in this step because they could not be read.
     """
 
     step: int
@@ -58,8 +58,8 @@ class StepRecord:
 class MetricsLog:
     """Appends to metrics.jsonl; with path None (every rank but 0) writes nothing.
 
-    Floats are written so that reading gives the same bits; one that is not finite becomes null, as JSON has
-    no other word for (a skipped step says `"skipped": true` beside it).
+    Floats are written so that reading gives the same bits. JSON has no NaN or infinity: these become null (a skipped
+    step also has `"skipped": true`).
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -72,10 +72,10 @@ class MetricsLog:
 
     def evaluation(self, step: int, epoch: int, split: str, accuracy: ShotAccuracy) -> None:
         """Append {"kind": "evaluation", ...} with top-1 and top-5 of the shots and All, balanced accuracy, macro F1 and
-        calibration error, and with routers the mean number of experts asked, flushed.
+        calibration error, and with routers the mean number of experts used, flushed.
 
-        `epoch` is the number of epochs completed. Accuracies of single classes are left to metrics.json: with
-        thousands of classes they would outgrow everything else here.
+        `epoch` is the number of completed epochs. Accuracies of single classes are only in metrics.json: with thousands
+        of classes they would dominate this file.
         """
         figures: dict[str, Any] = {**accuracy.top1(), "top5": dict(accuracy.top5)}
         if accuracy.detail is not None:
@@ -89,9 +89,9 @@ class MetricsLog:
         self._append({"kind": "evaluation", "step": step, "epoch": epoch, "split": split, **figures})
 
     def cut_after(self, step: int) -> None:
-        """Drop the lines of later steps and a last line torn by a crash; a resumed run writes them anew.
+        """Remove the lines of later steps, and a last line torn by a crash; a resumed run writes them again.
 
-        The file is replaced as a whole or not at all. cut_after(-1) empties it, for a run that starts again.
+        The file is replaced atomically. cut_after(-1) empties it, for a run that starts again.
 
         Raises:
             ValueError: a line before the last is not JSON.
@@ -99,16 +99,12 @@ class MetricsLog:
         if self._path is None or self._file is None:
             return
         self._file.close()
-        part = self._path.with_name(self._path.name + ".part")
-        with part.open("wb") as out:
+        with whole_file(self._path) as out:
             out.writelines(raw for raw, line in _lines(self._path) if line["step"] <= step)
-            out.flush()
-            os.fsync(out.fileno())
-        part.replace(self._path)
         self._file = self._path.open("a", encoding="utf-8")
 
     def close(self) -> None:
-        """Close the file; lines are flushed one by one, so nothing is lost without it."""
+        """Close the file. Every line was flushed, so nothing is lost without it."""
         if self._file is not None:
             self._file.close()
 
@@ -119,7 +115,7 @@ class MetricsLog:
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics.jsonl in order, one at a time: a long run has more than memory should hold.
+    """The lines of a metrics.jsonl in order, one at a time, since a long run has many.
 
     A torn last line, of a run that is writing or was killed, is left out.
 
@@ -134,7 +130,7 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     with path.open("rb") as lines:
         for number, raw in enumerate(lines, 1):
-            # Without its newline a line is torn even where it happens to parse: {"step": 12 of 120 would.
+            # without its newline a line is torn, even if it parses
             if not raw.endswith(b"\n"):
                 return
             try:

@@ -16,16 +16,16 @@ from paco_ds.metrics.log import StepRecord
 
 
 class ProgressView(Protocol):
-    """What the training loop tells a person who watches."""
+    """Shows the progress of training to a person."""
 
     def update(self, record: StepRecord) -> None:
-        """A step is over."""
+        """Show a finished step."""
 
     def message(self, what: str | Table) -> None:
-        """Something worth lines of its own, such as the table of an evaluation."""
+        """Print a line or a table, such as that of an evaluation."""
 
     def close(self) -> None:
-        """Training is over; leave the screen tidy."""
+        """Remove the progress display."""
 
 
 def progress_view(
@@ -37,11 +37,11 @@ def progress_view(
     every: int = 50,
     stream: TextIO | None = None,
 ) -> ProgressView:
-    """The view that fits: none off rank 0, a bar on a terminal, a line every `every` steps otherwise.
+    """The view for this rank: none except on rank 0, a bar on a terminal, else a line every `every` steps.
 
     Args:
         total_steps: optimizer steps of the whole run.
-        first_step: steps already done, when resuming; time left is judged from this process's steps only.
+        first_step: steps done before; the time left is estimated from this process's steps only.
         epochs: epochs of the whole run.
         every: steps between plain lines.
         stream: where to write, standard output by default.
@@ -55,19 +55,19 @@ def progress_view(
 
 
 class Screen(Console):
-    """A console whose watcher may leave: the ssh connection to this host ends before the run does.
+    """A console that survives a broken pipe: the ssh connection to this host may end before the run does.
 
     That happens whenever a job over several hosts is stopped, just before its checkpoint is written.
     """
 
     def on_broken_pipe(self) -> None:
-        """Show nothing more; rich would end the process."""
+        """Stop printing; rich would end the process."""
         with suppress(SystemExit):
             super().on_broken_pipe()
 
 
 class NullProgress:
-    """The view of ranks that nobody watches."""
+    """Shows nothing."""
 
     def update(self, record: StepRecord) -> None: ...
 
@@ -77,7 +77,7 @@ class NullProgress:
 
 
 class BarProgress:
-    """A rich bar that redraws itself in place."""
+    """A progress bar that is redrawn in place."""
 
     def __init__(self, total_steps: int, first_step: int, epochs: int, console: Console) -> None:
         self._progress = Progress(
@@ -118,7 +118,7 @@ class LineProgress:
 
     def update(self, record: StepRecord) -> None:
         done = record.step - self._first_step
-        # A skipped step is said at once: between two lines it would pass unseen.
+        # a skipped step is shown at once, not only at the next line
         if done != 1 and record.step % self._every and record.step != self._total_steps and not record.skipped:
             return
         seconds = (time.monotonic() - self._started) / max(done, 1) * (self._total_steps - record.step)

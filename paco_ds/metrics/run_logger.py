@@ -1,4 +1,4 @@
-"""Everything that watches a run on this rank, behind one object: progress, metrics.jsonl, /metrics, bad samples."""
+"""Progress, metrics.jsonl, /metrics and bad samples of a run on this rank, behind one object."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ logger = logging.getLogger(__name__)
 
 
 class RunLogger:
-    """Tells what a run does. The first rank also writes the log and the list of Prometheus targets.
+    """Logs a run. The first rank also writes metrics.jsonl and the list of Prometheus targets.
 
     Args:
-        steps_done: steps taken before; the log is cut there.
+        steps_done: steps done before; later lines of the log are removed.
     """
 
     def __init__(self, recipe: Recipe, run: Path, ranks: Ranks, *, total_steps: int, steps_done: int) -> None:
@@ -42,7 +42,7 @@ class RunLogger:
         )
 
     def step(self, record: StepRecord, samples: int, skipped: str | None) -> None:
-        """A step is over, in which this rank processed `samples` images."""
+        """Log a finished step; this rank processed `samples` images."""
         self.log.step(record)
         self.metrics.observe_step(record, samples)
         self.progress.update(record)
@@ -50,27 +50,27 @@ class RunLogger:
             self.say(f"step {record.step}: skipped, {skipped} not finite")
 
     def evaluation(self, step: int, epoch: int, split: str, accuracy: ShotAccuracy) -> None:
-        """An evaluation after `step` steps, `epoch` epochs, is over."""
+        """Log an evaluation after `step` steps and `epoch` epochs."""
         self.metrics.observe_accuracy(accuracy)
         self.log.evaluation(step, epoch, split, accuracy)
 
     def checkpoint(self, seconds: float) -> None:
-        """Training stood still for a checkpoint."""
+        """Log the seconds for which a checkpoint blocked training."""
         self.metrics.checkpoint_blocked(seconds)
 
     def say(self, what: str | Table) -> None:
-        """A line, or a table, to whoever watches the first rank."""
+        """Print a line or a table on the first rank."""
         self.progress.message(what)
 
     def close(self) -> None:
-        """Stop serving and leave the screen tidy."""
+        """Stop the server and the progress display, and close the log."""
         self.progress.close()
         self.log.close()
         self.metrics.close()
 
 
 class BadSamples:
-    """Counts samples that were replaced in an epoch, and ends the run when they are too many.
+    """Counts the bad samples of an epoch, and ends the run if there are too many.
 
     Args:
         planned: samples of an epoch.
@@ -87,10 +87,10 @@ class BadSamples:
         self._names: list[str] = []  # of this rank
 
     def add(self, mine: Iterable[tuple[str, str, str]], on_all_ranks: int) -> None:
-        """Take a step's (key, shard, reason) of this rank, and how many there were on all.
+        """Add the (key, shard, reason) of this rank's bad samples in a step, and their number on all ranks.
 
         Raises:
-            DataError: on every rank alike, with the list of all, once they exceed `data.max_bad_share`.
+            DataError: on every rank, with the list of all, once they exceed `data.max_bad_share`.
         """
         for key, shard, reason in mine:
             self._names.append(f"{key} of {shard}: {reason}")
@@ -104,7 +104,7 @@ class BadSamples:
         raise DataError(
             f"{self._count} of {self._planned} samples of this epoch could not be read, more than "
             f"data.max_bad_share = {self._share:g} allows:\n  {listed}\n"
-            f"Run paco-build-shards check {self._shards}, then mend the shards or raise data.max_bad_share"
+            f"Run paco-build-shards check {self._shards}, then repair the shards or raise data.max_bad_share"
         )
 
 

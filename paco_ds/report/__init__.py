@@ -1,4 +1,4 @@
-"""The page of a run."""
+"""report.html of a run, and its charts."""
 
 from paco_ds.report.run_report import write_report
 

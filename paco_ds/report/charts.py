@@ -1,6 +1,6 @@
-"""The charts of the pages: one look, one color per shot, drawn by matplotlib without global state.
+"""Charts of the HTML pages: one style, one color per shot, drawn by matplotlib without global state.
 
-Colors are written into the SVG as CSS variables, so that a page decides on light or dark.
+Colors in the SVG are CSS variables, so that a page can switch between light and dark.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from paco_ds.evaluation.accuracy import GROUPS, SHOTS
+from paco_ds.files import whole_file
 
 INK, MUTED, GRID, ALARM = "#1c2530", "#66727e", "#e4e8ec", "#d03b2f"
-# Told apart by hue and by lightness, hence with any color vision. All is ink: it is no shot.
+# They differ in hue and lightness, for any color vision. All is ink, since it is not a shot.
 GROUP_COLORS = {"many": "#2b6cb8", "medium": "#c98509", "few": "#b02a5f", "all": INK}
 CSS_VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", ALARM: "alarm"} | {
     color: group for group, color in GROUP_COLORS.items() if group != "all"
@@ -49,7 +50,7 @@ styled = matplotlib.rc_context(
         "svg.fonttype": "none",
         "svg.hashsalt": "paco_ds",
         "text.color": INK,
-        "text.parse_math": False,  # class names may hold a $
+        "text.parse_math": False,  # class names may contain a $
         "xtick.color": MUTED,
         "xtick.major.size": 0,
         "ytick.color": MUTED,
@@ -57,14 +58,14 @@ styled = matplotlib.rc_context(
     }
 )
 
-HALF, FULL = 5.5, 11.3  # inches: two charts beside each other, or one across the page
+HALF, FULL = 5.5, 11.3  # inches: half or full width of the page
 MOST_BARS = 40  # more classes than this are drawn as dots
 Values = np.ndarray
 
 
 @styled
 def loss_chart(x: Values, loss: Values, skipped: Values, x_label: str) -> Figure:
-    """Training loss: mean and range of neighbouring steps; skipped steps as marks at the foot."""
+    """Training loss: mean and range of neighbouring steps; skipped steps are marked at the bottom."""
     figure, (axes,) = _panels(HALF, 2.9)
     _curve(axes, x, loss, INK, band=True)
     if skipped.any():
@@ -77,7 +78,7 @@ def loss_chart(x: Values, loss: Values, skipped: Values, x_label: str) -> Figure
 
 @styled
 def parts_chart(x: Values, parts: Mapping[str, Values], x_label: str) -> Figure:
-    """What the loss is made of: a panel per part, each on a scale of its own, four to a row."""
+    """Parts of the loss: one panel per part with its own scale, four in a row."""
     columns = min(len(parts), 4)
     rows = -(-len(parts) // columns)
     figure = Figure(figsize=(FULL, 2.2 * rows))
@@ -94,7 +95,7 @@ def parts_chart(x: Values, parts: Mapping[str, Values], x_label: str) -> Figure:
 
 @styled
 def accuracy_chart(x: Sequence[float], figures: Mapping[str, Sequence[float | None]], x_label: str) -> Figure:
-    """Top-1 accuracy of Many, Medium, Few and All over training, named at their last point."""
+    """Top-1 accuracy of Many, Medium, Few and All over training, labelled at the last point."""
     figure, (axes,) = _panels(HALF, 2.9)
     ends = {}
     for group in GROUPS:
@@ -114,7 +115,7 @@ def accuracy_chart(x: Sequence[float], figures: Mapping[str, Sequence[float | No
 def class_chart(
     names: Sequence[str], counts: Sequence[int], shots: Sequence[str], accuracy: Sequence[float | None]
 ) -> Figure:
-    """Accuracy of each class above, its training images below, head to tail; dots when there are many."""
+    """Accuracy of each class above, its training images below, head to tail; dots if there are many classes."""
     figure, (top, bottom) = _panels(FULL, 4.4, ratios=(2.3, 1))
     order = sorted(range(len(names)), key=lambda c: -counts[c])
     place = np.arange(len(order))
@@ -171,7 +172,7 @@ def class_chart(
 def probability_chart(
     x: Values, seen: Mapping[str, Values], optimum: Mapping[str, Values], x_label: str, *, top: float | None = None
 ) -> Figure:
-    """A probability over training, a panel per shot, beside its optimum (dashed); `top` ends the axis."""
+    """A probability over training, a panel per shot, with its optimum (dashed); `top` limits the axis."""
     figure = Figure(figsize=(FULL, 2.5))
     panels = figure.subplots(1, len(SHOTS), sharey=True)
     for axes, shot in zip(panels, SHOTS, strict=True):
@@ -179,14 +180,14 @@ def probability_chart(
         _curve(axes, x, seen[shot], GROUP_COLORS[shot], band=True)
         axes.set_title(shot.capitalize(), color=GROUP_COLORS[shot], weight="bold", fontsize=9)
         axes.set_xlabel(x_label)
-    panels[0].set_ylim(0, top)  # of all panels, after the last: it ends where the greatest value asks for it
+    panels[0].set_ylim(0, top)  # of all panels, after the last is drawn: the limit follows the largest value
     panels[0].set_ylabel("probability")
     return figure
 
 
 @styled
 def two_panel_chart(x: Values, panels: Sequence[tuple[str, Values]], x_label: str, *, from_zero: bool = True) -> Figure:
-    """Two quantities over the same steps, one above the other; each is (label of its axis, values)."""
+    """Two quantities over the same steps, one above the other; each is (axis label, values)."""
     figure, both = _panels(HALF, 3.1, ratios=(1, 1), share_x=True)
     for axes, (label, y) in zip(both, panels, strict=True):
         _curve(axes, x, y, INK, band=True)
@@ -205,7 +206,7 @@ def comparison_chart(
     seeds: Mapping[str, Sequence[Sequence[float]]],
     paper: Mapping[str, Sequence[float | None]],
 ) -> Figure:
-    """A panel per group: a dot for each seed, a bar at the mean, a diamond at the paper's figure; with both figures.
+    """One panel per group: a dot per seed, a bar at the mean, a diamond at the paper's value, with numbers.
 
     Args:
         methods: names from top to bottom.
@@ -239,7 +240,7 @@ def comparison_chart(
 
 @styled
 def svg(figure: Figure, name: str, description: str) -> str:
-    """The figure as an inline <svg> in CSS-variable colors; `name` keeps its ids apart from other charts'."""
+    """The figure as an inline <svg> with CSS-variable colors; `name` makes its ids unique on the page."""
     out = io.StringIO()
     figure.savefig(out, format="svg", dpi=200, metadata={"Date": None})
     text = out.getvalue()
@@ -258,10 +259,9 @@ def svg(figure: Figure, name: str, description: str) -> str:
 
 @styled
 def png(figure: Figure, path: Path) -> None:
-    """The figure on white at 160 dots per inch, written as a whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, format="png", dpi=160, facecolor="white")
-    part.replace(path)
+    """Write the figure on white at 160 dots per inch, atomically."""
+    with whole_file(path) as file:
+        figure.savefig(file, format="png", dpi=160, facecolor="white")
 
 
 def as_floats(values: Sequence[float | None]) -> Values:
@@ -270,9 +270,9 @@ def as_floats(values: Sequence[float | None]) -> Values:
 
 
 def binned(x: Values, y: Values, bins: int = 150) -> tuple[Values, Values, Values, Values]:
-    """Mean x, and mean, least and greatest y, of at most `bins` runs of neighbours; NaN takes no part.
+    """Mean x, and mean, minimum and maximum y, of at most `bins` groups of neighbours; NaN is left out.
 
-    A run of a million steps draws as fast as one of a hundred, and one strange step stays visible.
+    A run of a million steps is drawn as fast as one of a hundred, and a single outlier stays visible.
     """
     known = np.isfinite(y)
     x, y = x[known], y[known]
@@ -305,7 +305,7 @@ def _curve(
 
 
 def _name_ends(axes: Axes, ends: Mapping[str, float], gap: float = 8.5) -> None:
-    """Name each line at the right edge, pushed apart to at least `gap` units so that no two names overlap."""
+    """Label each line at the right edge, at least `gap` units apart so that labels do not overlap."""
     groups = sorted(ends, key=lambda group: ends[group])
     places: list[float] = []
     for group in groups:

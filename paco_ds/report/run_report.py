@@ -1,4 +1,4 @@
-"""report.html: one self-contained page about a run, made from the files of its directory."""
+"""report.html: a self-contained page about a run, made from the files of its directory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ STEP_COLUMNS = (
     "skipped",
 )
 
-# column of a shot: key of the log's line
+# column by shot: key in a line of the log
 BY_SHOT = {
     "own": "center_probability",
     "optimum": "center_probability_optimum",
@@ -47,11 +47,11 @@ BY_SHOT = {
 
 DESCRIPTIONS = {
     "loss": "Training loss over time",
-    "parts": "What the training loss is made of, over time",
+    "parts": "Parts of the training loss over time",
     "accuracy": "Accuracy of Many, Medium, Few and All over time",
     "classes": "Accuracy of each class against its number of training images",
-    "center": "Probability of the own center by shot, beside its optimum",
-    "positive": "Probability of each positive by shot, beside its optimum",
+    "center": "Probability of the label's center by shot, with its optimum",
+    "positive": "Probability of each positive by shot, with its optimum",
     "throughput": "Images per second and share of time spent waiting for data",
     "optimizer": "Learning rate and gradient norm over time",
 }
@@ -59,12 +59,12 @@ DESCRIPTIONS = {
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What a run directory holds.
+    """The content of a run directory.
 
     Attributes:
         steps: float64 [steps] for each of STEP_COLUMNS and for each of BY_SHOT and shot (own_many, ...); NaN where
             a line has null or lacks the key.
-        parts: what the loss is made of, float64 [steps] by name, likewise; empty of methods that do not say.
+        parts: parts of the loss, float64 [steps] by name; empty for methods with one part.
         evaluations: the evaluation lines, in order.
         recipe: recipe.yaml as text and as a tree, None when missing.
         final: metrics.json, None when missing.
@@ -79,9 +79,9 @@ class RunFiles:
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write RUN/report.html, as a whole or not at all, and return its path.
+    """Write RUN/report.html atomically and return its path.
 
-    Needs metrics.jsonl; recipe.yaml and metrics.json are used when there, and the page says what is missing.
+    Needs metrics.jsonl; recipe.yaml and metrics.json are used if they exist, and the page says what is missing.
 
     Raises:
         FileNotFoundError: there is no metrics.jsonl.
@@ -130,7 +130,7 @@ def read_run(run_dir: Path) -> RunFiles:
 
 
 def render(template: str, context: Mapping[str, Any]) -> str:
-    """A page from a template of this package, with everything that is not ours escaped."""
+    """Render a template of this package; all values are escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -143,7 +143,7 @@ def render(template: str, context: Mapping[str, Any]) -> str:
 
 
 def inline(figure: charts.Figure, name: str, description: str) -> Markup:
-    """A chart for a template; the only markup that is not escaped, since matplotlib escapes its texts."""
+    """A chart for a template: markup that is not escaped, since matplotlib escapes its texts."""
     return Markup(charts.svg(figure, name, description))
 
 
@@ -231,7 +231,7 @@ def _charts(run: RunFiles) -> dict[str, Markup]:
             if any(np.isfinite(values).any() for values in seen.values()):
                 made[name] = charts.probability_chart(x, seen, optimum, unit, top=top)
     if run.evaluations:
-        split = mode(line["split"] for line in run.evaluations)  # the end also evaluates the test split, once
+        split = mode(line["split"] for line in run.evaluations)  # the end of a run also evaluates the test split, once
         lines = [line for line in run.evaluations if line["split"] == split]
         figures = {group: [line.get(group) for line in lines] for group in GROUPS}
         made["accuracy"] = charts.accuracy_chart([line["step"] / scale for line in lines], figures, unit)
@@ -243,7 +243,7 @@ def _charts(run: RunFiles) -> dict[str, Markup]:
 
 
 def _x_scale(steps: Mapping[str, Values]) -> tuple[float, str]:
-    """Steps of an epoch, where the log tells (two epochs begun), so that all charts share one axis."""
+    """Steps per epoch and "epoch" once two epochs have begun, else 1 and "step"; all charts share this axis."""
     epoch = steps["epoch"]
     if len(epoch) and epoch[-1] > epoch[0]:
         first, last = steps["step"][0], steps["step"][np.argmax(epoch == epoch[-1])]
@@ -257,7 +257,7 @@ def _wait_share(steps: Mapping[str, Values]) -> float | None:
 
 
 def _classes(final: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the table of classes, largest first; empty when metrics.json does not tell."""
+    """Rows of the table of classes, largest first; empty without metrics.json."""
     keys = ("class_names", "class_counts", "shots_of_classes", "per_class")
     if not all(key in final for key in keys):
         return []

@@ -1,4 +1,4 @@
-"""Owns the sheet of a recipe's views: a row for each of some training images, the image and what is made of it."""
+"""A picture of a recipe's views: one row per training image, with the image and its views."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _INCHES = 1.5
 
 
 def draw_view_sheet(recipe: Recipe, manifest: Manifest, path: Path, images: int = 8) -> list[str]:
-    """Write a picture (its format by the ending) of up to `images` random training images with their views.
+    """Write a picture (format by the ending) of up to `images` random training images with their views.
 
     Returns:
-        A line for each bad sample met on the way.
+        One line per bad sample.
 
     Raises:
         DataError: no sample can be read, or the file cannot be written.

@@ -141,7 +141,7 @@ def test_strangers_and_doubles_are_sent_away(monkeypatch, capfd):
     monkeypatch.setenv("RANK", "1")
     double = RankWatchdog(end=lambda status: job.ends.append(("double", status))).__enter__()
     eventually(lambda: job.ends == [("double", 1)])
-    assert "takes part already: does another job use --master_port" in capfd.readouterr().err
+    assert "has already joined: does another job use --master_port" in capfd.readouterr().err
     double.__exit__(UserError, UserError("sent away"), None)
     time.sleep(0.6)
     assert job.ends == [("double", 1)]
@@ -201,12 +201,12 @@ def test_gloo_is_not_let_announce_a_loopback_address(monkeypatch):
     """The other hosts would look for this one on themselves."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     with pytest.raises(
-        UserError, match=r"gloo would announce 127.0.0.1 .*GLOO_SOCKET_IFNAME=lo stands for it.*deepspeed_env"
+        UserError, match=r"gloo would announce 127.0.0.1 .*GLOO_SOCKET_IFNAME=lo gives it.*deepspeed_env"
     ):
         check_gloo_interface()
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     monkeypatch.setattr(socket, "gethostname", lambda: "localhost")
-    with pytest.raises(UserError, match=r"GLOO_SOCKET_IFNAME is not set and the host name localhost stands for it"):
+    with pytest.raises(UserError, match=r"GLOO_SOCKET_IFNAME is not set and the host name localhost gives it"):
         check_gloo_interface()
     monkeypatch.setattr(socket, "gethostname", lambda: "no-such-host.invalid")
     with pytest.raises(UserError, match=r"gloo would announce 127.0.0.1"):

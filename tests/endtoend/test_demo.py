@@ -140,7 +140,7 @@ def test_a_killed_rank_ends_the_job_and_is_named(shards, tmp_path):
     output = job.communicate(timeout=60)[0]
     assert job.returncode != 0
     assert f"rank 0 on host {socket.gethostname()} (127.0.0.1) was lost: its process died" in output, output
-    assert f"Run the same command again to go on from step {newest_checkpoint(run).step}" in output
+    assert f"Run the same command again to resume from step {newest_checkpoint(run).step}" in output
     assert psutil.wait_procs(processes, timeout=5)[1] == []
 
 

@@ -158,7 +158,7 @@ def test_no_port_at_all_warns_and_goes_on(
     monkeypatch.setattr(exporter_module, "PORT_TRIES", 1)
     assert exporter.start(taken_port, 0) is None
     assert exporter.start(65536, 0) is None
-    assert caplog.text.count("training goes on") == 2
+    assert caplog.text.count("training continues") == 2
 
 
 def test_close_gives_the_port_back(exporter: Exporter) -> None:

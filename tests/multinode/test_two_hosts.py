@@ -29,7 +29,7 @@ def test_a_job_on_two_hosts_has_the_losses_of_local_ranks_though_a_rank_was_kill
     assert job.wait(seconds=60) != 0
     step = newest_checkpoint(run).step
     assert "rank 1 on host node2 (10.77.0.2) was lost: its process died" in job.said, job.said
-    assert f"Run the same command again to go on from step {step}" in job.said
+    assert f"Run the same command again to resume from step {step}" in job.said
     assert not re.search(r"10\.77\.0\.1: Traceback", job.said), job.said  # gloo's, which names nobody
     assert not any(host.ranks("train.py") for host in two_hosts.hosts)
 

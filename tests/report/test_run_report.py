@@ -80,7 +80,7 @@ def test_page_is_self_contained(run_dir: Path) -> None:
     assert not re.search(r"https?://|<script|<iframe|@import|@font-face", page)
     for reference in re.findall(r'(?:src|href)="([^"]*)"', page) + re.findall(r"url\(([^)]*)\)", page):
         assert reference.startswith(("#", "data:"))
-    assert [path.name for path in run_dir.iterdir() if path.suffix == ".part"] == []
+    assert [path.name for path in run_dir.iterdir() if path.suffix == ".partial"] == []
 
 
 def test_the_final_test_evaluation_does_not_replace_the_watched_curve(run_dir: Path) -> None:

@@ -76,7 +76,9 @@ def test_damage_is_found_and_named(tmp_path, damage, message):
     damage(tmp_path / "checkpoints" / "step-00000002")
     with pytest.raises(CheckpointError, match=message):
         read_checkpoint(tmp_path / "checkpoints" / "step-00000002")
-    with pytest.raises(CheckpointError, match=r"all checkpoints of this run are damaged[\s\S]*move .* away to start again"):
+    with pytest.raises(
+        CheckpointError, match=r"all checkpoints of this run are damaged[\s\S]*move .* away to start again"
+    ):
         checkpoints.latest()
     older = tmp_path / "checkpoints" / "step-00000001"
     save(tmp_path / "other", 1)

@@ -66,7 +66,6 @@ tree:
 bench: $(INSTALLED)
 	$(BIN)/python tools/bench/loss.py
 	$(BIN)/python tools/bench/attention.py
-	$(BIN)/python tools/bench/gradients.py
 	$(BIN)/python tools/bench/key_encoder.py
 	$(BIN)/python tools/bench/centers.py
 	$(BIN)/python tools/bench/key_queue.py

@@ -14,7 +14,6 @@ import time
 import traceback
 from multiprocessing.connection import Connection
 from typing import Any
-from unittest.mock import patch
 
 
 class RankError(AssertionError):
@@ -36,14 +35,10 @@ class RankPool:
             theirs.close()
             self._ranks.append((process, ours))
 
-    def run(self, function: str, timeout: float = 120, one_host: bool = True, **arguments: Any) -> list[Any]:
-        """Call `module:function(ranks, **arguments)` on every rank; their results in rank order.
-
-        Args:
-            one_host: whether the ranks know that they share a host; if not each takes itself for alone on its own.
-        """
+    def run(self, function: str, timeout: float = 1200, **arguments: Any) -> list[Any]:
+        """Call `module:function(ranks, **arguments)` on every rank; their results in rank order."""
         for _, pipe in self._ranks:
-            pipe.send((function, arguments, {} if one_host else {"LOCAL_SIZE": "1"}))
+            pipe.send((function, arguments))
         deadline = time.monotonic() + timeout
         results, problems = [], []
         for rank, (process, pipe) in enumerate(self._ranks):
@@ -112,13 +107,12 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int, cuda: bool) 
     ranks = engine.start(tiny_recipe(micro_batches))
     while True:
         try:
-            function, arguments, environment = pipe.recv()
+            function, arguments = pipe.recv()
         except EOFError:
             break
         module, name = function.split(":")
         try:
-            with patch.dict(os.environ, environment):
-                outcome = ("ok", getattr(importlib.import_module(module), name)(ranks, **arguments))
+            outcome = ("ok", getattr(importlib.import_module(module), name)(ranks, **arguments))
         except BaseException:
             outcome = ("raised", traceback.format_exc())
         pipe.send(outcome)

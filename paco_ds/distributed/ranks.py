@@ -55,17 +55,12 @@ class Ranks:
         return self.begin_sum(vector).wait()
 
     def begin_sum(self, vector: Tensor) -> Pending:
-        """Begin a sum over ranks, in place."""
-        return self.begin_sums([vector])[0]
-
-    def begin_sums(self, tensors: Sequence[Tensor]) -> list[Pending]:
-        """Begin the sum over ranks of each, in place. Ring all-reduce sends 2 (W-1)/W of them all."""
+        """Begin a sum over ranks, in place. Ring all-reduce sends 2 (W-1)/W of the vector."""
         if self.world_size == 1:
-            return [Pending(tensor) for tensor in tensors]
-        works = [dist.all_reduce(tensor, group=self.group, async_op=True) for tensor in tensors]
-        both_ways = 2 * sum(tensor.nbytes for tensor in tensors)
-        self.on_bytes("all_reduce", both_ways * (self.world_size - 1) // self.world_size)
-        return [Pending(tensor, work) for tensor, work in zip(tensors, works, strict=True)]
+            return Pending(vector)
+        work = dist.all_reduce(vector, group=self.group, async_op=True)
+        self.on_bytes("all_reduce", 2 * vector.nbytes * (self.world_size - 1) // self.world_size)
+        return Pending(vector, work)
 
     def gather(self, rows: Tensor) -> Tensor:
         """Equal-shaped tensors of all ranks, stacked: [...] -> [W, ...]."""

@@ -4,7 +4,7 @@ P is the bytes of trained weights (query encoder and centers, float32), Kp those
 micro-batches a rank. What a stage holds was read from DeepSpeed 0.19 and is held against real runs by the tests.
 
     stage   weights          momentum   copies of weights   gradients
-    0       P + Kp           P          -                   P, reduced where they lie
+    0       P + Kp           P          -                   P, and as much flat
     1       P + Kp           P / W      P / W               P, and a bucket
     2       P + Kp           P / W      P / W               P / W if A > 1, and a bucket
     3       (P + Kp) / W     P / W      P / W, and those    P / W, and a bucket
@@ -25,7 +25,6 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from paco_ds.config.recipe import Recipe
 from paco_ds.distributed.ranks import MicroBatchLayout
 from paco_ds.planning.trace import StepTrace
-from paco_ds.training.shared_memory import resident_bytes
 
 FLOAT = 4
 Device = Literal["cuda", "cpu"]
@@ -195,9 +194,8 @@ def _while_queries_run(
 def _while_weights_are_updated(trace: StepTrace, layout: MicroBatchLayout, zero: Any, device: Device) -> dict[str, int]:
     trained, own = FLOAT * sum(trace.trained), _share(trace.trained, layout.world_size)
     if zero.stage == 0:
-        # reduced where they lie; on CPU ranks of one host exchange them through memory that they share
-        shared = resident_bytes(layout.world_size, sum(trace.trained)) if device == "cpu" else 0
-        return {"gradients": trained, "reduction buckets": shared}
+        # flattened to be reduced, on one rank too, whatever `reduce_bucket_size` says
+        return {"gradients": trained, "reduction buckets": trained}
     in_bucket = _in_bucket(trained, zero)
     kept = 0 if offloads(zero) else own
     held = {1: trained - in_bucket, 2: kept if layout.accumulation > 1 else 0, 3: 0}[zero.stage]

@@ -1,8 +1,7 @@
 """Bytes that a rank sends to others in an optimizer step, by collective.
 
-Those of paco_ds are counted as `Ranks` counts them, to the byte; without ZeRO gradients are among them (see
-`paco_ds.training.gradients`). Those of DeepSpeed follow from the stage; a ring is assumed: all_reduce sends 2 (W-1)/W
-of the tensor, reduce_scatter and all_gather (W-1)/W.
+Those of paco_ds are counted as `Ranks` counts them, to the byte. Those of DeepSpeed, gradients among them, follow from
+the stage; a ring is assumed: all_reduce sends 2 (W-1)/W of the tensor, reduce_scatter and all_gather (W-1)/W.
 """
 
 from __future__ import annotations
@@ -47,10 +46,10 @@ def plan_traffic(recipe: Recipe, trace: StepTrace, layout: MicroBatchLayout, zer
     """
     if layout.world_size == 1:
         return []
-    return [*_own(recipe, trace, layout, step, zero.stage), *_deepspeed(trace, layout, zero)]
+    return [*_own(recipe, trace, layout, step), *_deepspeed(trace, layout, zero)]
 
 
-def _own(recipe: Recipe, trace: StepTrace, layout: MicroBatchLayout, step: int, stage: int) -> list[Traffic]:
+def _own(recipe: Recipe, trace: StepTrace, layout: MicroBatchLayout, step: int) -> list[Traffic]:
     W, m, A = layout.world_size, layout.micro_batch, layout.accumulation
     rows = []
     if recipe.loss.contrast:
@@ -66,24 +65,20 @@ def _own(recipe: Recipe, trace: StepTrace, layout: MicroBatchLayout, step: int, 
     rows.append(Traffic("loss, flags, probabilities", "all_reduce", _ring(2 * totals, W), "paco_ds"))
     if trace.statistics:
         rows.append(Traffic("running statistics", "all_reduce", _ring(2 * FLOAT * trace.statistics, W), "paco_ds"))
-    if stage == 0:
-        rows.append(Traffic("gradients", "all_reduce", _ring(2 * FLOAT * sum(trace.trained), W), "paco_ds"))
     return rows
 
 
 def _deepspeed(trace: StepTrace, layout: MicroBatchLayout, zero: Any) -> list[Traffic]:
     W, A = layout.world_size, layout.accumulation
     trained = FLOAT * sum(trace.trained)
-    if zero.stage == 0:
-        return []
     if zero.stage < 3:
-        # stage 2 reduces every micro-batch, stage 1 once a step
+        # stage 2 reduces every micro-batch, stages 0 and 1 once a step
         times = A if zero.stage == 2 else 1
+        gradients = Traffic("gradients", "all_reduce", times * _ring(2 * trained, W), "DeepSpeed")
+        if zero.stage == 0:
+            return [gradients]
         own = FLOAT * 2 * -(-sum(trace.trained) // (2 * W))
-        return [
-            Traffic("gradients", "all_reduce", times * _ring(2 * trained, W), "DeepSpeed"),
-            Traffic("updated weights", "all_gather", own * (W - 1), "DeepSpeed"),
-        ]
+        return [gradients, Traffic("updated weights", "all_gather", own * (W - 1), "DeepSpeed")]
     # DeepSpeed gathers for every forward and backward, whatever the persistence threshold, and once more where its
     # trace of the modules does not hold, which three kinds of forward in a step see to; less if it keeps some
     query, key = (sum(-(-n // W) for n in each) * FLOAT * (W - 1) for each in (trace.trained, trace.followed))

@@ -7,14 +7,12 @@ import logging
 import os
 import shutil
 import sysconfig
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import ninja
 from deepspeed.accelerator import get_accelerator
-from deepspeed.constants import default_pg_timeout
 
 from paco_ds.config.recipe import Recipe
 from paco_ds.distributed.launch import environment_ranks, join_job
@@ -22,7 +20,6 @@ from paco_ds.distributed.ranks import MicroBatchLayout, Ranks
 from paco_ds.errors import RecipeError, UserError
 from paco_ds.models.execution import prepare
 from paco_ds.models.recogniser import Recogniser
-from paco_ds.training.gradients import GradientMean
 from paco_ds.training.optimizer import GuardedSGD
 
 _OWNED = {  # DeepSpeed keys that the recipe decides: {key: recipe setting}
@@ -33,7 +30,6 @@ _OWNED = {  # DeepSpeed keys that the recipe decides: {key: recipe setting}
     "optimizer": "the optimizer section",
     "scheduler": "the schedule section",
 }
-_REDUCTION = {"communication_data_type", "prescale_gradients", "gradient_predivide_factor"}  # left to DeepSpeed
 _REFUSED = {
     "fp16": "its loss scaling never recovers with this step; use torch_autocast with bfloat16",
     "bf16": "it casts the weights, which breaks BatchNorm; use torch_autocast with bfloat16",
@@ -171,14 +167,4 @@ def initialise(
         "gradient_clipping": (settings.clip_norm or 0.0) if stage > 0 else 0.0,
     }
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=complete)
-    if stage == 0 and not _REDUCTION & config.keys():
-        mean = GradientMean(ranks, default_pg_timeout.total_seconds())
-        engine.allreduce_gradients = partial(_average_gradients, engine, optimizer, mean)
-        engine.zero_grad = optimizer.zero_grad  # DeepSpeed's walks through every module to find the same weights
     return engine, optimizer
-
-
-def _average_gradients(engine: Any, optimizer: GuardedSGD, mean: GradientMean) -> None:
-    """In place of `engine.allreduce_gradients`, which DeepSpeed calls after every backward."""
-    if engine.is_gradient_accumulation_boundary():
-        mean(optimizer.gradients())

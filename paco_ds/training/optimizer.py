@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils import get_total_norm
 
@@ -46,12 +45,8 @@ class GuardedSGD(torch.optim.SGD):
         if not self.skipped:
             super().step(closure)
 
-    def gradients(self) -> list[Tensor]:
-        """Of all weights that have one."""
-        return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-
     def _clip(self) -> float:
-        gradients = self.gradients()
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         norm = float(get_total_norm(gradients))
         if self.clip_norm and norm > self.clip_norm:
             torch._foreach_mul_(gradients, self.clip_norm / norm)

@@ -20,7 +20,6 @@ from paco_ds.losses import make_loss
 from paco_ds.losses.base import LossOutput
 from paco_ds.models.recogniser import make_recogniser
 from paco_ds.training import engine as ds
-from paco_ds.training.gradients import GradientMean
 from paco_ds.training.initial_weights import freeze
 from paco_ds.training.mixup import Mixup
 from paco_ds.training.step import Step, StepResult, check_replicas_equal
@@ -41,7 +40,7 @@ class Outcome:
     after: dict[str, Tensor]
     momentum: dict[str, Tensor]
     queue: dict[str, Tensor]
-    refused: list[str | None] = field(default_factory=list)
+    skipped: list[str | None] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     bytes_sent: dict[str, int] = field(default_factory=dict)
 
@@ -124,13 +123,15 @@ def run_steps(
     fault_step: int = 1,
     zero: dict[str, Any] | None = None,
     ahead: bool = False,
+    state: dict[str, Tensor] | None = None,
 ) -> Outcome:
     """`steps` optimizer steps at the recipe's learning rate, with a fault of `FAULTS` injected.
 
-    With `ahead` key images are under way a step ahead, as the trainer has them.
+    They start from the recipe's initial weights or those of `state`. With `ahead` key images are under way a step
+    ahead, as the trainer has them.
     """
     recipe = tiny_recipe(*overrides)
-    step = make_step(ranks, recipe, deepspeed_config(stage, autocast, **(zero or {})))
+    step = make_step(ranks, recipe, deepspeed_config(stage, autocast, **(zero or {})), state)
     before = _on_cpu(whole_model(step.engine))
     counter = ByteCounter()
     ranks.on_bytes = counter
@@ -302,36 +303,6 @@ FAULTS = {
     "second view detached": _second_view_detached,
 }
 EVERYWHERE = ("gradients doubled", "statistics not averaged", "no moving average", "second view detached")
-
-
-def average_gradients(
-    ranks: Ranks, shared: bool, dtype: torch.dtype = torch.float32
-) -> tuple[float, bool, list[Tensor]]:
-    """Gradients drawn by rank, averaged twice over.
-
-    Returns:
-        (largest error against the mean of the draws, whether memory and strides stayed, the means).
-    """
-
-    def drawn(rank: int, call: int) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(2 * rank + call)
-        shapes = [(300, 300), (7,), (), (64, 32, 6, 6), (4, 3, 3, 3), (1_200_000,)]
-        gradients = [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
-        return [g.to(memory_format=torch.channels_last) if g.ndim == 4 else g for g in gradients]
-
-    mean = GradientMean(ranks, timeout=60, share=shared)
-    assert (mean.shared is not None) == (shared and ranks.world_size > 1)
-    mean([])
-    errors, stayed = [], []
-    for call in range(2):
-        gradients = drawn(ranks.rank, call)
-        before = [(g.data_ptr(), g.stride()) for g in gradients]
-        mean(gradients)
-        everybodys = (drawn(rank, call) for rank in range(ranks.world_size))
-        expected = [torch.stack(of_ranks).mean(0) for of_ranks in zip(*everybodys, strict=True)]
-        errors += [float((g - e).abs().max()) for g, e in zip(gradients, expected, strict=True)]
-        stayed.append(before == [(g.data_ptr(), g.stride()) for g in gradients])
-    return max(errors), all(stayed), gradients
 
 
 def stop_heard_in_a_refused_step(ranks: Ranks, fault: str, stage: int) -> tuple[str | None, bool]:

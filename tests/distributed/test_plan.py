@@ -41,17 +41,12 @@ def layout_of(recipe, rank, world_size):
     return MicroBatchLayout(recipe.step.micro_batch, recipe.step.micro_batches, rank, world_size)
 
 
-# with a gradient that goes out by itself; the others share a buffer
-LARGE_GRADIENT = ("model.projection_dim=1024",)
-
-
 @pytest.mark.parametrize(
     ("stage", "world_size", "overrides"),
     [
         (0, 1, ()),
         (0, 2, ()),
         (0, 4, ()),
-        (0, 2, LARGE_GRADIENT),
         (0, 2, ("key_encoder.batch_norm=local",)),
         (0, 4, ("loss.method=cross_entropy",)),
         (1, 2, ("loss.method=multi_task",)),
@@ -60,20 +55,19 @@ LARGE_GRADIENT = ("model.projection_dim=1024",)
     ],
 )
 def test_planned_bytes_are_those_of_the_counters(pool, stage, world_size, overrides):
-    """Every collective of every rank, to the byte, over three steps: without ZeRO gradients are among them."""
+    """Every collective of our own, of every rank, to the byte, over three steps."""
     recipe = tiny_recipe(*overrides)
     settings = zero_settings(deepspeed_config(stage, False))
-    arguments = {"steps": STEPS, "overrides": overrides, "stage": stage, "one_host": False}
+    arguments = {"steps": STEPS, "overrides": overrides, "stage": stage}
     outcomes = pool(world_size).run("tests.distributed.runs:run_steps", **arguments)
     for rank, outcome in enumerate(outcomes):
         shape = layout_of(recipe, rank, world_size)
-        rows = [row for n in range(STEPS) for row in plan_traffic(recipe, trace(*overrides), shape, settings, step=n)]
         planned: Counter[str] = Counter()
-        for row in rows:
-            planned[row.op] += row.bytes if row.by == "paco_ds" else 0
+        for n in range(STEPS):
+            for row in plan_traffic(recipe, trace(*overrides), shape, settings, step=n):
+                planned[row.op] += row.bytes if row.by == "paco_ds" else 0
         assert outcome.bytes_sent == +planned
         assert bool(planned) == (world_size > 1)
-        assert ("gradients" in {row.what for row in rows if row.by == "paco_ds"}) == (stage == 0 and world_size > 1)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -81,7 +75,7 @@ def test_planned_bytes_of_deepspeed_are_those_it_sends(pool, stage):
     """Two ranks, two micro-batches each. DeepSpeed's flags and norms, a few bytes, are not planned; its gathers at
     stage 3 are planned as a bound."""
     recipe = tiny_recipe()
-    seen = pool(2).run("tests.distributed.planning:collectives", overrides=(), stage=stage, one_host=False)
+    seen = pool(2).run("tests.distributed.planning:collectives", overrides=(), stage=stage)
     settings = zero_settings(deepspeed_config(stage, False))
     for rank, (*_, sent) in enumerate(seen):
         planned: dict[str, int] = {}
@@ -93,15 +87,6 @@ def test_planned_bytes_of_deepspeed_are_those_it_sends(pool, stage):
                 assert count / 1.5 < sent[op] <= count
             else:
                 assert count <= sent[op] <= count + 64, (op, planned, sent)
-
-
-def test_ranks_of_one_host_send_no_gradients_at_stage_0(pool):
-    """They go through shared memory: what several hosts sum up beside them is all that is left."""
-    recipe = tiny_recipe()
-    rows = plan_traffic(recipe, trace(), layout_of(recipe, 0, 2), zero_settings(deepspeed_config(0, False)), step=2)
-    left = sum(row.bytes for row in rows if row.op == "all_reduce" and row.what != "gradients")
-    for *_, sent in pool(2).run("tests.distributed.planning:collectives", overrides=(), stage=0):
-        assert left <= sent["all_reduce"] <= left + 64
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -121,7 +106,7 @@ def check_memory(
     """Compare; returns planned / measured of the first rank. `zero`: further zero_optimization settings."""
     arguments = {"overrides": overrides, "stage": stage, "autocast": autocast, "zero": zero}
     measure = "growth" if device == "cpu" else "allocated"
-    every = pool.run(f"tests.distributed.planning:{measure}", timeout=500, **arguments)
+    every = pool.run(f"tests.distributed.planning:{measure}", **arguments)
     recipe = tiny_recipe(*overrides)
     shape = layout_of(recipe, 0, pool.world_size)
     settings = zero_settings(deepspeed_config(stage, autocast, **(zero or {})))

@@ -12,7 +12,6 @@ import pytest
 ROOT = Path(__file__).parents[2]
 QUICK = {
     "loss": ["--repeats", "3"],
-    "gradients": ["--rounds", "3"],
     "key_encoder": ["--repeats", "3"],
     "key_queue": ["--repeats", "3", "--keys", "100000"],
     "watching": ["--repeats", "5"],

@@ -25,13 +25,10 @@ def test_two_ranks_on_each_host_have_the_losses_of_four_local_ranks(two_hosts, s
     for metrics in scraped.values():
         assert metrics["paco_samples_total"] == 8 * metrics["paco_steps_total"] > 0
     assert job.wait(seconds=240) == 0, job.said
-    # Shared memory, which local ranks have at stage 0, would add up gradients in another order.
-    local, timeout = {"recipe": config, "run": folder / "local"}, 400
-    pool(4).run("tests.distributed.training:train", timeout=timeout, one_host=False, **local)
+    pool(4).run("tests.distributed.training:train", recipe=config, run=folder / "local")
     assert len(steps(run)) == EPOCHS * STEPS_PER_EPOCH
     assert steps(run) == steps(folder / "local")
-    without = " without shared memory" if stage == 0 else ""
-    record(f"two hosts of two ranks, stage {stage}: losses of four local ranks{without}", "bit-equal", True)
+    record(f"two hosts of two ranks, stage {stage}: losses of four local ranks", "bit-equal", True)
 
 
 @pytest.fixture

@@ -164,7 +164,7 @@ def test_killed_command_goes_on(tmp_path: Path) -> None:
 
 
 def _share(card: Path, out: Path, rank: int, world_size: int) -> None:
-    build_share(load_card(card), images_of(card), out, SMALL, BuildRank(rank, world_size, patience=60))
+    build_share(load_card(card), images_of(card), out, SMALL, BuildRank(rank, world_size, patience=600))
 
 
 @pytest.mark.parametrize("world_size", [2, 9])
@@ -178,7 +178,7 @@ def test_ranks_share_a_build(tiny_card: Path, tiny_shards: Manifest, tmp_path: P
     for rank in ranks:
         rank.start()
     for rank in ranks:
-        rank.join(60)
+        rank.join(600)
     assert [rank.exitcode for rank in ranks] == [0] * world_size
     assert contents(tmp_path / "out") == contents(tiny_shards.directory)
 

@@ -165,7 +165,7 @@ def test_the_stream_counts_each_place_whose_sample_is_bad(damaged: Manifest) -> 
 
 @pytest.fixture
 def remote(tiny_shards: Manifest, tmp_path: Path) -> Storage:
-    storage = Storage(f"memory://{tmp_path}", StorageSettings(tries=2, timeout=2))
+    storage = Storage(f"memory://{tmp_path}", StorageSettings(tries=2, timeout=60))
     for path in tiny_shards.directory.iterdir():
         with storage.write(path.name) as file:
             file.write(path.read_bytes())

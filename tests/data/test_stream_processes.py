@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from paco_ds.data.stream import loader_processes
 from paco_ds.data.stream.loader_processes import _raising
 from paco_ds.errors import TrainingError
 
@@ -49,7 +50,6 @@ def test_the_rank_ends_whatever_became_of_its_loader_processes(striped_shards, t
         env={"PYTHONPATH": str(root), "PATH": "/usr/bin:/bin"},
         capture_output=True,
         text=True,
-        timeout=120,
     )
     assert done.returncode == 1
     assert re.search(message, done.stderr), done.stderr
@@ -60,8 +60,9 @@ def _end_soon():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_connection_that_breaks_before_its_process_has_ended_is_laid_to_the_process():
+def test_a_connection_that_breaks_before_its_process_has_ended_is_laid_to_the_process(monkeypatch):
     """The rank hears of the one before the other."""
+    monkeypatch.setattr(loader_processes, "_NEWS", 300)
     process = multiprocessing.get_context("forkserver").Process(target=_end_soon)
     process.start()
 

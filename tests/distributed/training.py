@@ -51,7 +51,7 @@ def scrape_while_training(ranks: Ranks, recipe: Path, run: Path) -> dict[str, st
             trainer.train_step()
         if ranks.first:
             for target in json.loads((run / "metrics_targets.json").read_text()):
-                with urllib.request.urlopen(f"http://{target['targets'][0]}/metrics", timeout=10) as answer:
+                with urllib.request.urlopen(f"http://{target['targets'][0]}/metrics", timeout=60) as answer:
                     pages[target["labels"]["rank"]] = answer.read().decode()
         ranks.wait_for_all()
     return pages

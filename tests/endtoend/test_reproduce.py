@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 from paco_ds.checkpoint import newest_checkpoint
@@ -27,7 +26,6 @@ rows:
 """
 
 
-@pytest.mark.timeout(300)
 def test_a_table_is_trained_kept_and_drawn_elsewhere(striped_shards, tmp_path):
     """Two rows at a time; the classifier of the second stage stands on the backbone of the first."""
     (tmp_path / "zero1.json").write_text(json.dumps({"zero_optimization": {"stage": 1}}))

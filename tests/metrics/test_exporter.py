@@ -85,7 +85,7 @@ def _values(text: str) -> dict[str, float]:
 
 
 def _fetch(port: int) -> dict[str, float]:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as response:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as response:
         return _values(response.read().decode())
 
 

@@ -200,7 +200,7 @@ class TwoHosts:
             self._wait_for_ssh(host)
 
     def _wait_for_ssh(self, host: Host) -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 300
         command = self.hosts[0].inside(self.folder / "bin" / "ssh", host.address, "hostname")
         while (answer := subprocess.run(command, capture_output=True, text=True)).stdout != f"{host.name}\n":
             assert time.monotonic() < deadline, f"no ssh to {host.name}: {answer.stderr}"
@@ -210,7 +210,7 @@ class TwoHosts:
         """End all processes of the hosts, and the hosts."""
         self._cleaner.communicate()
         for daemon in self._daemons:
-            daemon.wait(timeout=10)
+            daemon.wait(timeout=300)
 
 
 class Job:

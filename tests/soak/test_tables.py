@@ -60,7 +60,7 @@ def test_every_row_trains_on_two_ranks(pool, record, striped_shards, tmp_path, n
     overrides = (*row.set, *REDUCED, f"data.shards={striped_shards}")
     holds, figure, began = False, "did not end", time.monotonic()
     try:
-        pool(2).run(TRAIN, timeout=900, recipe=table.recipe_of(row), run=run, overrides=overrides, stop_at_step=STEPS)
+        pool(2).run(TRAIN, recipe=table.recipe_of(row), run=run, overrides=overrides, stop_at_step=STEPS)
         steps = [line for line in read(run / "metrics.jsonl") if line["kind"] == "step"]
         losses = [step["loss"] for step in steps]
         still, parameters = unmoved_weights(table, row, overrides, run)

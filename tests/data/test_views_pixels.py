@@ -1,16 +1,10 @@
 """Pixels of every operation beside PIL's and timm's at the same parameters, on real photographs."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 from PIL import Image
 
-# As the benches have it: scripts that find their shared module beside them.
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools" / "bench"))
-
-from view_pairs import operation_pairs, photographs, sampling_pairs, squares
+from tests.data.view_pairs import operation_pairs, photographs, sampling_pairs, squares
 
 SQUARES, PHOTOS = squares(), photographs()
 # Rounding of another kind, and not a pixel more: what is left for blur and geometry is another filter's tail.

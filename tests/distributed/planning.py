@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import gc
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from paco_ds.distributed.ranks import Ranks
 from paco_ds.training.step import Step
 from tests.distributed.runs import deepspeed_config, made_micro_batch, make_step
 from tests.recipes import tiny_recipe
+from tests.resident import reset_peak, status_bytes
 
 M_MMAP_THRESHOLD = -3
 
@@ -45,10 +45,10 @@ def growth(
         assert libc.mallopt(M_MMAP_THRESHOLD, 2**20) == 1
     gc.collect()
     libc.malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS (man 5 proc)
-    before = _status_bytes("VmRSS")
+    reset_peak()
+    before = status_bytes("VmRSS")
     step = _two_steps(ranks, tiny_recipe(*overrides), config)
-    peak = _status_bytes("VmHWM") - before
+    peak = status_bytes("VmHWM") - before
     step.engine.destroy()
     return peak
 
@@ -137,11 +137,3 @@ class Collectives(TorchDispatchMode):
 
 def _bytes(leaf: Any) -> int:
     return leaf.nbytes if isinstance(leaf, Tensor) else 0
-
-
-def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == field:
-            return int(value.split()[0]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")

@@ -1,62 +1,116 @@
 """Gradients in float32 beside float64, and what the loss keeps for backward."""
 
-import sys
-from pathlib import Path
+from dataclasses import dataclass
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from paco_ds.contrast.key_queue import KeyQueue
 from paco_ds.losses.paco import ParametricContrastiveLoss, class_prior
+from tests.resident import peak_extra_bytes
 
-# As `python tools/bench/loss.py` has it: benches are scripts that find their shared module beside them.
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools" / "bench"))
-
-import loss as bench
-from report import peak_extra_bytes
-
-SIZE = bench.Size(32, 500, 4096)
+DIM, ALPHA, TEMPERATURE = 128, 0.05, 0.2
 MIB = 2**20
 
 
+@dataclass
+class Case:
+    """A micro-batch of unit rows and the full queue it meets; labels as long-tailed as Zipf's."""
+
+    labels: Tensor
+    logits: Tensor
+    query: Tensor
+    key: Tensor
+    queue: KeyQueue
+    log_prior: Tensor
+
+    def loss(self) -> Tensor:
+        loss = ParametricContrastiveLoss(alpha=ALPHA, temperature=TEMPERATURE, log_prior_C=self.log_prior)
+        return loss(self.labels, self.logits, self.query, self.key, self.queue.snapshot(len(self.log_prior))).loss
+
+    def exact_loss(self) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Eq. (4) as one softmax over centers, batch and queue, in float64; its inputs, queries and center logits."""
+        query, logits = (t.detach().double().requires_grad_() for t in (self.query, self.logits))
+        rows = torch.cat([query, self.key.double(), self.queue.keys_KD.double()])
+        same = self.labels[:, None] == torch.cat([self.labels, self.labels, self.queue.labels_K])
+        itself = torch.eye(len(query), len(rows), dtype=torch.bool)
+        scores = (query @ rows.T / TEMPERATURE).masked_fill(itself, -torch.inf)
+        log_p = torch.cat([logits + self.log_prior.double(), scores], 1).log_softmax(1)
+        own_center = F.one_hot(self.labels, logits.shape[1]).double()
+        weights = torch.cat([own_center, ALPHA * (same & ~itself).double()], 1)
+        terms = torch.where(weights > 0, weights * log_p, 0.0)
+        return -(terms.sum(1) / weights.sum(1)).mean(), (query, logits)
+
+
+def made(anchors: int, classes: int, keys: int, clustered: bool = False) -> Case:
+    """Rows independent of their labels or, `clustered`, close to one direction of each class."""
+    generator = torch.Generator().manual_seed(0)
+    counts = 1000 / torch.arange(1, classes + 1)
+    labels, queue_labels = (
+        torch.multinomial(counts, n, replacement=True, generator=generator) for n in (anchors, keys)
+    )
+    directions = torch.randn(classes, DIM, generator=generator)
+
+    def unit(of: Tensor) -> Tensor:
+        noise = torch.randn(len(of), DIM, generator=generator)
+        return F.normalize(directions[of] + 0.1 * noise if clustered else noise, dim=1)
+
+    queue = KeyQueue(keys, DIM)
+    queue.push(unit(queue_labels), queue_labels)
+    logits = torch.randn(anchors, classes, generator=generator).requires_grad_()
+    return Case(labels, logits, unit(labels).requires_grad_(), unit(labels), queue, class_prior(counts))
+
+
+def kept_for_backward(case: Case) -> int:
+    """Bytes of the storages that autograd saves, each counted once, inputs among them."""
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that its address stays its own
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        case.loss()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
 @pytest.mark.parametrize(("clustered", "limit"), [(False, 1e-6), (True, 1e-5)], ids=["random", "clustered"])
-@pytest.mark.parametrize("size", [SIZE, bench.Size(1, 2, 1), bench.Size(100, 3000, 1000)], ids=str)
+@pytest.mark.parametrize("size", [(32, 500, 4096), (1, 2, 1), (100, 3000, 1000)], ids=str)
 def test_gradients_are_those_of_float64(size, clustered, limit):
-    """Relative, of queries and center logits, against the published formulation in float64."""
-    assert bench.gradient_error(size, clustered=clustered) < limit
+    """Relative, of queries and center logits, against the equation in float64."""
+    case = made(*size, clustered=clustered)
+    ours = torch.autograd.grad(case.loss(), (case.query, case.logits))
+    for gradient, exact in zip(ours, torch.autograd.grad(*case.exact_loss()), strict=True):
+        assert float((gradient - exact).norm() / exact.norm()) < limit
 
 
 def test_bytes_kept_for_backward_do_not_depend_on_the_queue():
     """One and 16 times the keys keep the same, and of anchors x classes there is one copy."""
-    kept = [bench.saved_by_ours(bench.Size(SIZE.anchors, SIZE.classes, length)) for length in (512, 8192)]
+    kept = [kept_for_backward(made(32, 500, keys)) for keys in (512, 8192)]
     assert kept[0] == kept[1]
-    copy, rows = 4 * SIZE.anchors * SIZE.classes, 4 * SIZE.anchors * bench.DIM
+    copy, rows = 4 * 32 * 500, 4 * 32 * DIM
     assert copy < kept[0] < copy + 4 * rows
 
 
 @pytest.mark.parametrize(("anchors", "classes"), [(512, 10), (64, 100), (64, 128)])
 def test_with_few_classes_the_scores_of_the_batch_are_not_kept(anchors, classes):
     """At most two copies of anchors x classes, beside the gradient of the queries and the inputs."""
-    rows = 4 * anchors * bench.DIM
-    kept = bench.saved_by_ours(bench.Size(anchors, classes, 512))
+    rows = 4 * anchors * DIM
+    kept = kept_for_backward(made(anchors, classes, 512))
     assert kept < 2 * 4 * anchors * classes + 3 * rows
 
 
 def train_step(classes: int, keys: int):
-    """One forward and backward of 32 anchors, its inputs and the threads ready."""
-    generator = torch.Generator().manual_seed(0)
-    y = torch.randint(classes, (32,), generator=generator)
-    logits = torch.randn(32, classes, generator=generator).requires_grad_()
-    query, key = (F.normalize(torch.randn(32, 128, generator=generator), dim=1) for _ in range(2))
-    queue = KeyQueue(keys, 128)
-    queue.push(F.normalize(torch.randn(keys, 128, generator=generator), dim=1), torch.arange(keys) % classes)
-    loss = ParametricContrastiveLoss(alpha=0.05, temperature=0.2, log_prior_C=class_prior([1] * classes))
-    query.requires_grad_()
-    snapshot = queue.snapshot(classes)
-    warm = [t[:1].detach().requires_grad_() for t in (logits, query)]
-    loss(y[:1], warm[0], warm[1], key[:1], snapshot).loss.backward()
-    return lambda: torch.autograd.grad(loss(y, logits, query, key, snapshot).loss, (logits, query))
+    """One forward and backward of 32 anchors, its inputs, the queue's sums and the threads ready."""
+    case = made(32, classes, keys)
+    snapshot = case.queue.snapshot(classes)
+    loss = ParametricContrastiveLoss(alpha=ALPHA, temperature=TEMPERATURE, log_prior_C=case.log_prior)
+    warm = [t[:1].detach().requires_grad_() for t in (case.logits, case.query)]
+    loss(case.labels[:1], *warm, case.key[:1], snapshot).loss.backward()
+    inputs = case.logits, case.query
+    return lambda: torch.autograd.grad(loss(case.labels, *inputs, case.key, snapshot).loss, inputs)
 
 
 def test_peak_memory_is_two_copies_of_anchors_x_classes():

@@ -1,4 +1,4 @@
-"""Owns the rival of the step bench: the published design, as a DistributedDataParallel loop in plain torch.
+"""The rival of the step bench: the published design, as a DistributedDataParallel loop in plain torch.
 
 It follows the paper's code: keys are shuffled by gathering every image of the global batch, normalised, on every rank;
 the loss is written in plain operations for autograd; every rank holds the whole queue, a buffer that DDP broadcasts

@@ -1,4 +1,4 @@
-"""Owns the rank processes of a bench: joined in one gloo group, alive between calls, and the clock of their parts."""
+"""The rank processes of a bench: joined in one gloo group, alive between calls, and the clock of their parts."""
 
 import importlib
 import multiprocessing

@@ -1,8 +1,8 @@
-"""Owns the bench of the whole optimizer step: speed, memory and shares beside the published design, in one run.
+"""Bench of the whole optimizer step: speed, memory and shares beside the published design, in one run.
 
     python tools/bench/step.py [--rounds N] [--only SIZE] [--bars-only] [--json]
 
-ours       the trainer of paco_ds/train.py: DeepSpeed, stream, log and all, at ZeRO stage 0 and, reported, 1 to 3
+ours       the trainer of paco_ds/train.py: DeepSpeed, stream, log and all, at ZeRO-1 and, reported, stages 0, 2 and 3
 published  the published design in a DistributedDataParallel loop (published_step.py), fed by the same stream
 encoders   one forward of the key encoder and one forward and backward of the query encoder by themselves, on both
            ranks at once: what no design goes without
@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from loss import ALPHA, TAU
 from ranks import RankGroup
-from report import MIB, Bar, at_least, at_most, print_bars, print_table
+from report import MIB, Bar, at_least, print_bars, print_table
 
 from paco_ds.config.load import validate_recipe
 from paco_ds.config.recipe import Recipe
@@ -47,7 +47,7 @@ class Contestant:
     """One way to run the step: DeepSpeed's `zero_optimization` block and `engine.` settings, or the rival."""
 
     name: str
-    zero: dict[str, Any] = field(default_factory=lambda: {"stage": 0})
+    zero: dict[str, Any] = field(default_factory=lambda: {"stage": 1})
     engine: dict[str, bool] = field(default_factory=dict)
     worker: str = "step_workers:Ours"
 
@@ -56,11 +56,11 @@ class Contestant:
         return "".join(c if c.isalnum() else "-" for c in self.name)
 
 
-OURS = Contestant("ours, stage 0")
+OURS = Contestant("ours, ZeRO-1")
 RIVAL = Contestant("published, DDP", worker="step_workers:Rival")
 ENCODERS = "encoders"
 REPORTED = (
-    *(Contestant(f"stage {stage}", {"stage": stage}) for stage in (1, 2, 3)),
+    *(Contestant(f"stage {stage}", {"stage": stage}) for stage in (0, 2, 3)),
     Contestant("stage 1, 16 MiB buckets", {"stage": 1, "reduce_bucket_size": 2**22, "allgather_bucket_size": 2**22}),
     Contestant("stage 2, 16 MiB buckets", {"stage": 2, "reduce_bucket_size": 2**22, "allgather_bucket_size": 2**22}),
     Contestant("stage 2, overlap_comm", {"stage": 2, "overlap_comm": True}),
@@ -107,7 +107,7 @@ class Timing:
         parts: of each step, the first rank's seconds by part.
         peak: bytes by which a rank's resident memory grew at its peak, since before the model was made.
         losses: of the first steps.
-        speed: times as fast as ours at stage 0, with which it took turns.
+        speed: times as fast as ours at ZeRO-1, with which it took turns.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -182,20 +182,11 @@ def median_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> fl
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
 
 
-def overhead(timing: Timing, encoders: Timing) -> float:
-    """Median seconds of a step beyond the encoders' own, round by round."""
-    return statistics.median(a - b for a, b in zip(timing.seconds, encoders.seconds, strict=True))
-
-
-def bars_of(size: Size, timings: dict[str, Timing]) -> list[Bar]:
+def bar_of(size: Size, timings: dict[str, Timing]) -> Bar:
     ours, rival, encoders = timings[OURS.name], timings[RIVAL.name], timings[ENCODERS]
-    around, rivals = overhead(ours, encoders), overhead(rival, encoders)
     images = WORLD_SIZE * size.micro_batch
     speeds = {"ours": images / ours.median, "rival": images / rival.median, "floor": images / encoders.median}
-    return [
-        at_most(f"{size}: ms beyond the encoders", around / rivals, 0.5, ours=1000 * around, rival=1000 * rivals),
-        at_least(f"{size}: images/s at stage 0", median_ratio(rival.seconds, ours.seconds), 0.98, **speeds),
-    ]
+    return at_least(f"{size}: images/s at ZeRO-1", median_ratio(rival.seconds, ours.seconds), 0.98, **speeds)
 
 
 def print_timings(size: Size, timings: dict[str, Timing], rounds: int) -> None:
@@ -203,14 +194,14 @@ def print_timings(size: Size, timings: dict[str, Timing], rounds: int) -> None:
     contestants = {name: timing for name, timing in timings.items() if name != ENCODERS}
     print_table(
         f"One optimizer step, {size}",
-        ["", "ms", "images/s", "times as fast as stage 0", "peak MiB a rank"],
+        ["", "ms", "images/s", "times as fast as ZeRO-1", "peak MiB a rank"],
         [
             [name, f"{1000 * t.median:.0f}", f"{images / t.median:.1f}", f"{t.speed:.2f}", f"{t.peak / MIB:.0f}"]
             for name, t in contestants.items()
         ]
         + [[ENCODERS, f"{1000 * timings[ENCODERS].median:.0f}", f"{images / timings[ENCODERS].median:.1f}", "-", "-"]],
         f"medians of {rounds} rounds of the first two and the encoders, {max(1, rounds // 2)} of the others, each in "
-        f"turn with stage 0; 2 gloo ranks of one thread; torch {torch.__version__}. peak: growth of resident memory "
+        f"turn with ZeRO-1; 2 gloo ranks of one thread; torch {torch.__version__}. peak: growth of resident memory "
         f"since before the model was made",
     )
     columns = [*PARTS, "other"]
@@ -283,7 +274,7 @@ def main(argv: Sequence[str] | None = None, sizes: Sequence[Size] = SIZES) -> in
         with tempfile.TemporaryDirectory() as work:
             timings = Bench(size, Path(work)).run(() if arguments.bars_only else size.reported, rounds)
         print_timings(size, timings, rounds)
-        bars += bars_of(size, timings)
+        bars.append(bar_of(size, timings))
     print_bars(bars, as_json=arguments.json)
     return 0
 

@@ -1,4 +1,4 @@
-"""Owns what the ranks of the step bench hold: our trainer, or the published loop, on the same shards."""
+"""What the ranks of the step bench hold: our trainer, or the published loop, on the same shards."""
 
 import time
 from pathlib import Path

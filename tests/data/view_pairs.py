@@ -1,12 +1,11 @@
-"""Owns the pairs of one operation, ours and PIL's or timm's, with the same parameters: for tests and the sheet.
+"""Pairs of one operation, ours and PIL's or timm's, with the same parameters: for tests and the sheet of docs/data.md.
 
-python tools/bench/view_pairs.py docs/images/views.png
+python -m tests.data.view_pairs docs/images/views.png
 """
 
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -14,9 +13,6 @@ from PIL import Image, ImageFilter
 from sklearn.datasets import load_sample_images
 from timm.data import auto_augment as timm_ops
 from torchvision.transforms import functional
-
-# The checkout need not be installed.
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from paco_ds.data.stream.views import Operation, Pixels
 from paco_ds.data.stream.views.blur import Blur, Sharpness

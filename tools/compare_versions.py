@@ -282,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             for found in compare(arguments, Path(work)):
                 same &= found.holds
-                text = f"{'same' if found.holds else 'DIFFERS':9}{found.check:32}{found.detail}"
+                text = f"{'same' if found.holds else 'DIFFERS':9}{found.check:38}{found.detail}"
                 print(json.dumps(asdict(found)) if arguments.json else text, flush=True)
         except ComparisonError as error:
             parser.exit(1, f"error: {error}\n")

@@ -20,7 +20,7 @@ VAL_PER_CLASS, TEST_PER_CLASS = 400, 200
 
 
 def draw(labels: np.ndarray, counts: list[int], rng: np.random.Generator, used: np.ndarray) -> np.ndarray:
-    """Positions of ``counts[c]`` unused samples of every class c, ascending; they are marked as used."""
+    """Draw ``counts[c]`` unused samples of every class c and mark them as used; their positions, ascending."""
     chosen = []
     for label, count in enumerate(counts):
         free = np.flatnonzero((labels == label) & ~used)
@@ -31,7 +31,7 @@ def draw(labels: np.ndarray, counts: list[int], rng: np.random.Generator, used: 
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
-    """Write uint8 ``array`` as gzipped IDX; without a time stamp, so that it is the same file each time."""
+    """Write uint8 ``array`` as gzipped IDX, without a time stamp, so that the bytes are reproducible."""
     header = bytes((0, 0, 0x08, array.ndim)) + np.array(array.shape, ">u4").tobytes()
     path.write_bytes(gzip.compress(header + array.tobytes(), 9, mtime=0))
 

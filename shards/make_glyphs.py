@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Render typefaces to a data set of many classes, laid out as iNaturalist's: JSON files and a tree of images.
 
-It stands in for iNaturalist's numbers of classes and images on machines without downloads: a class is a character, an
-image is that character in one typeface. Nothing of it is shipped; make it where it is used. Debian's
-texlive-fonts-extra has about 1,450 usable typefaces in 130 families; it is unpacked without being installed by
+It has the numbers of classes and images of iNaturalist, for machines without downloads: a class is a character, an
+image is that character in one typeface. It is not shipped; make it where it is needed. Debian's
+texlive-fonts-extra has about 1,450 usable typefaces in 130 families; unpack it without installing it:
 
     apt-get download texlive-fonts-extra && dpkg -x texlive-fonts-extra_*.deb fonts
     python shards/make_glyphs.py fonts data/glyphs-images --classes 676
@@ -12,7 +12,7 @@ texlive-fonts-extra has about 1,450 usable typefaces in 130 families; it is unpa
 Families, not typefaces, are split, so that no typeface of val or test is a sibling of one that was trained on. Of
 characters that look alike (Latin A, Greek Alpha, Cyrillic A) the first is taken. More classes than there are
 characters are characters turned by thirteenths of a circle: enough to load a builder as iNaturalist 2018 does
-(`--classes 8142 --images 437513 --factor 500`), but round letters look much the same however they are turned.
+(`--classes 8142 --images 437513 --factor 500`), but rotated round letters look much alike.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from fontTools.ttLib import TTFont, TTLibError
 from PIL import Image, ImageDraw, ImageFont
 
 SIDE, POINTS, BASELINE = 32, 22, 24  # pixels
-_FAINT = 60  # of 255: a character whose darkest pixel is below it is blank
-_TURNS = 13  # classes of a character that turning it makes
-_ALIKE = 0.3  # of the typefaces that have both draw two look-alikes with the same pixels
-_COMPARED = 60  # typefaces in which characters are compared
+_FAINT = 60  # of 255: a character whose brightest pixel is below it is blank
+_TURNS = 13  # classes per character, by rotation
+_ALIKE = 0.3  # two characters are alike if this share of the typefaces with both draws the same pixels
+_COMPARED = 60  # number of typefaces in which characters are compared
 _HELD_OUT = {"val": 0.15, "test": 0.15}  # of the families
 _HELD_OUT_IMAGES = 20  # of a class, at most
 Pixels = npt.NDArray[np.uint8]
@@ -69,7 +69,7 @@ def read_typefaces(fonts: Path) -> list[Typeface]:
 
 
 def drawn(font: ImageFont.FreeTypeFont, character: int, turn: int = 0) -> Pixels | None:
-    """The character, white on black, uint8 [32, 32]; None if nothing shows."""
+    """The character, white on black, uint8 [32, 32]; None if it is blank."""
     image = Image.new("L", (SIDE, SIDE))
     try:
         ImageDraw.Draw(image).text((SIDE // 2, BASELINE), chr(character), font=font, fill=255, anchor="ms")
@@ -82,7 +82,7 @@ def drawn(font: ImageFont.FreeTypeFont, character: int, turn: int = 0) -> Pixels
 
 
 def looks(job: tuple[Typeface, Sequence[int]]) -> list[int]:
-    """Per character a number that is the same for the same pixels; 0 where the typeface draws nothing."""
+    """Per character a hash of its pixels; 0 if the typeface draws nothing."""
     typeface, characters = job
     try:
         font = ImageFont.truetype(str(typeface.path), POINTS)
@@ -108,16 +108,17 @@ def distinct(characters: Sequence[int], seen: npt.NDArray[np.int64]) -> list[int
 
 
 def profile(available: npt.NDArray[np.int64], factor: float, images: int | None) -> npt.NDArray[np.int64]:
-    """Images of each class, falling by `factor` from the first to the last (Cui et al. 2019), `images` in all if given.
+    """Images of each class, falling by `factor` from the first to the last (Cui et al. 2019), `images` in total if
+    given.
 
     Raises:
-        SystemExit: there are not so many.
+        SystemExit: a class has fewer typefaces than that.
     """
     share = factor ** -(np.arange(len(available)) / max(len(available) - 1, 1))
     largest = float((available / share).min()) if images is None else images / share.sum()
     counts = np.maximum(np.floor(largest * share).astype(np.int64), 1)
     if images is not None:
-        more = images - int(counts.sum())  # what rounding, and classes that would have had none, make of the sum
+        more = images - int(counts.sum())  # correct the sum for rounding and for classes raised to 1
         counts[: abs(more)] += np.sign(more)
     short = np.flatnonzero(counts > available)
     if len(short):
@@ -130,14 +131,14 @@ def profile(available: npt.NDArray[np.int64], factor: float, images: int | None)
 
 @dataclass(frozen=True)
 class DrawJob:
-    """What one typeface draws: (file, character, turn)."""
+    """The images of one typeface: (file, character, turn)."""
 
     typeface: Typeface
     images: list[tuple[Path, int, int]]
 
 
 def draw(job: DrawJob) -> list[str]:
-    """Write a typeface's images; returns the files of those that showed nothing once turned."""
+    """Write a typeface's images; returns the files of those that were blank after rotation."""
     font = ImageFont.truetype(str(job.typeface.path), POINTS)
     blank = []
     for file, character, turn in job.images:
@@ -161,10 +162,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
     arguments = parser.parse_args()
     if arguments.output.exists():
-        raise SystemExit(f"{arguments.output} is there already; give another folder, or remove it")
+        raise SystemExit(f"{arguments.output} exists; give another folder, or remove it")
     typefaces = read_typefaces(arguments.fonts)
     if not typefaces:
-        raise SystemExit(f"no font file with Latin letters lies below {arguments.fonts}")
+        raise SystemExit(f"there is no font file with Latin letters below {arguments.fonts}")
     with multiprocessing.get_context("fork").Pool(arguments.workers) as pool:
         make(arguments, typefaces, pool)
 
@@ -180,7 +181,7 @@ def make(arguments: argparse.Namespace, typefaces: list[Typeface], pool: multipr
     needed = min(len(most), arguments.classes) if arguments.classes <= len(most) else -(-arguments.classes // _TURNS)
     if needed > len(most):
         raise SystemExit(f"these fonts have {len(most)} distinct characters: at most {len(most) * _TURNS} classes")
-    # Drawn, so that the head is no one script.
+    # random, so that the head classes are of several scripts
     columns = rng.permutation(sorted(most[:needed])).tolist()
     turns = 1 if arguments.classes <= len(most) else _TURNS
     classes = [(column, turn) for turn in range(turns) for column in columns][: arguments.classes]
@@ -222,7 +223,7 @@ def _class_name(code: int, turn: int) -> str:
 
 
 def _split_families(typefaces: list[Typeface], rng: np.random.Generator) -> npt.NDArray[np.str_]:
-    """train, val or test for each typeface; all of a family have the same."""
+    """train, val or test for each typeface, the same within a family."""
     families = sorted({typeface.family for typeface in typefaces})
     drawn_families = rng.permutation(families).tolist()
     split: dict[str, str] = {}

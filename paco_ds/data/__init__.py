@@ -1,1 +1,1 @@
-"""From images to two augmented views: cards, shards, order, stream, views."""
+"""From images to augmented views: cards, shards, order, stream, views."""

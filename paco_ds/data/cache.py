@@ -1,8 +1,8 @@
-"""Owns whole copies of remote files on a local disk: never more bytes than allowed, for many processes at once.
+"""Cache of whole remote files on a local disk, limited in bytes and shared by many processes.
 
-A copy gets its name only when whole; the name is a digest of what was copied (URL, size, version), so two data sets
-or two versions never meet. The copies used least recently go first. A copy that is removed while a process reads
-it stays readable to that process.
+A copy is renamed to its final name when complete. The name is a digest of URL, size and version, so data sets and
+versions are never mixed. The least recently used copies are removed first. A process that reads a removed copy can
+continue to read it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from filelock import FileLock
 from paco_ds.errors import DataError
 
 _COPY, _UNFINISHED = ".copy", ".unfinished"
-_LEFT_BEHIND = 3600  # seconds without a byte after which an unfinished copy belongs to nobody
-_LOCKS = 64  # files to lock single copies with; two that share one only wait for each other
+_LEFT_BEHIND = 3600  # seconds without a byte after which an unfinished copy counts as abandoned
+_LOCKS = 64  # lock files for single copies; two copies that share one wait for each other
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class FileCache:
     limit: int
 
     def open(self, key: str, size: int, fetch: Callable[[BinaryIO], None]) -> BinaryIO:
-        """The copy of `key`, open for reading; `fetch` writes its `size` bytes where there is none yet.
+        """Open the copy of `key`; if there is none, `fetch` writes its `size` bytes.
 
         Raises:
-            DataError: one file alone is larger than the cache, or the disk refuses it.
+            DataError: the file is larger than the cache, or the disk refuses it.
         """
         name = hashlib.sha256(key.encode()).hexdigest()[:40]
         path = self.directory / (name + _COPY)
@@ -48,7 +48,7 @@ class FileCache:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             with FileLock(self.directory / f"lock-{int(name[:8], 16) % _LOCKS}"):
-                return _open_used(path) or self._copy(path, size, fetch)  # another process may have made it
+                return _open_used(path) or self._copy(path, size, fetch)  # another process may have written it
         except OSError as error:
             raise DataError(f"data.cache.directory {self.directory} cannot be used: {error}") from error
 
@@ -58,12 +58,12 @@ class FileCache:
             with FileLock(self.directory / "lock-room"):
                 self._make_room(size)
                 with unfinished.open("wb") as reserved:
-                    reserved.truncate(size)  # what others count while it is being written
+                    reserved.truncate(size)  # counted by other processes while it is being written
             with unfinished.open("r+b") as target:
                 fetch(target)
                 target.flush()
                 os.fsync(target.fileno())
-            copy = unfinished.open("rb", buffering=0)  # before it can be removed
+            copy = unfinished.open("rb", buffering=0)  # opened before it can be removed
             unfinished.rename(path)
             return copy
         except BaseException:
@@ -71,7 +71,7 @@ class FileCache:
             raise
 
     def _make_room(self, size: int) -> None:
-        """Remove copies, least recently used first, until `size` more bytes are allowed."""
+        """Remove copies, least recently used first, until `size` more bytes fit."""
         now, copies, held = time.time(), [], 0
         for path in self.directory.iterdir():
             if path.suffix not in (_COPY, _UNFINISHED):
@@ -88,13 +88,13 @@ class FileCache:
             held -= freed
         if held + size > self.limit:
             raise DataError(
-                f"{self.directory} has {held} bytes of files under way and cannot take {size} more within "
+                f"{self.directory} has {held} bytes of unfinished files and cannot take {size} more within "
                 f"data.cache.bytes = {self.limit}; raise it"
             )
 
 
 def _open_used(path: Path) -> BinaryIO | None:
-    """The copy, marked as used now; None if there is none."""
+    """Open the copy and mark it as used; None if there is none."""
     try:
         file = path.open("rb", buffering=0)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Owns manifest.json: what a directory of shards says it holds, and whether its files can be that."""
+"""manifest.json: the content of a directory of shards, and a check of its files against it."""
 
 import difflib
 import hashlib
@@ -27,7 +27,7 @@ from paco_ds.errors import DataError
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 
-# Names become file names and the start of keys. No dot: webdataset cuts a key at its first one.
+# Names become file names and prefixes of keys. No dot: webdataset ends a key at its first dot.
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Triple = tuple[float, float, float]
@@ -56,7 +56,7 @@ def validation_message(error: ValidationError) -> str:
 
 
 def sample_key(split_name: str, number: int) -> str:
-    """The key of a sample follows from its number, so that a damaged one can be named."""
+    """The key of a sample, computed from its number, so that a damaged sample can be named."""
     return f"{split_name}-{number:08d}"
 
 
@@ -91,7 +91,7 @@ class Shard(StrictModel):
     sha256: Sha256
     index_bytes: PositiveInt
     index_sha256: Sha256
-    first_key: NonNegativeInt | None = None  # number in the first sample's key, if that is not its id
+    first_key: NonNegativeInt | None = None  # number in the first sample's key, if it differs from its id
 
     @property
     def file(self) -> str:
@@ -105,12 +105,12 @@ class Shard(StrictModel):
 
     @property
     def energon_file(self) -> str:
-        """Name of the offsets beside the tar, as Megatron-Energon wants them."""
+        """Name of the file of offsets beside the tar, in Megatron-Energon's format."""
         return f"{self.name}.tar.idx"
 
 
 class Split(StrictModel):
-    """The samples of one split: ids 0 .. samples-1 run through its shards in this order."""
+    """The samples of one split; ids 0 .. samples-1 follow the order of its shards."""
 
     name: Name
     samples: PositiveInt
@@ -131,22 +131,22 @@ class Split(StrictModel):
         }
         for what, (found, stated) in sums.items():
             if found != stated:
-                raise ValueError(f"{what} give {found}, the split says {stated}")
+                raise ValueError(f"{what} give {found}, but the split has {stated}")
         if len({s.name for s in self.shards}) != len(self.shards):
             raise ValueError("a shard is listed twice")
         return self
 
 
 class Manifest(StrictModel):
-    """The content of manifest.json; it is written last, so a directory that has one was built whole.
+    """The content of manifest.json; it is written last, so a directory that has one is complete.
 
     ``mean`` and ``std`` are per channel (RGB) of pixels scaled to 0..1; a label is a position in ``classes``.
     """
 
     format: Literal["paco_ds shards"] = "paco_ds shards"
     version: Literal[1] = 1
-    revision: PositiveInt = 1  # grows with each `add`
-    listings: tuple[Sha256, ...] = ()  # digests of what was listed for the build and each `add`
+    revision: PositiveInt = 1  # increased by each `add`
+    listings: tuple[Sha256, ...] = ()  # digests of the images listed for the build and each `add`
     name: str
     license: str
     source: str
@@ -173,21 +173,21 @@ class Manifest(StrictModel):
 
     @property
     def storage(self) -> Storage:
-        """Where it was loaded from, and its shards lie."""
+        """The storage of the manifest and its shards."""
         return self._storage
 
     @property
     def directory(self) -> Path:
-        """The local directory it was loaded from; DataError where that is remote."""
+        """The local directory of the manifest; DataError if it is remote."""
         return self._storage.local_directory
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of the bytes it was loaded from: names the data of a run."""
+        """SHA-256 of the manifest's bytes; identifies the data of a run."""
         return self._sha256
 
     def split(self, name: str) -> Split:
-        """The split of that name; DataError naming the ones there are."""
+        """The split of that name; DataError with the valid names."""
         if name not in self.splits:
             known = ", ".join(self.splits)
             cut = "; build with --validation-share .05, or set evaluation.split to null" if name == "val" else ""
@@ -199,9 +199,9 @@ class Manifest(StrictModel):
         return tuple(self.shots.of(count) for count in self.split(train_split).class_counts)
 
     def check_files(self, split_name: str) -> None:
-        """Raise DataError unless every shard and index of the split is there in full size, by one listing.
+        """Raise DataError unless every shard and index of the split exists in full size, by one listing.
 
-        Files that come out of a `pipe:` command have no size to be had; each is checked when it is read.
+        Files of a `pipe:` command have no known size; each is checked when it is read.
         """
         if self.storage.is_pipe:
             return
@@ -218,7 +218,7 @@ class Manifest(StrictModel):
 
 
 def require_size(storage: Storage, name: str, stated: int, found: int | None) -> None:
-    """Raise DataError, with the remedy, unless a listed file has the bytes stated; `found` None: it is not there."""
+    """Raise DataError, with the remedy, unless a listed file has the stated bytes; `found` is None if it is missing."""
     remedy = f"copy it again or rebuild it; `paco-build-shards check {storage.url}` lists all damage of the directory"
     if found is None:
         raise DataError(f"{storage.place(name)} is missing, but {MANIFEST_FILE} lists it: {remedy}")
@@ -229,10 +229,10 @@ def require_size(storage: Storage, name: str, stated: int, found: int | None) ->
 def load_manifest(directory: str | Path | Storage) -> Manifest:
     """Read and verify ``directory``/manifest.json, a path, URL or storage; no shard is opened.
 
-    The place may also be that of a manifest itself, such as the `manifest-1.json` that `add` keeps.
+    The place may also be a manifest file itself, such as the `manifest-1.json` that `add` keeps.
 
     Raises:
-        DataError: no directory, no manifest, not JSON, another format or version, or sums that do not agree.
+        DataError: no directory, no manifest, not JSON, another format or version, or inconsistent sums.
     """
     storage, file = as_storage(directory), MANIFEST_FILE
     if storage.url.endswith(".json"):
@@ -244,7 +244,7 @@ def load_manifest(directory: str | Path | Storage) -> Manifest:
     try:
         raw = storage.read(file)
     except MissingFile as error:
-        raise DataError(f"{storage.url} has no {file}: its build did not end; make it with {build}") from error
+        raise DataError(f"{storage.url} has no {file}: its build is not finished; make it with {build}") from error
     try:
         data = json.loads(raw)
     except ValueError as error:
@@ -260,7 +260,7 @@ def load_manifest(directory: str | Path | Storage) -> Manifest:
         manifest = Manifest.model_validate(data)
     except ValidationError as error:
         raise DataError(
-            f"{path} contradicts itself, was it edited by hand? {validation_message(error)}; "
+            f"{path} is inconsistent, was it edited by hand? {validation_message(error)}; "
             f"restore it or rebuild it with {build} --overwrite"
         ) from error
     manifest._storage, manifest._sha256 = storage, hashlib.sha256(raw).hexdigest()
@@ -268,7 +268,7 @@ def load_manifest(directory: str | Path | Storage) -> Manifest:
 
 
 def open_data(recipe: Recipe, splits: Iterable[str]) -> Manifest:
-    """The manifest of a recipe's shards, with these splits checked to be there in full size.
+    """The manifest of a recipe's shards, with these splits checked to exist in full size.
 
     Raises:
         DataError: shards are missing, cut, or do not have the recipe's number of classes.

@@ -1,4 +1,4 @@
-"""Owns single requests to remote storage: one try each, within a time limit. Trying again is `storage`'s."""
+"""Single requests to remote storage: one try each, within a time limit. `storage` repeats them."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from fsspec.asyn import AsyncFileSystem, sync
 from paco_ds.errors import DataError
 
 T = TypeVar("T")
-# Their files grow in place under their name; object stores show an upload only when it is complete.
+# their files are visible while they are written; object stores show an upload only when it is complete
 _IN_PLACE = ("sftp", "ssh", "ftp", "smb", "hdfs", "webhdfs", "arrow_hdfs")
 
 
 def refuse_unknown_service(url: str, scheme: str) -> None:
-    """Raise DataError, naming common services, unless fsspec knows this kind of URL."""
+    """Raise DataError, with common services, unless fsspec supports this kind of URL."""
     known = {*fsspec.available_protocols()}
     if scheme not in known:
         common = sorted(known & {"s3", "gs", "az", "abfs", "http", "https", "hf", "sftp", "memory"})
-        raise DataError(f"{url}: fsspec knows no {scheme!r}; it knows {', '.join(common)} and more")
+        raise DataError(f"{url}: fsspec does not support {scheme!r}; it supports {', '.join(common)} and more")
 
 
 class Remote(Protocol):
@@ -34,7 +34,7 @@ class Remote(Protocol):
     def read(self, name: str, span: tuple[int, int] | None, limit: float) -> bytes: ...
 
     def about(self, name: str, limit: float) -> tuple[int, str]:
-        """Bytes of a file, and what tells its versions apart."""
+        """Bytes of a file, and an identifier of its version."""
 
     def sizes(self, limit: float) -> dict[str, int] | None: ...
 
@@ -47,7 +47,7 @@ class Remote(Protocol):
 
 class Fsspec:
     def __init__(self, url: str) -> None:
-        # An instance shared with others of the process would bring their options and cached listings.
+        # a shared instance would bring the options and cached listings of other users in the process
         self.fs, self.root = fsspec.core.url_to_fs(url, skip_instance_cache=True)
         protocols = {self.fs.protocol} if isinstance(self.fs.protocol, str) else {*self.fs.protocol}
         self.in_place, self.is_web = bool(protocols & {*_IN_PLACE}), bool(protocols & {"http", "https"})
@@ -62,13 +62,13 @@ class Fsspec:
         if info.get("type") == "directory":
             raise FileNotFoundError(name)
         if info.get("size") is None:
-            raise NotImplementedError("the server does not tell the file's size")
+            raise NotImplementedError("the server does not report the file's size")
         version = next((str(info[k]) for k in ("ETag", "etag", "LastModified", "mtime", "created") if info.get(k)), "")
         return int(info["size"]), version
 
     def sizes(self, limit: float) -> dict[str, int] | None:
         if self.is_web:
-            return None  # a page that may list names, without sizes
+            return None  # a web page may list names, but no sizes
         self.fs.invalidate_cache()
         try:
             entries = self._call(limit, "ls", self.root, detail=True)
@@ -94,7 +94,7 @@ class Fsspec:
 
     def find(self, folder: str, limit: float) -> dict[str, int]:
         if self.is_web:
-            raise DataError("a web server does not list its files with their sizes: copy the folder first")
+            raise DataError("a web server does not list files with sizes: copy the folder first")
         self.fs.invalidate_cache()
         start = self._path(folder).rstrip("/")
         found = self._call(limit, "find", start, detail=True)
@@ -109,19 +109,19 @@ class Fsspec:
     def _call(self, limit: float, method: str, *args: Any, **kwargs: Any) -> Any:
         own = getattr(self.fs, f"_{method}", None)
         if isinstance(self.fs, AsyncFileSystem) and own is not None:
-            return sync(self.fs.loop, own, *args, timeout=limit, **kwargs)  # which also ends the request
+            return sync(self.fs.loop, own, *args, timeout=limit, **kwargs)  # also cancels the request
         return _within(limit, lambda: getattr(self.fs, method)(*args, **kwargs))
 
 
 class Pipe:
-    """A command whose output is a file. No shell runs it."""
+    """A command whose output is a file; it runs without a shell."""
 
     def __init__(self, url: str) -> None:
         self.command = shlex.split(url.removeprefix("pipe:"))
 
     def read(self, name: str, span: tuple[int, int] | None, limit: float) -> bytes:
         if span is not None:
-            raise DataError("a pipe: command gives whole files, not ranges of them: set data.cache")
+            raise DataError("a pipe: command gives whole files, not ranges: set data.cache")
         command = [part.replace("{name}", name) for part in self.command]
         done = subprocess.run(command, capture_output=True, timeout=limit)
         if done.returncode:
@@ -146,7 +146,7 @@ class Pipe:
 
 
 def _within(seconds: float, function: Callable[[], T]) -> T:
-    """The function's result, or TimeoutError: its thread is then left behind, since nothing can end it."""
+    """The function's result, or TimeoutError; its thread then keeps running, since it cannot be stopped."""
     results: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
 
     def run() -> None:

@@ -1,8 +1,8 @@
-"""Owns the bytes of a shard: the index of a tar, reading one sample by its id, and finding damage.
+"""Shards: the index of a tar, reading a sample by its id, and detecting damage.
 
-A shard is a plain tar of ``KEY.jpg`` (or .png, .webp) and ``KEY.json`` members, two per sample, side by side.
-Its index gives the stretch of bytes of each sample, so that any sample is one read, and a CRC-32 of that
-stretch: webdataset by itself ends silently at a damaged header and does not see damaged data.
+A shard is a plain tar of ``KEY.jpg`` (or .png, .webp) and ``KEY.json`` members, two adjacent ones per sample. Its index
+has the byte range of each sample, so that a sample is one read, and a CRC-32 of that range: webdataset alone stops
+silently at a damaged header and does not detect damaged data.
 """
 
 from __future__ import annotations
@@ -31,9 +31,8 @@ from paco_ds.files import sha256_file
 
 IMAGE_ENDINGS = ("jpg", "png", "webp")
 
-# One row per sample. offset: first byte of the sample's first tar header; size: its whole stretch, headers
-# and padding included; image_offset: from the start of the stretch; crc32: of the whole stretch, so that a
-# flipped header byte is seen as well.
+# One row per sample. offset: first byte of the sample's first tar header; size: of its byte range, headers and padding
+# included; image_offset: from the start of the range; crc32: of the whole range, so that damaged headers are detected.
 INDEX_DTYPE = np.dtype(
     [
         ("offset", "<u8"),
@@ -45,16 +44,16 @@ INDEX_DTYPE = np.dtype(
     ]
 )
 
-# Each reading process keeps its own; the usual limit of a process is 1024 open files.
+# per process; the usual limit of a process is 1024 open files
 _MAX_OPEN_SHARDS = 128
 
-GAP = 256 * 1024  # bytes between two samples that cost less to read over than another request
+GAP = 256 * 1024  # bytes between two samples that cost less to read than another request
 _CHECKED_TOGETHER = 256  # samples
 _PIECE = 16 * 2**20  # bytes
 
 
-class BadSample(Exception):  # noqa: N818 (an event of the stream, which replaces the sample; not an end)
-    """One sample cannot be read: ``reason`` is a short slug, ``key`` and ``shard`` say where."""
+class BadSample(Exception):  # noqa: N818 (the stream replaces the sample; it does not end)
+    """A sample that cannot be read: ``reason`` is a short slug, ``key`` and ``shard`` identify it."""
 
     def __init__(self, reason: str, key: str, shard: str) -> None:
         super().__init__(reason, key, shard)
@@ -66,7 +65,7 @@ class BadSample(Exception):  # noqa: N818 (an event of the stream, which replace
 
 @dataclass(frozen=True)
 class RawSample:
-    """One sample as stored: ``image`` holds encoded bytes."""
+    """One sample; ``image`` holds the encoded bytes."""
 
     key: str
     label: int
@@ -76,7 +75,7 @@ class RawSample:
 
 @dataclass(frozen=True)
 class Stored:
-    """The bytes of a sample as they came from storage, not yet proven; `stretch` None where the disk refused them."""
+    """The bytes of a sample as read, not yet verified; `stretch` is None after a read error."""
 
     sample_id: int
     key: str
@@ -85,7 +84,7 @@ class Stored:
     stretch: bytes | None
 
     def sample(self) -> RawSample:
-        """The sample, its bytes proven by CRC-32; BadSample ``crc_mismatch``, ``short_read`` or ``read_error``."""
+        """The sample, its bytes verified by CRC-32; BadSample ``crc_mismatch``, ``short_read`` or ``read_error``."""
         row, key = self.row, self.key
         if self.stretch is None:
             raise BadSample("read_error", key, self.shard)
@@ -101,7 +100,7 @@ class Stored:
 def index_shard(path: str | Path) -> np.ndarray:
     """The index of the finished tar at ``path``: INDEX_DTYPE [samples], in the order of the file.
 
-    It is read back from disk, so it describes what is there, not what was meant to be written.
+    It is read back from disk, so it describes the file as it is.
 
     Raises:
         DataError: a member is not half of an image and JSON pair with one key.
@@ -128,13 +127,13 @@ def index_shard(path: str | Path) -> np.ndarray:
     return index
 
 
-# numpy reads the header of an array as a Python literal, which Python 3.11 may refuse ("AST constructor recursion depth
-# mismatch") where several threads do it at a time, as they do for the indexes of many shards
+# numpy parses an array's header as a Python literal, which may fail in Python 3.11 ("AST constructor recursion depth
+# mismatch") if several threads do so at the same time, as for the indexes of many shards
 _PARSING = threading.Lock()
 
 
 def load_index(place: Storage | str | Path, shard: Shard) -> np.ndarray:
-    """INDEX_DTYPE [samples] of a shard; DataError if the file is not the one that the manifest lists."""
+    """INDEX_DTYPE [samples] of a shard; DataError if the file does not match the manifest."""
     storage = as_storage(place)
     path = storage.place(shard.index_file)
     try:
@@ -144,21 +143,21 @@ def load_index(place: Storage | str | Path, shard: Shard) -> np.ndarray:
         raise
     require_size(storage, shard.index_file, shard.index_bytes, len(raw))
     if hashlib.sha256(raw).hexdigest() != shard.index_sha256:
-        raise DataError(f"{path} is damaged, its SHA-256 is not the manifest's: copy it again or rebuild it")
+        raise DataError(f"{path} is damaged, its SHA-256 differs from the manifest's: copy it again or rebuild it")
     try:
         with _PARSING:
             index = np.load(io.BytesIO(raw), allow_pickle=False)
     except ValueError as error:
-        raise DataError(f"{path} is no index ({error}): rebuild the shards") from error
+        raise DataError(f"{path} is not an index ({error}): rebuild the shards") from error
     if index.dtype != INDEX_DTYPE or index.shape != (shard.samples,):
-        raise DataError(f"{path} is no index of {shard.samples} samples: rebuild the shards")
+        raise DataError(f"{path} is not an index of {shard.samples} samples: rebuild the shards")
     if not _within_shard(index, shard):
-        raise DataError(f"{path} names bytes that {shard.file} does not have: rebuild the shards")
+        raise DataError(f"{path} has ranges outside {shard.file}: rebuild the shards")
     return index
 
 
 def _within_shard(index: np.ndarray, shard: Shard) -> bool:
-    """Whether stretches follow each other inside the tar, and images lie inside stretches."""
+    """Whether the ranges are in order and inside the tar, and images are inside their ranges."""
     start, size = index["offset"].astype(np.int64), index["size"].astype(np.int64)
     image_end = index["image_offset"].astype(np.int64) + index["image_size"]
     return bool((start[1:] >= (start + size)[:-1]).all() and start[-1] + size[-1] <= shard.bytes) and bool(
@@ -169,12 +168,12 @@ def _within_shard(index: np.ndarray, shard: Shard) -> bool:
 class ShardReader:
     """Reads samples of one split by id, 0 .. samples-1 in the order of its shards.
 
-    Indexes are loaded and files opened when first needed, and only so many are kept; pickling carries none of them,
-    so a reader can be sent to worker processes. Usable by many threads.
+    Indexes are loaded and files opened on first use, and a limited number is kept. They are not pickled, so a reader
+    can be sent to worker processes. Thread-safe.
 
     Args:
         place: the directory of the shards: a storage, path or URL.
-        keep: indexes kept in memory, those used last.
+        keep: number of most recently used indexes kept in memory.
     """
 
     def __init__(self, place: Storage | str | Path, split: Split, *, keep: int = 256) -> None:
@@ -205,22 +204,22 @@ class ShardReader:
             self._files.clear()
 
     def read(self, sample_id: int) -> RawSample:
-        """The sample of that id, its bytes proven by CRC-32.
+        """The sample of that id, its bytes verified by CRC-32.
 
         Raises:
             BadSample: ``crc_mismatch``, ``short_read`` or ``read_error``.
-            DataError: the shard or its index is missing, cut or not the manifest's, or remote storage does not answer.
+            DataError: the shard or its index is missing, truncated or not the manifest's, or remote storage fails.
             IndexError: no such id.
         """
         return next(self.read_window([sample_id])).sample()
 
     def read_window(self, sample_ids: Sequence[int], gap: int = GAP) -> Iterator[Stored]:
-        """The stored bytes of ascending ids, in as few ranges as they lie in: one where they follow each other.
+        """The bytes of ascending ids, in as few range reads as possible: one for consecutive ids.
 
-        Bytes between two ids are read over where they are at most `gap`; no stretch crosses from a shard to the next.
+        Gaps of at most `gap` bytes are read too; no range crosses from a shard to the next.
 
         Raises:
-            DataError, IndexError: as `read`. Damage of single samples shows in `Stored.sample`.
+            DataError, IndexError: as `read`. `Stored.sample` raises for damage of single samples.
         """
         ids = np.asarray(sample_ids, dtype=np.int64)
         for first_or_last in ids[[0, -1]] if len(ids) else ():
@@ -266,7 +265,7 @@ class ShardReader:
         return index
 
     def _read_stretch(self, number: int, ids: np.ndarray, rows: np.ndarray) -> Iterator[Stored]:
-        """One range read; where a local disk refuses it, sample by sample, so that only those it spoils are bad."""
+        """One range read; after an error of a local disk sample by sample, so that only affected samples are bad."""
         shard, start = self.split.shards[number].file, int(rows["offset"][0])
         end = int(rows["offset"][-1]) + int(rows["size"][-1])
         try:
@@ -280,12 +279,12 @@ class ShardReader:
             return
         for sample_id, row in zip(ids, rows, strict=True):
             first = int(row["offset"]) - start
-            # a copy, so that a window's memory is given back sample by sample
+            # a copy, so that a window's memory is freed sample by sample
             sample = bytes(stretch[first : first + int(row["size"])])
             yield Stored(int(sample_id), self._key(number, int(sample_id)), shard, row, sample)
 
     def _key(self, number: int, sample_id: int) -> str:
-        """What a sample is called in its shard: by its id, where no bad image was left out of the build."""
+        """The key of a sample: computed from its id, unless bad images were left out of the build."""
         first = self.split.shards[number].first_key
         return sample_key(
             self.split.name, sample_id if first is None else first + sample_id - int(self._starts[number])
@@ -293,7 +292,7 @@ class ShardReader:
 
     def _read_bytes(self, number: int, start: int, size: int) -> bytes:
         if self.storage.is_local or self.storage.cache is not None:
-            file = self._file(number)  # held, so that it stays open
+            file = self._file(number)  # the reference keeps it open
             return os.pread(file.fileno, size, start)
         self._file(number)
         return self.storage.read_range(self.split.shards[number].file, start, size)
@@ -312,7 +311,7 @@ class ShardReader:
             return index
 
     def _file(self, number: int) -> _File:
-        """The shard, found to have the manifest's size."""
+        """The open shard, checked to have the manifest's size."""
         with self._loading[number % len(self._loading)]:
             with self._lock:
                 if number in self._files:
@@ -322,7 +321,7 @@ class ShardReader:
             with self._lock:
                 self._files[number] = file
                 while len(self._files) > _MAX_OPEN_SHARDS:
-                    self._files.popitem(last=False)  # closed when no thread reads it any more
+                    self._files.popitem(last=False)  # closed once no thread reads it
             return file
 
     def _open(self, shard: Shard) -> _File:
@@ -339,7 +338,7 @@ class ShardReader:
 
 
 class _File:
-    """An open file that closes itself when nobody holds it any more; of remote ranges only the proof of its size."""
+    """An open file that closes with its last reference; for remote ranges it only records that the size was checked."""
 
     def __init__(self, file: BinaryIO | None) -> None:
         self._file = file
@@ -359,7 +358,7 @@ def _restore_reader(storage: Storage, split: Split, keep: int) -> ShardReader:
 
 
 def check_shard(place: Storage | str | Path, split: Split, number: int) -> list[str]:
-    """All that is wrong with one shard, a line each: size, digests, counts, CRC-32 of every sample."""
+    """All damage of one shard, one line each: size, digests, counts, CRC-32 of every sample."""
     shard = split.shards[number]
     problems = []
     with ShardReader(place, split) as reader:

@@ -1,8 +1,8 @@
-"""Owns where bytes lie: a directory of files, local or behind any fsspec URL, read and written whole or by ranges.
+"""Storage: a directory of files, local or behind any fsspec URL, read and written whole or by ranges.
 
-Remote requests are tried again with waits that double and vary, so that thousands of readers do not come back at
-once. Keys, endpoints and other options of a service come from its own environment (`AWS_*`, `FSSPEC_S3_*`, ...).
-Nothing that a URL names is executed, but for a `pipe:` command where `data.allow_pipe_urls` permits it.
+Remote requests are retried with exponential backoff and jitter. Credentials, endpoints and other options of a service
+come from its environment variables (`AWS_*`, `FSSPEC_S3_*`, ...). Nothing that a URL names is executed, except a
+`pipe:` command if `data.allow_pipe_urls` permits it.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ from paco_ds.files import is_url, whole_file
 T = TypeVar("T")
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds between tries
 _MIB = 2**20
-_LISTING = 60  # times the time of a request, for one that lists a million files
-_PIECE = 16 * _MIB  # of a whole file, so that a cut connection costs no more than this
-_EXECUTING = ("pipe", "cmd", "shell", "exec", "reference")  # a reference file is a template that is run
-# Answers that another try does not change; the last are botocore's, which is not installed for everybody.
+_LISTING = 60  # times the limit of a request, for listing a million files
+_PIECE = 16 * _MIB  # of a whole file, so that a lost connection costs no more than this
+_EXECUTING = ("pipe", "cmd", "shell", "exec", "reference")  # a reference file is a template that is executed
+# errors that a retry does not change; the names are botocore's, which may not be installed
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError, ImportError)
 _FINAL_NAMES = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "NoRegionError")
 
 
-class MissingFile(DataError):  # noqa: N818 (the state of a file, which some callers expect)
+class MissingFile(DataError):  # noqa: N818 (some callers expect it)
     """There is no file of that name."""
 
 
 class Storage:
     """A directory of files. `url` is a local path or any fsspec URL; files are named relative to it.
 
-    It can be sent to other processes: connections are opened at the first request of each. Usable by many threads.
+    It can be pickled: each process opens its connections at its first request. Thread-safe.
 
     Args:
-        cache: where whole remote files may be kept on this host, see `open_whole`.
+        cache: cache of whole remote files on this host, see `open_whole`.
         allow_pipe_urls: permits `pipe:COMMAND`, run once for each file with `{name}` replaced; its output is the file.
 
     Raises:
-        DataError: a URL that would execute something, or of a kind that fsspec does not know.
+        DataError: a URL that would execute something, or that fsspec does not support.
     """
 
     def __init__(
@@ -74,14 +74,14 @@ class Storage:
 
     @property
     def is_pipe(self) -> bool:
-        """Whether files come out of a command: whole, and of unknown size until read."""
+        """Whether files are outputs of a command: read whole, of unknown size until then."""
         return self.url.startswith("pipe:")
 
     @property
     def local_directory(self) -> Path:
         """The directory of a local storage; DataError for a remote one."""
         if not self.is_local:
-            raise DataError(f"{self.url} is remote, a local directory is needed here: copy it first")
+            raise DataError(f"{self.url} is remote, but a local directory is needed here: copy it first")
         return Path(self.url)
 
     def place(self, name: str) -> str:
@@ -89,11 +89,11 @@ class Storage:
         return f"{self.url.rstrip('/')}/{name}" if not self.is_pipe else self.url.replace("{name}", name)
 
     def read(self, name: str, expected: int = 0) -> bytes:
-        """All bytes of a file; how many are `expected`, where that is known, gives a large one its time.
+        """All bytes of a file. The `expected` number, if known, extends the time limit of a large file.
 
         Raises:
-            MissingFile: there is none of that name.
-            DataError: it cannot be read, in as many tries as `data.storage.tries` allows.
+            MissingFile: there is no such file.
+            DataError: it cannot be read in `data.storage.tries` tries.
         """
         if self.is_local:
             return self._locally(name, lambda path: path.read_bytes())
@@ -102,7 +102,7 @@ class Storage:
         )
 
     def read_range(self, name: str, start: int, size: int) -> bytes:
-        """`size` bytes of a file from byte `start` on; fewer only where a local file ends before.
+        """`size` bytes of a file from byte `start` on; fewer only if a local file ends before.
 
         Raises:
             MissingFile, DataError: as `read`; also for a remote file that ends before, or a server without ranges.
@@ -115,9 +115,9 @@ class Storage:
         def one_range(remote: Remote, limit: float) -> bytes:
             found = remote.read(name, (start, start + size), limit + size / _MIB)
             if len(found) > size:
-                raise DataError(f"cannot {what}: the server sends all of the file instead of a range of it")
+                raise DataError(f"cannot {what}: the server sends the whole file instead of a range")
             if len(found) < size:
-                raise EOFError(f"only {len(found)} of {size} bytes came")
+                raise EOFError(f"only {len(found)} of {size} bytes were received")
             return found
 
         return self._ask(what, one_range) if size else b""
@@ -137,7 +137,7 @@ class Storage:
         return True
 
     def sizes(self) -> dict[str, int] | None:
-        """Bytes of every file directly in the directory, by name, from one listing; None where none can be had."""
+        """Bytes of every file directly in the directory, by name, from one listing; None without listings."""
         if self.is_local:
             if not Path(self.url).is_dir():
                 return {}
@@ -146,7 +146,7 @@ class Storage:
         return self._ask(f"list {self.url}", lambda remote, limit: remote.sizes(limit))
 
     def find(self, folder: str) -> dict[str, int]:
-        """Bytes of every file below a folder, by its name relative to that; empty where there is no such folder.
+        """Bytes of every file below a folder, by its relative name; empty if there is no such folder.
 
         Raises:
             DataError: the service has no listings.
@@ -158,9 +158,9 @@ class Storage:
 
     @contextmanager
     def write(self, name: str) -> Iterator[BinaryIO]:
-        """A binary file that appears under its name only when whole; after an error in the block nothing is there.
+        """Open a binary file for writing that is created only when complete; an error in the block creates nothing.
 
-        Remote files are gathered on local disk (TMPDIR), so that an upload can be tried again.
+        Remote files are first written to local disk (TMPDIR), so that an upload can be retried.
         """
         if self.is_local:
             path = Path(self.url) / name
@@ -177,7 +177,7 @@ class Storage:
             )
 
     def remove(self, name: str) -> None:
-        """Make a file be gone; it may be already."""
+        """Remove a file if it exists."""
         if self.is_local:
             self._locally(name, lambda path: path.unlink(missing_ok=True))
             return
@@ -185,7 +185,7 @@ class Storage:
             self._ask(f"remove {self.place(name)}", lambda remote, limit: remote.remove(name, limit))
 
     def parent(self) -> tuple[Storage, str]:
-        """The storage of the directory that this one's URL is a file of, and the file's name."""
+        """For a URL of a file: the storage of its directory, and the file's name."""
         folder, _, name = self.url.rpartition("/")
         place = folder or ("/" if self.url.startswith("/") else ".")
         return Storage(place, self.settings, cache=self.cache, allow_pipe_urls=self.allow_pipe_urls), name
@@ -195,15 +195,17 @@ class Storage:
         return Storage(self.place(folder), self.settings, cache=self.cache, allow_pipe_urls=self.allow_pipe_urls)
 
     def open_whole(self, name: str, size: int) -> BinaryIO:
-        """A local file with all bytes of a file: the file itself, or its copy in the cache.
+        """Open a local file with all bytes: the file itself, or its copy in the cache.
 
         Raises:
-            DataError: it has not `size` bytes, or it is remote and there is no cache.
+            DataError: it does not have `size` bytes, or it is remote and there is no cache.
         """
         if self.is_local:
             return self._locally(name, lambda path: path.open("rb", buffering=0))
         if self.cache is None:
-            raise DataError(f"{self.place(name)} is remote and there is no cache: set data.cache.directory and .bytes")
+            raise DataError(
+                f"{self.place(name)} is remote and there is no cache: set data.cache.directory and data.cache.bytes"
+            )
         found, version = (
             (size, "") if self.is_pipe else self._ask("find " + name, lambda remote, limit: remote.about(name, limit))
         )
@@ -231,7 +233,7 @@ class Storage:
             raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 
     def _ask(self, what: str, request: Callable[[Remote, float], T]) -> T:
-        """Make a request until it succeeds, its answer is final, or the tries are used up."""
+        """Repeat a request until it succeeds, its error is final, or the tries are used up."""
         began, last = time.monotonic(), ""
         for number in range(self.settings.tries):
             if number:
@@ -245,18 +247,20 @@ class Storage:
                 raise MissingFile(f"cannot {what}: it is missing") from error
             except _FINAL as error:
                 raise DataError(f"cannot {what}: {_reason(error)}") from error
-            except Exception as error:  # each service raises its own
+            except Exception as error:  # each service raises its own errors
                 last = _reason(error)
                 if type(error).__name__ in _FINAL_NAMES:
-                    raise DataError(f"cannot {what}: {last}; set the service's keys in the environment") from error
+                    raise DataError(
+                        f"cannot {what}: {last}; set the credentials of the service in the environment"
+                    ) from error
         seconds = time.monotonic() - began
         raise DataError(
             f"cannot {what}: {self.settings.tries} tries in {seconds:.0f} s, the last: {last}. Check that the service "
-            f"can be reached from here; data.storage.tries and data.storage.timeout give it more time"
+            f"can be reached from here, or raise data.storage.tries or data.storage.timeout"
         )
 
     def _connected(self) -> Remote:
-        """This process's connection: sockets and threads of a parent are of no use to its forks."""
+        """This process's connection: a fork cannot use sockets and threads of its parent."""
         with self._lock:
             if self._remote is None or self._remote[0] != os.getpid():
                 self._remote = os.getpid(), Pipe(self.url) if self.is_pipe else Fsspec(self.url)
@@ -270,12 +274,12 @@ class Storage:
         scheme = self.url.partition(":")[0].lower()
         if scheme == "pipe" and self.allow_pipe_urls:
             if "{name}" not in self.url:
-                raise DataError(f"{self.url} does not say where the name of a file goes: write {{name}} in the command")
+                raise DataError(f"{self.url} lacks {{name}}: write it in the command where the name of a file goes")
             return
         if scheme in _EXECUTING:
             raise DataError(
-                f"{self.url} would execute what it names. Give a path or a URL of a storage service"
-                + ("; or, where you wrote the command yourself, set data.allow_pipe_urls" if scheme == "pipe" else "")
+                f"{self.url} would run a command. Give a path or a URL of a storage service"
+                + ("; or set data.allow_pipe_urls if you trust the command" if scheme == "pipe" else "")
             )
         refuse_unknown_service(self.url, scheme)
 
@@ -287,7 +291,7 @@ def open_storage(data: DataSettings) -> Storage:
 
 
 def as_storage(place: Storage | str | Path) -> Storage:
-    """A storage as it is, or that of a path or URL."""
+    """The storage itself, or the storage of a path or URL."""
     return place if isinstance(place, Storage) else Storage(place)
 
 

@@ -1,4 +1,4 @@
-"""Methods side by side: means over seeds with their spread, and what may be said of the difference."""
+"""Compare methods: means over seeds with their spread, and whether a difference exceeds it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class MethodResults:
         method: its name in recipes (paco, balanced_softmax, ...) or any other name.
         seeds: at least one run.
         paper: the paper's figures as fractions by many, medium, few, all, where it has them.
-        backbone: where methods on several backbones are compared; PaCo is held against those on its own.
+        backbone: if several backbones are compared; PaCo is compared with methods on the same backbone.
     """
 
     method: str
@@ -67,7 +67,7 @@ class MethodResults:
 
     @property
     def label(self) -> str:
-        """Its name at the start of a line, with its backbone."""
+        """Its capitalised name, or with its backbone."""
         return f"{self.backbone}, {self.name}" if self.backbone else self.name[0].upper() + self.name[1:]
 
     def percents(self, group: str) -> list[float]:
@@ -84,10 +84,10 @@ def write_comparison(
     title: str = "Comparison",
     console: Console | None = None,
 ) -> list[str]:
-    """Print the table, write the page, its picture and (beside the page, .json) the figures.
+    """Print the table, write the page, its picture and (beside the page, .json) the numbers.
 
     Returns:
-        The sentences of `verdicts`, which table and page also carry.
+        The sentences of `verdicts`, which are also printed and in the page.
 
     Raises:
         ValueError: there is no method, one has no runs, or two have the same name.
@@ -132,17 +132,16 @@ def write_comparison(
 
 
 def verdicts(rows: Sequence[MethodResults]) -> list[str]:
-    """Sentences that hold PaCo, on each backbone, against cross-entropy, Balanced Softmax and the best of the others:
+    """Sentences that compare PaCo, on each backbone, with cross-entropy, Balanced Softmax and the best other method:
     the gap of the means of All, and whether it exceeds the spread.
 
-    The spread is the wider of the two methods' ranges over seeds (greatest less least); a gap within it is
-    noise as far as these seeds can tell.
+    The spread is the larger of the two methods' ranges over seeds (maximum - minimum); a smaller gap may be noise.
     """
     subjects = [row for row in rows if row.key == SUBJECT]
     if not subjects:
-        return [f"{NAMES[SUBJECT]} is not among the methods, so nothing is said of it."]
+        return [f"{NAMES[SUBJECT]} is not among the methods, so there is no comparison."]
     sentences = [
-        f"{NAMES[rival]} is not among the methods, so PaCo is not held against it."
+        f"{NAMES[rival]} is not among the methods, so PaCo is not compared with it."
         for rival in RIVALS
         if rival not in {row.key for row in rows}
     ]
@@ -158,14 +157,14 @@ def verdicts(rows: Sequence[MethodResults]) -> list[str]:
 
 def _verdict(ours: MethodResults, rival: MethodResults) -> str:
     mine, theirs = ours.percents("all"), rival.percents("all")
-    # Rounded first, so that the sentence agrees with the figures printed in it.
+    # rounded first, so that the gap matches the printed numbers
     here, there = round(fmean(mine), 1), round(fmean(theirs), 1)
     gap = round(here - there, 1)
     side = f"{abs(gap):.1f} points {'above' if gap > 0 else 'below'}" if gap else "equal to"
     place = f"{ours.backbone}: " if ours.backbone else ""
     start = f"{place}{ours.name}'s mean All is {here:.1f} %, {side} {rival.name}'s {there:.1f} %"
     if min(len(mine), len(theirs)) < 2:
-        return f"{start}; with a single seed the spread is unknown, so this settles nothing."
+        return f"{start}; with a single seed the spread is unknown, so this is not conclusive."
     spread = round(max(max(values) - min(values) for values in (mine, theirs)), 1)
     if abs(gap) > spread:
         return f"{start}; the gap exceeds the seeds' spread of {spread:.1f} points."

@@ -1,4 +1,4 @@
-"""The optimum of SupCon and of PaCo from the largest class to the smallest: tables to print, pictures to draw."""
+"""Tables and charts of the optima of SupCon and PaCo, from the largest class to the smallest."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class LongTail:
 
 @dataclass(frozen=True)
 class OptimaPage:
-    """What the closed forms say of a data set with these settings.
+    """The closed-form optima of a data set with these settings.
 
     Args:
         tail: the training split.
@@ -68,7 +68,7 @@ class OptimaPage:
     micro_batch: int
 
     def show(self, console: Console) -> None:
-        """Print two tables, the optima by shot and p_c by alpha, and what follows for alpha."""
+        """Print the optima by shot, p_c by alpha, and advice on alpha."""
         tail = self.tail
         said = [
             f"{tail.name}, {tail.split}: {tail.counts_C.sum():,} images of {len(tail.counts_C):,} classes, "
@@ -97,7 +97,7 @@ class OptimaPage:
         return list(pictures)
 
     def draw_optima(self, figure: FigureBase) -> None:
-        """Left p+ of SupCon and of PaCo, right p_c of PaCo, class by class; dashed what Eq. (9) gives."""
+        """Left p+ of SupCon and PaCo, right p_c of PaCo, by class; dashed: with K_y of Eq. (9)."""
         left, right = figure.subplots(1, 2)
         place = self._places
         mark = {"marker": "o", "ms": 4} if self._named else {}
@@ -210,7 +210,7 @@ class OptimaPage:
         return table
 
     def _advice(self) -> str:
-        """What `alpha` means for the largest class, and what would bring it to the published pull."""
+        """alpha K of the largest class, and the alpha or queue that would give the published value."""
         K = float(self._mean.positives_C[0])
         pull = self.alpha * K
         said = (
@@ -237,13 +237,13 @@ class OptimaPage:
 
     @cached_property
     def _rows(self) -> Mapping[str, Values]:
-        """Positions of the classes that each row of the tables is about."""
+        """Indices of the classes of each row of the tables."""
         shots = np.array(self.tail.shots)
         of_shots = {shot.capitalize(): np.flatnonzero(shots == shot) for shot in SHOTS if shot in self.tail.shots}
         return {"largest": np.array([0]), **of_shots, "smallest": np.array([len(shots) - 1])}
 
     def _over_anchors(self, values_xC: Values, members: Values) -> Values:
-        """Mean over the anchors of these classes, each of which brings as many as it has images."""
+        """Mean over the anchors of these classes, weighted by their training images."""
         return np.average(values_xC[..., members], axis=-1, weights=self.tail.counts_C[members])
 
     @property
@@ -253,7 +253,7 @@ class OptimaPage:
 
     @property
     def _places(self) -> Values:
-        """Where classes stand on the axis, in their order: side by side or, without names, by their size."""
+        """Positions of the classes on the axis: equally spaced or, without names, by their size."""
         return np.arange(float(len(self.tail.classes))) if self._named else self.tail.counts_C.astype(np.float64)
 
     def _head_to_tail(self, axes: Axes) -> None:
@@ -289,7 +289,7 @@ class OptimaPage:
 
 @styled
 def _save(path: Path, charts: Sequence[tuple[Callable[[FigureBase], None], float]]) -> None:
-    """Charts, each a function that draws it and its height in inches, one above the other."""
+    """Draw charts one above the other; each is a function and its height in inches."""
     heights = [height for _, height in charts]
     figure = Figure(figsize=(FULL, sum(heights)))
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
@@ -299,7 +299,7 @@ def _save(path: Path, charts: Sequence[tuple[Callable[[FigureBase], None], float
 
 
 def _plain_numbers(axis: Axis) -> None:
-    """For a logarithmic axis: its powers of ten would be mathematics, which the charts' style does not read."""
+    """Plain numbers on a logarithmic axis: the style does not parse the default mathtext."""
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_locator(NullLocator())
 

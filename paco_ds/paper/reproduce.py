@@ -1,14 +1,14 @@
-"""The rows of a table trained over seeds and drawn beside the paper's figures.
+"""Train the rows of a table over seeds, and draw them beside the paper's numbers.
 
 examples:
   paco-reproduce --table 13 --scale small --data fashion-mnist-lt --output runs/table13
   paco-reproduce --table 9 --scale paper --output runs/table9       writes the commands for a cluster
 
-Each (row, seed) is a run of its own, launched as a user would launch it, so an interrupted table goes on. A second
-stage starts from the run of the row that it names, which is trained first, also where its result is kept. With
---keep DIR the result of each finished run is kept as DIR/ROW-seedN.json. A kept result of the same recipe, data and
-seed counts as done, so a table goes on from another clone, and is drawn there, without the runs; tables of one data
-set may share DIR, and rows that two of them have in common are trained once. One of another recipe is refused.
+Each (row, seed) is a separate run, launched as a user would, so an interrupted table can be resumed. A second stage
+starts from the run of the row that it names, which is trained first. With --keep DIR the result of each finished run is
+kept as DIR/ROW-seedN.json. A kept result of the same recipe, data and seed counts as done, so a table can be resumed
+and drawn in another clone without the runs. Tables of one data set may share DIR; common rows are trained once. A kept
+result of another recipe is refused.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ if TYPE_CHECKING:  # with torch and matplotlib, which --help need not wait for
 
 @dataclass(frozen=True)
 class Job:
-    """One training: a row with a seed, in a folder of its own.
+    """One training: a row with a seed, in its own folder.
 
     Attributes:
-        small: the small recipe that stands in for the row's own, or None.
+        small: the small recipe that replaces the row's recipe, or None.
         extra: overrides given for every row.
         keep: folder of kept results, or None.
     """
@@ -71,47 +71,47 @@ class Job:
 
     @property
     def results(self) -> Path:
-        """metrics.json of the training, or what its evaluation with options writes."""
+        """metrics.json of the training, or the output of its evaluation with options."""
         return self.run / ("metrics-of-row.json" if self.row.evaluate else "metrics.json")
 
     @property
     def kept(self) -> Path | None:
-        """Where its result is kept, whether it is there yet or not."""
+        """Path of its kept result, which may not exist yet."""
         return self.keep / f"{self.run.name}.json" if self.keep else None
 
     @property
     def done(self) -> bool:
-        """Whether there is a result to draw."""
+        """Whether its result exists."""
         return (self.kept or self.results).exists()
 
     @cached_property
     def first_stage(self) -> Job | None:
-        """The training that it starts from, if it is a second stage."""
+        """The training of its first stage, if it is a second stage."""
         row = self.table.first_stage(self.row)
         return None if row is None else replace(self, row=row)
 
     @property
     def overrides(self) -> tuple[str, ...]:
-        """Its seed, those of every row, and where a second stage starts from: what comes after the row's own."""
+        """Overrides after those of the row: the seed, those of every row, and a second stage's start."""
         first = self.first_stage
         start = (f"model.start_from={first.run}",) if first else ()
         return (f"seed={self.seed}", *self.extra, *start)
 
     @cached_property
     def recipe(self) -> Recipe:
-        """What it trains.
+        """The recipe with all overrides.
 
         Raises:
-            RecipeError: recipe and overrides do not fit each other.
+            RecipeError: recipe and overrides are not compatible.
         """
         return self.table.resolve(self.row, self.small, self.overrides)
 
     def check(self) -> None:
-        """Before anything is trained.
+        """Check the job before anything is trained.
 
         Raises:
-            RecipeError: recipe and overrides do not fit each other, or not those of its first stage.
-            UserError: what is kept belongs to another training.
+            RecipeError: recipe and overrides are not compatible with each other or with the first stage.
+            UserError: the kept result belongs to another training.
         """
         from paco_ds.training.initial_weights import require_same_network
 
@@ -123,24 +123,24 @@ class Job:
             read_result(self.kept, recipe, self._first_recipe, self.row.evaluate, self._manifest_sha256())
 
     def training(self, launcher: Sequence[str]) -> list[str]:
-        """The command that trains it, or goes on with it."""
+        """The command that starts or resumes the training."""
         own = (*self.row.set, *(self.row.small if self.small else ()))
         overrides = [f"--set={override}" for override in (*own, *self.overrides)]
         recipe = str(self.small or self.table.recipe_of(self.row))
         return [*launcher, str(PACKAGE / "train.py"), "--config", recipe, "--output", str(self.run), *overrides]
 
     def evaluation(self) -> list[str] | None:
-        """The command whose figures are the row's, where they are not those of the training's end."""
+        """The command that gives the row's accuracies, if it differs from the evaluation at the end of training."""
         if not self.row.evaluate:
             return None
         script = str(PACKAGE / "evaluate.py")
         return [sys.executable, script, f"--run={self.run}", f"--output={self.results}", *self.row.evaluate]
 
     def figures(self) -> dict[str, Any]:
-        """What it reached on the test split, as kept or else as the run itself says.
+        """Its metrics on the test split, kept or of the run.
 
         Raises:
-            UserError: what is kept belongs to another training.
+            UserError: the kept result belongs to another training.
         """
         if self.kept is None:
             return dict(json.loads(self.results.read_text()))
@@ -154,7 +154,7 @@ class Job:
         return SeedResult(seed=self.seed, **{name: figures[name] for name in ("many", "medium", "few", "all")})
 
     def keep_result(self) -> None:
-        """Keep what the finished run says, where results are kept."""
+        """Keep the result of the finished run, with --keep."""
         if self.kept is None:
             return
         from paco_ds.metrics.log import read as read_log
@@ -182,10 +182,10 @@ class Job:
 
 
 class Trainings:
-    """Launches each training once, whoever needs it first; others wait for the same outcome.
+    """Launches each training once; concurrent jobs that need it wait for its outcome.
 
     Args:
-        ranks: of each training on this host.
+        ranks: number for each training.
         quiet: whether output goes to RUN/run.log.
     """
 
@@ -195,14 +195,14 @@ class Trainings:
         self._lock = Lock()
 
     def run(self, job: Job) -> None:
-        """Train a row with a seed, or go on with it, unless its result is kept.
+        """Start or resume the training of a row with a seed, unless its result is kept.
 
         Raises:
             UserError: the training or its evaluation failed, or that of its first stage.
         """
         if job.kept is not None and job.done:
             return
-        if job.first_stage is not None:  # whose weights are needed, also where its result is kept
+        if job.first_stage is not None:  # its weights are needed, even if its result is kept
             self._train(job.first_stage)
         self._train(job)
         job.keep_result()
@@ -221,12 +221,12 @@ class Trainings:
 
 
 def _launch(job: Job, ranks: int, quiet: bool) -> None:
-    """Its training and its evaluation, as a user would launch them. A finished run is launched too: it checks that it
-    was trained by this row's recipe, and evaluates."""
+    """Launch its training and its evaluation, as a user would. A finished run is launched too: it checks that it was
+    trained with this row's recipe, and evaluates."""
     from paco_ds.distributed.launch import free_port
 
     launcher = str(Path(sys.executable).with_name("deepspeed"))
-    # not the launcher's one port, which a second training on this host would find taken
+    # a free port: a second training on this host would find the launcher's default port taken
     training = job.training([launcher, "--num_gpus", str(ranks), "--master_port", free_port()])
     job.run.mkdir(parents=True, exist_ok=True)
     log = job.run / "run.log"
@@ -238,11 +238,11 @@ def _launch(job: Job, ranks: int, quiet: bool) -> None:
             status = subprocess.run(command, check=False, stdout=output, stderr=output).returncode
         if status:
             where = str(log) if quiet else "above"
-            raise UserError(f"{job.name} did not finish; see {where}. The same command goes on")
+            raise UserError(f"{job.name} did not finish; see {where}. Run the same command again to resume")
 
 
 def run_jobs(jobs: Sequence[Job], ranks: int, at_once: int) -> None:
-    """Train all, `at_once` at a time; the first that fails ends the rest after those under way."""
+    """Train all, `at_once` at a time; after a failure no further training starts."""
     trainings = Trainings(ranks, quiet=at_once > 1)
     with ThreadPoolExecutor(at_once) as pool:
         running = [pool.submit(trainings.run, job) for job in jobs]
@@ -255,17 +255,17 @@ def run_jobs(jobs: Sequence[Job], ranks: int, at_once: int) -> None:
 
 
 def draw(table: Table, jobs: Sequence[Job], output: Path) -> None:
-    """Print and draw what the runs reached, beside the paper's figures.
+    """Print and draw the accuracies of the runs, beside the paper's.
 
     Raises:
-        UserError: rows that were not run yet, by name, or results that belong to other trainings or data.
+        UserError: rows that were not run yet, or results of other trainings or data.
     """
     from paco_ds.paper.comparison import MethodResults, write_comparison
 
     missing = [f"{job.row.name} (seed {job.seed})" for job in jobs if not job.done]
     if missing:
         raise UserError(
-            f"{len(missing)} of {len(jobs)} runs are not there yet: {', '.join(missing[:5])}"
+            f"{len(missing)} of {len(jobs)} runs are missing: {', '.join(missing[:5])}"
             f"{', ...' if len(missing) > 5 else ''}. Run the same command without --draw-only first"
         )
     _check_same_data(jobs)
@@ -279,26 +279,26 @@ def draw(table: Table, jobs: Sequence[Job], output: Path) -> None:
         for row in table.rows
         if row.drawn
     ]
-    output.mkdir(parents=True, exist_ok=True)  # none was made where all results were kept ones
+    output.mkdir(parents=True, exist_ok=True)  # it does not exist if all results were kept
     page, picture = output / "comparison.html", output / "comparison.png"
     write_comparison(rows, page, picture, title=table.title)
     print(f"written: {page}, {picture}")
 
 
 def _check_same_data(jobs: Sequence[Job]) -> None:
-    """Where there are no shards to compare kept results with, they still are of one data set."""
+    """Raise UserError unless all results are from the same shards."""
     first, *others = (job.figures().get("manifest_sha256") for job in jobs)
     for job, other in zip(jobs[1:], others, strict=True):
         if other != first:
             raise UserError(
                 f"{jobs[0].name} was trained on other shards than {job.name} (manifests {first} and {other}): keep the "
-                f"results of each data set in a folder of their own"
+                f"results of each data set in its own folder"
             )
 
 
 def write_commands(jobs: Sequence[Job], path: Path) -> None:
-    """The commands of all trainings and evaluations as a script for a cluster, `hosts` being its hostfile."""
-    lines = ["#!/bin/sh", "# Each training goes on where it stopped when it is given again.", "set -e"]
+    """Write the commands of all trainings and evaluations as a script for a cluster with hostfile `hosts`."""
+    lines = ["#!/bin/sh", "# An interrupted training resumes when its command is given again.", "set -e"]
     trained: set[Path] = set()
     for job in itertools.chain.from_iterable((each.first_stage, each) for each in jobs):
         if job is None or job.run in trained:
@@ -345,7 +345,7 @@ def main(argv: list[str] | None = None) -> int:
             table = table.model_copy(update={"title": f"{table.title}; here stand-ins on {name}"})
         elif arguments.scale is None and table.scale == "paper":
             raise RecipeError(
-                f"{table.title} has recipes of a cluster's size: give --scale small with --data CARD to train "
+                f"{table.title} has recipes for a cluster: give --scale small with --data CARD to train "
                 f"stand-ins here, or --scale paper for the commands of a cluster"
             )
         if arguments.jobs > 1:
@@ -361,7 +361,7 @@ def main(argv: list[str] | None = None) -> int:
             write_commands(jobs, arguments.output / "commands.sh")
             print(f"written: {arguments.output / 'commands.sh'}")
             return 0
-        for job in jobs:  # a mistake in the last row is said before the first is trained
+        for job in jobs:  # so that a mistake in the last row is reported before the first is trained
             job.check()
         if not arguments.draw_only:
             if arguments.scale == "small" and not all(job.kept and job.done for job in jobs):
@@ -375,12 +375,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", required=True, help="9 to 14, or another by path or name: demo, methods")
     parser.add_argument("--output", required=True, type=Path, help="directory of the runs and of the drawn table")
-    parser.add_argument("--scale", choices=["small", "paper"], help="stand-ins to train here, or commands of a cluster")
+    parser.add_argument(
+        "--scale", choices=["small", "paper"], help="train small stand-ins here, or write commands for a cluster"
+    )
     parser.add_argument("--data", type=Path, help="card of the data set, by path or name; built if need be")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 1 to N for every row")
     parser.add_argument("--ranks", type=int, default=2, help="ranks of each training on this host")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time; their output goes to RUN/run.log")
     parser.add_argument("--keep", type=Path, help="folder of kept results, one JSON for each finished run; see above")
-    parser.add_argument("--draw-only", action="store_true", help="train nothing, draw what is there")
+    parser.add_argument("--draw-only", action="store_true", help="train nothing, draw existing results")
     parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override for every row")
     return parser

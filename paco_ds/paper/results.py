@@ -1,9 +1,8 @@
-"""Results kept beside a project: a JSON file for each finished training, with the recipe that it belongs to.
+"""Kept results: a JSON file for each finished training, with its recipe.
 
-A file holds the figures of metrics.json, and `recipe` (all that decides what is learnt and on what it is judged),
-`first_stage` (the same of the training it started from, if it is a second stage),
-`evaluate` (options of evaluate.py that the figures came with), `ranks` and `seconds` of the training. It names no place
-on a machine, so it is good in another clone.
+A file holds the metrics of metrics.json, `recipe` (all settings that affect the result), `first_stage` (the same of the
+first stage, for a second stage), `evaluate` (options of evaluate.py), `ranks` and `seconds` of the training. It
+contains no machine paths, so it is valid in another clone.
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ def keep_result(
     ranks: int,
     seconds: float,
 ) -> None:
-    """Write what a training reached, as a whole or not at all, a key to a line.
+    """Write the result of a training atomically, one key per line.
 
     Args:
-        figures: the content of metrics.json, or of what an evaluation with `options` wrote.
+        figures: the content of metrics.json, or of the output of an evaluation with `options`.
         ranks, seconds: of the training; seconds are those of its optimizer steps.
     """
     kept = {
-        **{key: value for key, value in figures.items() if key != "world_size"},  # which may be an evaluation's
+        **{key: value for key, value in figures.items() if key != "world_size"},  # it may be an evaluation's
         "ranks": ranks,
         "seconds": round(seconds, 1),
         "evaluate": list(options),
@@ -52,19 +51,19 @@ def keep_result(
 def read_result(
     path: Path, recipe: Recipe, first_stage: Recipe | None, options: Sequence[str], manifest_sha256: str | None
 ) -> dict[str, Any]:
-    """What a training of this recipe, after one of `first_stage` if it is a second stage, reached.
+    """The kept result of a training of this recipe, after one of `first_stage` for a second stage.
 
     Args:
-        manifest_sha256: of the shards that are here, or None where there are none to compare.
+        manifest_sha256: of the local shards, or None without shards.
 
     Raises:
-        UserError: the file is of another recipe, other shards or other options, each difference named.
+        UserError: the file is of another recipe, other shards or other options; lists the differences.
     """
     try:
         kept = json.loads(path.read_text())
         saved, trained_on, evaluated = kept["recipe"], kept["manifest_sha256"], kept["evaluate"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no kept result ({error!r}): move it away to train that row again") from None
+        raise UserError(f"{path} is not a kept result ({error!r}): move it away to train that row again") from None
     found = _compared(saved, recipe)
     before = kept.get("first_stage")
     if first_stage is not None and before is not None:
@@ -84,13 +83,13 @@ def read_result(
 
 
 def _compared(saved: Mapping[str, Any], recipe: Recipe) -> list[tuple[str, Any, Any]]:
-    """(key, what was saved, what is now); a setting younger than the file then was what it is by default."""
+    """(key, saved value, current value); settings newer than the file have their default as saved value."""
     now = _identity(recipe)
     saved = {key: recipe.default(key) for key in now.keys() - saved.keys()} | dict(saved)
     return [(key, saved.get(key), now.get(key)) for key in sorted(saved.keys() | now.keys())]
 
 
 def _identity(recipe: Recipe) -> dict[str, Any]:
-    """{dotted key: value} as JSON has it, of what decides a recipe's figures."""
+    """{dotted key: value}, as in JSON, of the settings that affect a recipe's result."""
     judged = {key: getattr(recipe.evaluation, key.rpartition(".")[2]) for key in JUDGED_BY}
     return dict(json.loads(json.dumps(recipe.resume_identity() | judged)))

@@ -1,4 +1,4 @@
-"""Tables as data: which recipe, overrides and figures of the paper every row has.
+"""Tables as data: recipe, overrides and the paper's numbers of every row.
 
     title: Table 13, ImageNet-LT, ResNet-50, ...
     recipe: ../recipes/imagenet_lt_resnet50.yaml
@@ -7,7 +7,7 @@
       - {method: CE, set: [loss.method=cross_entropy], paper: {all: 48.4}}
 
 At small scale a row is the small recipe of a data set with the row's `set` and then its `small` overrides, which name
-the stand-in of its backbone. A second stage starts from the run, of the same seed, of the row that its `after` names:
+a small backbone. A second stage starts from the run, of the same seed, of the row that its `after` names:
 
       - {method: LWS, after: CE, set: [loss.method=cross_entropy, model.trained=center_scales]}
 """
@@ -29,7 +29,7 @@ from paco_ds.errors import RecipeError
 
 
 class PaperFigures(Section):
-    """What the paper reports of a row, top-1 in percent, and milliseconds of a batch of 64 on its GPU."""
+    """The paper's numbers for a row: top-1 in percent, and milliseconds for a batch of 64 on its GPU."""
 
     many: float | None = None
     medium: float | None = None
@@ -38,7 +38,7 @@ class PaperFigures(Section):
     inference_ms: float | None = None
 
     def fractions(self) -> dict[str, float]:
-        """Top-1 by many, medium, few, all as fractions, those there are."""
+        """The reported top-1 accuracies as fractions, by many, medium, few, all."""
         figures = {"many": self.many, "medium": self.medium, "few": self.few, "all": self.all}
         return {name: value / 100 for name, value in figures.items() if value is not None}
 
@@ -48,18 +48,18 @@ class Row(Section):
 
     method: str
     backbone: str | None = None
-    recipe: str | None = Field(None, description="at paper scale, where it is not the table's; relative to the table")
+    recipe: str | None = Field(None, description="at paper scale, if not the table's; relative to the table")
     set: tuple[str, ...] = Field((), description="overrides that make the method, at any scale")
     small: tuple[str, ...] = Field((), description="further overrides at small scale")
     after: str | None = Field(None, description="name of the first stage's row, above, whose run this one starts from")
-    drawn: bool = Field(True, description="false: a first stage alone, whose own figures say nothing")
-    evaluate: tuple[str, ...] = Field((), description="options of evaluate.py that give the row's figures")
-    inferred: str | None = Field(None, description="which of its values neither paper nor code says")
+    drawn: bool = Field(True, description="false: only a first stage, not a row of the drawn table")
+    evaluate: tuple[str, ...] = Field((), description="options of evaluate.py that give the row's accuracies")
+    inferred: str | None = Field(None, description="which of its values are neither in the paper nor in its code")
     paper: PaperFigures | None = None
 
     @property
     def name(self) -> str:
-        """Backbone and method, which no two rows share."""
+        """Backbone and method; unique in a table."""
         return f"{self.backbone}, {self.method}" if self.backbone else self.method
 
     @property
@@ -69,18 +69,18 @@ class Row(Section):
 
 
 class Table(Section):
-    """The rows that are compared; everything but a row's overrides and the seed is the same for all."""
+    """The rows of a comparison; they differ only in their overrides and the seed."""
 
     title: str
     recipe: str
-    scale: Literal["here", "paper"] = Field("here", description="paper: the recipes are of a cluster's size")
+    scale: Literal["here", "paper"] = Field("here", description="paper: the recipes are for a cluster")
     rows: tuple[Row, ...]
 
     @model_validator(mode="after")
     def _runs_are_apart(self) -> Self:
         names = [row.folder for row in self.rows]
         if twice := {name for name in names if names.count(name) > 1}:
-            raise ValueError(f"rows share the run folders {sorted(twice)}; give each row a method name of its own")
+            raise ValueError(f"rows share the run folders {sorted(twice)}; give each row its own method name")
         return self
 
     @model_validator(mode="after")
@@ -98,21 +98,21 @@ class Table(Section):
         return self
 
     def first_stage(self, row: Row) -> Row | None:
-        """The row whose run a row starts from, if it is a second stage."""
+        """The first stage of a row, if it is a second stage."""
         return next((other for other in self.rows if other.name == row.after), None)
 
     def recipe_of(self, row: Row) -> str:
-        """Path of a row's recipe as it is written."""
+        """Path of a row's recipe at paper scale."""
         return row.recipe or self.recipe
 
     def resolve(self, row: Row, small_recipe: Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
-        """The recipe of a row with its overrides, as it is written or, with a small recipe, at small scale.
+        """The recipe of a row with its overrides, at paper scale or, with a small recipe, at small scale.
 
         Args:
-            overrides: further ones; those of a second stage have `model.start_from`.
+            overrides: further overrides; for a second stage with `model.start_from`.
 
         Raises:
-            RecipeError: recipe and overrides do not fit each other.
+            RecipeError: recipe and overrides are not compatible.
         """
         if small_recipe is None:
             return load_recipe(self.recipe_of(row), (*row.set, *overrides))
@@ -124,7 +124,7 @@ def load_table(name: str | Path) -> Table:
     path relative to it.
 
     Raises:
-        RecipeError: names the file and what is wrong in it.
+        RecipeError: with the file and the mistake.
     """
     path = find_table(name)
     try:
@@ -143,7 +143,7 @@ def small_recipe(data: str) -> Path:
     """The small recipe of a data set by its name.
 
     Raises:
-        RecipeError: there is none, naming those there are.
+        RecipeError: there is none; lists the existing ones.
     """
     path = SMALL_RECIPES / f"{data}.yaml"
     if not path.exists():

@@ -1,1 +1,1 @@
-"""What a recipe will need on a number of ranks, before there are any: memory, traffic, legal settings, time."""
+"""Plan a recipe on a number of ranks before a run: memory, traffic, legal settings, time."""

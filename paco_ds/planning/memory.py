@@ -1,7 +1,7 @@
-"""Memory of one rank by part, at the moment of a step when most is in use, for any ZeRO stage.
+"""Peak memory of one rank in a step, by part, for any ZeRO stage.
 
 P is the bytes of trained weights (query encoder and centers, float32), Kp those of the key encoder, W ranks, A
-micro-batches a rank. What a stage holds was read from DeepSpeed 0.19 and is held against real runs by the tests.
+micro-batches per rank. What a stage holds was read from DeepSpeed 0.19; tests compare it with real runs.
 
     stage   weights          momentum   copies of weights   gradients
     0       P + Kp           P          -                   P, and as much flat
@@ -10,9 +10,9 @@ micro-batches a rank. What a stage holds was read from DeepSpeed 0.19 and is hel
     3       (P + Kp) / W     P / W      P / W, and those    P / W, and a bucket
                                         gathered in use
 
-Where not all gradients fit into a bucket, stages 2 and 3 reduce it while activations are there, and stage 2 takes
-P / W for what comes out. With `offload_optimizer` momentum, the copy of the own weights and the own gradients lie in
-host memory, see :func:`_offloaded`.
+If not all gradients fit into a bucket, stages 2 and 3 reduce it while activations are held, and stage 2 holds P / W of
+reduced gradients. With `offload_optimizer`, momentum, weight copies and gradients of the rank's partition are in host
+memory, see :func:`_offloaded`.
 """
 
 from __future__ import annotations
@@ -50,13 +50,12 @@ PARTS = (
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes in use on a rank at the fullest moment of a step.
+    """Bytes in use on a rank at the peak of a step.
 
     Attributes:
         moment: "keys", "forward and backward" or "reduction and update".
         parts: bytes by part, see `PARTS`.
-        host: bytes of host memory beside them that DeepSpeed takes for an offloaded optimizer; 0 for a CPU rank, of
-            which they are a part.
+        host: additional bytes of host memory for an offloaded optimizer; 0 for a CPU rank, whose parts include them.
     """
 
     moment: str
@@ -69,7 +68,7 @@ class Memory:
 
 
 def zero_settings(config: dict[str, Any], stage: int | None = None) -> Any:
-    """DeepSpeed's own settings object for a configuration, with its defaults; of another stage if given."""
+    """DeepSpeed's settings object for a configuration, with its defaults; for another stage if given."""
     zero = dict(config.get("zero_optimization", {}))
     return DeepSpeedZeroConfig(**(zero | ({} if stage is None else {"stage": stage})))
 
@@ -81,8 +80,8 @@ def plan_memory(
 
     Args:
         zero: see :func:`zero_settings`.
-        device: "cuda" counts what is allocated (`max_memory_allocated`); "cpu" what becomes resident, which differs
-            by pages of a bucket that are never touched.
+        device: "cuda" counts what is allocated (`max_memory_allocated`); "cpu" what becomes resident, without
+            pages of a bucket that are never touched.
     """
     static = _static(recipe, trace, classes, layout, zero, device)
     offloaded = _offloaded(trace, layout, zero)
@@ -105,7 +104,7 @@ def _static(
     W = layout.world_size
     trained, followed = FLOAT * sum(trace.trained), FLOAT * sum(trace.followed)
     own = _share(trace.trained, W)
-    kept = 0 if offloads(zero) else own  # of what the optimizer has for its share
+    kept = 0 if offloads(zero) else own  # of the optimizer's partition
     parts = {"buffers": trace.buffers + 2 * FLOAT * trace.statistics, "momentum": trained if zero.stage == 0 else kept}
     if zero.stage < 3:
         parts |= {"query encoder, centers": trained, "key encoder": followed}
@@ -114,7 +113,7 @@ def _static(
         parts |= {
             "query encoder, centers": own,
             "key encoder": _share(trace.followed, W),
-            # on one rank a gathered weight is the partition itself
+            # on one rank the gathered weight is the partition
             "weights gathered": FLOAT * persistent if W > 1 else 0,
             "gradients": kept,
             "reduction buckets": _bucket(trained, zero, device),
@@ -126,17 +125,17 @@ def _static(
     images = _image_bytes(recipe)
     views = 2 if recipe.loss.contrast else 1
     exchanges = _exchanges(recipe, layout)
-    # on CUDA the images of this step, and of the next where those travel ahead, wait on the host
+    # on CUDA the images of this step, and of the next if key images are sent ahead, are on the host
     here = views * layout.accumulation * (2 if exchanges else 1) if device == "cpu" else 1
-    # key images of the next step: rows picked to be sent, and rows arriving
+    # key images of the next step: rows sent and rows received
     parts["input images"] = images * (here + (2 * layout.accumulation if exchanges else 0))
     if recipe.loss.contrast:
         dim, row = recipe.model.key_dim, FLOAT * recipe.model.key_dim + 8
         ring = recipe.queue.length * row
-        # with the keys of the whole step a step holds against a copy; else against the ring itself
+        # contrasting with the keys of the whole step needs a copy of the queue
         copy = ring + layout.global_batch * row if recipe.loss.contrast_scope == "global_batch" else 0
         present = min(classes, recipe.queue.length)
-        sums = (present + 1) * FLOAT * dim + classes * 16  # and each class's count and row
+        sums = (present + 1) * FLOAT * dim + classes * 16  # and the count and row of each class
         parts["queue and keys"] = ring + copy + sums + layout.global_batch * row
     return parts
 
@@ -146,7 +145,7 @@ def _while_keys_are_made(
 ) -> dict[str, int]:
     if not recipe.loss.contrast or recipe.key_encoder is None:
         return {}
-    # in group order; those of whole micro-batches stay on the host
+    # in group order; with batch_norm local they stay on the host
     whole = recipe.key_encoder.batch_norm == "local"
     moving = 0 if whole and device == "cuda" else layout.accumulation * _image_bytes(recipe)
     return {
@@ -157,7 +156,7 @@ def _while_keys_are_made(
 
 
 def _exchanges(recipe: Recipe, layout: MicroBatchLayout) -> bool:
-    """Whether key images go from rank to rank; they do a step ahead."""
+    """Whether key images are exchanged between ranks, one step ahead."""
     encoder = recipe.key_encoder if recipe.loss.contrast else None
     return encoder is not None and encoder.batch_norm == "shuffle" and layout.world_size > 1
 
@@ -175,12 +174,12 @@ def _while_queries_run(
         peak = trace.peak if accumulates else trace.peak_with_gradients
     if zero.stage == 2:
         gradients = 0 if offloads(zero) else own * (accumulates + early)
-        # gradients move into the bucket as they come, which touches its pages
+        # gradients are copied into the bucket during backward, which touches its pages
         peak = trace.peak_with_gradients if device == "cpu" and not early else trace.peak
     if zero.stage in (1, 2) and (device == "cuda" or early):
         buckets = _bucket(trained, zero, device)
     if early:
-        buckets += in_bucket  # flattened once more
+        buckets += in_bucket  # flattened copy
     return {
         "gradients": gradients,
         "reduction buckets": buckets,
@@ -199,7 +198,7 @@ def _while_weights_are_updated(trace: StepTrace, layout: MicroBatchLayout, zero:
     in_bucket = _in_bucket(trained, zero)
     kept = 0 if offloads(zero) else own
     held = {1: trained - in_bucket, 2: kept if layout.accumulation > 1 else 0, 3: 0}[zero.stage]
-    # the bucket is flattened once more to be reduced; the update takes the own gradients and their decayed copy
+    # a flattened copy of the bucket is reduced; the update holds the partition's gradients and a copy with weight decay
     return {
         "gradients": held,
         "reduction buckets": in_bucket if zero.stage == 3 else _bucket(trained, zero, device) + in_bucket,
@@ -209,13 +208,13 @@ def _while_weights_are_updated(trace: StepTrace, layout: MicroBatchLayout, zero:
 
 
 def offloads(zero: Any) -> bool:
-    """Whether the optimizer lies in host memory."""
+    """Whether the optimizer is offloaded to host memory."""
     return zero.stage > 0 and zero.offload_optimizer is not None and zero.offload_optimizer.device != "none"
 
 
 def _offloaded(trace: StepTrace, layout: MicroBatchLayout, zero: Any) -> int:
-    """Bytes on the host: weights, momentum and gradients of the own share and a buffer of its size; at stage 2 also
-    gradients that accumulate. Below stage 3 gradients pass through a buffer of one parameter."""
+    """Bytes on the host: weights, momentum and gradients of the rank's partition and a buffer of its size; at stage 2
+    also accumulated gradients. Below stage 3 gradients pass through a buffer of one parameter."""
     if not offloads(zero):
         return 0
     shares = 5 if zero.stage == 2 and layout.accumulation > 1 else 4
@@ -224,13 +223,13 @@ def _offloaded(trace: StepTrace, layout: MicroBatchLayout, zero: Any) -> int:
 
 
 def _largest(trace: StepTrace, layout: MicroBatchLayout, zero: Any) -> int:
-    """Bytes of the largest gradient that a rank holds by itself."""
+    """Bytes of the largest gradient on a rank."""
     return _share((max(trace.trained),), layout.world_size if zero.stage == 3 else 1)
 
 
 def _bucket(trained: int, zero: Any, device: Device) -> int:
     if device == "cpu":
-        return _in_bucket(trained, zero)  # pages never written are not there
+        return _in_bucket(trained, zero)  # pages that are never written are not resident
     return FLOAT * int(zero.reduce_bucket_size) * (2 if zero.overlap_comm and zero.stage < 3 else 1)
 
 

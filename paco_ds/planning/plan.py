@@ -1,4 +1,4 @@
-"""Puts a plan together: what the recipe is on so many ranks, whether it fits, and what would make it fit."""
+"""The plan of a recipe on a number of ranks: memory, traffic and steps, whether it fits, and what would make it fit."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from paco_ds.training.engine import read_deepspeed_config
 
 STAGES = (0, 1, 2, 3)
 SMALL_BUCKET = 20_000_000  # elements; DeepSpeed's default of 5e8 is 2 GB of float32
-OUTSIDE = 2**30  # of a GPU's memory: CUDA context, NCCL, cuDNN, which torch's allocator does not count
-MARGIN = 0.15  # how far a plan may be off
+OUTSIDE = 2**30  # of a GPU's memory: CUDA context, NCCL, cuDNN; not counted by torch's allocator
+MARGIN = 0.15  # relative error of a plan
 
 
 @dataclass(frozen=True)
 class Data:
-    """The training images: of a manifest, or as stated.
+    """The training images: from a manifest, or as given.
 
     Attributes:
-        shards: samples of each shard; one of all images where none are built.
-        built: whether there are shards.
-        shard_bytes: bytes of each shard; none where none are built.
+        shards: samples of each shard; a single one of all images if none are built.
+        built: whether shards exist.
+        shard_bytes: bytes of each shard; empty if none are built.
     """
 
     built: bool
@@ -46,17 +46,17 @@ class Data:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a plan says; sizes in bytes, times in seconds.
+    """A plan; sizes in bytes, times in seconds.
 
     Attributes:
-        memory: by ZeRO stage, everything else as the recipe has it.
-        window_bytes: of host memory, at most, for the windows that a rank's loading holds, its loader processes
-            together; None where no shards are built.
-        cache_bytes: that data.cache needs for each rank of a host, to hold the shards read from at one time; likewise.
-        ready_bytes: of shared host memory for micro-batches that loader processes make before they are asked for.
-        verdict: "fits", "tight" (within the plan's margin of 15 %) or "does not fit", at the recipe's own stage; None
-            where no GPU memory was given.
-        remedies: settings that make it fit, the least change first.
+        memory: by ZeRO stage, with all other settings as in the recipe.
+        window_bytes: upper bound on the host memory for windows of a rank, over its loader processes; None without
+            shards.
+        cache_bytes: needed in data.cache per rank of a host for the shards read at the same time; None without shards.
+        ready_bytes: shared host memory for prefetched micro-batches.
+        verdict: "fits", "tight" (within the plan's margin of 15 %) or "does not fit", at the recipe's stage; None if
+            no GPU memory was given.
+        remedies: settings that make it fit, the smallest change first.
     """
 
     recipe: Recipe
@@ -87,11 +87,11 @@ class Plan:
 
 
 def find_data(recipe: Recipe, images: int | None, classes: int | None) -> Data:
-    """The recipe's manifest, or images and classes as stated, where shards are not built yet.
+    """The recipe's training data: from its manifest, or as given if shards are not built yet.
 
     Raises:
-        UserError: only one of the two, or fewer images than classes.
-        DataError: no manifest, and nothing stated.
+        UserError: only one of the two is given, or fewer images than classes.
+        DataError: no manifest, and neither is given.
     """
     if images is None and classes is None:
         try:
@@ -106,7 +106,9 @@ def find_data(recipe: Recipe, images: int | None, classes: int | None) -> Data:
         missing = "--images" if images is None else "--classes"
         raise UserError(f"{missing} is missing: planning without shards takes both --images N and --classes C")
     if classes < 1 or images < classes:
-        raise UserError(f"--images {images} and --classes {classes}: there must be a class, and an image of each")
+        raise UserError(
+            f"--images {images} and --classes {classes}: there must be at least one class, and an image of each"
+        )
     counts = tuple(images // classes + (label < images % classes) for label in range(classes))
     return Data(False, counts, (images,))
 
@@ -124,7 +126,7 @@ def make_plan(
 
     Raises:
         RecipeError: the ranks cannot share the step's micro-batches (the legal numbers are named), the global batch is
-            larger than the data set, or the DeepSpeed JSON is refused.
+            larger than the data set, or the DeepSpeed JSON is invalid.
         UserError: a figure out of range.
     """
     if ranks < 1:
@@ -132,7 +134,7 @@ def make_plan(
     if images_per_second is not None and not images_per_second > 0:
         raise UserError(f"--images-per-second {images_per_second:g}: it must be above 0")
     if recipe.step.micro_batch < 2:
-        raise RecipeError("step.micro_batch is 1: BatchNorm has nothing to normalise over; give it at least 2 images")
+        raise RecipeError("step.micro_batch is 1: BatchNorm needs at least 2 images; raise it")
     layout = MicroBatchLayout(recipe.step.micro_batch, recipe.step.micro_batches, 0, ranks)
     config = read_deepspeed_config(recipe.engine.deepspeed)
     order = EpochOrder(data.shards, layout.global_batch, seed=recipe.seed, epoch=0, window=recipe.data.window)
@@ -169,7 +171,7 @@ def make_plan(
 
 
 def judge(total: int, gpu_memory: int, device: Device = "cuda") -> str:
-    """Whether a plan's bytes fit a memory, of which a part is never torch's on CUDA."""
+    """Whether a plan's bytes fit into a memory; on CUDA `OUTSIDE` bytes of it are not available to torch."""
     there = gpu_memory - (OUTSIDE if device == "cuda" else 0)
     if total > there:
         return "does not fit"
@@ -177,7 +179,7 @@ def judge(total: int, gpu_memory: int, device: Device = "cuda") -> str:
 
 
 def _shards_per_rank(data: Data, layout: MicroBatchLayout, steps: int) -> int | None:
-    """At most this many shards are read by a rank in an epoch: each micro-batch's slots are one stretch of ids."""
+    """Upper bound on the shards that a rank reads in an epoch: a micro-batch's batch slots are one run of ids."""
     if not data.built:
         return None
     in_shard = data.images / len(data.shards)
@@ -204,8 +206,8 @@ def _cache_bytes(data: Data, layout: MicroBatchLayout, window: int) -> int | Non
 
 
 def _remedies(plan: Plan, config: dict[str, Any], gpu_memory: int) -> list[str]:
-    """What makes it fit, the first kind that does: another stage or smaller buckets; activation checkpointing or
-    autocast; both; smaller micro-batches."""
+    """Settings that make it fit, of the first kind that works: another stage or smaller buckets; activation
+    checkpointing or autocast; both; smaller micro-batches."""
     recipe, layout, device = plan.recipe, plan.layout, plan.device
 
     def fits(total: int) -> bool:
@@ -233,7 +235,7 @@ def _remedies(plan: Plan, config: dict[str, Any], gpu_memory: int) -> list[str]:
         return found
 
     def where(recipe: Recipe, autocast: bool) -> str | None:
-        """The stage at which it fits with small buckets, the recipe's own if that does."""
+        """A stage at which it fits with small buckets, preferring the recipe's."""
         trace = trace_step(recipe, counts, autocast)
         shape = replace(layout, micro_batch=recipe.step.micro_batch)
         for stage in sorted(stages, key=lambda stage: stage != plan.stage):
@@ -251,13 +253,13 @@ def _remedies(plan: Plan, config: dict[str, Any], gpu_memory: int) -> list[str]:
         if found:
             return found
     micro_batch = recipe.step.micro_batch
-    while micro_batch > 2:  # BatchNorm of one image is nothing
+    while micro_batch > 2:  # BatchNorm needs 2 images
         micro_batch = (micro_batch + 1) // 2
         step = recipe.step.model_copy(update={"micro_batch": micro_batch})
         if place := where(_recomputed(recipe).model_copy(update={"step": step}), True):
             way = " and ".join(filter(None, [f"step.micro_batch={micro_batch}", _way(plan, True, True)]))
             return [f"{way} {place} (another model: BatchNorm and contrasts see {micro_batch})"]
-    return ["nothing here: a smaller backbone, smaller images, or GPUs with more memory"]
+    return ["a smaller backbone, smaller images, or GPUs with more memory; no setting above is enough"]
 
 
 def _small_buckets(config: dict[str, Any], stage: int) -> Any:
@@ -271,7 +273,7 @@ def _recomputed(recipe: Recipe) -> Recipe:
 
 
 def _way(plan: Plan, recomputed: bool, autocast: bool) -> str:
-    """What of the two a plan does not have yet."""
+    """Settings for recomputation and autocast that the plan does not have yet."""
     engine = plan.recipe.engine
     ways = []
     if recomputed and not engine.activation_checkpointing:

@@ -1,10 +1,10 @@
-"""Say before a run what it will need, and show what it will see.
+"""Plan a run before it starts, and show its views.
 
     paco-preflight --plan --recipe R --ranks N --gpu-memory 80GiB    memory, traffic and time
     paco-preflight --workers --recipe R --gpus-per-node 8            loader workers that feed a node's GPUs
     paco-preflight --views sheet.png --recipe R                      both views of images from the shards
 
-Without shards on this machine --plan takes `--images N --classes C`. The model is never built in memory for a plan.
+Without shards on this machine --plan takes `--images N --classes C`. A plan never allocates the model.
 
 example:
   paco-preflight --plan --recipe imagenet_lt_resnet50 --ranks 4 --gpu-memory 80GiB --images 115846 --classes 1000
@@ -27,7 +27,7 @@ from paco_ds.planning.sizes import parse_bytes
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0 if all that was asked is well, 1 if something does not fit or starves."""
+    """Entry point; returns the exit status: 0 if all is well, 1 if the plan does not fit or workers are too few."""
     parser = _parser()
     arguments = parser.parse_args(argv)
     asked = {"--plan": _plan, "--workers": _workers, "--views": _views}
@@ -43,7 +43,7 @@ def _plan(recipe: Recipe, arguments: argparse.Namespace) -> int:
     if arguments.ranks is None:
         raise UserError("--plan needs --ranks N, the ranks of the job over all hosts")
     memory = parse_bytes(arguments.gpu_memory, "--gpu-memory") if arguments.gpu_memory else None
-    from paco_ds.planning.plan import find_data, make_plan  # brings DeepSpeed, after what can be refused early
+    from paco_ds.planning.plan import find_data, make_plan  # imports DeepSpeed, after the quick checks
     from paco_ds.planning.print_plan import as_json, print_plan
 
     plan = make_plan(

@@ -1,4 +1,4 @@
-"""A plan as tables for people and as JSON for programs."""
+"""A plan as printed tables and as JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from paco_ds.planning.traffic import Traffic
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """The whole plan, verdict last."""
+    """Print the plan; the verdict is last."""
     console.print(_settings(plan))
     console.print(_memory(plan))
     console.print(_traffic(plan))
@@ -23,7 +23,7 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def verdict_lines(plan: Plan) -> list[str]:
-    """The verdict and its remedies; nothing where no GPU memory was given."""
+    """The verdict and its remedies; empty if no GPU memory was given."""
     if plan.gpu_memory is None:
         return []
     needed = plan.memory[plan.stage].total
@@ -79,7 +79,7 @@ def _settings(plan: Plan) -> Table:
     legal = ", ".join(map(str, plan.legal_ranks))
     rows = {
         "data": f"{data.images} images of {len(data.class_counts)} classes, "
-        + (f"{len(data.shards)} shards" if data.built else "as stated: no shards are built"),
+        + (f"{len(data.shards)} shards" if data.built else "as given: no shards are built"),
         "step": f"{layout.micro_batches} micro-batches of {layout.micro_batch}, {layout.accumulation} a rank: "
         f"{layout.global_batch} images",
         "legal ranks": f"{legal}; for others --set step.micro_batches=(a multiple of them)",
@@ -88,7 +88,7 @@ def _settings(plan: Plan) -> Table:
         "shards a rank": f"at most {plan.shards_per_rank} in an epoch, in stretches of {recipe.data.window} images"
         if data.built
         else "known when shards are built",
-        "workers a rank": str(recipe.data.workers) if recipe.data.workers else "none, the rank loads by itself",
+        "workers a rank": str(recipe.data.workers) if recipe.data.workers else "none, the rank loads its images itself",
         "reading ahead": _reading_ahead(plan),
         "epoch": f"{plan.steps_per_epoch} steps" + _times(plan),
     }
@@ -103,12 +103,12 @@ def _settings(plan: Plan) -> Table:
 
 
 def _reading_ahead(plan: Plan) -> str:
-    ready = f"{format_bytes(plan.ready_bytes)} of images made ahead"
+    ready = f"{format_bytes(plan.ready_bytes)} of prefetched images"
     if plan.window_bytes is None:
         return f"{ready}; windows: known when shards are built"
     slots = plan.layout.accumulation * plan.layout.micro_batch
     return (
-        f"at most {format_bytes(plan.window_bytes)} of host memory a rank, whatever its workers: {slots} slots x "
+        f"at most {format_bytes(plan.window_bytes)} of host memory a rank, for any number of workers: {slots} slots x "
         f"{plan.recipe.data.window} images and a few; {ready}"
     )
 
@@ -130,7 +130,7 @@ def _memory(plan: Plan) -> Table:
     if plan.recipe.engine.activation_checkpointing:
         executed += ", activation checkpointing"
     table = Table(
-        title=f"Memory {held} at the fullest moment of a step, by ZeRO stage",
+        title=f"Memory {held} at the peak of a step, by ZeRO stage",
         caption=f"the recipe's stage is {plan.stage}, {executed}",
         title_justify="left",
         caption_justify="left",
@@ -147,7 +147,7 @@ def _memory(plan: Plan) -> Table:
     if any(memory.host for memory in plan.memory.values()):
         hosts = [plan.memory[stage].host for stage in STAGES]
         table.add_row("offloaded, on the host", *[format_bytes(n) if n else "-" for n in hosts])
-    table.add_row("fullest moment", *[plan.memory[stage].moment for stage in STAGES])
+    table.add_row("peak during", *[plan.memory[stage].moment for stage in STAGES])
     return table
 
 

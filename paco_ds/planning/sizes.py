@@ -1,4 +1,4 @@
-"""Sizes in bytes, read and written the way people do."""
+"""Sizes in bytes: parse and format, such as 80GiB."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def parse_bytes(text: str, setting: str) -> int:
     """Bytes of a size such as 80GiB (2^30), 80GB (10^9), 24000MiB or plain bytes.
 
     Raises:
-        UserError: names `setting` and the forms there are.
+        UserError: with `setting` and the valid forms.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in _UNITS or float(match[1]) == 0:
@@ -28,7 +28,7 @@ def parse_bytes(text: str, setting: str) -> int:
 
 
 def format_bytes(count: float) -> str:
-    """Bytes in the unit of 1024 that leaves 1 to 4 digits before the point."""
+    """Bytes in the binary unit that leaves 1 to 4 digits before the point."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

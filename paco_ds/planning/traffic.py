@@ -1,7 +1,7 @@
-"""Bytes that a rank sends to others in an optimizer step, by collective.
+"""Bytes that a rank sends in an optimizer step, by collective.
 
-Those of paco_ds are counted as `Ranks` counts them, to the byte. Those of DeepSpeed, gradients among them, follow from
-the stage; a ring is assumed: all_reduce sends 2 (W-1)/W of the tensor, reduce_scatter and all_gather (W-1)/W.
+Collectives of paco_ds are counted as `Ranks` counts them, to the byte. Those of DeepSpeed, gradients among them, follow
+from the stage; a ring is assumed: all_reduce sends 2 (W-1)/W of the tensor, reduce_scatter and all_gather (W-1)/W.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class Traffic:
     """One collective of a step.
 
     Attributes:
-        what: what is moved.
+        what: the content.
         op: the collective.
         bytes: sent by this rank in a step.
-        by: "paco_ds", whose counters show exactly this, or "DeepSpeed".
+        by: "paco_ds", whose counters show exactly this number, or "DeepSpeed".
     """
 
     what: str
@@ -42,7 +42,7 @@ class Traffic:
 def plan_traffic(recipe: Recipe, trace: StepTrace, layout: MicroBatchLayout, zero: Any, step: int = 0) -> list[Traffic]:
     """All collectives of global step `step` on rank `layout.rank`; none on one rank.
 
-    How many images leave a rank depends on the permutation of the step; on average it is (W-1)/W of its own.
+    The number of images that a rank sends depends on the permutation of the step; on average (W-1)/W of its images.
     """
     if layout.world_size == 1:
         return []

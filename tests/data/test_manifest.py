@@ -57,13 +57,13 @@ def test_unknown_split_names_the_known_ones(tiny_shards: Manifest) -> None:
 
 def test_missing_directory_names_the_command(tmp_path: Path) -> None:
     """The remedy is the command that makes shards."""
-    with pytest.raises(DataError, match=r"no shard directory .*nowhere; make it with `tools/build_shards.py"):
+    with pytest.raises(DataError, match=r"no shard directory .*nowhere; make it with `paco-build-shards"):
         load_manifest(tmp_path / "nowhere")
 
 
 def test_directory_without_manifest_was_not_built_whole(tmp_path: Path) -> None:
     """A manifest is written last."""
-    with pytest.raises(DataError, match=r"has no manifest.json: its build did not end"):
+    with pytest.raises(DataError, match=r"has no manifest.json: its build is not finished"):
         load_manifest(tmp_path)
 
 
@@ -91,7 +91,7 @@ def test_edited_sums_are_refused(damaged: Manifest) -> None:
     """Counts that no longer add up are named."""
     splits = json.loads((damaged.directory / "manifest.json").read_text())["splits"]
     splits["train"]["samples"] = 48
-    with pytest.raises(DataError, match=r"splits\.train: samples, summed over the shards, give 47.* says 48"):
+    with pytest.raises(DataError, match=r"splits\.train: samples, summed over the shards, give 47.* has 48"):
         load_manifest(edit(damaged, splits=splits))
 
 

@@ -52,12 +52,12 @@ def test_equal_means_and_single_seeds_settle_nothing() -> None:
     """A gap of nothing is equal; one seed has no spread."""
     first, second = verdicts([_method("cross_entropy", 0.8), BALANCED, _method("paco", 0.81, 0.836, 0.837)])
     assert "equal to Balanced Softmax's 82.8 %; the gap is within" in second
-    assert first.endswith("with a single seed the spread is unknown, so this settles nothing.")
+    assert first.endswith("with a single seed the spread is unknown, so this is not conclusive.")
 
 
 def test_absent_methods_are_said() -> None:
     """No PaCo, or no rival, is no silence."""
-    assert verdicts([BALANCED]) == ["PaCo is not among the methods, so nothing is said of it."]
+    assert verdicts([BALANCED]) == ["PaCo is not among the methods, so there is no comparison."]
     assert verdicts([BALANCED, _method("PaCo", 0.8, 0.9)])[0].startswith("cross-entropy is not among the methods")
 
 

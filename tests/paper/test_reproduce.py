@@ -139,7 +139,7 @@ def test_a_row_with_options_of_evaluation_is_read_from_its_evaluation(tmp_path):
 def test_rows_not_yet_run_are_named(tmp_path):
     """And nothing is drawn."""
     one = job(tmp_path)
-    with pytest.raises(UserError, match=r"1 of 1 runs are not there yet: Balanced Softmax \(seed 2\)"):
+    with pytest.raises(UserError, match=r"1 of 1 runs are missing: Balanced Softmax \(seed 2\)"):
         reproduce.draw(one.table, [one], tmp_path)
 
 
@@ -176,7 +176,7 @@ def test_a_table_at_small_scale_finds_the_recipe_of_its_card(tmp_path, capsys):
     output = ["--output", str(tmp_path), "--keep", str(tmp_path / "kept"), "--draw-only"]
     with pytest.raises(SystemExit):
         reproduce.main(["--table", "13", "--scale", "small", "--data", str(card), *output])
-    assert "12 of 12 runs are not there yet: CE (seed 1)" in capsys.readouterr().err
+    assert "12 of 12 runs are missing: CE (seed 1)" in capsys.readouterr().err
 
 
 def test_a_data_set_without_a_small_recipe_is_named():
@@ -290,7 +290,7 @@ def test_a_file_that_is_no_kept_result_is_named(tmp_path):
     """A metrics.json that was copied there by hand, say."""
     (tmp_path / "kept").mkdir()
     kept_job(tmp_path).kept.write_text(json.dumps(TOP1))
-    with pytest.raises(UserError, match=r"paco-seed1.json is no kept result \(KeyError\('recipe'\)\)"):
+    with pytest.raises(UserError, match=r"paco-seed1.json is not a kept result \(KeyError\('recipe'\)\)"):
         kept_job(tmp_path).check()
 
 
@@ -432,7 +432,7 @@ def test_rows_that_are_not_drawn_are_no_results_that_are_missing(tmp_path, capsy
     """Of the 22 rows of methods.yaml one is a first stage alone."""
     with pytest.raises(SystemExit):
         reproduce.main(["--table", str(METHODS), "--seeds=1", "--draw-only", f"--output={tmp_path}"])
-    assert "21 of 21 runs are not there yet" in capsys.readouterr().err
+    assert "21 of 21 runs are missing" in capsys.readouterr().err
 
 
 def test_a_first_stage_alone_is_trained_and_not_drawn(tmp_path):

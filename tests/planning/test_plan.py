@@ -309,7 +309,7 @@ def test_shards_are_read_from_their_manifest(striped_shards, zero1):
     assert 0 < plan.cache_bytes <= sum(data.shard_bytes)
     printed = Console(file=io.StringIO(), width=160)
     print_plan(plan, printed)
-    assert "of host memory a rank, whatever its workers: 8 slots x 4 images" in printed.file.getvalue()
+    assert "of host memory a rank, for any number of workers: 8 slots x 4 images" in printed.file.getvalue()
 
 
 def test_the_command_prints_tables_and_one_line_of_json(tmp_path, capsys, zero1):

@@ -219,6 +219,13 @@ class KeyQueue:
         self.count = count
 
 
+def short_queue_hint(length: int, global_batch: int) -> str | None:
+    """A hint in words if a queue is shorter than four global batches, else None."""
+    if length >= 4 * global_batch:
+        return None
+    return f"queue.length {length} is under four global batches; consider --set queue.length={4 * global_batch}"
+
+
 def digest(tensors: Iterable[Tensor]) -> Tensor:
     """Bit-exact checksum, an int64 scalar on the tensors' device, in one pass without a host sync.
 

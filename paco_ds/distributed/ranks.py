@@ -110,6 +110,11 @@ class ByteCounter:
         self.sent[op] += count
 
 
+def legal_world_sizes(micro_batches: int) -> tuple[int, ...]:
+    """Numbers of ranks that can share the micro-batches of a step evenly, ascending."""
+    return tuple(ranks for ranks in range(1, micro_batches + 1) if micro_batches % ranks == 0)
+
+
 @dataclass(frozen=True)
 class MicroBatchLayout:
     """M micro-batches of m images on W ranks: rank j mod W runs micro-batch j.
@@ -125,7 +130,7 @@ class MicroBatchLayout:
     def __post_init__(self) -> None:
         M, W = self.micro_batches, self.world_size
         if M % W:
-            legal = ", ".join(str(w) for w in range(1, M + 1) if M % w == 0)
+            legal = ", ".join(map(str, legal_world_sizes(M)))
             raise RecipeError(
                 f"{W} ranks cannot share step.micro_batches = {M} evenly; legal numbers of ranks: {legal}. "
                 f"Or use more micro-batches per step (the learning rate is scaled with them): "

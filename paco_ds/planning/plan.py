@@ -11,7 +11,7 @@ from paco_ds.data.manifest import Manifest, load_manifest
 from paco_ds.data.storage import open_storage
 from paco_ds.data.stream.order import EpochOrder
 from paco_ds.data.stream.partition import held_bytes, micro_batches_ahead, shards_at_once
-from paco_ds.distributed.ranks import MicroBatchLayout
+from paco_ds.distributed.ranks import MicroBatchLayout, legal_world_sizes
 from paco_ds.errors import DataError, RecipeError, UserError
 from paco_ds.planning.memory import Device, Memory, offloads, plan_memory, zero_settings
 from paco_ds.planning.trace import StepTrace, trace_step
@@ -160,7 +160,7 @@ def make_plan(
         window_bytes=_window_bytes(data, layout, recipe.data.window),
         cache_bytes=_cache_bytes(data, layout, recipe.data.window),
         ready_bytes=_ready_bytes(recipe, layout),
-        legal_ranks=tuple(w for w in range(1, layout.micro_batches + 1) if layout.micro_batches % w == 0),
+        legal_ranks=legal_world_sizes(layout.micro_batches),
         images_per_second=images_per_second,
         gpu_memory=gpu_memory,
         verdict=verdict,

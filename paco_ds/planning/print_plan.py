@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from paco_ds.contrast.key_queue import short_queue_hint
 from paco_ds.planning.memory import PARTS
 from paco_ds.planning.plan import OUTSIDE, STAGES, Plan
 from paco_ds.planning.sizes import format_bytes
@@ -94,9 +95,8 @@ def _settings(plan: Plan) -> Table:
     }
     if recipe.data.cache and plan.cache_bytes is not None:
         rows["shard cache"] = f"at least {format_bytes(plan.cache_bytes)} for each rank of a host"
-    if recipe.loss.contrast and recipe.queue.length < 4 * layout.global_batch:
-        wanted = 4 * layout.global_batch
-        rows["queue"] = f"{recipe.queue.length}, under four global batches; consider --set queue.length={wanted}"
+    if recipe.loss.contrast and (hint := short_queue_hint(recipe.queue.length, layout.global_batch)):
+        rows["queue"] = hint
     for name, value in rows.items():
         table.add_row(name, value)
     return table

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from paco_ds.contrast.key_queue import KeyQueue, QueueSnapshot
 from paco_ds.losses.paco import ParametricContrastiveLoss, class_prior
-from paco_ds.paper import equations as theory
 from tests.losses.reference import parametric_contrastive_loss
+from tests.paper import closed_forms as theory
 
 DIM = 8
 SUPCON = {"centers": False, "beta": 0.0, "alpha": 1.0}

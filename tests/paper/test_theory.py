@@ -11,15 +11,16 @@ import pytest
 import torch
 
 from paco_ds.paper import equations, theory
+from tests.paper import closed_forms
 
 SHIPPED_CARD = Path(__file__).resolve().parents[2] / "shards" / "fashion-mnist-lt.yaml"
 
 
 def test_center_probability_of_balanced_imagenet_is_071():
     """Section 3.4: 1000 balanced classes, queue 8192, alpha .05."""
-    assert equations.paco_optimum(8192 / 1000, 0.05)[1] == pytest.approx(0.71, abs=0.005)
+    assert closed_forms.paco_optimum(8192 / 1000, 0.05)[1] == pytest.approx(0.71, abs=0.005)
     exact = equations.expected_positives(1 / 1000, queue_length=8192, micro_batch=32)
-    assert equations.paco_optimum(exact, 0.05)[1] == pytest.approx(0.71, abs=0.005)
+    assert closed_forms.paco_optimum(exact, 0.05)[1] == pytest.approx(0.71, abs=0.005)
 
 
 def test_expected_positives_counts_queue_queries_and_keys():
@@ -30,10 +31,10 @@ def test_expected_positives_counts_queue_queries_and_keys():
 @pytest.mark.parametrize("alpha", [0.05, 1.0])
 def test_optimum_spends_all_probability(alpha):
     """K p+ + p_c = 1 (Remark 2), and K p+ = 1 (Remark 1)."""
-    p_positive, p_center = equations.paco_optimum(12.0, alpha)
+    p_positive, p_center = closed_forms.paco_optimum(12.0, alpha)
     assert 12 * p_positive + p_center == pytest.approx(1)
     assert p_positive == pytest.approx(alpha * p_center)
-    assert 12 * equations.supcon_optimum(12.0) == pytest.approx(1)
+    assert 12 * closed_forms.supcon_optimum(12.0) == pytest.approx(1)
 
 
 def minimise(loss, terms: int, p_sum: float) -> tuple[torch.Tensor, float]:
@@ -62,18 +63,18 @@ class TestMinima:
     def test_supcon_ends_at_remark_1_and_equation_12(self, positives, p_sum):
         """Eq. (3), summed: p+ = p_sum / K and the loss of Eq. (12)."""
         p, least = minimise(lambda p: -p.log().sum(), positives, p_sum)
-        np.testing.assert_allclose(p, p_sum * equations.supcon_optimum(float(positives)), rtol=1e-6)
-        assert least == pytest.approx(equations.supcon_minimum(positives, p_sum), rel=1e-10, abs=1e-12)
+        np.testing.assert_allclose(p, p_sum * closed_forms.supcon_optimum(float(positives)), rtol=1e-6)
+        assert least == pytest.approx(closed_forms.supcon_minimum(positives, p_sum), rel=1e-10, abs=1e-12)
 
     @pytest.mark.parametrize("alpha", [0.05, 0.4])
     @pytest.mark.parametrize("positives", [1, 6, 40])
     def test_paco_ends_at_remark_2_and_equation_17(self, positives, alpha, p_sum):
         """Eq. (14): p_c and p+ of Remark 2 times p_sum, and the loss of Eq. (17)."""
         p, least = minimise(lambda p: -p[0].log() - alpha * p[1:].log().sum(), 1 + positives, p_sum)
-        p_positive, p_center = equations.paco_optimum(positives, alpha)
+        p_positive, p_center = closed_forms.paco_optimum(positives, alpha)
         np.testing.assert_allclose(p[0], p_sum * p_center, rtol=1e-6)
         np.testing.assert_allclose(p[1:], p_sum * p_positive, rtol=1e-6)
-        assert least == pytest.approx(equations.paco_minimum(positives, alpha, p_sum), rel=1e-10)
+        assert least == pytest.approx(closed_forms.paco_minimum(positives, alpha, p_sum), rel=1e-10)
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -88,16 +89,16 @@ def test_equation_18_is_the_gradient_of_a_center(own):
     loss = -log_p[label] - alpha * log_p[6 : 6 + positives].sum()
     (gradient,) = torch.autograd.grad(loss, centers)
     k = label if own else 4
-    scale = equations.center_gradient_scale(float(log_p[k].detach().exp()), alpha, positives, own=own)
+    scale = closed_forms.center_gradient_scale(float(log_p[k].detach().exp()), alpha, positives, own=own)
     np.testing.assert_allclose(gradient[k], scale * feature, rtol=1e-12)
 
 
 def test_own_center_is_pulled_up_to_its_optimum_only():
     """Eq. (19): the own center's gradient changes sign at 1 / (1 + alpha K*), others are pushed away."""
-    optimum = equations.paco_optimum(8.192, 0.05)[1]
-    assert equations.center_gradient_scale(optimum, 0.05, 8.192, own=True) == pytest.approx(0)
-    assert equations.center_gradient_scale(optimum - 0.01, 0.05, 8.192, own=True) < 0
-    assert equations.center_gradient_scale(0.01, 0.05, 8.192, own=False) > 0
+    optimum = closed_forms.paco_optimum(8.192, 0.05)[1]
+    assert closed_forms.center_gradient_scale(optimum, 0.05, 8.192, own=True) == pytest.approx(0)
+    assert closed_forms.center_gradient_scale(optimum - 0.01, 0.05, 8.192, own=True) < 0
+    assert closed_forms.center_gradient_scale(0.01, 0.05, 8.192, own=False) > 0
 
 
 class TestPositives:

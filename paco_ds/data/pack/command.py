@@ -43,29 +43,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _build(arguments: argparse.Namespace, console: Console) -> int:
+    """`build` into --output, or `add` to a directory of shards."""
     card, root = card_and_root(arguments)
-    rank = rank_of_environment()
+    options, rank = _options(arguments), rank_of_environment()
     if rank.number:
         console = Console(quiet=True)
     started = time.perf_counter()
-    manifest = build_share(card, root, arguments.output, _options(arguments), rank, console)
+    if arguments.directory is None:
+        manifest = build_share(card, root, arguments.output, options, rank, console)
+    else:
+        manifest = add_images(arguments.directory, card, root, options, rank, console)
     if manifest is not None:
         console.print(_summary(manifest, time.perf_counter() - started))
         _say_bad(manifest, console)
-    return 0
-
-
-def _add(arguments: argparse.Namespace, console: Console) -> int:
-    card, root = card_and_root(arguments)
-    rank = rank_of_environment()
-    if rank.number:
-        console = Console(quiet=True)
-    started = time.perf_counter()
-    manifest = add_images(arguments.directory, card, root, _options(arguments), rank, console)
-    if manifest is not None:
-        console.print(_summary(manifest, time.perf_counter() - started))
-        _say_bad(manifest, console)
-        console.print(f"revision {manifest.revision}; the previous manifest is kept beside it", highlight=False)
+        if arguments.directory is not None:
+            console.print(f"revision {manifest.revision}; the previous manifest is kept beside it", highlight=False)
     return 0
 
 
@@ -194,11 +186,11 @@ def _parser(sources: Mapping[str, type[Card]]) -> argparse.ArgumentParser:
     _add_source_options(build, sources)
     build.add_argument("--output", required=True, help="directory of the shards: a path or any fsspec URL")
     build.add_argument("--overwrite", action="store_true", help="replace the shards in --output")
-    build.set_defaults(command=_build)
+    build.set_defaults(command=_build, directory=None)
     add = commands.add_parser("add", help="add images and classes, matched by name, to finished shards")
     add.add_argument("directory", help="path or URL of the shards")
     _add_source_options(add, sources)
-    add.set_defaults(command=_add, overwrite=False)
+    add.set_defaults(command=_build, overwrite=False)
     check = commands.add_parser("check", help="verify every byte of a directory of shards")
     check.add_argument("directory", help="path or URL of the shards")
     check.set_defaults(command=_check)

@@ -152,6 +152,23 @@ def test_meaning_leaves_out_how_and_where_a_run_is_computed():
     assert not {"data.shards", "data.workers", "data.max_bad_share"} & meaning.keys()
 
 
+class TestRenamed:
+    @pytest.mark.parametrize("place", ["file", "override"])
+    def test_a_former_name_of_a_setting_is_accepted_with_a_warning(self, place, tmp_path, caplog):
+        """As written by an earlier version, or by its users."""
+        engine = "engine: {deepspeed: zero1, max_refused: 7}" if place == "file" else "engine: {deepspeed: zero1}"
+        (tmp_path / "old.yaml").write_text(f"base: demo\n{engine}\n")
+        recipe = load_recipe(tmp_path / "old.yaml", ["engine.max_refused=7"] if place == "override" else [])
+        assert recipe.engine.max_skipped == 7
+        assert "engine.max_refused is called engine.max_skipped now" in caplog.text
+
+    def test_both_names_in_one_file_are_refused(self, tmp_path):
+        """Which of them should hold?"""
+        (tmp_path / "both.yaml").write_text("base: demo\nengine: {max_refused: 7, max_skipped: 8}\n")
+        with pytest.raises(RecipeError, match=r"both.yaml: 'engine.max_refused' is the former name of 'engine.max_sk"):
+            load_recipe(tmp_path / "both.yaml")
+
+
 class TestBase:
     """Recipes share parts by one level."""
 

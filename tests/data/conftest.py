@@ -1,15 +1,18 @@
 """Fixtures: the tiny data set as a card, as shards, and as shards to damage."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from paco_ds.data import storage as storage_module
 from paco_ds.data.manifest import Manifest, load_manifest
 from paco_ds.data.pack.build_plan import BuildOptions
 from paco_ds.data.pack.card import load_card
 from paco_ds.data.pack.shards import build_shards
+from tests.data.s3 import Proxy, s3_server
 from tests.data.tiny import TINY_CARD, TINY_COUNTS, write_idx
 
 
@@ -33,6 +36,18 @@ def tiny_shards(tiny_card: Path, tmp_path_factory: pytest.TempPathFactory) -> Ma
     """Shards of the tiny set, several to a split; do not change them."""
     directory = tmp_path_factory.mktemp("shards")
     return build_shards(load_card(tiny_card), tiny_card.parent / "images", directory, BuildOptions(shard_bytes=20_000))
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[Proxy]:
+    """An S3 server that storage of this module finds, and that can be told to fail; waits between tries are short."""
+    with pytest.MonkeyPatch.context() as patch, s3_server() as proxy:
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        patch.setattr(storage_module, "_FIRST_WAIT", 0.01)
+        yield proxy
 
 
 @pytest.fixture

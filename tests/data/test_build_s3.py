@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from paco_ds.config.recipe import StorageSettings
-from paco_ds.data import storage as storage_module
 from paco_ds.data.manifest import Manifest, load_manifest
 from paco_ds.data.pack.build_plan import BuildOptions
 from paco_ds.data.pack.build_ranks import BuildRank
@@ -16,20 +15,9 @@ from paco_ds.data.pack.read import read_source
 from paco_ds.data.pack.shards import build_shards, build_share
 from paco_ds.data.storage import Storage
 from paco_ds.errors import DataError
-from tests.data.s3 import BUCKET, Proxy, s3_server
+from tests.data.s3 import BUCKET, Proxy
 from tests.data.test_sources_more import card, cifar100
 from tests.data.tiny import encoded
-
-
-@pytest.fixture(scope="module")
-def s3() -> Proxy:
-    with pytest.MonkeyPatch.context() as patch, s3_server() as proxy:
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        patch.setattr(storage_module, "_FIRST_WAIT", 0.01)
-        yield proxy
 
 
 def test_shards_on_s3_are_those_on_disk(tiny_card: Path, tiny_shards: Manifest, s3: Proxy) -> None:

@@ -20,7 +20,7 @@ from paco_ds.data.storage import MissingFile, Storage
 from paco_ds.data.stream.batches import TrainingStream
 from paco_ds.distributed.ranks import MicroBatchLayout
 from paco_ds.errors import DataError
-from tests.data.s3 import BUCKET, Proxy, s3_server
+from tests.data.s3 import BUCKET, Proxy
 from tests.recipes import tiny_recipe, write_tiny_recipe
 
 QUICK = StorageSettings(tries=3, timeout=60.0)  # a busy machine may be slow, and a server that stalls is not among them
@@ -29,16 +29,6 @@ QUICK = StorageSettings(tries=3, timeout=60.0)  # a busy machine may be slow, an
 @pytest.fixture(autouse=True)
 def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage_module, "_FIRST_WAIT", 0.01)
-
-
-@pytest.fixture(scope="module")
-def s3() -> Proxy:
-    with pytest.MonkeyPatch.context() as patch, s3_server() as proxy:
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        yield proxy
 
 
 @pytest.fixture(params=["local", "memory", "s3"])

@@ -20,9 +20,21 @@ from paco_ds.randomness import DrawPurpose, permutation
 from tests.distributed.runs import CLASS_COUNTS, NORMALIZATION, Outcome, made_micro_batch
 
 
-def plain_steps(recipe: Recipe, steps: int, lr: float) -> Outcome:
-    """The recipe's first `steps` steps on made images."""
+def plain_steps(
+    recipe: Recipe,
+    steps: int,
+    lr: float,
+    state: dict[str, Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Outcome:
+    """The recipe's first `steps` steps on made images, from its initial weights or those of `state`.
+
+    Encoders compute in `dtype`; what they hand over, and the loss, is float32.
+    """
     model = make_recogniser(recipe, len(CLASS_COUNTS), *NORMALIZATION)
+    if state:
+        model.load_state_dict(state)
+    model.to(dtype)
     before = copy.deepcopy(model.state_dict())
     trained = [p for p in model.parameters() if p.requires_grad]
     velocity = [torch.zeros_like(p) for p in trained]

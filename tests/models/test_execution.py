@@ -89,7 +89,7 @@ def test_nothing_is_recomputed_where_no_gradient_is_asked_for():
 
 def test_activations_are_channels_last_from_the_images_to_the_pooled_feature():
     """Of queries and keys; weights keep their format, as ZeRO lays them out flat; results agree to rounding."""
-    model, plain = made("engine.channels_last=true"), made()
+    model, plain = made("engine.channels_last=true").double(), made().double()
     formats = []
 
     def note_format(module: torch.nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -102,7 +102,8 @@ def test_activations_are_channels_last_from_the_images_to_the_pooled_feature():
     torch.testing.assert_close(model(images(), keys=True), plain(images(), keys=True))
     fast, expected = run(model), run(plain)
     for name, value in expected.items():
-        torch.testing.assert_close(fast[name], value, rtol=1e-3, atol=1e-5)
+        # what encoders in float64 hand over is rounded to float32
+        assert (fast[name] - value).double().norm() <= 1e-6 * value.double().norm(), name
     assert formats
     assert all(formats)
     assert all(p.is_contiguous() for p in model.parameters())

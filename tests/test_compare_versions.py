@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,7 +100,8 @@ def test_what_is_no_version_and_a_command_that_fails_are_named(tmp_path):
     version = compare_versions.Version("old", tmp_path, tmp_path, timeout=60)
     with pytest.raises(compare_versions.ComparisonError, match=r"(?s)old: .* ended with 3:\n  too bad"):
         version.run(sys.executable, "-c", "print('too bad'); raise SystemExit(3)")
-    rows = compare_versions.or_failure("paco", (version.run("false") for _ in range(1)))
+    failing: Any = (version.run("false") for _ in range(1))
+    rows = compare_versions.or_failure("paco", failing)
     assert [(row.check, row.holds) for row in rows] == [("paco", False)]
 
 

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tools import tree
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
-ROOT = Path(__file__).parents[1]
+import tree
+
+ROOT = Path(__file__).resolve().parents[1]
 FILES = tree.modules(ROOT)
 IN_PACKAGE = {module: file for module, file in FILES.items() if module.startswith("paco_ds")}
 

@@ -12,6 +12,7 @@ from tests.recipes import tiny_recipe
 def test_the_momentum_is_constant_by_default_whatever_the_batch():
     """Both changes are off unless asked for."""
     settings = tiny_recipe("key_encoder={momentum: 0.99}").key_encoder
+    assert settings
     assert {key_momentum(settings, step, 100, scale) for step in (0, 50, 99) for scale in (1, 4)} == {0.99}
 
 

@@ -1,6 +1,7 @@
 """The exchange of key images: the same as looping over ranks, and quick at a thousand of them."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,7 +61,8 @@ def test_every_image_ends_in_its_group(W, M, m):
 
         encoder = KeyEncoder.__new__(KeyEncoder)
         encoder.layout, encoder.batch_norm, encoder.seed = layout, "shuffle", 3
-        encoder.ranks = SimpleNamespace(device="cpu", begin_exchange=exchange_rows)
+        ranks: Any = SimpleNamespace(device="cpu", begin_exchange=exchange_rows)
+        encoder.ranks = ranks
         arrived = encoder.begin_exchange(1, own[layout.rank].split(m)).take()
         np.testing.assert_array_equal(arrived.numpy(), groups[layout.rank :: W].ravel())
 

@@ -34,7 +34,8 @@ def filled(length: int, pushed: int) -> KeyQueue:
 @PUSHES
 def test_each_key_lies_in_its_slot(length, batch):
     """After every push, slot n % K holds the newest key of that residue, through several wrap-arounds."""
-    queue, slots = KeyQueue(length, DIM), [None] * length
+    queue = KeyQueue(length, DIM)
+    slots: list[int | None] = [None] * length
     for start in range(0, 5 * 40, batch):
         queue.push(*numbered(start, batch))
         for n in range(start, start + batch):
@@ -42,10 +43,10 @@ def test_each_key_lies_in_its_slot(length, batch):
         assert queue.count == start + batch
         assert len(queue) == sum(n is not None for n in slots)
         assert queue.fill_ratio == len(queue) / length
-        for slot, n in enumerate(slots):
-            if n is not None:
-                assert queue.keys_KD[slot].tolist() == [n, n + 0.25, n + 0.5]
-                assert queue.labels_K[slot] == n % 7
+        for slot, newest in enumerate(slots):
+            if newest is not None:
+                assert queue.keys_KD[slot].tolist() == [newest, newest + 0.25, newest + 0.5]
+                assert queue.labels_K[slot] == newest % 7
 
 
 @AWKWARD

@@ -192,7 +192,7 @@ def test_larger_images_become_small_jpegs(kind: str) -> None:
     data = GOOD[kind]()
     small, ending = resized(data, ending_of(data), 12, 90)
     assert (ending, ending_of(small)) == ("jpg", "jpg")
-    assert size_of(small) == (20, 12)
+    assert size_of(bytes(small)) == (20, 12)
 
 
 def test_small_images_keep_their_bytes() -> None:
@@ -211,8 +211,9 @@ def test_rotation_in_exif_is_done_before_it_is_lost() -> None:
     half.save(out, "JPEG", exif=exif)
     small = Image.open(io.BytesIO(resized(out.getvalue(), "jpg", 20, 95)[0]))
     assert small.size == (20, 40)
-    assert small.getpixel((10, 5))[0] > 240
-    assert small.getpixel((10, 35))[0] < 15
+    red = np.asarray(small)[..., 0]
+    assert red[5, 10] > 240
+    assert red[35, 10] < 15
     assert not small.getexif()
 
 

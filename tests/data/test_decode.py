@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from typing import Any
 
 import cv2
 import numpy as np
@@ -48,7 +49,8 @@ PNG = encoded(Image.fromarray(PICTURE), "PNG")
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP", "TIFF", "GIF", "JPEG"])
 def test_a_file_is_known_by_its_bytes_not_by_its_name(kind):
     """A PNG named .jpg is a PNG; a format not on the list has a reason of its own."""
-    options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 95}}.get(kind, {})
+    of_kind: dict[str, dict[str, Any]] = {"WEBP": {"lossless": True}, "JPEG": {"quality": 95}}
+    options = of_kind.get(kind, {})
     data = encoded(Image.fromarray(PICTURE), kind, **options)
     if kind == "TIFF":
         assert reason(data) == "unknown_format"
@@ -115,7 +117,7 @@ def test_an_image_stands_upright_as_its_exif_says(kind, orientation):
         read(encoded(Image.fromarray(PICTURE), kind, **({"lossless": True} if kind == "WEBP" else {})))
     )
     turns = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # PIL's Transpose that puts each right
-    expected = np.asarray(plain.transpose(turns[orientation]) if orientation > 1 else plain)
+    expected = np.asarray(plain.transpose(Image.Transpose(turns[orientation])) if orientation > 1 else plain)
     found = open_image(sample(data), LIMIT)
     assert (found.height, found.width) == expected.shape[:2]
     np.testing.assert_array_equal(found.decode(), expected)

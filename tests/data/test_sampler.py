@@ -2,6 +2,7 @@
 
 import pickle
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ class Labels(SimpleNamespace):
         return self.values
 
 
-def sampler_of(kind: str, epochs: int = 10, shards: int = 12) -> ClassSampler:
+def sampler_of(kind: Any, epochs: int = 10, shards: int = 12) -> ClassSampler:
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(7, dtype=np.int32), COUNTS))
     sizes = tuple(len(part) for part in np.array_split(labels, shards))
     return ClassSampler(kind, sizes, Labels(values=labels), COUNTS, seed=3, epochs=epochs)

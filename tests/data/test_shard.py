@@ -32,7 +32,9 @@ def test_ids_run_through_the_shards_in_order(tiny_shards: Manifest) -> None:
     for shard in split.shards:
         with tarfile.open(tiny_shards.directory / shard.file) as tar:
             for member in tar.getmembers()[::2]:
-                label = json.load(tar.extractfile(member))["label"]
+                content = tar.extractfile(member)
+                assert content
+                label = json.load(content)["label"]
                 expected.append((member.name.split(".")[0], label, shard.file))
     samples = [reader.read(i) for i in range(split.samples)]
     assert [(s.key, s.label, s.shard) for s in samples] == expected

@@ -165,7 +165,7 @@ def test_image_that_changed_ends_the_build(tmp_path: Path) -> None:
 
 
 CATEGORIES = [{"id": 7, "name": "newt"}, {"id": 3, "name": "moth"}]
-PAGE = {
+PAGE: dict[str, Any] = {
     "images": [{"id": 1, "file_name": "t/1.jpg"}, {"id": 2, "file_name": "t/2.jpg"}],
     "annotations": [{"image_id": 2, "category_id": 3}, {"image_id": 1, "category_id": 7}],
     "categories": CATEGORIES,

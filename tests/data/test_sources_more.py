@@ -58,8 +58,9 @@ def test_cifar_100_is_found_and_stored_without_loss(tmp_path: Path) -> None:
     assert source.classes == ("apple", "bear")
     assert source.splits["train"].labels.tolist() == [1, 0, 1, 0]
     for data, pixels in zip(read_all(source), PIXELS, strict=True):
-        decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
-        assert (decoded == pixels.transpose(1, 2, 0)).all()
+        decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        assert decoded is not None
+        assert (decoded[..., ::-1] == pixels.transpose(1, 2, 0)).all()
 
 
 def test_cifar_10_batches_are_laid_end_to_end(tmp_path: Path) -> None:

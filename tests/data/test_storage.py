@@ -5,7 +5,9 @@ import pickle
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import fsspec
 import pytest
@@ -21,6 +23,7 @@ from paco_ds.data.stream.batches import TrainingStream
 from paco_ds.distributed.ranks import MicroBatchLayout
 from paco_ds.errors import DataError
 from tests.data.s3 import BUCKET, Proxy
+from tests.data.tiny import same_views
 from tests.recipes import tiny_recipe, write_tiny_recipe
 
 QUICK = StorageSettings(tries=3, timeout=60.0)  # a busy machine may be slow, and a server that stalls is not among them
@@ -38,6 +41,11 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
         request.getfixturevalue("s3")
     url = {"local": str(tmp_path), "memory": f"memory://{tmp_path}", "s3": f"s3://{BUCKET}{tmp_path}"}[request.param]
     return Storage(url, QUICK)
+
+
+def _file_system(storage: Storage) -> Any:
+    remote: Any = storage._connected()
+    return remote.fs
 
 
 def upload(source: Path, target: Storage) -> Storage:
@@ -166,7 +174,7 @@ def test_a_request_is_tried_again_with_longer_waits(in_memory: Storage, monkeypa
             raise ConnectionResetError("reset by peer")
         return b"good"
 
-    monkeypatch.setattr(patient._connected().fs, "cat_file", cat_file)
+    monkeypatch.setattr(_file_system(patient), "cat_file", cat_file)
     assert patient.read("manifest.json") == b"good"
     bounds = [0.5, 1, 2, 4, 8, 16, 30, 30]
     assert all(bound / 2 <= wait <= bound for wait, bound in zip(waits, bounds, strict=True))
@@ -188,7 +196,7 @@ def test_refused_or_missing_keys_are_told_at_once(
         calls.append(args)
         raise error("Unable to locate credentials")
 
-    monkeypatch.setattr(in_memory._connected().fs, "cat_file", cat_file)
+    monkeypatch.setattr(_file_system(in_memory), "cat_file", cat_file)
     with pytest.raises(DataError, match=rf"manifest.json: {name}: Unable to locate credentials"):
         in_memory.read("manifest.json")
     assert len(calls) == 1
@@ -198,7 +206,7 @@ def test_a_file_system_that_never_answers_is_given_up(in_memory: Storage, monkey
     """Also one without time limits of its own."""
     hasty = Storage(in_memory.url, StorageSettings(tries=2, timeout=0.05))
     answer = threading.Event()
-    monkeypatch.setattr(hasty._connected().fs, "cat_file", lambda *a, **k: answer.wait())
+    monkeypatch.setattr(_file_system(hasty), "cat_file", lambda *a, **k: answer.wait())
     try:
         with pytest.raises(DataError, match=r"2 tries .*TimeoutError"):
             hasty.read("manifest.json")
@@ -208,7 +216,7 @@ def test_a_file_system_that_never_answers_is_given_up(in_memory: Storage, monkey
 
 def test_a_server_without_ranges_is_told(in_memory: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would send the whole shard for every window."""
-    monkeypatch.setattr(in_memory._connected().fs, "cat_file", lambda *a, **k: b"x" * 5000)
+    monkeypatch.setattr(_file_system(in_memory), "cat_file", lambda *a, **k: b"x" * 5000)
     with pytest.raises(DataError, match="sends the whole file instead of a range"):
         in_memory.read_range("train-00000.tar", 0, 512)
 
@@ -285,7 +293,7 @@ def test_loader_processes_read_from_s3_with_the_ranks_keys(s3: Proxy, tiny_shard
     stream = TrainingStream(recipe, open_data(recipe, ["train"]), layout)
     found = [batch for step in stream for batch in step]
     stream.close()
-    assert all((a.query == b.query).all() and (a.key == b.key).all() for a, b in zip(local, found, strict=True))
+    assert all(same_views(a, b) for a, b in zip(local, found, strict=True))
 
 
 def test_an_s3_that_stays_away_ends_with_its_url_and_what_was_tried(s3: Proxy) -> None:
@@ -318,20 +326,27 @@ def test_another_version_of_a_file_is_another_copy(in_memory: Storage, tmp_path:
             assert file.read() == content
 
 
+def _write(content: bytes) -> Callable[[BinaryIO], None]:
+    def fetch(file: BinaryIO) -> None:
+        file.write(content)
+
+    return fetch
+
+
 def test_the_cache_keeps_within_its_bytes_and_drops_what_was_used_least_recently(tmp_path: Path) -> None:
     """A copy in use stays readable when it is dropped."""
     cache = FileCache(tmp_path, 250)
     fetched = []
 
     def get(name: str) -> bytes:
-        def fetch(file: object) -> None:
+        def fetch(file: BinaryIO) -> None:
             fetched.append(name)
             file.write(name.encode() * 100)
 
         with cache.open(name, 100, fetch) as file:
             return file.read()
 
-    held = cache.open("a", 100, lambda file: file.write(b"a" * 100))
+    held = cache.open("a", 100, _write(b"a" * 100))
     for name in "bab":
         time.sleep(0.01)
         get(name)
@@ -352,14 +367,14 @@ def test_a_fetch_that_fails_leaves_no_copy(tmp_path: Path) -> None:
     """The next one begins anew."""
     cache = FileCache(tmp_path, 250)
 
-    def fails(file: object) -> None:
+    def fails(file: BinaryIO) -> None:
         file.write(b"half")
         raise DataError("cut")
 
     with pytest.raises(DataError, match="cut"):
         cache.open("a", 100, fails)
     assert not [p for p in tmp_path.iterdir() if p.suffix in (".copy", ".unfinished")]
-    with cache.open("a", 4, lambda file: file.write(b"full")) as file:
+    with cache.open("a", 4, _write(b"full")) as file:
         assert file.read() == b"full"
 
 
@@ -368,7 +383,7 @@ def _read_through(directory: Path, limit: int, log: Path, order: int) -> None:
     for turn in range(30):
         name = (turn * (2 * order + 1)) % 6
 
-        def fetch(file: object, name: int = name) -> None:
+        def fetch(file: BinaryIO, name: int = name) -> None:
             with log.open("a") as lines:
                 lines.write(f"{name}\n")
             for _ in range(10):

@@ -7,13 +7,14 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paco_ds.data.shard import Stored
+from paco_ds.data.shard import ShardReader, Stored
 from paco_ds.data.stream.partition import Planned, TrainingPlan, held_bytes
 from paco_ds.data.stream.read_ahead import TrainingSamples
 from paco_ds.data.stream.sampler import ClassSampler
@@ -25,21 +26,22 @@ RANKS, WORKERS = (1, 2, 3, 4, 6, 8, 12), (0, 1, 3, 8)
 EPOCHS = 2
 
 
-class Reader:
-    """Stands for a ShardReader: a sample's bytes are its id. Watches how much is read and held."""
+class Reader(ShardReader):
+    """In place of shards: a sample's bytes are its id. Watches how much is read and held."""
 
     def __init__(self, samples: int) -> None:
-        self.samples, self.keep, self.storage = samples, 1, SimpleNamespace(is_local=True)
+        self.samples, self.keep = samples, 1
+        self.storage: Any = SimpleNamespace(is_local=True)
         self.windows: list[list[int]] = []
 
-    def read_window(self, ids: Sequence[int]) -> Iterator[Stored]:
-        assert list(ids) == sorted(set(ids))
-        self.windows.append(list(ids))
-        for i in ids:
+    def read_window(self, sample_ids: Sequence[int], gap: int = 0) -> Iterator[Stored]:
+        assert list(sample_ids) == sorted(set(sample_ids))
+        self.windows.append(list(sample_ids))
+        for i in sample_ids:
             yield Stored(i, "train", "s", np.void(b""), i.to_bytes(4, "big"))
 
 
-def plan_of(counts: Sequence[int], layout: MicroBatchLayout, sampler: str, window: int, start: int = 0) -> TrainingPlan:
+def plan_of(counts: Sequence[int], layout: MicroBatchLayout, sampler: Any, window: int, start: int = 0) -> TrainingPlan:
     labels = np.arange(sum(counts), dtype=np.int32) ** 2 % 7 // 2
     classes = ClassSampler(
         sampler,
@@ -85,7 +87,7 @@ def batches(
         for step in range(start, last):
             for slot, j in enumerate(layout.own):
                 taken = [next(share) for n, share in enumerate(shares) for _ in range(sizes[n][slot])]
-                assert all(int.from_bytes(stored.stretch, "big") == p.sample_id for p, stored in taken)
+                assert all(stored.stretch == p.sample_id.to_bytes(4, "big") for p, stored in taken)
                 found[step, j] = [p for p, _ in taken]
         if steps is None:
             assert [next(share, None) for share in shares] == [None] * workers

@@ -37,7 +37,8 @@ SHAPES = [(28, 28), (60, 40), (31, 90), (1, 1), (200, 7), (1, 5000), (5000, 1)]
 
 
 def draw(settings, image, seed=0):
-    return make_view(settings).draw(*image.shape[:2], np.random.default_rng(seed)).render(image)
+    height, width = image.shape[:2]
+    return make_view(settings).draw(height, width, np.random.default_rng(seed)).render(image)
 
 
 @pytest.mark.parametrize("settings", ALL, ids=lambda settings: settings.name)

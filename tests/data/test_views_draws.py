@@ -5,6 +5,7 @@ Two samples are compared by Kolmogorov-Smirnov or chi-square at p > 1e-3, with f
 
 import random
 from collections import Counter, defaultdict
+from typing import Any
 
 import numpy as np
 import pytest
@@ -100,7 +101,7 @@ def test_jitter_is_torchvisions(strength, hue):
     torch.manual_seed(1)
     ranges = [[1 - strength, 1 + strength]] * 3 + [[-hue, hue] if hue else None]
     for _ in range(DRAWS):
-        operations = draw_jitter(strength, hue, rng)
+        operations: Any = draw_jitter(strength, hue, rng)
         orders[0][tuple(JITTER.index(type(o)) for o in operations)] += 1
         for o in operations:
             factors[0][JITTER.index(type(o))].append(o.shift if isinstance(o, Hue) else o.factor)
@@ -131,7 +132,7 @@ def test_randaugment_is_timms(count, magnitude):
     kinds = {kind: (name, field) for name, (kind, field) in TIMM.items()}
     resampled = Counter()
     for _ in range(DRAWS):
-        drawn = draw_randaugment(settings, rng)
+        drawn: Any = draw_randaugment(settings, rng)
         many[0][len(drawn)] += 1
         for operation in drawn:
             name, field = kinds[type(operation)]
@@ -177,7 +178,7 @@ def test_a_named_view_draws_what_the_published_code_composes(settings, gray, blu
     rng, view = np.random.default_rng(3), make_view(settings.model_copy(update={"randaugment": None}))
     counts, sigmas, areas = Counter(), [], []
     for _ in range(DRAWS):
-        drawn = view.draw(500, 500, rng)
+        drawn: Any = view.draw(500, 500, rng)
         kinds = [type(o) for o in drawn.operations]
         counts.update(set(kinds))
         sigmas += [o.sigma for o in drawn.operations if isinstance(o, Blur)]
@@ -264,7 +265,7 @@ def test_the_cifar_policy_is_drawn_as_published():
                 signs[(getattr(operation, "share", 0) + getattr(operation, "factor", 0)) > 0] += 1
             if isinstance(operation, Rotate):
                 assert operation.degrees == pytest.approx(30 * 2 / 9)
-    expected = Counter()
+    expected: defaultdict[type, float] = defaultdict(float)
     for couple in CIFAR10_POLICY:
         for name, probability, magnitude in couple:
             expected[type(operation_of(name, magnitude, 1, (0, 0, 0)))] += probability / len(CIFAR10_POLICY)
@@ -279,7 +280,7 @@ def test_cifar_crops_and_holes_are_anywhere():
     rng, view = np.random.default_rng(5), make_view(CifarView())
     offsets, holes, flips = Counter(), [], 0
     for _ in range(DRAWS):
-        drawn = view.draw(32, 32, rng)
+        drawn: Any = view.draw(32, 32, rng)
         offsets[drawn.sampling.top, drawn.sampling.left] += 1
         holes += [(o.y, o.x) for o in drawn.operations if isinstance(o, Cutout)]
         flips += drawn.operations[0] == Flip()

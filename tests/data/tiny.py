@@ -4,6 +4,9 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import torch
+
+from paco_ds.data.stream.batches import MicroBatch
 
 TINY_COUNTS = {"train": (30, 12, 5), "test": (4, 4, 4)}
 TINY_CARD = """
@@ -31,6 +34,13 @@ def flip_byte(path: Path, position: int) -> None:
     data = bytearray(path.read_bytes())
     data[position] ^= 0xFF
     path.write_bytes(data)
+
+
+def same_views(a: MicroBatch, b: MicroBatch) -> bool:
+    """Both views of two batches are equal, byte for byte."""
+    assert a.key is not None
+    assert b.key is not None
+    return torch.equal(a.query, b.query) and torch.equal(a.key, b.key)
 
 
 def encoded(kind: str = ".jpg", side: int = 8, seed: int = 0) -> bytes:

@@ -107,6 +107,7 @@ def test_a_teacher_that_does_not_fit_is_refused_in_words(recipe, teacher, tmp_pa
         state = json.loads((checkpoint / "state.json").read_text())
         (checkpoint / "state.json").write_text(json.dumps(state | {"manifest_sha256": "0" * 64}))
     settings = load_recipe(recipe, taught(recipe, run))
+    assert settings.loss.distill
     with pytest.raises(RecipeError, match=f"loss.distill.teacher {run} {message}"):
         Teacher(settings.loss.distill, open_data(settings, ["train"]), torch.device("cpu"))
 

@@ -104,7 +104,7 @@ def check_memory(
     device: Device = "cpu",
 ) -> float:
     """Compare; returns planned / measured of the first rank. `zero`: further zero_optimization settings."""
-    arguments = {"overrides": overrides, "stage": stage, "autocast": autocast, "zero": zero}
+    arguments: dict[str, Any] = {"overrides": overrides, "stage": stage, "autocast": autocast, "zero": zero}
     measure = "growth" if device == "cpu" else "allocated"
     every = pool.run(f"tests.distributed.planning:{measure}", **arguments)
     recipe = tiny_recipe(*overrides)

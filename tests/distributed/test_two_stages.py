@@ -141,7 +141,7 @@ def test_tau_is_chosen_on_validation_and_normalises_the_centers(pool, long_cente
     """From the command line: every balanced accuracy that it chose by is that of an evaluation of the validation split
     at this tau, the figures of the test split are those at the chosen one, and 2 ranks choose as one."""
     output = tmp_path / "tau.json"
-    command = [sys.executable, EVALUATE, f"--run={long_centers}", f"--output={output}", "--tau-normalize=auto"]
+    command = [sys.executable, str(EVALUATE), f"--run={long_centers}", f"--output={output}", "--tau-normalize=auto"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "balanced accuracy on val 0.0: " in done.stdout
     chosen = float(done.stdout.split("tau ")[1].split(":")[0])
@@ -193,7 +193,7 @@ def routing(experts, stage=1):
 def at_threshold(run, tmp_path, threshold):
     """(what evaluate.py writes on one rank, what it prints)."""
     output = tmp_path / f"at-{threshold}.json"
-    command = [sys.executable, EVALUATE, f"--run={run}", f"--output={output}"]
+    command = [sys.executable, str(EVALUATE), f"--run={run}", f"--output={output}"]
     command.append(f"--set=model.routers.threshold={threshold!r}")
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(output.read_text()), done.stdout

@@ -137,8 +137,8 @@ def test_experts_used_are_told_where_routers_decide() -> None:
     assert replace(plain, images_by_experts=[0, 0, 0]).experts_used is None
     printed = {}
     for name, accuracy in (("plain", plain), ("routed", routed)):
-        console = Console(file=io.StringIO(), width=80)
-        console.print(accuracy.table())
-        printed[name] = console.file.getvalue()
+        page = io.StringIO()
+        Console(file=page, width=80).print(accuracy.table())
+        printed[name] = page.getvalue()
     assert "2.00 of 3 experts an image" in printed["routed"]
     assert "experts" not in printed["plain"]

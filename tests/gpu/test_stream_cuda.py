@@ -18,6 +18,7 @@ def test_images_are_page_locked_and_arrive_as_they_are(striped_shards, workers):
     stream = TrainingStream(recipe, load_manifest(striped_shards), MicroBatchLayout(8, 4, 0, 1))
     for batch in next(stream):
         for images in (batch.query, batch.key):
+            assert images is not None
             assert images.is_pinned()
             assert torch.equal(images.to("cuda", non_blocking=True).cpu(), images)
     stream.close()

@@ -2,6 +2,7 @@
 
 import copy
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -83,7 +84,8 @@ def test_nothing_is_recomputed_where_no_gradient_is_asked_for():
     twin = copy.deepcopy(model)
     with torch.no_grad():
         torch.testing.assert_close(model(images()), made().eval()(images()))
-        twin.query_encoder.backbone.blocks()[0].conv1.weight.zero_()
+        first: Any = twin.query_encoder.backbone.blocks()[0]
+        first.conv1.weight.zero_()
         assert not torch.equal(twin(images())[0], model(images())[0])
 
 

@@ -1,5 +1,7 @@
 """RIDE's second stage in the model: what routers see, and that experts run on the images routed to them alone."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -27,7 +29,7 @@ def made(*overrides):
     generator = torch.Generator().manual_seed(0)
     contrast = torch.linspace(0.1, 1, IMAGES)[:, None, None, None]
     images = (contrast * torch.randint(0, 256, (IMAGES, 3, 12, 12), generator=generator)).to(torch.uint8)
-    routers = model.routers
+    routers: Any = model.routers
     with torch.no_grad():  # the first number of each router becomes its own bias
         for hidden in routers.hidden:
             hidden.weight[0], hidden.bias[0] = 0, 0

@@ -35,7 +35,7 @@ def test_every_row_of_a_shipped_table_is_a_valid_recipe_and_a_model(path):
 
 def test_the_papers_tables_have_their_36_rows():
     """Tables 9 to 14 of the supplement."""
-    rows = {n: load_table(n).rows for n in range(9, 15)}
+    rows = {n: load_table(str(n)).rows for n in range(9, 15)}
     assert [len(r) for r in rows.values()] == [9, 6, 6, 3, 4, 8]
     assert all(row.paper for table in rows.values() for row in table)
 
@@ -44,7 +44,7 @@ def test_the_papers_tables_have_their_36_rows():
 @pytest.mark.parametrize("small", [None, SMALL_RECIPES / "glyphs.yaml"], ids=["paper", "small"])
 def test_rows_that_are_compared_differ_in_their_method_alone(number, small):
     """The same images, views, network, batch, epochs and learning rate: the same budget."""
-    table = load_table(number)
+    table = load_table(str(number))
     first, *others = (table.resolve(row, small).resume_identity() for row in table.rows)
     for other in others:
         assert {key for key in first.keys() | other.keys() if first.get(key) != other.get(key)} <= {
@@ -57,10 +57,10 @@ def test_rows_that_are_compared_differ_in_their_method_alone(number, small):
 
 def test_rows_without_randaugment_have_none():
     """Those of Table 11."""
-    plain = [r for r in load_table(11).rows if "without RandAugment" in r.method]
+    plain = [r for r in load_table("11").rows if "without RandAugment" in r.method]
     assert len(plain) == 2
     for row in plain:
-        assert load_table(11).resolve(row).views.query.randaugment is None
+        assert load_table("11").resolve(row).views.query.randaugment is None
 
 
 @pytest.mark.parametrize(
@@ -87,13 +87,13 @@ def test_a_wrong_table_is_refused(tmp_path, text, message):
 def test_a_missing_table_is_named(tmp_path):
     """With the nearest of those there are."""
     with pytest.raises(RecipeError, match=r"no table table15: .*ds_configs/tables; nearest: table1\d, "):
-        load_table(15)
+        load_table("15")
     with pytest.raises(RecipeError, match=r"no table .*x.yaml: "):
         load_table(tmp_path / "x.yaml")
 
 
-def job(tmp_path, *, small=None, **row):
-    row = Row(**{"method": "Balanced Softmax", "set": ("loss.method=balanced_softmax",), **row})
+def job(tmp_path, *, small=None, **settings):
+    row = Row(**{"method": "Balanced Softmax", "set": ("loss.method=balanced_softmax",), **settings})
     table = Table(title="t", recipe="r.yaml", rows=(row,))
     return reproduce.Job(table, row, 2, tmp_path, small, ("schedule.epochs=1",))
 
@@ -188,9 +188,9 @@ def test_a_data_set_without_a_small_recipe_is_named():
 TOP1 = {"many": 0.9, "medium": 0.8, "few": None, "all": 0.85}
 
 
-def kept_job(tmp_path, *, seed=1, output="a", extra=(), **row):
+def kept_job(tmp_path, *, seed=1, output="a", extra=(), **settings):
     """A row of the demo's recipe whose results are kept in tmp_path/kept."""
-    row = Row(**{"method": "PaCo", **row})
+    row = Row(**{"method": "PaCo", **settings})
     table = Table(title="t", recipe=str(SMALL_RECIPES.parent / "demo.yaml"), rows=(row,))
     shards = f"data.shards={tmp_path / 'shards'}"
     return reproduce.Job(table, row, seed, tmp_path / output, None, (shards, *extra), tmp_path / "kept")
@@ -310,7 +310,7 @@ def test_rows_that_two_tables_share_are_trained_once(tmp_path):
     jobs = [
         reproduce.Job(table, table.rows[-1], 1, tmp_path / f"{number}", small, no_shards, tmp_path / "kept")
         for number in (13, 14)
-        for table in [load_table(number)]
+        for table in [load_table(str(number))]
     ]
     finish(jobs[0])
     jobs[1].check()

@@ -108,8 +108,7 @@ class TestPositives:
         """Micro-batch of 3, queue of 2: two other images that bring two positives each, two keys that bring one."""
         q, expected = 0.3, np.zeros(8)
         for draws in itertools.product([False, True], repeat=4):
-            probability = np.prod([q if hit else 1 - q for hit in draws])
-            expected[1 + 2 * sum(draws[:2]) + sum(draws[2:])] += probability
+            expected[1 + 2 * sum(draws[:2]) + sum(draws[2:])] += np.prod([q if hit else 1 - q for hit in draws])
         K, probability = equations.positives_distribution(q, queue_length=2, micro_batch=3)
         np.testing.assert_array_equal(K, np.arange(1, 8))
         np.testing.assert_allclose(probability, expected[1:], rtol=1e-13)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +37,7 @@ def tiny(tmp_path: Path) -> Manifest:
     return _build(tmp_path, TINY_COUNTS, shard_bytes=20_000)
 
 
-def _build(tmp_path: Path, counts_of: dict[str, tuple[int, ...]], shard_bytes: int) -> Manifest:
+def _build(tmp_path: Path, counts_of: Mapping[str, tuple[int, ...]], shard_bytes: int) -> Manifest:
     (tmp_path / "images").mkdir()
     rng = np.random.default_rng(0)
     for split, counts in counts_of.items():
@@ -55,7 +55,9 @@ def test_ten_thousand_mutations(tiny: Manifest, record: Record) -> None:
     record("10,000 mutations of shards: " + ", ".join(f"{n} {what}" for what, n in sorted(outcomes.items())), "-", True)
 
 
-def digests(recipe: Recipe, manifest: Manifest, W: int, start: int = 0, steps: int | None = None) -> dict[object, str]:
+def digests(
+    recipe: Recipe, manifest: Manifest, W: int, start: int = 0, steps: int | None = None
+) -> dict[tuple[int, int], str]:
     """{(step, micro-batch): digest of its bytes} over all ranks."""
     found = {}
     for rank in range(W):

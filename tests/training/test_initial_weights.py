@@ -1,6 +1,7 @@
 """Where training starts from: files and torchvision, what does not fit, and what stays frozen."""
 
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -154,7 +155,7 @@ def test_tau_normalised_weights_are_those_of_the_equation(tau):
     weight = model.centers.weight.detach().clone()
     expected = torch.stack([row / row.norm() ** tau for row in weight])
     torch.testing.assert_close(normalized_weight(weight, tau), expected)
-    normalised = tau_normalized(model, tau)
+    normalised: Any = tau_normalized(model, tau)
     torch.testing.assert_close(normalised.centers.weight, expected)
     assert normalised.centers.bias.abs().max() == 0
     torch.testing.assert_close(model.centers.weight, weight)

@@ -9,7 +9,7 @@ sample.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -30,7 +30,7 @@ class TrainingSamples(IterableDataset):
     def __iter__(self) -> Iterator[tuple[Planned, Stored]]:
         return self.share(*this_worker())
 
-    def share(self, worker: int, workers: int) -> Iterator[tuple[Planned, Stored]]:
+    def share(self, worker: int, workers: int) -> Generator[tuple[Planned, Stored]]:
         """The share of one of `workers` loader processes."""
         slots = [slot for of_slot in self.plan.slots_of(worker, workers) for slot in of_slot]
         self.reader.keep = max(self.reader.keep, 2 * len(slots))

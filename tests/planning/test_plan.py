@@ -292,7 +292,7 @@ def test_half_stated_data_is_refused(images, classes, said):
 
 def test_missing_shards_are_answered_with_the_way_to_plan_without(tmp_path):
     """The build is named too."""
-    with pytest.raises(DataError, match=r"build_shards.*--images N and --classes C"):
+    with pytest.raises(DataError, match=r"paco-build-shards.*--images N and --classes C"):
         find_data(tiny_recipe(f"data.shards={tmp_path / 'none'}"), None, None)
 
 

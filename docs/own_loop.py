@@ -7,8 +7,7 @@ from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
 from paco_ds.contrast.key_queue import KeyQueue
-from paco_ds.losses import ParametricContrastiveLoss
-from paco_ds.losses.paco import class_prior
+from paco_ds.losses import Anchors, ParametricContrastiveLoss, class_prior
 
 
 def train(steps: int = 300) -> float:
@@ -30,7 +29,7 @@ def train(steps: int = 300) -> float:
             own.lerp_(other.detach(), 0.01)  # key momentum .99
         key, feature = F.normalize(key_encoder(key_view), dim=1), encoder(query_view)
         query, logits = F.normalize(heads["project"](feature), dim=1), heads["centers"](feature)
-        paco(labels[batch], logits, query, key, queue.snapshot(num_classes=10)).loss.backward()
+        paco(Anchors(labels[batch], logits, query, key, queue.snapshot(num_classes=10))).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         queue.push(key, labels[batch])  # after the step: a batch does not meet its own keys twice

@@ -236,16 +236,16 @@ def newest_checkpoint(run: Path) -> Checkpoint:
     raise CheckpointError(f"no checkpoint under {run / 'checkpoints'}: train with --output {run} first")
 
 
-def chosen_checkpoint(run: Path, recipe: Recipe) -> Checkpoint:
-    """The weights that stand for a run: the newest, or the best if its recipe says so and they are there.
+def chosen_checkpoint(run: Path, criterion: str) -> Checkpoint:
+    """The weights to evaluate of a run: the newest, or the best by `evaluation.checkpoint` if they are there.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
     path = run / "checkpoints" / BEST
-    if recipe.evaluation.checkpoint != "last" and path.exists():
+    if criterion != "last" and path.exists():
         best = read_checkpoint(path)
-        if best.state["criterion"] == recipe.evaluation.checkpoint:
+        if best.state["criterion"] == criterion:
             return best
     return newest_checkpoint(run)
 
@@ -262,7 +262,7 @@ def open_run(run: Path, setting: str, remedy: str) -> tuple[Recipe, Checkpoint]:
     """
     try:
         recipe = load_recipe(run / "recipe.yaml")
-        return recipe, chosen_checkpoint(run, recipe)
+        return recipe, chosen_checkpoint(run, recipe.evaluation.checkpoint)
     except (RecipeError, CheckpointError) as error:
         raise RecipeError(
             f"{setting} {run} is no trained run ({error}): train it with --output {run}, or {remedy}"

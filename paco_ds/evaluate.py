@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     from paco_ds.distributed.watchdog import RankWatchdog
     from paco_ds.evaluation.results import now, write_results
     from paco_ds.evaluation.runner import Ensemble, evaluate, load_recogniser
+    from paco_ds.evaluation.split import EvaluationSplit
 
     with report_user_errors(), RankWatchdog():
         started = now()
@@ -53,10 +54,10 @@ def main(argv: list[str] | None = None) -> int:
         recipes = [load_recipe(run / "recipe.yaml", arguments.set) for run in runs]
         recipe = recipes[0]
         split = arguments.split or recipe.evaluation.test_split
-        manifest = open_data(recipe, [split])
+        manifest = open_data(recipe.data, [split])
         members, steps = [], []
         for run, its_recipe in zip(runs, recipes, strict=True):
-            checkpoint = chosen_checkpoint(run, its_recipe)
+            checkpoint = chosen_checkpoint(run, its_recipe.evaluation.checkpoint)
             checkpoint.check_data(manifest.sha256)
             members.append((load_recogniser(checkpoint, its_recipe, manifest), checkpoint.state["autocast"]))
             steps.append(checkpoint.step)
@@ -66,7 +67,9 @@ def main(argv: list[str] | None = None) -> int:
             tau, member = _normalized(arguments.tau_normalize, members[0], recipe, manifest, ranks)
             members, about = [member], {"tau_normalization": tau}
         model = Ensemble(members).to(ranks.device)
-        accuracy = evaluate(model, model, recipe, manifest, split, ranks)
+        accuracy = evaluate(
+            model, model, EvaluationSplit.of(recipe, manifest, split), ranks, experts=recipe.model.experts
+        )
         if ranks.first:
             what = f"{recipe.name}, step {steps[0]}" if len(runs) == 1 else f"ensemble of {len(runs)} runs"
             Console().print(accuracy.table(f"{what}, on {split}"))
@@ -93,6 +96,7 @@ def _normalized(
 ) -> tuple[float, tuple[Recogniser, bool]]:
     """(tau, the model with its centers normalised); `auto` chooses tau on the validation split."""
     from paco_ds.errors import RecipeError
+    from paco_ds.evaluation.split import EvaluationSplit
     from paco_ds.evaluation.tau_normalization import choose_tau, tau_normalized
 
     model, autocast = member
@@ -107,7 +111,7 @@ def _normalized(
             f"validation split (paco-build-shards build ... --validation-share .05)"
         )
     manifest.check_files(split)
-    chosen, balanced = choose_tau(model.to(ranks.device), recipe, manifest, split, ranks)
+    chosen, balanced = choose_tau(model.to(ranks.device), EvaluationSplit.of(recipe, manifest, split), ranks)
     if ranks.first:
         print(f"tau {chosen}: balanced accuracy on {split} " + ", ".join(f"{t}: {a:.3f}" for t, a in balanced.items()))
     return chosen, (tau_normalized(model, chosen), autocast)

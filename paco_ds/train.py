@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     output = arguments.output or Path("runs", Path(arguments.config or "demo").stem)
     with report_user_errors(), RankWatchdog(lambda: resume_hint(output)):
         recipe = load_recipe(arguments.config, arguments.set) if arguments.config else _demo(arguments.set)
-        ranks = engine.start(recipe, arguments.expect_ranks)
+        ranks = engine.start(recipe.step, recipe.engine.threads, arguments.expect_ranks)
         if ranks.first and not arguments.config:
             print(
                 f"no --config: training the recipe demo into {output}; for another give --config FILE.yaml or the "

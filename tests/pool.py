@@ -104,7 +104,7 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int, cuda: bool) 
     from tests.recipes import tiny_recipe
 
     micro_batches = f"step.micro_batches={12 if 12 % world_size == 0 else world_size}"
-    ranks = engine.start(tiny_recipe(micro_batches))
+    ranks = engine.start(tiny_recipe(micro_batches).step, threads=1)
     while True:
         try:
             function, arguments = pipe.recv()

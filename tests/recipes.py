@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
 
 from paco_ds.config.load import load_recipe, validate_recipe
 from paco_ds.config.recipe import Recipe
+from paco_ds.data.manifest import Manifest
+from paco_ds.data.stream.batches import MicroBatch, evaluation_stream
 
 TINY = """
 name: tiny
@@ -41,6 +44,15 @@ def tiny_recipe(*overrides: str) -> Recipe:
             section = section.setdefault(part, {})
         section[last] = yaml.safe_load(value)
     return validate_recipe(tree, "tiny recipe")
+
+
+def evaluation_batches(
+    recipe: Recipe, manifest: Manifest, split: str, rank: int = 0, world_size: int = 1
+) -> Iterator[MicroBatch]:
+    """A rank's batches of a split, as an evaluation reads them."""
+    return evaluation_stream(
+        recipe.data, recipe.views.evaluation, manifest, split, recipe.evaluation.batch, rank, world_size
+    )
 
 
 def write_tiny_recipe(path: Path, *overrides: str) -> Recipe:

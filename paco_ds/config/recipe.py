@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
-from paco_ds.config.methods import LossSettings
+from paco_ds.config.loss import LossSettings
+from paco_ds.config.methods import Method
 from paco_ds.config.section import RUNNING, Count, Fraction, Natural, NotNegative, Number, Positive, Section, running
-from paco_ds.config.views import ViewSettings
+from paco_ds.config.views import TrainView, ViewSettings
 
 
 class StorageSettings(Section):
@@ -273,77 +274,27 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _frozen_encoders_contrast_nothing(self) -> Self:
-        if self.model.trained in ("centers", "center_scales") and self.loss.contrast:
-            raise ValueError(
-                f"model.trained {self.model.trained} freezes the encoder, so {self.loss.method} cannot contrast "
-                f"anything: set loss.method to one without contrast, such as cross_entropy or balanced_softmax"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _routers_have_experts_and_their_loss(self) -> Self:
-        trained, method = self.model.trained, self.loss.method
-        if (trained == "routers") != (method == "routing"):
-            raise ValueError(
-                f"model.trained routers and loss.method routing belong together, as the second stage of experts, but "
-                f"here are model.trained {trained} and loss.method {method}: set both, with model.start_from the run "
-                f"of the experts, or neither"
-            )
-        if method == "routing" and (self.model.experts or 1) < 2:
-            raise ValueError(
-                f"loss.method routing chooses how many experts see an image and model.experts is "
-                f"{self.model.experts or 'null'}: set it to that of the first stage, which must have 2 at least"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _model_suits_method(self) -> Self:
-        loss, model, method = self.loss, self.model, self.loss.method
-        margins = {"ldam": loss.ldam.scale, "ride": loss.ride.scale if loss.ride.base == "ldam" else None}.get(method)
-        if margins is not None:
-            if model.centers != "cosine":
-                raise ValueError(
-                    f"loss.method {method} has its margins between cosines, which model.centers {model.centers} does "
-                    f"not give; set model.centers to cosine"
-                    + (" or loss.ride.base to cross_entropy" if method == "ride" else "")
-                )
-            if margins != model.centers_scale:
-                raise ValueError(
-                    f"loss.{method}.scale {margins:g} and model.centers_scale {model.centers_scale:g} are one number; "
-                    f"set them equal"
-                )
-        if method in ("ride", "balpoe") and model.experts is None:
-            raise ValueError(f"loss.method {method} is a loss of experts and model.experts is null; set it to 3, say")
-        if method == "balpoe" and len(loss.balpoe.lambdas) != model.experts:
-            raise ValueError(
-                f"loss.balpoe.lambdas has {len(loss.balpoe.lambdas)} numbers for {model.experts} experts; give one each"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _method_suits_run(self) -> Self:
-        if self.step.mixup and self.loss.method == "routing":
-            raise ValueError(
-                f"step.mixup {self.step.mixup:g} mixes labels, and a router learns of one whether the experts gave it: "
-                f"set step.mixup to 0"
-            )
-        if self.step.mixup and self.loss.contrast:
-            raise ValueError(
-                f"step.mixup {self.step.mixup:g} mixes labels, of which the contrast of loss.method "
-                f"{self.loss.method} needs one for each image; set step.mixup to 0"
-            )
-        if self.loss.method == "proco" and self.queue.length == 0:
-            raise ValueError(
-                "loss.method proco estimates its classes from the queue; set queue.length above 0, up to the number of "
-                "training images"
-            )
-        setting, epoch = self.loss.starts_to_reweight
-        if epoch is not None and epoch >= self.schedule.epochs:
-            raise ValueError(
-                f"{setting} {epoch} is never reached in {self.schedule.epochs} epochs; lower it, or set it to null"
-            )
+        self.method.check(self)
         return self
+
+    @property
+    def method(self) -> Method:
+        """The settings of the method that is trained."""
+        return self.loss.active
+
+    @property
+    def keys_from(self) -> Literal["key_encoder", "query_encoder"] | None:
+        """What makes the keys: a momentum encoder, the query encoder on a second view (GPaCo), or nothing where the
+        method has no contrast."""
+        if not self.method.contrastive:
+            return None
+        return "query_encoder" if self.key_encoder is None else "key_encoder"
+
+    @property
+    def training_views(self) -> tuple[TrainView, ...]:
+        """Views that are made of a training image: the query's and, where there are keys, the key's."""
+        return (self.views.query, self.views.key) if self.keys_from else (self.views.query,)
 
     @property
     def lr(self) -> float:
@@ -363,6 +314,8 @@ class Recipe(Section):
             if type(section).model_fields[part].default is None:
                 return None
             section = getattr(section, part)
+            if isinstance(section, dict):
+                return None
         field = type(section).model_fields[name]
         value = None if field.is_required() else field.get_default(call_default_factory=True)
         return list(value) if isinstance(value, tuple) else value
@@ -379,5 +332,7 @@ def _leaves(section: BaseModel, prefix: str) -> Iterator[tuple[str, Any]]:
         value = getattr(section, name)
         if isinstance(value, BaseModel):
             yield from _leaves(value, f"{prefix}{name}.")
+        elif isinstance(value, dict):
+            yield from ((f"{prefix}{name}.{key}", each) for key, each in value.items())
         else:
             yield prefix + name, list(value) if isinstance(value, tuple) else value

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from paco_ds.config.recipe import KeyEncoderSettings, Recipe
+from paco_ds.config.recipe import KeyEncoderSettings
 from paco_ds.contrast.key_exchange import key_exchange
 from paco_ds.distributed.ranks import MicroBatchLayout, Pending, Ranks
 from paco_ds.distributed.zero import move_average
@@ -166,23 +166,6 @@ class KeyEncoder:
     def _encode(self, images: Tensor) -> Tensor:
         keys: Tensor = self.engine(images.to(self.ranks.device, non_blocking=True), keys=True)
         return keys
-
-
-def make_key_encoder(
-    engine: Any, recipe: Recipe, layout: MicroBatchLayout, ranks: Ranks, total_steps: int
-) -> KeyEncoder | None:
-    """The key encoder of a recipe for a run of `total_steps`; None if one encoder makes both views."""
-    settings = recipe.key_encoder
-    if settings is None:
-        return None
-    return KeyEncoder(
-        engine,
-        layout,
-        ranks,
-        momentum=lambda step: key_momentum(settings, step, total_steps, recipe.step.scale),
-        batch_norm=settings.batch_norm,
-        seed=recipe.seed,
-    )
 
 
 def gather_keys(

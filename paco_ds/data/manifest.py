@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from paco_ds.config.recipe import Recipe
+from paco_ds.config.recipe import DataSettings
 from paco_ds.config.section import Section
 from paco_ds.data.storage import MissingFile, Storage, as_storage, open_storage
 from paco_ds.errors import DataError
@@ -267,16 +267,16 @@ def load_manifest(directory: str | Path | Storage) -> Manifest:
     return manifest
 
 
-def open_data(recipe: Recipe, splits: Iterable[str]) -> Manifest:
-    """The manifest of a recipe's shards, with these splits checked to exist in full size.
+def open_data(settings: DataSettings, splits: Iterable[str]) -> Manifest:
+    """The manifest of the shards that `data.shards` names, with these splits checked to be there in full size.
 
     Raises:
         DataError: shards are missing, cut, or do not have the recipe's number of classes.
     """
-    manifest = load_manifest(open_storage(recipe.data))
-    if recipe.data.classes is not None and recipe.data.classes != len(manifest.classes):
+    manifest = load_manifest(open_storage(settings))
+    if settings.classes is not None and settings.classes != len(manifest.classes):
         raise DataError(
-            f"data.classes is {recipe.data.classes}, but {manifest.storage.url} has {len(manifest.classes)} classes: "
+            f"data.classes is {settings.classes}, but {manifest.storage.url} has {len(manifest.classes)} classes: "
             f"point data.shards at other shards or set data.classes={len(manifest.classes)}"
         )
     for split in splits:

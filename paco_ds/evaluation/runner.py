@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,44 +11,47 @@ from torch import Tensor, nn
 from paco_ds.checkpoint import Checkpoint
 from paco_ds.config.recipe import Recipe
 from paco_ds.data.manifest import Manifest
-from paco_ds.data.stream.batches import evaluation_stream
 from paco_ds.distributed.ranks import Ranks
 from paco_ds.evaluation.accuracy import ClassCounts, ShotAccuracy, shot_accuracy
 from paco_ds.evaluation.predictions import Recorder, detail
+from paco_ds.evaluation.split import EvaluationSplit
+from paco_ds.models.output import ModelOutput
 from paco_ds.models.recogniser import Recogniser, make_recogniser
 
 
 @torch.no_grad()
 def evaluate(
-    model: Callable[[Tensor], tuple[Any, ...]],
+    model: Callable[[Tensor], ModelOutput],
     module: nn.Module,
-    recipe: Recipe,
-    manifest: Manifest,
-    split: str,
+    split: EvaluationSplit,
     ranks: Ranks,
+    experts: int | None = None,
 ) -> ShotAccuracy:
     """Accuracy of `model` (a DeepSpeed engine or the module itself) on a split; with routers the experts used too.
 
     Every rank runs equally many forwards (uneven ones hang ZeRO-3); padding is masked out.
+
+    Args:
+        experts: how many the model has, for the counts by experts used.
     """
-    counts, recorder = ClassCounts.zeros(len(manifest.classes), ranks.device), Recorder()
-    by_experts_E: Tensor | None = None  # images that 1, 2, ... experts were asked about
+    counts, recorder = ClassCounts.zeros(len(split.shots), ranks.device), Recorder()
+    by_experts_E: Tensor | None = None  # images on which 1, 2, ... experts ran
     was_training = module.training
     module.eval()
-    for batch in evaluation_stream(recipe, manifest, split, ranks.rank, ranks.world_size):
-        logits, _, *used = model(batch.query.to(ranks.device))
-        logits = _answer(logits)
+    for batch in split.batches(ranks):
+        output = model(batch.query.to(ranks.device))
+        logits, used = output.mean_logits(), output.experts_used
         labels, valid = batch.labels.to(ranks.device), batch.valid.to(ranks.device)
         counts.add(logits, labels, valid)
         recorder.add(logits, labels, valid)
-        if used:
-            found_E = torch.bincount(used[0][valid] - 1, minlength=recipe.model.experts or 1)
+        if used is not None:
+            found_E = torch.bincount(used[valid] - 1, minlength=experts or 1)
             by_experts_E = found_E if by_experts_E is None else by_experts_E + found_E
     module.train(was_training)
     total = ClassCounts.from_tensor(ranks.sum(counts.as_tensor()))
-    figures = detail(recorder.gather(ranks), manifest.split(recipe.data.train_split).class_counts)
+    figures = detail(recorder.gather(ranks), split.class_counts)
     by_experts = None if by_experts_E is None else ranks.sum(by_experts_E).tolist()
-    return replace(shot_accuracy(total, _shots(manifest, recipe)), detail=figures, images_by_experts=by_experts)
+    return replace(shot_accuracy(total, split.shots), detail=figures, images_by_experts=by_experts)
 
 
 def load_recogniser(checkpoint: Checkpoint, recipe: Recipe, manifest: Manifest) -> Recogniser:
@@ -61,7 +63,7 @@ def load_recogniser(checkpoint: Checkpoint, recipe: Recipe, manifest: Manifest) 
 
 class Ensemble(nn.Module):
     """Models of one data set as one: the mean of their probabilities, each model's being those of its experts' mean
-    logits. Of a single model it is that model, and how many experts its routers asked follows.
+    logits. A single model gives its own mean logits and the number of experts that its routers asked.
 
     Args:
         members: (model, whether it runs under bfloat16 autocast, as it was trained).
@@ -72,21 +74,12 @@ class Ensemble(nn.Module):
         self.models = nn.ModuleList(model for model, _ in members)
         self.autocast = [autocast for _, autocast in members]
 
-    def forward(self, images: Tensor) -> tuple[Any, ...]:
+    def forward(self, images: Tensor) -> ModelOutput:
         of_each = []
         for model, autocast in zip(self.models, self.autocast, strict=True):
             with torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
-                logits, _, *used = model(images)
-            of_each.append(_answer(logits))
+                output = model(images)
+            of_each.append(output.mean_logits())
         if len(of_each) == 1:
-            return of_each[0], None, *used
-        return torch.stack([logits.softmax(1) for logits in of_each]).mean(0).log(), None
-
-
-def _answer(logits: Tensor) -> Tensor:
-    """[B, C]; of experts [E, B, C] their mean."""
-    return logits.mean(0) if logits.ndim == 3 else logits
-
-
-def _shots(manifest: Manifest, recipe: Recipe) -> Sequence[str]:
-    return manifest.shots_of_classes(recipe.data.train_split)
+            return ModelOutput(None, of_each[0], experts_used=output.experts_used)
+        return ModelOutput(None, torch.stack([logits.softmax(1) for logits in of_each]).mean(0).log())

@@ -11,12 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from paco_ds.config.recipe import Recipe
-from paco_ds.data.manifest import Manifest
-from paco_ds.data.stream.batches import evaluation_stream
 from paco_ds.distributed.ranks import Ranks
 from paco_ds.errors import RecipeError
 from paco_ds.evaluation.accuracy import ClassCounts
+from paco_ds.evaluation.split import EvaluationSplit
 from paco_ds.models.recogniser import Recogniser
 
 TAUS = tuple(step / 10 for step in range(11))
@@ -43,7 +41,7 @@ def tau_normalized(model: Recogniser, tau: float) -> Recogniser:
 
 @torch.no_grad()
 def choose_tau(
-    model: Recogniser, recipe: Recipe, manifest: Manifest, split: str, ranks: Ranks, taus: Sequence[float] = TAUS
+    model: Recogniser, split: EvaluationSplit, ranks: Ranks, taus: Sequence[float] = TAUS
 ) -> tuple[float, dict[float, float]]:
     """(tau with the best balanced accuracy on a split, accuracy by tau); features are computed once.
 
@@ -51,9 +49,9 @@ def choose_tau(
         RecipeError: as :func:`tau_normalized`.
     """
     weights = [normalized_weight(_linear_centers(model).weight, tau) for tau in taus]
-    counts = [ClassCounts.zeros(len(manifest.classes), ranks.device) for _ in taus]
+    counts = [ClassCounts.zeros(len(split.shots), ranks.device) for _ in taus]
     model.eval()
-    for batch in evaluation_stream(recipe, manifest, split, ranks.rank, ranks.world_size):
+    for batch in split.batches(ranks):
         feature_BF = model.query_encoder.backbone(model.normalize(batch.query.to(ranks.device)))
         labels, valid = batch.labels.to(ranks.device), batch.valid.to(ranks.device)
         for weight_CF, counted in zip(weights, counts, strict=True):

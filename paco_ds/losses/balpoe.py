@@ -1,4 +1,4 @@
-"""Owns the loss of BalPoE (Aimar et al. 2023): every expert is trained for a test distribution of its own.
+"""The loss of BalPoE (Aimar et al. 2023): every expert is trained for a test distribution of its own.
 
 With z_e the logits of expert e, lambda_e its bias and q the class prior::
 
@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from paco_ds.config.methods import LossSettings
-from paco_ds.contrast.key_queue import QueueSnapshot
-from paco_ds.losses.base import Loss, LossOutput, gather_label, logits_by_expert
+from paco_ds.config.loss import LossSettings
+from paco_ds.config.methods.balpoe import BalPoESettings
+from paco_ds.losses.base import Anchors, Loss, LossOutput, gather_label, logits_by_expert
 from paco_ds.losses.paco import class_prior
 
 
@@ -41,31 +41,27 @@ class BalPoELoss(Loss):
         self.register_buffer("bias_EC", tau_E[:, None] * log_prior_C, persistent=False)
         self.part_names = tuple(f"expert_{e}" for e in range(1, len(lambdas) + 1))
 
-    def forward(
-        self,
-        labels_B: Tensor,
-        center_logits: Tensor | None,
-        query: Tensor | None = None,
-        key: Tensor | None = None,
-        queue: QueueSnapshot | None = None,
-    ) -> LossOutput:
-        """Loss of the experts' logits [E, B, C]; the rest is not looked at.
+    def forward(self, anchors: Anchors) -> LossOutput:
+        """Loss of the experts' logits [E, B, C].
 
         Raises:
             ValueError: another number of experts than lambdas.
         """
         experts, classes = self.bias_EC.shape
-        if center_logits is not None and (center_logits.ndim != 3 or len(center_logits) != experts):
-            raise ValueError(f"logits of {experts} experts [E, B, C] are needed, got {tuple(center_logits.shape)}")
+        labels_B, logits = anchors.labels_B, anchors.logits
+        if logits is not None and (logits.ndim != 3 or len(logits) != experts):
+            raise ValueError(f"logits of {experts} experts [E, B, C] are needed, got {tuple(logits.shape)}")
         with torch.autocast(labels_B.device.type, enabled=False):
-            logits_EBC = logits_by_expert(center_logits, labels_B, classes) + self.bias_EC[:, None]
+            logits_EBC = logits_by_expert(logits, labels_B, classes) + self.bias_EC[:, None]
             log_p_EB = gather_label(logits_EBC.log_softmax(2), labels_B)
             loss_E = -log_p_EB.mean(1)
             probability_B = log_p_EB.detach().exp().mean(0)
             parts = dict(zip(self.part_names, loss_E.detach().unbind(), strict=True))
-            return LossOutput(loss_E.mean(), probability_B, torch.ones_like(probability_B), None, None, parts)
+            return LossOutput(loss_E.mean(), probability_B, torch.ones_like(probability_B), parts=parts)
 
 
-def make_balpoe(settings: LossSettings, class_counts: Sequence[int], class_names: Sequence[str] | None) -> BalPoELoss:
-    """BalPoE with the lambdas of `loss.balpoe`."""
-    return BalPoELoss(class_prior(class_counts, class_names), settings.balpoe.lambdas)
+def make_balpoe(
+    settings: BalPoESettings, shared: LossSettings, class_counts: Sequence[int], class_names: Sequence[str] | None
+) -> BalPoELoss:
+    """BalPoE with the lambdas of its settings."""
+    return BalPoELoss(class_prior(class_counts, class_names), settings.lambdas)

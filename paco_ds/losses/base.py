@@ -1,4 +1,4 @@
-"""Owns what the step and the losses agree on: the call of a loss, its output, and the checks that all share.
+"""The interface of a loss (`Anchors` in, `LossOutput` out) and what several losses share.
 
 Shapes: E experts, B anchors, C classes, D dimension.
 """
@@ -9,38 +9,64 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from paco_ds.contrast.key_queue import QueueSnapshot
 from paco_ds.errors import DataError
 
 
 @dataclass(frozen=True)
+class Anchors:
+    """The anchors of a micro-batch and what they are contrasted with. A loss reads what it needs and ignores the rest.
+
+    Of experts everything but labels and routers has a leading dimension E.
+
+    Attributes:
+        labels_B: int64 classes.
+        logits: center logits [B, C], any floating dtype.
+        queries: L2-normalised projections [B, D], not divided by the temperature.
+        keys: L2-normalised keys [B, D] of the same images in the same order. A gradient flows into them if they carry
+            one.
+        queue: keys of earlier steps; an empty one takes no part.
+        prototypes: L2-normalised projections of the centers [C, D] (BCL).
+        routers: logits of the routers [E - 1, B] (RIDE's second stage).
+    """
+
+    labels_B: Tensor
+    logits: Tensor | None = None
+    queries: Tensor | None = None
+    keys: Tensor | None = None
+    queue: QueueSnapshot | None = None
+    prototypes: Tensor | None = None
+    routers: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class LossOutput:
-    """A loss and what can be read off it for nothing; all but `loss` is detached, a mean over experts if any.
+    """A loss and diagnostics at no extra cost; all but `loss` is detached, a mean over experts if any.
 
     Attributes:
         loss: scalar, the mean over anchors.
-        center_probability_B: p_c, the share of the anchor's own center in its denominator; None without
-            centers, as the next.
+        center_probability_B: p_c, the share of the anchor's own center in its denominator; None without centers,
+            like the next.
         center_optimum_B: what p_c is where the loss is smallest, for exactly this batch and queue (Remark 2).
         positive_probability_B: p+, the geometric mean of the shares of the anchor's positives; None without
-            contrast, nan where an anchor has no positive, as the next.
+            contrast, nan where an anchor has no positive, like the next.
         positive_optimum_B: what p+ is where the loss is smallest (Remarks 1 and 2).
-        parts: scalars that the loss is made of, or that tell of it, by name, those of `Loss.part_names`.
+        parts: terms of the loss and other scalars to log, by the names in `Loss.part_names`.
     """
 
     loss: Tensor
-    center_probability_B: Tensor | None
-    center_optimum_B: Tensor | None
-    positive_probability_B: Tensor | None
-    positive_optimum_B: Tensor | None
+    center_probability_B: Tensor | None = None
+    center_optimum_B: Tensor | None = None
+    positive_probability_B: Tensor | None = None
+    positive_optimum_B: Tensor | None = None
     parts: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Loss(nn.Module):
-    """What a method's loss is to the step: called as `loss(labels_B, logits, query, key, queue)`, where a method
-    takes no notice of what it has no use for; prototypes (BCL), or what routers say (RIDE's second stage), follow.
+    """Base of every loss: `loss(anchors)` gives a `LossOutput`.
 
-    A loss keeps no state between steps. One that changes over training is told the epoch before every step, and
-    depends on nothing else, so that a resumed run is the same run.
+    A loss keeps no state between steps. One that changes over training gets the epoch before every step and depends on
+    nothing else, so that a resumed run is the same run.
 
     Attributes:
         part_names: keys of `LossOutput.parts`.

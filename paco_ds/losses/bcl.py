@@ -1,4 +1,4 @@
-"""Owns balanced contrastive learning, BCL (Zhu et al. 2022): class averaging and class complement.
+"""Balanced contrastive learning, BCL (Zhu et al. 2022): class averaging and class complement.
 
 A(i) is the other queries, the keys, the queue and a prototype of every class (class complement), B_c those of A(i)
 with class c, never empty. With s_j = q_i.k_j / temperature::
@@ -20,9 +20,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from paco_ds.config.methods import LossSettings
-from paco_ds.contrast.key_queue import QueueSnapshot
-from paco_ds.losses.base import Loss, LossOutput, rows_by_expert
+from paco_ds.config.loss import LossSettings
+from paco_ds.config.methods.bcl import BclSettings
+from paco_ds.losses.base import Anchors, Loss, LossOutput, rows_by_expert
 from paco_ds.losses.paco import ParametricContrastiveLoss, class_prior, general_form
 
 
@@ -58,56 +58,34 @@ class BalancedContrastiveLoss(Loss):
         self.softmax, self.classes, self.temperature = softmax, classes, temperature
         self.softmax_weight, self.contrast_weight = softmax_weight, contrast_weight
 
-    def forward(
-        self,
-        labels_B: Tensor,
-        center_logits: Tensor | None,
-        query: Tensor | None,
-        key: Tensor | None,
-        queue: QueueSnapshot | None,
-        prototypes: Tensor,
-    ) -> LossOutput:
-        """Loss of a micro-batch; all but labels may be of experts, [E, ., .], and the loss is their mean.
-
-        Args:
-            labels_B: int64 classes.
-            center_logits: [B, C].
-            query: unit rows [B, D] of the anchors.
-            key: unit rows [B, D] of the same images, or None.
-            queue: or None.
-            prototypes: unit rows [C, D].
+    def forward(self, anchors: Anchors) -> LossOutput:
+        """Loss of logits, queries and prototypes, with keys and queue if there are any; of experts the mean.
 
         Raises:
             ValueError: an input missing or of the wrong shape.
         """
-        centers: LossOutput = self.softmax(labels_B, center_logits)
-        with torch.autocast(labels_B.device.type, enabled=False):
-            contrast = self._contrast(labels_B, query, key, queue, prototypes)
+        centers: LossOutput = self.softmax(anchors)
+        with torch.autocast(anchors.labels_B.device.type, enabled=False):
+            contrast = self._contrast(anchors)
         loss = self.softmax_weight * centers.loss + self.contrast_weight * contrast
         parts = {"softmax": centers.loss.detach(), "contrast": contrast.detach()}
-        return LossOutput(loss, centers.center_probability_B, centers.center_optimum_B, None, None, parts)
+        return LossOutput(loss, centers.center_probability_B, centers.center_optimum_B, parts=parts)
 
-    def _contrast(
-        self,
-        labels_B: Tensor,
-        query: Tensor | None,
-        key: Tensor | None,
-        queue: QueueSnapshot | None,
-        prototypes: Tensor,
-    ) -> Tensor:
-        if query is None:
-            raise ValueError("BCL needs queries")
+    def _contrast(self, anchors: Anchors) -> Tensor:
+        if anchors.queries is None or anchors.prototypes is None:
+            raise ValueError("BCL needs queries and prototypes")
+        labels_B, queue = anchors.labels_B, anchors.queue
         size = len(labels_B)
-        rows = [rows_by_expert("queries", query, size)]
+        rows = [rows_by_expert("queries", anchors.queries, size)]
         labels = [labels_B]
-        if key is not None:
-            rows.append(rows_by_expert("keys", key, size))
+        if anchors.keys is not None:
+            rows.append(rows_by_expert("keys", anchors.keys, size))
             labels.append(labels_B)
         if queue is not None and len(queue):
             queue.check_current()
             rows.append(queue.keys_ND if queue.keys_ND.ndim == 3 else queue.keys_ND[None])
             labels.append(queue.labels_N)
-        rows.append(rows_by_expert("prototypes", prototypes, self.classes))
+        rows.append(rows_by_expert("prototypes", anchors.prototypes, self.classes))
         labels.append(torch.arange(self.classes, device=labels_B.device))
         shapes = [tuple(r.shape) for r in rows]
         if len({(shape[0], shape[2]) for shape in shapes}) > 1:
@@ -131,11 +109,10 @@ class BalancedContrastiveLoss(Loss):
 
 
 def make_bcl(
-    settings: LossSettings, class_counts: Sequence[int], class_names: Sequence[str] | None
+    settings: BclSettings, shared: LossSettings, class_counts: Sequence[int], class_names: Sequence[str] | None
 ) -> BalancedContrastiveLoss:
-    """BCL at the recipe's temperature with the weights of `loss.bcl`."""
-    softmax = general_form(settings, contrast=False, log_prior_C=class_prior(class_counts, class_names))
-    own = settings.bcl
+    """BCL at the recipe's temperature with the weights of its settings."""
+    softmax = general_form(shared, contrast=False, log_prior_C=class_prior(class_counts, class_names))
     return BalancedContrastiveLoss(
-        softmax, len(class_counts), settings.temperature, own.softmax_weight, own.contrast_weight
+        softmax, len(class_counts), shared.temperature, settings.softmax_weight, settings.contrast_weight
     )

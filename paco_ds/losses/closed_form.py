@@ -1,4 +1,4 @@
-"""Owns the value of the parametric contrastive loss and its gradient, both in closed form: no graph is recorded.
+"""Value and gradient of the parametric contrastive loss in closed form: no graph is recorded.
 
 For an anchor of total weight W, with denominator exp(lse), weights w_c of the centers, and r its factor in the result::
 

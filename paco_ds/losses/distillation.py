@@ -1,4 +1,4 @@
-"""Owns distillation (Hinton et al. 2015), as RIDE is published with (Wang et al. 2021): a trained run teaches.
+"""Distillation (Hinton et al. 2015), as RIDE is published with (Wang et al. 2021): a trained run teaches.
 
 With t the teacher's logits and z the student's, of experts their means, T the temperature::
 
@@ -17,14 +17,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from paco_ds.config.methods import DistillSettings
+from paco_ds.config.loss import DistillSettings
 from paco_ds.losses.base import LossOutput
 
 PART = "distillation"
 
 
 class Distillation:
-    """What the teacher adds to the loss of any method that trains centers.
+    """Adds KL to the teacher's logits to the loss of any method that trains centers.
 
     Args:
         settings: weight and temperature.

@@ -1,4 +1,4 @@
-"""Owns the focal loss (Lin et al. 2017) in its softmax form.
+"""The focal loss (Lin et al. 2017) in its softmax form.
 
 With p = softmax(z)_y, the probability of the own class, and r_y weights of effective numbers (1 without them)::
 
@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from paco_ds.config.methods import LossSettings
-from paco_ds.contrast.key_queue import QueueSnapshot
+from paco_ds.config.loss import LossSettings
+from paco_ds.config.methods.focal import FocalSettings
 from paco_ds.losses.base import (
+    Anchors,
     Loss,
     LossOutput,
     counts_of_classes,
@@ -45,17 +46,11 @@ class FocalLoss(Loss):
         self.gamma, self.classes = gamma, classes
         self.register_buffer("class_weight_C", class_weight_C, persistent=False)
 
-    def forward(
-        self,
-        labels_B: Tensor,
-        center_logits: Tensor | None,
-        query: Tensor | None = None,
-        key: Tensor | None = None,
-        queue: QueueSnapshot | None = None,
-    ) -> LossOutput:
-        """Loss of center logits [B, C] or [E, B, C], of experts the mean; the rest is not looked at."""
+    def forward(self, anchors: Anchors) -> LossOutput:
+        """Loss of center logits [B, C] or [E, B, C], of experts the mean."""
+        labels_B = anchors.labels_B
         with torch.autocast(labels_B.device.type, enabled=False):
-            log_p_EB = gather_label(logits_by_expert(center_logits, labels_B, self.classes).log_softmax(2), labels_B)
+            log_p_EB = gather_label(logits_by_expert(anchors.logits, labels_B, self.classes).log_softmax(2), labels_B)
             # 1 - p from its logarithm, exact for p near 1. At p = 1 its power has no derivative for gamma below 1,
             # so it is kept off 0 by a number too small to be seen elsewhere.
             rest_EB = (-torch.expm1(log_p_EB)).clamp_min(torch.finfo(log_p_EB.dtype).tiny)
@@ -63,13 +58,15 @@ class FocalLoss(Loss):
             if self.class_weight_C is not None:
                 loss_EB = loss_EB * self.class_weight_C[labels_B]
             probability_B = log_p_EB.detach().exp().mean(0)
-            return LossOutput(loss_EB.mean(), probability_B, torch.ones_like(probability_B), None, None)
+            return LossOutput(loss_EB.mean(), probability_B, torch.ones_like(probability_B))
 
 
-def make_focal(settings: LossSettings, class_counts: Sequence[int], class_names: Sequence[str] | None) -> FocalLoss:
-    """With `loss.focal.class_balanced` weights need an image of every class; else counts only say how many."""
+def make_focal(
+    settings: FocalSettings, shared: LossSettings, class_counts: Sequence[int], class_names: Sequence[str] | None
+) -> FocalLoss:
+    """Focal loss; with `class_balanced` every class needs a training image."""
     weight_C = None
-    if settings.focal.class_balanced:
+    if settings.class_balanced:
         counts_C = counts_of_classes(class_counts, class_names, "Re-weighting", "set loss.focal.class_balanced=false")
-        weight_C = effective_number_weights(counts_C, settings.focal.beta)
-    return FocalLoss(settings.focal.gamma, len(class_counts), weight_C)
+        weight_C = effective_number_weights(counts_C, settings.beta)
+    return FocalLoss(settings.gamma, len(class_counts), weight_C)

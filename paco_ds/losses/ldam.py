@@ -1,4 +1,4 @@
-"""Owns LDAM and its deferred re-weighting, LDAM-DRW (Cao et al. 2019).
+"""LDAM and its deferred re-weighting, LDAM-DRW (Cao et al. 2019).
 
 With cosine logits z = s cos(feature, center), n_y training images of class y and weights r_y of effective numbers::
 
@@ -14,9 +14,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from paco_ds.config.methods import LossSettings
-from paco_ds.contrast.key_queue import QueueSnapshot
+from paco_ds.config.loss import LossSettings
+from paco_ds.config.methods.ldam import LdamSettings
 from paco_ds.losses.base import (
+    Anchors,
     Loss,
     LossOutput,
     counts_of_classes,
@@ -63,21 +64,15 @@ class LdamLoss(Loss):
         """Weights apply from epoch `drw_epoch` on, counted from 0."""
         self.reweighted = self.drw_epoch is not None and epoch >= self.drw_epoch
 
-    def forward(
-        self,
-        labels_B: Tensor,
-        center_logits: Tensor | None,
-        query: Tensor | None = None,
-        key: Tensor | None = None,
-        queue: QueueSnapshot | None = None,
-    ) -> LossOutput:
-        """Loss of cosine logits [B, C] or [E, B, C], of experts the mean; the rest is not looked at."""
+    def forward(self, anchors: Anchors) -> LossOutput:
+        """Loss of cosine logits [B, C] or [E, B, C], of experts the mean."""
+        labels_B = anchors.labels_B
         with torch.autocast(labels_B.device.type, enabled=False):
-            logits_EBC = logits_by_expert(center_logits, labels_B, len(self.shift_C))
+            logits_EBC = logits_by_expert(anchors.logits, labels_B, len(self.shift_C))
             log_p_EB = gather_label(with_margins(logits_EBC, labels_B, self.shift_C).log_softmax(2), labels_B)
             loss = weighted_mean(-log_p_EB, self.class_weight_C[labels_B] if self.reweighted else None).mean()
             probability_B = log_p_EB.detach().exp().mean(0)
-            return LossOutput(loss, probability_B, torch.ones_like(probability_B), None, None)
+            return LossOutput(loss, probability_B, torch.ones_like(probability_B))
 
 
 def margins(class_counts: Tensor | Sequence[int], max_margin: float) -> Tensor:
@@ -106,8 +101,9 @@ def weighted_mean(loss_EB: Tensor, weight_B: Tensor | None) -> Tensor:
     return (loss_EB * weight_B).sum(1) / weight_B.sum()
 
 
-def make_ldam(settings: LossSettings, class_counts: Sequence[int], class_names: Sequence[str] | None) -> LdamLoss:
-    """LDAM, with `loss.ldam.drw_epoch` LDAM-DRW."""
+def make_ldam(
+    settings: LdamSettings, shared: LossSettings, class_counts: Sequence[int], class_names: Sequence[str] | None
+) -> LdamLoss:
+    """LDAM; with `drw_epoch` LDAM-DRW."""
     counts_C = counts_of_classes(class_counts, class_names, "loss.method ldam", "set loss.method to cross_entropy")
-    ldam = settings.ldam
-    return LdamLoss(counts_C, ldam.max_margin, ldam.scale, ldam.drw_epoch, ldam.beta)
+    return LdamLoss(counts_C, settings.max_margin, settings.scale, settings.drw_epoch, settings.beta)

@@ -1,4 +1,4 @@
-"""Owns the multi-task baselines: cross-entropy or Balanced Softmax plus a weighted SupCon term (Tables 13, 14)::
+"""The multi-task baselines: cross-entropy or Balanced Softmax plus a weighted SupCon term (Tables 13, 14)::
 
     L_i = softmax_i - weight r_y / |P(i)| sum_P(i) log(exp(s_j + b_j) / sum_A(i) exp(s_k + b_k))
 
@@ -10,13 +10,11 @@ Unlike in PaCo, each term has its own denominator. Shapes: B anchors, C classes,
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
-from paco_ds.config.methods import LossSettings
-from paco_ds.contrast.key_queue import QueueSnapshot
-from paco_ds.losses.base import Loss, LossOutput, counts_of_classes, effective_number_weights
+from paco_ds.config.loss import LossSettings
+from paco_ds.config.methods.multi_task import MultiTaskSettings
+from paco_ds.losses.base import Anchors, Loss, LossOutput, counts_of_classes, effective_number_weights
 from paco_ds.losses.paco import ParametricContrastiveLoss, class_prior, general_form
-from paco_ds.losses.supcon import make_supcon
+from paco_ds.losses.supcon import contrast_alone
 
 
 class MultiTaskLoss(Loss):
@@ -49,17 +47,10 @@ class MultiTaskLoss(Loss):
             )
         self.softmax, self.contrast, self.weight = softmax, contrast, weight
 
-    def forward(
-        self,
-        labels_B: Tensor,
-        center_logits_BC: Tensor,
-        query_BD: Tensor,
-        key_BD: Tensor | None = None,
-        queue: QueueSnapshot | None = None,
-    ) -> LossOutput:
-        """As :meth:`ParametricContrastiveLoss.forward`; p_c is of the softmax term and p+ of the contrast term."""
-        centers: LossOutput = self.softmax(labels_B, center_logits_BC)
-        pairs: LossOutput = self.contrast(labels_B, None, query_BD, key_BD, queue)
+    def forward(self, anchors: Anchors) -> LossOutput:
+        """As :meth:`ParametricContrastiveLoss.forward`; p_c is of the softmax term, p+ of the contrast term."""
+        centers: LossOutput = self.softmax(anchors)
+        pairs: LossOutput = self.contrast(anchors)
         return LossOutput(
             centers.loss + self.weight * pairs.loss,
             centers.center_probability_B,
@@ -71,21 +62,22 @@ class MultiTaskLoss(Loss):
 
 
 def make_multi_task(
-    settings: LossSettings, class_counts: Sequence[int], class_names: Sequence[str] | None
+    settings: MultiTaskSettings, shared: LossSettings, class_counts: Sequence[int], class_names: Sequence[str] | None
 ) -> MultiTaskLoss:
     """The rows of Tables 13 and 14 that are sums: the softmax term is cross-entropy or Balanced Softmax, the contrast
     SupCon, re-weighted by effective numbers (each anchor by r_y) or with log q(y_j) added to the contrast logits.
     """
-    own = settings.multi_task
     prior_C = None
-    if "balanced_softmax" in (own.softmax, own.contrast):
+    if "balanced_softmax" in (settings.softmax, settings.contrast):
         prior_C = class_prior(class_counts, class_names)
-    softmax = general_form(settings, contrast=False, log_prior_C=prior_C if own.softmax == "balanced_softmax" else None)
-    if own.contrast == "reweighted":
+    softmax = general_form(
+        shared, contrast=False, log_prior_C=prior_C if settings.softmax == "balanced_softmax" else None
+    )
+    if settings.contrast == "reweighted":
         counts_C = counts_of_classes(
             class_counts, class_names, "Re-weighting", "set loss.multi_task.contrast to supcon"
         )
-        weight_C = effective_number_weights(counts_C, own.beta)
-        return MultiTaskLoss(softmax, make_supcon(settings, class_weight_C=weight_C), own.weight)
-    bias_C = prior_C if own.contrast == "balanced_softmax" else None
-    return MultiTaskLoss(softmax, make_supcon(settings, contrast_bias_C=bias_C), own.weight)
+        weight_C = effective_number_weights(counts_C, settings.beta)
+        return MultiTaskLoss(softmax, contrast_alone(shared, class_weight_C=weight_C), settings.weight)
+    bias_C = prior_C if settings.contrast == "balanced_softmax" else None
+    return MultiTaskLoss(softmax, contrast_alone(shared, contrast_bias_C=bias_C), settings.weight)

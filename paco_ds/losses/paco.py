@@ -1,5 +1,5 @@
-"""Owns the parametric contrastive loss, in the general form of which PaCo, SupCon, Balanced Softmax and
-cross-entropy are settings.
+"""The parametric contrastive loss in its general form; PaCo, SupCon, Balanced Softmax and cross-entropy are
+settings of it.
 
 Shapes: B anchors (the query views of a micro-batch), C classes, N keys in the queue, D dimension, E experts.
 """
@@ -10,9 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from paco_ds.config.methods import LossSettings
+from paco_ds.config.loss import LossSettings
+from paco_ds.config.methods.base import Method
 from paco_ds.contrast.key_queue import QueueSnapshot
-from paco_ds.losses.base import Loss, LossOutput, counts_of_classes, shape_by_expert
+from paco_ds.losses.base import Anchors, Loss, LossOutput, counts_of_classes, shape_by_expert
 from paco_ds.losses.closed_form import ClosedForm, Form
 
 
@@ -63,7 +64,8 @@ class ParametricContrastiveLoss(Loss):
 
     Example:
         >>> loss = ParametricContrastiveLoss(alpha=0.05, temperature=0.2, log_prior_C=class_prior(counts))
-        >>> loss(labels, logits, query, key, queue.snapshot(num_classes)).loss.backward()
+        >>> anchors = Anchors(labels, logits, queries, keys, queue.snapshot(num_classes))
+        >>> loss(anchors).loss.backward()
     """
 
     log_prior_C: Tensor | None
@@ -108,43 +110,29 @@ class ParametricContrastiveLoss(Loss):
                 raise ValueError(f"{name} holds one finite number per class, got shape {tuple(values_C.shape)}")
             self.register_buffer(name, None if values_C is None else values_C.float(), persistent=False)
 
-    def forward(
-        self,
-        labels_B: Tensor,
-        center_logits_BC: Tensor | None = None,
-        query_BD: Tensor | None = None,
-        key_BD: Tensor | None = None,
-        queue: QueueSnapshot | None = None,
-    ) -> LossOutput:
-        """Loss of one micro-batch; inputs of a term that is switched off are not looked at.
+    def forward(self, anchors: Anchors) -> LossOutput:
+        """Loss of one micro-batch; inputs of a term that is switched off are ignored.
 
-        Experts are attention heads: all inputs but the labels may be [E, B, .], the queue with them
+        Experts are attention heads: all inputs but the labels may be [E, B, .], the queue too
         (:meth:`QueueSnapshot.experts`), and the loss is the mean over experts.
-
-        Args:
-            labels_B: int64 classes.
-            center_logits_BC: outputs of the linear classifier, any floating dtype.
-            query_BD: L2-normalised projections of the anchors, not divided by the temperature.
-            key_BD: L2-normalised keys of the same images in the same order, or None if there are none. A
-                gradient flows into them if they carry one.
-            queue: keys of the steps before, or None; an empty one takes no part.
 
         Raises:
             ValueError: an input missing or of the wrong shape, no contrast at all without centers, a queue that
                 was pushed to since its snapshot.
         """
+        labels_B, queue = anchors.labels_B, anchors.queue
         if len(labels_B) == 0:
             raise ValueError("the loss got a micro-batch without images")
         inputs: dict[str, Tensor | None] = {}
         if self.centers:
-            inputs["center_logits_BC"] = _required("center_logits_BC", center_logits_BC)
+            inputs["logits"] = _required("center logits", anchors.logits)
         if self.contrast:
-            inputs["query_BD"] = _required("query_BD", query_BD)
-            inputs["key_BD"] = key_BD
+            inputs["queries"] = _required("queries", anchors.queries)
+            inputs["keys"] = anchors.keys
         given = {name: tensor for name, tensor in inputs.items() if tensor is not None}
         self._check(given, labels_B, queue if self.contrast else None)
         dtype = torch.float64 if any(t.dtype == torch.float64 for t in given.values()) else torch.float32
-        query, key = (None if t is None else t.to(dtype) for t in map(given.get, ("query_BD", "key_BD")))
+        query, key = (None if t is None else t.to(dtype) for t in map(given.get, ("queries", "keys")))
         form = Form(
             self.alpha,
             self.beta,
@@ -159,7 +147,7 @@ class ParametricContrastiveLoss(Loss):
         )
         with torch.autocast(labels_B.device.type, enabled=False):
             # center logits are widened within, where the prior is added
-            logits = given.get("center_logits_BC")
+            logits = given.get("logits")
             return LossOutput(*ClosedForm.apply(logits, query, key, labels_B, queue, form, dtype))
 
     def _check(self, given: Mapping[str, Tensor], labels_B: Tensor, queue: QueueSnapshot | None) -> None:
@@ -167,14 +155,14 @@ class ParametricContrastiveLoss(Loss):
         shapes = {name: shape_by_expert(name, tensor, len(labels_B)) for name, tensor in given.items()}
         if len({shape[0] for shape in shapes.values()}) > 1:
             raise ValueError(f"all inputs need the same number of experts, got {shapes}")
-        if "key_BD" in given and shapes["key_BD"] != shapes["query_BD"]:
+        if "keys" in given and shapes["keys"] != shapes["queries"]:
             raise ValueError(f"queries and keys need the same shape, got {shapes}")
         if queue is not None:
             keys = (1,) * (3 - queue.keys_ND.ndim) + tuple(queue.keys_ND.shape)
-            if keys[::2] != shapes["query_BD"][::2]:
+            if keys[::2] != shapes["queries"][::2]:
                 raise ValueError(f"queue and queries need the same experts and dimension, got {keys} and {shapes}")
         for name in ("log_prior_C", "contrast_bias_C", "class_weight_C"):
-            values_C, logits = getattr(self, name), shapes.get("center_logits_BC")
+            values_C, logits = getattr(self, name), shapes.get("logits")
             if values_C is not None and logits is not None and logits[2] != len(values_C):
                 raise ValueError(f"{logits[2]} center logits, but {len(values_C)} classes in {name}")
 
@@ -199,23 +187,23 @@ def _required(name: str, tensor: Tensor | None) -> Tensor:
     return tensor
 
 
-def general_form(settings: LossSettings, **differs: Any) -> ParametricContrastiveLoss:
-    """The loss with the settings that a recipe shares between methods, but for those given."""
-    shared = {
-        "alpha": settings.alpha,
-        "beta": settings.beta,
-        "gamma": settings.gamma,
-        "temperature": settings.temperature,
-        "supt": settings.supt,
-        "smoothing": settings.smoothing,
-        "normalization": settings.normalization,
+def general_form(shared: LossSettings, **differs: Any) -> ParametricContrastiveLoss:
+    """The loss with the settings that a recipe shares between methods, except those given."""
+    settings = {
+        "alpha": shared.alpha,
+        "beta": shared.beta,
+        "gamma": shared.gamma,
+        "temperature": shared.temperature,
+        "supt": shared.supt,
+        "smoothing": shared.smoothing,
+        "normalization": shared.normalization,
     }
-    return ParametricContrastiveLoss(**(shared | differs))
+    return ParametricContrastiveLoss(**(settings | differs))
 
 
 def make_paco(
-    settings: LossSettings, class_counts: Sequence[int], class_names: Sequence[str] | None
+    settings: Method, shared: LossSettings, class_counts: Sequence[int], class_names: Sequence[str] | None
 ) -> ParametricContrastiveLoss:
-    """PaCo and, with one encoder for both views, GPaCo; without `loss.class_prior` that of balanced data."""
-    log_prior_C = class_prior(class_counts, class_names) if settings.class_prior else None
-    return general_form(settings, log_prior_C=log_prior_C)
+    """PaCo and, with one encoder for both views, GPaCo; without `loss.class_prior` the loss for balanced data."""
+    log_prior_C = class_prior(class_counts, class_names) if shared.class_prior else None
+    return general_form(shared, log_prior_C=log_prior_C)

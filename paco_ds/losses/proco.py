@@ -1,4 +1,4 @@
-"""Owns probabilistic contrastive learning, ProCo (Du et al. 2024): contrast with a distribution for every class.
+"""Probabilistic contrastive learning, ProCo (Du et al. 2024): contrast with a distribution for every class.
 
 The keys of class c are taken for a von Mises-Fisher distribution of mean direction mu_c and concentration k_c. SupCon's
 expectation over infinitely many of them, with pi the class prior and g the log normaliser of `von_mises_fisher`::
@@ -19,9 +19,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from paco_ds.config.methods import LossSettings
+from paco_ds.config.loss import LossSettings
+from paco_ds.config.methods.proco import ProCoSettings
 from paco_ds.contrast.key_queue import QueueSnapshot
-from paco_ds.losses.base import Loss, LossOutput, gather_label, rows_by_expert
+from paco_ds.losses.base import Anchors, Loss, LossOutput, gather_label, rows_by_expert
 from paco_ds.losses.paco import ParametricContrastiveLoss, class_prior, general_form
 from paco_ds.losses.von_mises_fisher import log_normaliser
 
@@ -61,29 +62,17 @@ class ProCoLoss(Loss):
         self.max_concentration = max_concentration
         self.register_buffer("log_prior_C", log_prior_C, persistent=False)
 
-    def forward(
-        self,
-        labels_B: Tensor,
-        center_logits: Tensor | None,
-        query: Tensor | None,
-        key: Tensor | None,
-        queue: QueueSnapshot | None,
-    ) -> LossOutput:
-        """Loss of a micro-batch; all but labels may be of experts, [E, ., .], and the loss is their mean.
-
-        Args:
-            labels_B: int64 classes.
-            center_logits: [B, C].
-            query: unit rows [B, D] of the anchors.
-            key: not looked at; it is in the queue of the next step.
-            queue: that the distributions are estimated from.
+    def forward(self, anchors: Anchors) -> LossOutput:
+        """Loss of logits and queries, and of the queue that the distributions are estimated from; of experts the mean.
+        Keys of this step are ignored: they are in the queue of the next one.
 
         Raises:
             ValueError: queries or queue missing, or of another shape.
         """
+        labels_B, query, queue = anchors.labels_B, anchors.queries, anchors.queue
         if query is None or queue is None:
             raise ValueError("ProCo needs queries, and a queue to estimate the classes' distributions from")
-        centers: LossOutput = self.softmax(labels_B, center_logits)
+        centers: LossOutput = self.softmax(anchors)
         with torch.autocast(labels_B.device.type, enabled=False):
             query_EBD = rows_by_expert("queries", query, len(labels_B)).double()
             log_p_EBC = (self._scores(query_EBD, queue) + self.log_prior_C).log_softmax(2)
@@ -91,7 +80,7 @@ class ProCoLoss(Loss):
         contrast = contrast.to(centers.loss.dtype)
         parts = {"softmax": centers.loss.detach(), "contrast": contrast.detach()}
         loss = centers.loss + self.weight * contrast
-        return LossOutput(loss, centers.center_probability_B, centers.center_optimum_B, None, None, parts)
+        return LossOutput(loss, centers.center_probability_B, centers.center_optimum_B, parts=parts)
 
     def _scores(self, query_EBD: Tensor, queue: QueueSnapshot) -> Tensor:
         """s, [E, B, C]."""
@@ -121,9 +110,10 @@ class ProCoLoss(Loss):
         return log_normaliser(joint_EBC, dim) - log_normaliser(concentration_EC, dim)[:, None]
 
 
-def make_proco(settings: LossSettings, class_counts: Sequence[int], class_names: Sequence[str] | None) -> ProCoLoss:
-    """ProCo at the recipe's temperature, as `loss.proco` sets it."""
+def make_proco(
+    settings: ProCoSettings, shared: LossSettings, class_counts: Sequence[int], class_names: Sequence[str] | None
+) -> ProCoLoss:
+    """ProCo at the recipe's temperature."""
     prior_C = class_prior(class_counts, class_names)
-    softmax = general_form(settings, contrast=False, log_prior_C=prior_C)
-    proco = settings.proco
-    return ProCoLoss(softmax, prior_C, settings.temperature, proco.weight, proco.max_concentration)
+    softmax = general_form(shared, contrast=False, log_prior_C=prior_C)
+    return ProCoLoss(softmax, prior_C, shared.temperature, settings.weight, settings.max_concentration)

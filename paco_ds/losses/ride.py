@@ -1,4 +1,4 @@
-"""Owns the loss of RIDE, stage one (Wang et al. 2021): experts that are right, each in its own way.
+"""The loss of RIDE, stage one (Wang et al. 2021): accurate experts that differ from each other.
 
 With z_e the logits of expert e, z the mean of all, T_c temperatures of the classes and T their mean::
 
@@ -15,9 +15,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from paco_ds.config.methods import LossSettings, RideSettings
-from paco_ds.contrast.key_queue import QueueSnapshot
+from paco_ds.config.loss import LossSettings
+from paco_ds.config.methods.ride import RideSettings
 from paco_ds.losses.base import (
+    Anchors,
     Loss,
     LossOutput,
     counts_of_classes,
@@ -68,29 +69,23 @@ class RideLoss(Loss):
         first = self.settings.reweight_epoch
         self.reweighted = first is not None and epoch >= first
 
-    def forward(
-        self,
-        labels_B: Tensor,
-        center_logits: Tensor | None,
-        query: Tensor | None = None,
-        key: Tensor | None = None,
-        queue: QueueSnapshot | None = None,
-    ) -> LossOutput:
-        """Loss of the experts' logits [E, B, C]; the rest is not looked at.
+    def forward(self, anchors: Anchors) -> LossOutput:
+        """Loss of the experts' logits [E, B, C].
 
         Raises:
             ValueError: logits of no experts.
         """
-        if center_logits is not None and center_logits.ndim != 3:
-            raise ValueError(f"RIDE needs logits of experts [E, B, C], got {tuple(center_logits.shape)}")
+        labels_B, logits = anchors.labels_B, anchors.logits
+        if logits is not None and logits.ndim != 3:
+            raise ValueError(f"RIDE needs logits of experts [E, B, C], got {tuple(logits.shape)}")
         with torch.autocast(labels_B.device.type, enabled=False):
-            logits_EBC = logits_by_expert(center_logits, labels_B, len(self.shift_C))
+            logits_EBC = logits_by_expert(logits, labels_B, len(self.shift_C))
             log_p_EB = gather_label(with_margins(logits_EBC, labels_B, self.shift_C).log_softmax(2), labels_B)
             reweighted = self.reweighted and self.settings.base == "ldam"
             base = weighted_mean(-log_p_EB, self.class_weight_C[labels_B] if reweighted else None).sum()
             diversity = self._diversity(logits_EBC)
             loss = base - self.settings.diversity * diversity
-            return LossOutput(loss, None, None, None, None, {"base": base.detach(), "diversity": diversity.detach()})
+            return LossOutput(loss, parts={"base": base.detach(), "diversity": diversity.detach()})
 
     def _diversity(self, logits_EBC: Tensor) -> Tensor:
         """T^2 x the sum over experts of the mean divergence from their mean."""
@@ -102,7 +97,9 @@ class RideLoss(Loss):
         return temperature_C.mean() ** 2 * divergence_EB.mean(1).sum()
 
 
-def make_ride(settings: LossSettings, class_counts: Sequence[int], class_names: Sequence[str] | None) -> RideLoss:
-    """RIDE as `loss.ride` sets it."""
+def make_ride(
+    settings: RideSettings, shared: LossSettings, class_counts: Sequence[int], class_names: Sequence[str] | None
+) -> RideLoss:
+    """RIDE; every class needs a training image."""
     counts_C = counts_of_classes(class_counts, class_names, "loss.method ride", "set loss.method to cross_entropy")
-    return RideLoss(counts_C, settings.ride)
+    return RideLoss(counts_C, settings)

@@ -1,4 +1,4 @@
-"""Owns the loss of RIDE's routers, stage two (Wang et al. 2021): each learns whether asking further would help.
+"""The loss of RIDE's routers, stage two (Wang et al. 2021): each learns whether asking further would help.
 
 With r_e what the router after expert e says of an image, s its logistic function, and w the weight of positives::
 
@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paco_ds.config.methods import LossSettings
-from paco_ds.contrast.key_queue import QueueSnapshot
-from paco_ds.losses.base import Loss, LossOutput, rows_by_expert
+from paco_ds.config.loss import LossSettings
+from paco_ds.config.methods.routing import RoutingSettings
+from paco_ds.losses.base import Anchors, Loss, LossOutput, rows_by_expert
 
 
 class RoutingLoss(Loss):
@@ -40,21 +40,13 @@ class RoutingLoss(Loss):
             raise ValueError(f"positive_weight must be above 0, got {positive_weight}")
         self.positive_weight = positive_weight
 
-    def forward(
-        self,
-        labels_B: Tensor,
-        center_logits: Tensor | None,
-        query: Tensor | None = None,
-        key: Tensor | None = None,
-        queue: QueueSnapshot | None = None,
-        routers_RB: Tensor | None = None,
-    ) -> LossOutput:
-        """Loss of what the routers say, [E - 1, B], of images with the experts' logits [E, B, C]; in float32 or, if it
-        is, float64.
+    def forward(self, anchors: Anchors) -> LossOutput:
+        """Loss of the routers' logits [E - 1, B] and the experts' [E, B, C]; float64 if the routers' are, else float32.
 
         Raises:
             ValueError: no label, logits of fewer than two experts, or not one router for each but the last.
         """
+        labels_B, center_logits, routers_RB = anchors.labels_B, anchors.logits, anchors.routers
         if center_logits is None:
             raise ValueError("this loss needs center logits")
         if len(labels_B) == 0:
@@ -72,7 +64,7 @@ class RoutingLoss(Loss):
             weight = said_RB.new_tensor(self.positive_weight)
             loss = F.binary_cross_entropy_with_logits(said_RB, helps_RB, pos_weight=weight)
             parts = {"helps": helps_RB.mean(), "asks": (said_RB.detach() > 0).to(said_RB.dtype).mean()}
-            return LossOutput(loss, None, None, None, None, parts)
+            return LossOutput(loss, parts=parts)
 
 
 def asking_further_helps(logits_EBC: Tensor, labels_B: Tensor) -> Tensor:
@@ -82,6 +74,8 @@ def asking_further_helps(logits_EBC: Tensor, labels_B: Tensor) -> Tensor:
     return ~right_EB[:-1] & right_later_EB[1:]
 
 
-def make_routing(settings: LossSettings, class_counts: Sequence[int], class_names: Sequence[str] | None) -> RoutingLoss:
-    """Class counts play no part: `data.sampler` class_balanced, as published, does."""
-    return RoutingLoss(settings.routing.positive_weight)
+def make_routing(
+    settings: RoutingSettings, shared: LossSettings, class_counts: Sequence[int], class_names: Sequence[str] | None
+) -> RoutingLoss:
+    """Class counts are ignored: as published, `data.sampler: class_balanced` balances classes."""
+    return RoutingLoss(settings.positive_weight)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from paco_ds.config.recipe import Recipe
+from paco_ds.config.recipe import DataSettings, MetricsSettings
 from paco_ds.distributed.ranks import Ranks
 from paco_ds.errors import DataError
 from paco_ds.evaluation.accuracy import ShotAccuracy
@@ -25,20 +25,31 @@ class RunLogger:
     """Logs a run. The first rank also writes metrics.jsonl and the list of Prometheus targets.
 
     Args:
+        method: `loss.method`, for the build information.
         steps_done: steps done before; later lines of the log are removed.
     """
 
-    def __init__(self, recipe: Recipe, run: Path, ranks: Ranks, *, total_steps: int, steps_done: int) -> None:
+    def __init__(
+        self,
+        settings: MetricsSettings,
+        run: Path,
+        ranks: Ranks,
+        *,
+        method: str,
+        epochs: int,
+        total_steps: int,
+        steps_done: int,
+    ) -> None:
         self.log = MetricsLog(run / "metrics.jsonl" if ranks.first else None)
         self.log.cut_after(steps_done if steps_done else -1)
-        self.metrics = _serve_metrics(recipe, run, ranks)
+        self.metrics = _serve_metrics(settings, method, run, ranks)
         ranks.on_bytes = self.metrics.add_collective_bytes
         self.progress = progress_view(
             ranks.rank,
             total_steps=total_steps,
             first_step=steps_done,
-            epochs=recipe.schedule.epochs,
-            every=recipe.metrics.log_every,
+            epochs=epochs,
+            every=settings.log_every,
         )
 
     def step(self, record: StepRecord, samples: int, skipped: str | None) -> None:
@@ -76,10 +87,10 @@ class BadSamples:
         planned: samples of an epoch.
     """
 
-    def __init__(self, watch: RunLogger, recipe: Recipe, ranks: Ranks, planned: int) -> None:
-        self._watch, self._ranks = watch, ranks
-        self._share = recipe.data.max_bad_share
-        self._planned, self._shards = planned, recipe.data.shards
+    def __init__(self, run_logger: RunLogger, data: DataSettings, ranks: Ranks, planned: int) -> None:
+        self._logger, self._ranks = run_logger, ranks
+        self._share = data.max_bad_share
+        self._planned, self._shards = planned, data.shards
         self.begin_epoch()
 
     def begin_epoch(self) -> None:
@@ -94,7 +105,7 @@ class BadSamples:
         """
         for key, shard, reason in mine:
             self._names.append(f"{key} of {shard}: {reason}")
-            self._watch.metrics.observe_bad_sample(reason)
+            self._logger.metrics.observe_bad_sample(reason)
             logger.warning("sample %s was replaced by another of its class", self._names[-1])
         self._count += on_all_ranks
         if self._count <= self._share * self._planned:
@@ -108,10 +119,10 @@ class BadSamples:
         )
 
 
-def _serve_metrics(recipe: Recipe, run: Path, ranks: Ranks) -> MetricsSink:
-    sink: MetricsSink = Exporter() if recipe.metrics.serve else NullExporter()
-    port = sink.start(recipe.metrics.port, ranks.local_rank)
-    sink.build_info({**versions(), "method": recipe.loss.method, "world_size": str(ranks.world_size)})
+def _serve_metrics(settings: MetricsSettings, method: str, run: Path, ranks: Ranks) -> MetricsSink:
+    sink: MetricsSink = Exporter() if settings.serve else NullExporter()
+    port = sink.start(settings.port, ranks.local_rank)
+    sink.build_info({**versions(), "method": method, "world_size": str(ranks.world_size)})
     host = reachable_host(os.environ.get("MASTER_ADDR", "127.0.0.1"))
     addresses = ranks.gather_objects(f"{host}:{port}" if port else None)
     if ranks.first:

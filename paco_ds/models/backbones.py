@@ -1,31 +1,18 @@
 """Backbones by name: images to pooled features [B, feature_dim], or [E, B, feature_dim] of experts.
 
-A name is one of ours (`cifar_resnet32`, `resnet200`, `resnext101_32x4d`), any classifier of torchvision
-(`resnet152`), or `timm:NAME` where timm is installed.
+A name belongs to a family (`paco_ds.models.families`), or is `module:function` of code from outside the package.
 """
 
 from __future__ import annotations
 
 import difflib
-import importlib.util
-import re
-from typing import Any
 
-import torchvision
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from paco_ds.config.plugins import is_plugin, load_plugin
 from paco_ds.config.recipe import ModelSettings
 from paco_ds.errors import RecipeError
-from paco_ds.models.cifar import CifarBlock, CifarResNet
-from paco_ds.models.experts import make_experts
-
-# ResNets of the paper that torchvision has the blocks for, but no name: blocks of each stage, groups, width of a group.
-_COMPOSED = {
-    "resnet200": ([3, 24, 36, 3], 1, 64),
-    "resnext101_32x4d": ([3, 4, 23, 3], 32, 4),
-}
-_CIFAR = re.compile(r"cifar_resnet(\d+)")
+from paco_ds.models.families import families
 
 
 class Backbone(nn.Module):
@@ -40,65 +27,39 @@ class Backbone(nn.Module):
 
     def blocks(self) -> list[nn.Module]:
         """The residual blocks, in order: the units of which activation checkpointing keeps the input alone."""
-        return [m for m in self.modules() if isinstance(m, (BasicBlock, Bottleneck, CifarBlock))]
+        kinds = tuple(kind for family in families() for kind in family.blocks)
+        return [m for m in self.modules() if isinstance(m, kinds)]
 
 
 def make_backbone(settings: ModelSettings) -> Backbone:
     """The backbone a recipe names, randomly initialised.
 
     Raises:
-        RecipeError: a name that is not known, a network without one linear classifier at its end, or experts of a
-            network that has no stages to branch at.
+        RecipeError: an unknown name, a network without one linear classifier at its end, or experts of a network that
+            has no stages to branch at.
     """
     network, feature_dim = _make_network(settings)
-    if settings.experts is not None:
-        experts = make_experts(network, settings.backbone, settings.experts, settings.expert_width)
-        return Backbone(experts, experts.feature_dim)
-    return Backbone(network, feature_dim)
+    if settings.experts is None:
+        return Backbone(network, feature_dim)
+    for family in families():
+        experts = family.branch and family.branch(network, settings.experts, settings.expert_width)
+        if experts is not None:
+            return Backbone(experts, experts.feature_dim)
+    raise RecipeError(
+        f"model.experts {settings.experts}: {settings.backbone} has no stages to branch at; experts need a ResNet, "
+        f"ResNeXt or cifar_resnet, or leave model.experts out"
+    )
 
 
 def _make_network(settings: ModelSettings) -> tuple[nn.Module, int]:
     """(network without its classifier, dimension of its feature)."""
     name = settings.backbone
-    if cifar := _CIFAR.fullmatch(name):
-        try:
-            return CifarResNet(int(cifar[1]), settings.width), 4 * settings.width
-        except ValueError as error:
-            raise RecipeError(f"model.backbone {name}: {error}") from None
-    if name.startswith("timm:"):
-        return _of_timm(name.removeprefix("timm:"))
-    if name in _COMPOSED:
-        layers, groups, width = _COMPOSED[name]
-        network: nn.Module = ResNet(Bottleneck, layers, groups=groups, width_per_group=width)
-    elif name in (known := torchvision.models.list_models(module=torchvision.models)):
-        network = torchvision.models.get_model(name, weights=None)
-    else:
-        names = [*known, *_COMPOSED, "cifar_resnet20", "cifar_resnet32"]
-        near = difflib.get_close_matches(name, names, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "see docs/methods.md for the names"
-        raise RecipeError(f"model.backbone {name!r} is not known; {hint}")
-    return network, _take_classifier(network, name)
-
-
-def _take_classifier(network: nn.Module, name: str) -> int:
-    """Replace the classifier of 1000 classes by nothing, and return the dimension of what it was given."""
-    found = [(path, m) for path, m in network.named_modules() if isinstance(m, nn.Linear) and m.out_features == 1000]
-    if len(found) != 1:
-        raise RecipeError(
-            f"model.backbone {name} has {len(found)} linear classifiers where one is needed: choose another network"
-        )
-    path, classifier = found[0]
-    network.set_submodule(path, nn.Identity())
-    return int(classifier.in_features)
-
-
-def _of_timm(name: str) -> tuple[nn.Module, int]:
-    if importlib.util.find_spec("timm") is None:
-        raise RecipeError(f"model.backbone timm:{name} needs timm: pip install timm")
-    import timm
-
-    if name not in timm.list_models():
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise RecipeError(f"model.backbone timm:{name} is not one of timm's; did you mean {' or '.join(near)}?")
-    network: Any = timm.create_model(name, pretrained=False, num_classes=0)
-    return network, int(network.num_features)
+    for family in families():
+        if family.owns(name):
+            return family.make(settings)
+    if is_plugin(name):
+        network, feature_dim = load_plugin(name, "model.backbone")(settings)
+        return network, feature_dim
+    near = difflib.get_close_matches(name, [each for family in families() for each in family.names()], n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else "see docs/methods.md for the names"
+    raise RecipeError(f"model.backbone {name!r} is not known; {hint}")

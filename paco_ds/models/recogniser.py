@@ -17,6 +17,7 @@ from paco_ds.config.recipe import ModelSettings, Recipe
 from paco_ds.models.backbones import Backbone, make_backbone
 from paco_ds.models.experts import Experts
 from paco_ds.models.heads import CosineCenters, LinearCenters, Normalize, PerExpert, Projection, ScaledCenters
+from paco_ds.models.output import ModelOutput
 from paco_ds.models.routing import Routers, ask_in_turn
 
 
@@ -40,20 +41,13 @@ class Encoder(nn.Module):
 class Recogniser(nn.Module):
     """Query encoder with centers (a linear classifier on F(x)) and, for PaCo, the key encoder.
 
-    `forward(images)` gives (center logits [B, C], query unit rows [B, D] or None), float32;
-    `forward(images, second_view)` gives the same of both views run one after the other, [2 B, ...], as GPaCo does
-    in one micro-batch: BatchNorm normalises each view by itself;
-    `forward(images, keys=True)` gives keys [B, D], float32 unit rows without gradient. Plain tuples, since ZeRO-3
-    finds the tensors whose backward it must prepare only in those.
+    `forward(images)` gives a `ModelOutput`;
+    `forward(images, second_view)` gives the same for both views, [2 B, ...], run one after the other as GPaCo does
+    in one micro-batch: BatchNorm normalises each view separately;
+    `forward(images, keys=True)` gives keys [B, D], float32 unit rows without gradient.
 
-    With `prototypes` a further output follows in training: unit rows [C, D], what this projection makes of the
-    centers.
-
-    With `routers` (RIDE's second stage) what each router says, [E - 1, B], follows in training. In evaluation an image
-    is given to as many experts as they want: its mean logits [B, C], None, and the number of experts [B].
-
-    Of E experts, logits are [E, B, C] and queries [E, B, D], as the losses take them; keys are [B, E D], an expert's
-    beside the next one's, as the queue keeps them.
+    Of E experts, logits are [E, B, C] and queries [E, B, D], as the losses take them; keys are [B, E D], the experts
+    concatenated, as the queue keeps them.
     """
 
     def __init__(
@@ -80,7 +74,7 @@ class Recogniser(nn.Module):
         return self.query_encoder.projection is not None
 
     def freeze_encoder(self) -> None:
-        """Train heads alone: the query encoder gives what it gave when it was trained, BatchNorm included."""
+        """Train heads alone: the query encoder keeps its weights and its BatchNorm statistics."""
         self.query_encoder.requires_grad_(False)
         self.encoder_is_frozen = True
         self.train(self.training)
@@ -102,27 +96,26 @@ class Recogniser(nn.Module):
             self.query_encoder.eval()
         return self
 
-    def forward(
-        self, images: Tensor, second_view: Tensor | None = None, *, keys: bool = False
-    ) -> tuple[Tensor | None, ...] | Tensor:
+    def forward(self, images: Tensor, second_view: Tensor | None = None, *, keys: bool = False) -> ModelOutput | Tensor:
         if keys:
             assert self.key_encoder is not None
             with torch.no_grad():
                 return concat_experts(self.key_encoder(self.normalize(images))[1])
         if self.routers is not None and not self.training:
             mean_logits, used = self._ask_in_turn(self.normalize(images))
-            return mean_logits, None, used
+            return ModelOutput(None, mean_logits, experts_used=used)
         feature, query = self.query_encoder(self.normalize(images))
         if second_view is not None:
             second_feature, second_query = self.query_encoder(self.normalize(second_view))
             feature, query = torch.cat([feature, second_feature], -2), torch.cat([query, second_query], -2)
         if self.routers is not None:
             logits = self.centers(feature).float()
-            return logits, query, self.routers(feature, logits)
+            return ModelOutput(feature, logits, query, routers=self.routers(feature, logits))
         if self.prototypes is None or not self.training:
-            return self.centers(feature).float(), query
+            return ModelOutput(feature, self.centers(feature).float(), query)
         logits, rows = self.centers(feature, rows=True)
-        return logits.float(), query, F.normalize(self.prototypes(rows).float(), dim=-1)
+        prototypes = F.normalize(self.prototypes(rows).float(), dim=-1)
+        return ModelOutput(feature, logits.float(), query, prototypes)
 
     def _ask_in_turn(self, images: Tensor) -> tuple[Tensor, Tensor]:
         experts, centers = self.query_encoder.backbone.network, self.centers
@@ -133,12 +126,12 @@ class Recogniser(nn.Module):
 
 
 def concat_experts(rows: Tensor) -> Tensor:
-    """[E, B, D] of experts as [B, E D], an expert's beside the next one's; [B, D] as it is."""
+    """[E, B, D] of experts concatenated to [B, E D]; [B, D] unchanged."""
     return rows if rows.ndim == 2 else rows.transpose(0, 1).flatten(1)
 
 
 def split_experts(rows: Tensor, experts: int | None) -> Tensor:
-    """[B, E D] as [E, B, D] again; as it is without experts (None)."""
+    """[B, E D] split into [E, B, D]; unchanged without experts (None)."""
     return rows if experts is None else rows.unflatten(1, (experts, -1)).transpose(0, 1)
 
 
@@ -166,17 +159,18 @@ def make_recogniser(recipe: Recipe, classes: int, mean: Sequence[float], std: Se
                 settings, lambda: Projection(dim, hidden, settings.projection_dim, settings.projection)
             )
 
-        projection = project() if recipe.loss.contrast else None
+        method = recipe.method
+        projection = project() if method.contrastive else None
         centers = _of_each_expert(settings, lambda: _centers(settings, dim, classes))
-        if not recipe.loss.trains_centers:
+        if not method.trains_centers:
             centers.requires_grad_(False)
-        prototypes = project() if recipe.loss.prototypes else None
+        prototypes = project() if method.uses_prototypes else None
         routers = None
         if settings.trained == "routers":
             assert settings.experts is not None
             routers = Routers(settings.experts, dim, classes, settings.routers)
-        with_key_encoder = recipe.loss.contrast and recipe.key_encoder is not None
         encoder = Encoder(backbone, projection)
+        with_key_encoder = recipe.keys_from == "key_encoder"
         return Recogniser(encoder, centers, Normalize(mean, std), with_key_encoder, prototypes, routers)
 
 

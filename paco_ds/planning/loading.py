@@ -1,26 +1,29 @@
-"""Owns how many loader workers feed a node's GPUs: what a worker makes, what a GPU takes, whether cores suffice."""
+"""Loader workers that feed the GPUs of a node: images/s of a worker and of a GPU, and whether the cores suffice."""
 
 from __future__ import annotations
 
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import cv2
 import torch
 
-from paco_ds.config.recipe import Recipe
+from paco_ds.config.recipe import DataSettings, Recipe
+from paco_ds.config.views import TrainView
+from paco_ds.contrast.key_queue import KeyQueue
 from paco_ds.data.manifest import Manifest
 from paco_ds.data.shard import BadSample, ShardReader
 from paco_ds.data.stream.views import MakeViews, make_view
 from paco_ds.errors import DataError, UserError
+from paco_ds.losses import make_loss
 from paco_ds.models.execution import prepare
-from paco_ds.models.recogniser import make_recogniser
+from paco_ds.models.recogniser import split_experts
 from paco_ds.randomness import DrawPurpose, generator, permutation
+from paco_ds.training.build import Classes, build_forward, build_model
 from paco_ds.training.engine import read_deepspeed_config
-from paco_ds.training.initial_weights import freeze
 
 HEADROOM = 1.25  # images take turns: a worker that meets large ones must not keep its GPU waiting
 
@@ -86,27 +89,31 @@ def plan_loading(per_worker: float, per_gpu: float, gpus: int, configured: int, 
     return LoadingPlan(per_worker, per_gpu, measured, gpus, len(os.sched_getaffinity(0)), workers, configured)
 
 
-def measure_loading(recipe: Recipe, manifest: Manifest, seconds: float = 3.0) -> float:
-    """Training images/s of one process with one thread: read, decoded, both views made; samples in random order.
+def measure_loading(
+    data: DataSettings, views: Sequence[TrainView], manifest: Manifest, seed: int, seconds: float = 3.0
+) -> float:
+    """Training images/s of one process with one thread: read, decoded, views made; samples in random order.
+
+    Args:
+        views: of each image, see `Recipe.training_views`.
 
     Raises:
         DataError: no sample can be read.
     """
-    kinds = (recipe.views.query, recipe.views.key) if recipe.loss.contrast else (recipe.views.query,)
-    make_views = MakeViews(tuple(map(make_view, kinds)), recipe.data.max_pixels)
+    make_views = MakeViews(tuple(map(make_view, views)), data.max_pixels)
     threads = cv2.getNumThreads(), torch.get_num_threads()
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     try:
-        with ShardReader(manifest.storage, manifest.split(recipe.data.train_split)) as reader:
-            order = permutation(len(reader), DrawPurpose.WINDOW, recipe.seed)
+        with ShardReader(manifest.storage, manifest.split(data.train_split)) as reader:
+            order = permutation(len(reader), DrawPurpose.WINDOW, seed)
             made = 0
 
             def load(position: int) -> None:
                 nonlocal made
-                rngs = (generator(s, recipe.seed, 0, position) for s in (DrawPurpose.QUERY_VIEW, DrawPurpose.KEY_VIEW))
+                rngs = (generator(s, seed, 0, position) for s in (DrawPurpose.QUERY_VIEW, DrawPurpose.KEY_VIEW))
                 try:
-                    make_views(reader.read(int(order[position % len(order)])), *list(rngs)[: len(kinds)])
+                    make_views(reader.read(int(order[position % len(order)])), *list(rngs)[: len(views)])
                     made += 1
                 except BadSample:
                     pass
@@ -116,29 +123,32 @@ def measure_loading(recipe: Recipe, manifest: Manifest, seconds: float = 3.0) ->
         cv2.setNumThreads(threads[0])
         torch.set_num_threads(threads[1])
     if not made:
-        raise DataError(f"no sample of {recipe.data.shards} could be read; run tools/build_shards.py check on it")
+        raise DataError(f"no sample of {data.shards} could be read; run tools/build_shards.py check on it")
     return made / elapsed
 
 
-def measure_step(recipe: Recipe, classes: int, device: torch.device, seconds: float = 5.0) -> float:
-    """Training images/s of one device: keys, queries and backward of one micro-batch after the other, random pixels.
+def measure_step(recipe: Recipe, class_counts: Sequence[int], device: torch.device, seconds: float = 5.0) -> float:
+    """Training images/s of one device: keys, queries, loss and backward of micro-batches of random pixels.
 
-    Loss, update and reduction are left out, so a run takes somewhat fewer: workers enough for this are enough.
+    Queue, update and reduction are left out, so a run takes somewhat fewer: workers enough for this are enough.
     """
     m, size = recipe.step.micro_batch, recipe.views.query.size
-    model = make_recogniser(recipe, classes, (0.5,) * 3, (0.25,) * 3).to(device)
-    freeze(model, recipe.model)
+    model = build_model(recipe, Classes(class_counts, ())).to(device)
+    forward = build_forward(recipe, model, make_loss(recipe.loss, class_counts).to(device))
     prepare(model, recipe.engine, stage=0)
     autocast = bool(read_deepspeed_config(recipe.engine.deepspeed).get("torch_autocast", {}).get("enabled"))
     query, key = torch.randint(0, 256, (2, m, 3, size, size), dtype=torch.uint8, device=device)
-    one_encoder = recipe.loss.contrast and recipe.key_encoder is None
+    labels = torch.randint(0, len(class_counts), (m,), device=device)
+    queue = None
+    if recipe.keys_from:
+        queue = KeyQueue(recipe.step.global_batch, recipe.model.key_dim, device).snapshot(len(class_counts))
+        queue = queue if recipe.model.experts is None else queue.experts(recipe.model.experts)
 
     def step(number: int) -> None:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
-            if model.key_encoder is not None:
-                model(key, keys=True)
-            outputs = model(query, key) if one_encoder else model(query)
-        torch.stack([rows.sum() for rows in outputs if rows is not None and rows.requires_grad]).sum().backward()
+            keys = None if model.key_encoder is None else split_experts(model(key, keys=True), recipe.model.experts)
+            result = forward.run_model(query, key, labels)
+        forward.run_loss(result, keys, queue).loss.backward()
         model.zero_grad(set_to_none=True)
         if device.type == "cuda":
             torch.cuda.synchronize(device)

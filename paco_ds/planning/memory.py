@@ -123,13 +123,13 @@ def _static(
     if offloads(zero):
         parts["gradients"] = 3 * _largest(trace, layout, zero)  # a buffer, and its float64 copy for the norm
     images = _image_bytes(recipe)
-    views = 2 if recipe.loss.contrast else 1
+    views = len(recipe.training_views)
     exchanges = _exchanges(recipe, layout)
     # on CUDA the images of this step, and of the next if key images are sent ahead, are on the host
     here = views * layout.accumulation * (2 if exchanges else 1) if device == "cpu" else 1
     # key images of the next step: rows sent and rows received
     parts["input images"] = images * (here + (2 * layout.accumulation if exchanges else 0))
-    if recipe.loss.contrast:
+    if recipe.keys_from:
         dim, row = recipe.model.key_dim, FLOAT * recipe.model.key_dim + 8
         ring = recipe.queue.length * row
         # contrasting with the keys of the whole step needs a copy of the queue
@@ -143,7 +143,7 @@ def _static(
 def _while_keys_are_made(
     recipe: Recipe, trace: StepTrace, layout: MicroBatchLayout, zero: Any, device: Device
 ) -> dict[str, int]:
-    if not recipe.loss.contrast or recipe.key_encoder is None:
+    if recipe.keys_from != "key_encoder" or recipe.key_encoder is None:
         return {}
     # in group order; with batch_norm local they stay on the host
     whole = recipe.key_encoder.batch_norm == "local"
@@ -157,7 +157,7 @@ def _while_keys_are_made(
 
 def _exchanges(recipe: Recipe, layout: MicroBatchLayout) -> bool:
     """Whether key images are exchanged between ranks, one step ahead."""
-    encoder = recipe.key_encoder if recipe.loss.contrast else None
+    encoder = recipe.key_encoder if recipe.keys_from else None
     return encoder is not None and encoder.batch_norm == "shuffle" and layout.world_size > 1
 
 

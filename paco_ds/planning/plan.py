@@ -194,7 +194,7 @@ def _window_bytes(data: Data, layout: MicroBatchLayout, window: int) -> int | No
 def _ready_bytes(recipe: Recipe, layout: MicroBatchLayout) -> int:
     if not recipe.data.workers:
         return 0
-    image = (2 if recipe.loss.contrast else 1) * 3 * recipe.views.query.size**2
+    image = len(recipe.training_views) * 3 * recipe.views.query.size**2
     return micro_batches_ahead(layout) * layout.micro_batch * image
 
 

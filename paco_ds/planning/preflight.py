@@ -67,21 +67,21 @@ def _workers(recipe: Recipe, arguments: argparse.Namespace) -> int:
     from paco_ds.data.manifest import open_data
     from paco_ds.planning.loading import measure_loading, measure_step, plan_loading
 
-    manifest = open_data(recipe, [recipe.data.train_split])
+    manifest = open_data(recipe.data, [recipe.data.train_split])
     gpus = torch.cuda.device_count()
     if arguments.images_per_second is not None:
         if arguments.ranks is None:
             raise UserError("--images-per-second is of the whole job: give its --ranks N as well")
         per_gpu = arguments.images_per_second / max(arguments.ranks, 1)
     elif gpus:
-        per_gpu = measure_step(recipe, len(manifest.classes), torch.device("cuda"))
+        per_gpu = measure_step(recipe, manifest.split(recipe.data.train_split).class_counts, torch.device("cuda"))
     else:
         raise UserError(
             "this machine has no GPU to measure: give --images-per-second X and --ranks N, as a run of the recipe "
             "has shown them (the progress line, or rate(paco_samples_total))"
         )
     plan = plan_loading(
-        measure_loading(recipe, manifest),
+        measure_loading(recipe.data, recipe.training_views, manifest, recipe.seed),
         per_gpu,
         gpus or 1 if arguments.gpus_per_node is None else arguments.gpus_per_node,
         recipe.data.workers,
@@ -98,7 +98,7 @@ def _views(recipe: Recipe, arguments: argparse.Namespace) -> int:
     from paco_ds.data.manifest import open_data
     from paco_ds.report.view_sheet import draw_view_sheet
 
-    bad = draw_view_sheet(recipe, open_data(recipe, [recipe.data.train_split]), Path(arguments.views))
+    bad = draw_view_sheet(recipe, open_data(recipe.data, [recipe.data.train_split]), Path(arguments.views))
     for line in bad:
         print(f"left out: {line}")
     print(f"views of the training images: {arguments.views}")

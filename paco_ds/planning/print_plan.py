@@ -95,7 +95,7 @@ def _settings(plan: Plan) -> Table:
     }
     if recipe.data.cache and plan.cache_bytes is not None:
         rows["shard cache"] = f"at least {format_bytes(plan.cache_bytes)} for each rank of a host"
-    if recipe.loss.contrast and (hint := short_queue_hint(recipe.queue.length, layout.global_batch)):
+    if recipe.keys_from and (hint := short_queue_hint(recipe.queue.length, layout.global_batch)):
         rows["queue"] = hint
     for name, value in rows.items():
         table.add_row(name, value)

@@ -21,11 +21,9 @@ from paco_ds.contrast.key_queue import QueueSnapshot
 from paco_ds.losses import make_loss
 from paco_ds.losses.base import Loss
 from paco_ds.models.execution import prepare
-from paco_ds.models.recogniser import Recogniser, make_recogniser, split_experts
+from paco_ds.models.recogniser import Recogniser, split_experts
 from paco_ds.training.batch_norm import RunningStatistics
-from paco_ds.training.initial_weights import freeze
-
-_ANY = (0.5, 0.5, 0.5)  # mean and deviation change no shape
+from paco_ds.training.build import Classes, build_forward, build_model
 
 
 @dataclass(frozen=True)
@@ -62,8 +60,7 @@ class StepTrace:
 def trace_step(recipe: Recipe, class_counts: tuple[int, ...], autocast: bool) -> StepTrace:
     """Run one micro-batch of a recipe on fake tensors. Takes seconds, and no memory to speak of."""
     with torch.device("meta"):
-        model = make_recogniser(recipe, len(class_counts), _ANY, _ANY)
-        freeze(model, recipe.model)
+        model = build_model(recipe, Classes(class_counts, ()))
     # as the engine does; what compiled code saves is only known when it runs
     prepare(model, recipe.engine.model_copy(update={"compile": False}), stage=0)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -78,19 +75,18 @@ def trace_step(recipe: Recipe, class_counts: tuple[int, ...], autocast: bool) ->
     sizes["loss_parts"] = len(loss.part_names) + (recipe.loss.distill is not None)
     with FakeTensorMode(allow_non_fake_inputs=True):
         parts: dict[str, Any] = _run(
-            model.to_empty(device="cpu"), loss.to_empty(device="cpu"), recipe, len(class_counts), autocast
+            recipe, model.to_empty(device="cpu"), loss.to_empty(device="cpu"), len(class_counts), autocast
         )
     return StepTrace(**sizes, **parts)
 
 
-def _run(model: Recogniser, loss: Loss, recipe: Recipe, classes: int, autocast: bool) -> dict[str, Any]:
+def _run(recipe: Recipe, model: Recogniser, loss: Loss, classes: int, autocast: bool) -> dict[str, Any]:
     m, size, dim = recipe.step.micro_batch, recipe.views.query.size, recipe.model.key_dim
     images, labels = torch.empty(m, 3, size, size, dtype=torch.uint8), torch.zeros(m, dtype=torch.int64)
     keys = queue = None
-    experts = recipe.model.experts
-    one_encoder = recipe.loss.contrast and recipe.key_encoder is None
-    if recipe.loss.contrast:
-        keys = None if one_encoder else torch.empty(m, dim)
+    experts, forward = recipe.model.experts, build_forward(recipe, model, loss)
+    if recipe.keys_from:
+        keys = torch.empty(m, dim) if recipe.keys_from == "key_encoder" else None
         length = recipe.queue.length
         queue = QueueSnapshot(
             torch.empty(length, dim),
@@ -106,20 +102,20 @@ def _run(model: Recogniser, loss: Loss, recipe: Recipe, classes: int, autocast: 
     cast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast)
     found = {"key_peak": 0}
     with live:
-        if recipe.loss.contrast and not one_encoder:
+        if recipe.keys_from == "key_encoder":
             with cast:
                 model(images, keys=True)
             found["key_peak"] = live.peak
             live.restart()
         with torch.autograd.graph.saved_tensors_hooks(live.save, lambda tensor: tensor):
             with cast:
-                logits, query, *prototypes = model(images, images) if one_encoder else model(images)
+                result = forward.run_model(images, images, labels)
             in_model = live.saved
             if experts is not None and queue is not None:
                 keys, queue = None if keys is None else split_experts(keys, experts), queue.experts(experts)
-            output = loss(labels.repeat(logits.shape[-2] // m), logits, query, keys, queue, *prototypes).loss
+            output = forward.run_loss(result, keys, queue).loss
             found |= {"saved": live.saved, "logits": live.saved - in_model}
-        del logits, query
+        del result
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(live.hand_over_gradient)

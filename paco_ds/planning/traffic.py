@@ -17,7 +17,7 @@ from paco_ds.contrast.key_exchange import key_exchange
 from paco_ds.distributed.ranks import MicroBatchLayout
 from paco_ds.planning.trace import StepTrace
 from paco_ds.randomness import DrawPurpose, permutation
-from paco_ds.training.step import _Totals
+from paco_ds.training.totals import StepTotals
 
 FLOAT = 4
 
@@ -52,7 +52,7 @@ def plan_traffic(recipe: Recipe, trace: StepTrace, layout: MicroBatchLayout, zer
 def _own(recipe: Recipe, trace: StepTrace, layout: MicroBatchLayout, step: int) -> list[Traffic]:
     W, m, A = layout.world_size, layout.micro_batch, layout.accumulation
     rows = []
-    if recipe.loss.contrast:
+    if recipe.keys_from:
         if recipe.key_encoder is not None and recipe.key_encoder.batch_norm == "shuffle":
             slots = permutation(layout.global_batch, DrawPurpose.KEY_GROUPS, recipe.seed, step)
             exchange = key_exchange(slots.reshape(layout.micro_batches, m), layout)
@@ -61,7 +61,7 @@ def _own(recipe: Recipe, trace: StepTrace, layout: MicroBatchLayout, step: int) 
             rows.append(Traffic("key images", "all_to_all", leaving * image, "paco_ds"))
         packed = FLOAT * (A * m * (recipe.model.key_dim + 1) + 1)  # keys, labels, a finite flag
         rows.append(Traffic("keys and labels", "all_gather", packed * (W - 1), "paco_ds"))
-    totals = _Totals(torch.device("cpu"), ("",) * trace.loss_parts).vector.nbytes
+    totals = StepTotals(torch.device("cpu"), ("",) * trace.loss_parts).vector.nbytes
     rows.append(Traffic("loss, flags, probabilities", "all_reduce", _ring(2 * totals, W), "paco_ds"))
     if trace.statistics:
         rows.append(Traffic("running statistics", "all_reduce", _ring(2 * FLOAT * trace.statistics, W), "paco_ds"))

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import sysconfig
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import deepspeed
 import ninja
 from deepspeed.accelerator import get_accelerator
 
-from paco_ds.config.recipe import Recipe
+from paco_ds.config.recipe import EngineSettings, OptimizerSettings, StepSettings
 from paco_ds.distributed.launch import environment_ranks, join_job
 from paco_ds.distributed.ranks import MicroBatchLayout, Ranks
 from paco_ds.errors import RecipeError, UserError
@@ -107,7 +108,7 @@ def check_prerequisites() -> None:
         )
 
 
-def start(recipe: Recipe, expect_ranks: int | None = None) -> Ranks:
+def start(step: StepSettings, threads: int | None, expect_ranks: int | None = None) -> Ranks:
     """Join the job's process group: NCCL on CUDA, gloo on CPU, by the same code path.
 
     Raises:
@@ -120,9 +121,9 @@ def start(recipe: Recipe, expect_ranks: int | None = None) -> Ranks:
             f"this job has {world_size} ranks, --expect-ranks says {expect_ranks}. DeepSpeed falls back to one host "
             f"when it cannot read the hostfile: check the path given to --hostfile and its slots"
         )
-    MicroBatchLayout(recipe.step.micro_batch, recipe.step.micro_batches, rank, world_size)  # refused before waiting
+    MicroBatchLayout(step.micro_batch, step.micro_batches, rank, world_size)  # refused before waiting
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    ranks = join_job(recipe.engine.threads, deepspeed.init_distributed)
+    ranks = join_job(threads, deepspeed.init_distributed)
     unname_shared_memory(ranks)
     return ranks
 
@@ -142,15 +143,26 @@ def unname_shared_memory(ranks: Ranks) -> None:
 
 
 def initialise(
-    model: Recogniser, recipe: Recipe, config: dict[str, Any], layout: MicroBatchLayout, ranks: Ranks
+    model: Recogniser,
+    settings: OptimizerSettings,
+    lr: float,
+    execution: EngineSettings,
+    config: Mapping[str, Any],
+    layout: MicroBatchLayout,
+    ranks: Ranks,
 ) -> tuple[Any, GuardedSGD]:
-    """(DeepSpeed engine around the model, the optimizer inside it). Weights must stand in the model before."""
+    """(DeepSpeed engine around the model, the optimizer inside it). Load initial weights first: DeepSpeed copies them.
+
+    Args:
+        lr: peak learning rate.
+        execution: memory format, activation checkpointing, compilation.
+        config: of DeepSpeed, see :func:`read_deepspeed_config`.
+    """
     stage = config.get("zero_optimization", {}).get("stage", 0)
-    settings = recipe.optimizer
-    prepare(model, recipe.engine, stage)
+    prepare(model, execution, stage)
     optimizer = GuardedSGD(
         [p for p in model.parameters() if p.requires_grad],
-        recipe.lr,
+        lr,
         clip_norm=settings.clip_norm,
         whole=stage == 0,
         momentum=settings.momentum,

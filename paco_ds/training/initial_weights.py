@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import ResNet
 
 from paco_ds.checkpoint import open_run
-from paco_ds.config.recipe import ModelSettings, Recipe
+from paco_ds.config.recipe import ModelSettings
 from paco_ds.errors import RecipeError
 from paco_ds.models.recogniser import Recogniser
 
@@ -28,7 +28,7 @@ _BACKBONE = "query_encoder.backbone."
 _CLASSIFIERS = ("fc", "classifier", "heads", "head")  # what torchvision's networks call theirs
 
 
-def load_initial_weights(model: Recogniser, recipe: Recipe) -> None:
+def load_initial_weights(model: Recogniser, settings: ModelSettings) -> None:
     """Put what `model.start_from` names into the encoders of a fresh model, in place.
 
     Of a run: backbone and projection, and for `trained: center_scales` and `routers` its centers; of a file or of
@@ -37,7 +37,6 @@ def load_initial_weights(model: Recogniser, recipe: Recipe) -> None:
     Raises:
         RecipeError: nothing there, or weights of another network, naming what differs.
     """
-    settings = recipe.model
     start = settings.start_from
     if start is None:
         return

@@ -1,4 +1,4 @@
-"""Owns mixup (Zhang et al. 2018): images of a micro-batch mixed in pairs, as a function of seed, step and micro-batch.
+"""Mixup (Zhang et al. 2018): images of a micro-batch mixed in pairs, as a function of seed, step and micro-batch.
 
 With x, y images and labels, x', y' those of partners drawn in the same micro-batch, and lambda ~ Beta(alpha, alpha),
 one number for the micro-batch::
@@ -36,10 +36,10 @@ class Mix:
     def outputs(self, own: LossOutput, partners: LossOutput) -> LossOutput:
         """The loss of the mix from that with the own labels and that with the partners'.
 
-        An image of two classes has no own center: what is read off the probabilities falls away.
+        An image of two classes has no own center, so the probabilities are left out.
         """
         parts = {name: self._mix(part, partners.parts[name]) for name, part in own.parts.items()}
-        return LossOutput(self._mix(own.loss, partners.loss), None, None, None, None, parts)
+        return LossOutput(self._mix(own.loss, partners.loss), parts=parts)
 
     def _mix(self, own: Tensor, partners: Tensor) -> Tensor:
         return self.share * own + (1 - self.share) * partners

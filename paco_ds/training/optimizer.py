@@ -10,7 +10,7 @@ import torch
 from torch.nn import Parameter
 from torch.nn.utils import get_total_norm
 
-from paco_ds.config.recipe import Recipe
+from paco_ds.config.recipe import ScheduleSettings
 
 
 class GuardedSGD(torch.optim.SGD):
@@ -53,18 +53,17 @@ class GuardedSGD(torch.optim.SGD):
         return norm
 
 
-def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
-    """Learning rate of a step: linear warm-up, then lr / 2 (1 + cos(pi (e - w + 1) / (E - w + 1))).
+def learning_rate(schedule: ScheduleSettings, peak: float, step: int, steps_per_epoch: int) -> float:
+    """Learning rate of a step, `peak` at most: linear warm-up, then peak / 2 (1 + cos(pi (e - w + 1) / (E - w + 1))).
 
     With milestones the rate stays after warm-up and becomes a tenth at each of them, in place of the cosine.
     e counts epochs (as published) or steps, by `schedule.per`; w and E are warm-up and length in the same unit.
     """
-    schedule = recipe.schedule
     unit = steps_per_epoch if schedule.per == "epoch" else 1
     per_epoch = steps_per_epoch // unit
     now, warmup, length = step // unit, schedule.warmup_epochs * per_epoch, schedule.epochs * per_epoch
     if now < warmup:
-        return recipe.lr * (now + 1) / warmup
+        return peak * (now + 1) / warmup
     if schedule.milestones:
-        return recipe.lr * 0.1 ** sum(now >= milestone * per_epoch for milestone in schedule.milestones)
-    return recipe.lr / 2 * (1 + math.cos(math.pi * (now - warmup + 1) / (length - warmup + 1)))
+        return peak * 0.1 ** sum(now >= milestone * per_epoch for milestone in schedule.milestones)
+    return peak / 2 * (1 + math.cos(math.pi * (now - warmup + 1) / (length - warmup + 1)))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from paco_ds.checkpoint import MODEL, Checkpoint, open_run
-from paco_ds.config.methods import DistillSettings
+from paco_ds.config.loss import DistillSettings
 from paco_ds.data.manifest import Manifest
 from paco_ds.errors import CheckpointError, RecipeError
 from paco_ds.evaluation.runner import Ensemble, load_recogniser
@@ -45,7 +45,8 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        return self._model(images)[0]
+        logits: Tensor = self._model(images).logits
+        return logits
 
     def check_taught(self, student: Checkpoint) -> None:
         """Refuse to go on with a run that another teacher began.

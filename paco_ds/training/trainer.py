@@ -6,53 +6,41 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from paco_ds.checkpoint import Checkpoint, Checkpoints
 from paco_ds.config.recipe import Recipe
-from paco_ds.contrast.key_encoder import PendingImages, make_key_encoder
-from paco_ds.contrast.key_queue import KeyQueue
 from paco_ds.data.manifest import open_data
-from paco_ds.data.stream.batches import MicroBatch, TrainingStream
 from paco_ds.distributed.ranks import MicroBatchLayout, Ranks
 from paco_ds.distributed.zero import set_momentum, stage_of, whole_model, whole_momentum
 from paco_ds.errors import RecipeError, TrainingError
 from paco_ds.evaluation.accuracy import ShotAccuracy
 from paco_ds.evaluation.results import now, versions, write_results
 from paco_ds.evaluation.runner import evaluate, load_recogniser
+from paco_ds.evaluation.split import EvaluationSplit
 from paco_ds.files import replace_text
-from paco_ds.losses import make_loss
-from paco_ds.losses.distillation import Distillation
 from paco_ds.metrics.log import StepRecord
 from paco_ds.metrics.run_logger import BadSamples, RunLogger
-from paco_ds.models.recogniser import make_recogniser
 from paco_ds.report import write_report
-from paco_ds.training import engine as ds
-from paco_ds.training.initial_weights import freeze, load_initial_weights
-from paco_ds.training.mixup import Mixup
+from paco_ds.training.agreement import check_replicas_equal
+from paco_ds.training.build import Classes, build_model, build_step, build_stream
+from paco_ds.training.engine import read_deepspeed_config
+from paco_ds.training.images_ahead import ImagesAhead
+from paco_ds.training.initial_weights import load_initial_weights
 from paco_ds.training.optimizer import learning_rate
-from paco_ds.training.step import Step, StepResult, check_replicas_equal
+from paco_ds.training.step import StepResult
 from paco_ds.training.stop_request import StopRequest
 from paco_ds.training.teacher import Teacher
-
-
-@dataclass(frozen=True)
-class _StepImages:
-    """A step's micro-batches of this rank, and its key images on their way where there is a key encoder."""
-
-    micro_batches: Sequence[MicroBatch]
-    keys: PendingImages | None
 
 
 class Trainer:
     """One run of a recipe in a run directory, on this rank.
 
     Args:
-        run: the run directory, shared by all ranks; a run found there goes on where it stopped.
+        run: the run directory, shared by all ranks; a run found there is resumed.
         stop_at_step: write a checkpoint after this many steps and end, as if asked to stop.
 
     Raises:
@@ -62,11 +50,11 @@ class Trainer:
     def __init__(self, recipe: Recipe, run: Path, ranks: Ranks, stop_at_step: int | None = None) -> None:
         self.recipe, self.run_dir, self.ranks, self.stop_at_step = recipe, run, ranks, stop_at_step
         self.started = now()
-        self.manifest = manifest = open_data(recipe, _splits(recipe))
+        self.manifest = manifest = open_data(recipe.data, _splits(recipe))
         self.layout = MicroBatchLayout(recipe.step.micro_batch, recipe.step.micro_batches, ranks.rank, ranks.world_size)
-        config = ds.read_deepspeed_config(recipe.engine.deepspeed)
+        config = read_deepspeed_config(recipe.engine.deepspeed)
         self.checkpoints = Checkpoints(run, recipe, manifest.sha256)
-        checkpoint = self._agreed(self.checkpoints.latest())
+        checkpoint = self._same_on_all_ranks(self.checkpoints.latest())
 
         self.steps_done = checkpoint.step if checkpoint else 0
         best = self.checkpoints.best(until=self.steps_done)
@@ -77,26 +65,47 @@ class Trainer:
         if checkpoint and self.teacher:
             self.teacher.check_taught(checkpoint)
         self.stop_request, self.stop_agreed = StopRequest(), False
-        # loader processes start here, before DeepSpeed's and the metrics' threads do
-        self.stream = TrainingStream(recipe, manifest, self.layout, start=self.steps_done)
-        model = make_recogniser(recipe, len(manifest.classes), manifest.mean, manifest.std)
-        if checkpoint:  # before DeepSpeed copies the weights
+        # loader processes start here, before DeepSpeed and metrics start threads
+        self.stream = build_stream(recipe, manifest, self.layout, start=self.steps_done)
+        classes = Classes.of(manifest, recipe.data.train_split)
+        model = build_model(recipe, classes)
+        if checkpoint:
             model.load_state_dict(checkpoint.model())
         else:
-            load_initial_weights(model, recipe)
-        freeze(model, recipe.model)
-        self.engine, self.optimizer = ds.initialise(model, recipe, config, self.layout, ranks)
-        self.queue, self.step = self._make_step()
-        self._next: _StepImages | None = None
+            load_initial_weights(model, recipe.model)
+        self.step = build_step(
+            recipe,
+            model,
+            classes,
+            config,
+            ranks,
+            total_steps=self.total_steps,
+            steps_per_epoch=self.steps_per_epoch,
+            teacher=self.teacher,
+            stop_requested=self.stop_request,
+        )
+        self.engine = self.step.engine
+        self.queue = self.step.contrast.queue if self.step.contrast else None
         if checkpoint:
             set_momentum(self.engine, checkpoint.momentum())
             if self.queue is not None:
                 self.queue.load_state_dict(checkpoint.queue())
+        self.images = ImagesAhead(self.stream, self.step.begin_exchange, self._looks_ahead, start=self.steps_done)
         if ranks.first:
             run.mkdir(parents=True, exist_ok=True)
             replace_text(run / "recipe.yaml", recipe.to_yaml())  # a second stage may be reading it
-        self.watch = RunLogger(recipe, run, ranks, total_steps=self.total_steps, steps_done=self.steps_done)
-        self.bad_samples = BadSamples(self.watch, recipe, ranks, self.steps_per_epoch * self.layout.global_batch)
+        self.logger = RunLogger(
+            recipe.metrics,
+            run,
+            ranks,
+            method=recipe.loss.method,
+            epochs=recipe.schedule.epochs,
+            total_steps=self.total_steps,
+            steps_done=self.steps_done,
+        )
+        self.bad_samples = BadSamples(
+            self.logger, recipe.data, ranks, planned=self.steps_per_epoch * self.layout.global_batch
+        )
 
     def run(self) -> ShotAccuracy | None:
         """Train to the end, evaluate, report. None if the run was stopped before its end."""
@@ -108,21 +117,19 @@ class Trainer:
             if self.stop_agreed or self.steps_done == self.last_step or self._checkpoint_due(self.steps_done):
                 self.save()
         if self.steps_done < self.total_steps:
-            if self._next and self._next.keys:
-                self._next.keys.take()  # no rank leaves while another still receives
-            self.watch.say(f"stopped after step {self.steps_done} of {self.total_steps}; it can go on from here")
+            self.images.drain()
+            self.logger.say(
+                f"stopped after step {self.steps_done} of {self.total_steps}; the same command resumes from here"
+            )
             return None
         return self._finish()
 
     def train_step(self) -> StepResult:
-        """One optimizer step: wait for its images, take it, tell what came of it."""
+        """One optimizer step: wait for its images, take it, log it."""
         began = time.perf_counter()
         number = self.steps_done
-        self._waited = 0.0
-        images = self._next or self._images_of(number)
-        # one step ahead: its key images go from rank to rank while this step computes
-        self._next = self._images_of(number + 1) if self._looks_ahead(number + 1) else None
-        lr = learning_rate(self.recipe, number, self.steps_per_epoch)
+        images = next(self.images)
+        lr = learning_rate(self.recipe.schedule, self.recipe.lr, number, self.steps_per_epoch)
         result = self.step(number, images.micro_batches, lr, images.keys)
         self.steps_done += 1
         self.stop_agreed = result.stop
@@ -134,7 +141,7 @@ class Trainer:
             lr=lr,
             grad_norm=result.grad_norm,
             images_per_second=self.layout.global_batch / seconds,
-            data_wait_seconds=self._waited,
+            data_wait_seconds=images.waited,
             step_seconds=seconds,
             queue_fill=self.queue.fill_ratio if self.queue is not None else 0.0,
             center_probability=result.center_probability,
@@ -145,28 +152,30 @@ class Trainer:
             skipped=result.skipped is not None,
             bad_samples=result.replaced,
         )
-        self.watch.step(record, self.layout.accumulation * self.layout.micro_batch, result.skipped)
+        self.logger.step(record, self.layout.accumulation * self.layout.micro_batch, result.skipped)
         mine = ((r.key, r.shard, r.reason) for batch in images.micro_batches for r in batch.replaced)
         self.bad_samples.add(mine, on_all_ranks=result.replaced)
         self._abort_after_repeated_skips(result)
         every = self.recipe.engine.digest_every
         if every and self.steps_done % every == 0:
-            check_replicas_equal(self.step)
+            check_replicas_equal(self.engine.module, self.queue, self.ranks)
         return result
 
     def evaluate(self, split: str) -> ShotAccuracy:
-        """Accuracy of the weights as they stand."""
-        return evaluate(self.engine, self.engine.module, self.recipe, self.manifest, split, self.ranks)
+        """Accuracy of the present weights."""
+        judged = EvaluationSplit.of(self.recipe, self.manifest, split)
+        return evaluate(self.engine, self.engine.module, judged, self.ranks, self.recipe.model.experts)
 
     def _evaluate_checkpoint(self, checkpoint: Checkpoint, split: str) -> ShotAccuracy:
         """Accuracy of saved weights, in the precision they were trained with."""
-        recipe, manifest, device = self.recipe, self.manifest, self.ranks.device
-        model = load_recogniser(checkpoint, recipe, manifest).to(device)
+        device, experts = self.ranks.device, self.recipe.model.experts
+        judged = EvaluationSplit.of(self.recipe, self.manifest, split)
+        model = load_recogniser(checkpoint, self.recipe, self.manifest).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=checkpoint.state["autocast"]):
-            return evaluate(model, model, recipe, manifest, split, self.ranks)
+            return evaluate(model, model, judged, self.ranks, experts)
 
     def save(self) -> None:
-        """Write a checkpoint of the run as it stands."""
+        """Write a checkpoint."""
         began = time.perf_counter()
         self.checkpoints.save(
             self.steps_done,
@@ -185,12 +194,12 @@ class Trainer:
             write=self.ranks.first,
         )
         self.ranks.wait_for_all()
-        self.watch.checkpoint(time.perf_counter() - began)
+        self.logger.checkpoint(time.perf_counter() - began)
 
     def close(self) -> None:
         """Stop what runs beside training."""
         self.stream.close()
-        self.watch.close()
+        self.logger.close()
         self.stop_request.close()
 
     @property
@@ -206,8 +215,8 @@ class Trainer:
     def steps_per_epoch(self) -> int:
         return self.stream.plan.steps_per_epoch
 
-    def _agreed(self, checkpoint: Checkpoint | None) -> Checkpoint | None:
-        """Every rank must go on from the same step: the run directory has to be shared."""
+    def _same_on_all_ranks(self, checkpoint: Checkpoint | None) -> Checkpoint | None:
+        """The checkpoint, if every rank found the same step: the run directory has to be shared."""
         mine = torch.tensor(checkpoint.step if checkpoint else 0, device=self.ranks.device)
         found = [int(step) for step in self.ranks.gather(mine)]
         if len(set(found)) > 1:
@@ -218,64 +227,32 @@ class Trainer:
             )
         return checkpoint
 
-    def _make_step(self) -> tuple[KeyQueue | None, Step]:
-        recipe, manifest = self.recipe, self.manifest
-        queue, key_encoder = None, None
-        if recipe.loss.contrast:
-            queue = KeyQueue(recipe.queue.length, recipe.model.key_dim, self.ranks.device)
-            key_encoder = make_key_encoder(self.engine, recipe, self.layout, self.ranks, self.total_steps)
-        train_split, distill = recipe.data.train_split, recipe.loss.distill
-        step = Step(
-            self.engine,
-            self.optimizer,
-            make_loss(recipe.loss, manifest.split(train_split).class_counts, manifest.classes).to(self.ranks.device),
-            self.layout,
-            self.ranks,
-            manifest.shots_of_classes(train_split),
-            key_encoder,
-            queue,
-            stop_requested=self.stop_request,
-            contrast_scope=recipe.loss.contrast_scope,
-            experts=recipe.model.experts,
-            steps_per_epoch=self.steps_per_epoch,
-            mixup=Mixup(recipe.step.mixup, recipe.seed) if recipe.step.mixup else None,
-            distillation=Distillation(distill, self.teacher) if distill and self.teacher else None,
-        )
-        return queue, step
-
     def _announce(self) -> None:
         recipe, layout = self.recipe, self.layout
-        self.watch.say(
+        self.logger.say(
             f"{recipe.name}: {recipe.loss.method} with {recipe.model.backbone} on "
             f"{self.manifest.split(recipe.data.train_split).samples} images of {len(self.manifest.classes)} classes; "
             f"{self.ranks.world_size} ranks on {self.ranks.device.type}, ZeRO stage {stage_of(self.engine)}; "
             f"a step is {layout.micro_batches} micro-batches of {layout.micro_batch} ({layout.accumulation} a rank)"
         )
         if recipe.step.scale != 1:
-            self.watch.say(
+            self.logger.say(
                 f"scaled: {layout.micro_batches} micro-batches a step where the recipe has "
                 f"{recipe.step.reference_micro_batches}, so the peak learning rate is {recipe.lr:g}"
             )
-            if recipe.loss.contrast and recipe.queue.length < 4 * layout.global_batch:
-                self.watch.say(
+            if recipe.keys_from and recipe.queue.length < 4 * layout.global_batch:
+                self.logger.say(
                     f"queue.length {recipe.queue.length} is under four global batches; consider "
                     f"--set queue.length={4 * layout.global_batch}"
                 )
         if self.steps_done:
-            self.watch.say(f"goes on from the checkpoint of step {self.steps_done} of {self.total_steps}")
-
-    def _images_of(self, step: int) -> _StepImages:
-        """The next of the stream, which are those of this step."""
-        began = time.perf_counter()
-        micro_batches = next(self.stream)
-        self._waited += time.perf_counter() - began
-        return _StepImages(micro_batches, self.step.begin_exchange(step, micro_batches))
+            self.logger.say(f"resumes from the checkpoint of step {self.steps_done} of {self.total_steps}")
 
     def _looks_ahead(self, done: int) -> bool:
-        """Whether to ask for the images of the step after so many. Not where an epoch or the run ends, or a checkpoint
-        is due: what cannot be read then must not take with it what was trained before."""
-        key_encoder = self.step.key_encoder
-        if key_encoder is None or not key_encoder.exchanges:
+        """Whether to ask for the images of the step after so many. Not at the end of an epoch or of the run, or before
+        a checkpoint: a read error in the next step must not prevent this checkpoint."""
+        contrast = self.step.contrast
+        if contrast is None or contrast.key_encoder is None or not contrast.key_encoder.exchanges:
             return False
         at_epoch_end = done % self.steps_per_epoch == 0
         return done < self.last_step and not at_epoch_end and not self._checkpoint_due(done)
@@ -286,8 +263,8 @@ class Trainer:
         due = self.steps_done == self.total_steps or (settings.every_epochs and epoch % settings.every_epochs == 0)
         if settings.split and due:
             accuracy = self.evaluate(settings.split)
-            self.watch.evaluation(self.steps_done, epoch, settings.split, accuracy)
-            self.watch.say(f"epoch {epoch}, {settings.split}: {_one_line(accuracy)}")
+            self.logger.evaluation(self.steps_done, epoch, settings.split, accuracy)
+            self.logger.say(f"epoch {epoch}, {settings.split}: {_one_line(accuracy)}")
             self._keep_if_best(accuracy)
 
     def _keep_if_best(self, accuracy: ShotAccuracy) -> None:
@@ -308,8 +285,8 @@ class Trainer:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
         if self.skipped_in_a_row >= self.recipe.engine.max_skipped:
             raise TrainingError(
-                f"{self.skipped_in_a_row} steps in a row changed nothing, the last since its {result.skipped} was not "
-                f"finite: the weights are past mending. Go on from an older checkpoint in "
+                f"{self.skipped_in_a_row} steps in a row were skipped, the last since its {result.skipped} was not "
+                f"finite: the weights cannot recover. Resume from an older checkpoint in "
                 f"{self.checkpoints.folder} (move later ones away) with a lower optimizer.lr or optimizer.clip_norm"
             )
 
@@ -326,9 +303,9 @@ class Trainer:
             accuracy = self.evaluate(split)
         else:
             step = best.step
-            self.watch.say(f"{split} is given the weights of step {step}, the best on {self.recipe.evaluation.split}")
+            self.logger.say(f"{split} is given the weights of step {step}, the best on {self.recipe.evaluation.split}")
             accuracy = self._evaluate_checkpoint(best, split)
-        self.watch.metrics.observe_accuracy(accuracy)
+        self.logger.metrics.observe_accuracy(accuracy)
         if self.ranks.first:
             write_results(
                 self.run_dir / "metrics.json",
@@ -340,9 +317,9 @@ class Trainer:
                 world_size=self.ranks.world_size,
                 started=self.started,
             )
-            self.watch.progress.close()
-            self.watch.say(accuracy.table(f"{self.recipe.name} on {split}"))
-            self.watch.say(f"report: {write_report(self.run_dir)}")
+            self.logger.progress.close()
+            self.logger.say(accuracy.table(f"{self.recipe.name} on {split}"))
+            self.logger.say(f"report: {write_report(self.run_dir)}")
         return accuracy
 
 

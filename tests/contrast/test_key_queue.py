@@ -12,6 +12,7 @@ from paco_ds.contrast import key_queue
 from paco_ds.contrast.key_queue import KeyQueue, QueueSnapshot, digest
 from paco_ds.errors import CheckpointError
 from paco_ds.losses import ParametricContrastiveLoss
+from paco_ds.losses.base import Anchors
 
 DIM = 3
 AWKWARD = pytest.mark.parametrize("length", [15, 16, 17])
@@ -155,7 +156,7 @@ class TestSnapshot:
             query = F.normalize(torch.ones(2, DIM)).requires_grad_()
             snapshot = queue.snapshot(8)
             assert snapshot.keys_ND.data_ptr() == queue.keys_KD.data_ptr()
-            output = loss(labels, logits, query, None, snapshot).loss
+            output = loss(Anchors(labels, logits, query, None, snapshot)).loss
             if push_first:
                 queue.push(*numbered(100, 8))
             gradients.append(torch.autograd.grad(output, query)[0])

@@ -19,9 +19,9 @@ from paco_ds.data.cache import FileCache
 from paco_ds.data.manifest import Manifest, load_manifest, open_data
 from paco_ds.data.shard import BadSample, ShardReader, check_shard
 from paco_ds.data.storage import MissingFile, Storage
-from paco_ds.data.stream.batches import TrainingStream
 from paco_ds.distributed.ranks import MicroBatchLayout
 from paco_ds.errors import DataError
+from paco_ds.training.build import build_stream
 from tests.data.s3 import BUCKET, Proxy
 from tests.data.tiny import same_views
 from tests.recipes import tiny_recipe, write_tiny_recipe
@@ -125,7 +125,7 @@ def test_urls_that_execute_or_that_nobody_knows_are_refused(url: str, message: s
     with pytest.raises(DataError, match=message):
         Storage(url)
     with pytest.raises(DataError, match=message):
-        open_data(tiny_recipe(f"data.shards='{url}'"), ["train"])
+        open_data(tiny_recipe(f"data.shards='{url}'").data, ["train"])
 
 
 def test_urls_of_a_recipe_stay_and_its_paths_are_relative_to_it(tmp_path: Path) -> None:
@@ -288,9 +288,9 @@ def test_loader_processes_read_from_s3_with_the_ranks_keys(s3: Proxy, tiny_shard
     upload(tiny_shards.directory, Storage(f"s3://{BUCKET}/loaders", QUICK))
     common = ("step.micro_batch=2", "step.micro_batches=4", "data.window=8", "schedule.epochs=1")
     layout = MicroBatchLayout(2, 4, 0, 1)
-    local = [batch for step in TrainingStream(tiny_recipe(*common), tiny_shards, layout) for batch in step]
+    local = [batch for step in build_stream(tiny_recipe(*common), tiny_shards, layout) for batch in step]
     recipe = tiny_recipe(*common, f"data.shards=s3://{BUCKET}/loaders", "data.workers=2", "data.storage={tries: 3}")
-    stream = TrainingStream(recipe, open_data(recipe, ["train"]), layout)
+    stream = build_stream(recipe, open_data(recipe.data, ["train"]), layout)
     found = [batch for step in stream for batch in step]
     stream.close()
     assert all(same_views(a, b) for a, b in zip(local, found, strict=True))

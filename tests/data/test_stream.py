@@ -8,12 +8,12 @@ import torch
 
 from paco_ds.data.manifest import load_manifest
 from paco_ds.data.shard import ShardReader
-from paco_ds.data.stream.batches import TrainingStream, evaluation_stream
 from paco_ds.data.stream.order import EpochOrder
 from paco_ds.distributed.ranks import MicroBatchLayout
 from paco_ds.errors import DataError
+from paco_ds.training.build import build_stream
 from tests.data.tiny import flip_byte
-from tests.recipes import tiny_recipe
+from tests.recipes import evaluation_batches, tiny_recipe
 
 STEP = ("step.micro_batch=2", "step.micro_batches=12")
 
@@ -23,7 +23,7 @@ def steps_of(recipe, manifest, world_size=1, start=0):
     found = {}
     for rank in range(world_size):
         layout = MicroBatchLayout(recipe.step.micro_batch, recipe.step.micro_batches, rank, world_size)
-        for number, step in enumerate(TrainingStream(recipe, manifest, layout, start), start):
+        for number, step in enumerate(build_stream(recipe, manifest, layout, start), start):
             found |= {(number, j): batch for j, batch in zip(layout.own, step, strict=True)}
     return found
 
@@ -118,14 +118,14 @@ def test_evaluation_refuses_a_bad_sample(manifest, tmp_path, workers):
     damaged = load_manifest(directory)
     flip_byte(directory / damaged.split("test").shards[0].file, 600)
     with pytest.raises(DataError, match=r"^sample test-00000000 of test-.*crc_mismatch.*build_shards.py check"):
-        list(evaluation_stream(tiny_recipe(f"data.workers={workers}"), damaged, "test"))
+        list(evaluation_batches(tiny_recipe(f"data.workers={workers}"), damaged, "test"))
 
 
 @pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (2, 0), (3, 0), (7, 0), (2, 2)])
 def test_evaluation_sees_every_image_once_in_equally_many_batches(manifest, world_size, workers):
     """Padding is marked, so that uneven splits neither hang nor count twice."""
     recipe = tiny_recipe("evaluation.batch=3", f"data.workers={workers}")
-    ranks = [list(evaluation_stream(recipe, manifest, "test", rank, world_size)) for rank in range(world_size)]
+    ranks = [list(evaluation_batches(recipe, manifest, "test", rank, world_size)) for rank in range(world_size)]
     assert len({len(batches) for batches in ranks}) == 1
     ids = torch.cat([b.ids[b.valid] for batches in ranks for b in batches])
     assert sorted(ids.tolist()) == list(range(20))

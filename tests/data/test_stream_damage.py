@@ -16,9 +16,9 @@ from paco_ds.config.recipe import StorageSettings
 from paco_ds.data.manifest import Manifest, load_manifest, open_data
 from paco_ds.data.shard import BadSample, ShardReader, load_index
 from paco_ds.data.storage import Storage
-from paco_ds.data.stream.batches import TrainingStream
 from paco_ds.distributed.ranks import MicroBatchLayout
 from paco_ds.errors import DataError, RecipeError
+from paco_ds.training.build import build_stream
 from tests.data.mutations import fuzz
 from tests.data.tiny import flip_byte, same_views
 from tests.recipes import tiny_recipe
@@ -148,12 +148,12 @@ def test_the_stream_counts_each_place_whose_sample_is_bad(damaged: Manifest) -> 
     """As often as it is planned; all else is what an undamaged stream gives."""
     recipe = tiny_recipe("step.micro_batch=2", "step.micro_batches=4", "schedule.epochs=2", "data.window=8")
     layout = MicroBatchLayout(2, 4, 0, 1)
-    whole = [batch for step in TrainingStream(recipe, damaged, layout) for batch in step]
+    whole = [batch for step in build_stream(recipe, damaged, layout) for batch in step]
     index = load_index(damaged.directory, damaged.split("train").shards[1])
     victims = {damaged.split("train").shards[0].samples + row for row in (0, 3, 4)}
     for row in (0, 3, 4):
         flip_byte(damaged.directory / "train-00001.tar", int(index[row]["offset"]) + 700)
-    found = [batch for step in TrainingStream(recipe, damaged, layout) for batch in step]
+    found = [batch for step in build_stream(recipe, damaged, layout) for batch in step]
     planned = sum(int(i) in victims for batch in whole for i in batch.ids)
     assert planned >= 5
     assert sum(len(batch.replaced) for batch in found) >= planned  # a substitute may be one of the bad itself
@@ -179,11 +179,11 @@ def test_a_remote_stream_gives_the_batches_of_a_local_one(
     layout = MicroBatchLayout(2, 4, 0, 1)
     common = ("step.micro_batch=2", "step.micro_batches=4", "schedule.epochs=2", "data.window=8")
     cache = f"data.cache={{directory: {tmp_path / 'cache'}, bytes: 1000000}}"
-    local = [b for step in TrainingStream(tiny_recipe(*common), tiny_shards, layout) for b in step]
+    local = [b for step in build_stream(tiny_recipe(*common), tiny_shards, layout) for b in step]
     for more in ((), (cache,)):
         recipe = tiny_recipe(*common, f"data.shards={remote.url}", *more)
-        manifest = open_data(recipe, ["train"])
-        found = [b for step in TrainingStream(recipe, manifest, layout) for b in step]
+        manifest = open_data(recipe.data, ["train"])
+        found = [b for step in build_stream(recipe, manifest, layout) for b in step]
         assert all(same_views(a, b) for a, b in zip(local, found, strict=True))
     assert list((tmp_path / "cache").glob("*.copy"))
 
@@ -199,7 +199,7 @@ def test_a_cache_that_does_not_hold_what_a_host_reads_is_refused_with_the_figure
     manifest = load_manifest(remote)
     needed = sum(shard.bytes for shard in manifest.split("train").shards)
     with pytest.raises(RecipeError, match=rf"data.cache.bytes 30000 cannot hold .* 1 ranks .* raise it to {needed}"):
-        TrainingStream(recipe, manifest, MicroBatchLayout(2, 4, 0, 1))
+        build_stream(recipe, manifest, MicroBatchLayout(2, 4, 0, 1))
 
 
 def test_a_pipe_command_without_a_cache_is_refused_before_training(tiny_shards: Manifest) -> None:
@@ -207,13 +207,13 @@ def test_a_pipe_command_without_a_cache_is_refused_before_training(tiny_shards: 
     url = f"pipe:cat {tiny_shards.directory}/{{name}}"
     recipe = tiny_recipe(f"data.shards='{url}'", "data.allow_pipe_urls=true")
     with pytest.raises(RecipeError, match=r"whole shards, not ranges.*data.cache.directory"):
-        TrainingStream(recipe, open_data(recipe, ["train"]), MicroBatchLayout(8, 4, 0, 1))
+        build_stream(recipe, open_data(recipe.data, ["train"]), MicroBatchLayout(8, 4, 0, 1))
 
 
 def test_storage_that_goes_away_ends_the_stream_with_its_name(remote: Storage) -> None:
     """Not with a shorter epoch, and not with thousands of replaced samples."""
     recipe = tiny_recipe("step.micro_batch=2", "step.micro_batches=4", "data.window=4")
-    stream = TrainingStream(recipe, load_manifest(remote), MicroBatchLayout(2, 4, 0, 1))
+    stream = build_stream(recipe, load_manifest(remote), MicroBatchLayout(2, 4, 0, 1))
     next(stream)
     for path in list(fsspec.filesystem("memory").store):
         if path.startswith(remote.url.removeprefix("memory://")) and path.endswith(".tar"):

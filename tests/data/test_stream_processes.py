@@ -19,13 +19,13 @@ SCRIPT = """
 import os, signal, sys
 import psutil
 from paco_ds.data.manifest import load_manifest
-from paco_ds.data.stream.batches import TrainingStream
+
 from paco_ds.distributed.ranks import MicroBatchLayout
 from tests.recipes import tiny_recipe
 
 if __name__ == "__main__":
     recipe = tiny_recipe("schedule.epochs=500", "data.workers=2")
-    stream = TrainingStream(recipe, load_manifest(sys.argv[1]), MicroBatchLayout(8, 4, 0, 1))
+    stream = build_stream(recipe, load_manifest(sys.argv[1]), MicroBatchLayout(8, 4, 0, 1))
     next(stream)
     if sys.argv[2] == "killed":
         workers = [p for p in psutil.Process().children(recursive=True) if "forkserver" in " ".join(p.cmdline())]

@@ -11,9 +11,9 @@ import pytest
 
 from paco_ds.data import shard as shard_module
 from paco_ds.data.manifest import Manifest, load_manifest
-from paco_ds.data.stream.batches import TrainingStream
 from paco_ds.data.stream.partition import TrainingPlan
 from paco_ds.distributed.ranks import MicroBatchLayout
+from paco_ds.training.build import build_stream
 from tests.data.tiny import same_views
 from tests.recipes import tiny_recipe
 
@@ -72,7 +72,7 @@ def test_the_first_batch_opens_only_the_shards_of_its_lanes(
     monkeypatch.setattr(shard_module, "load_index", lambda s, shard: loaded.append(shard.name) or load_index(s, shard))
     recipe = tiny_recipe("step.micro_batch=4", "step.micro_batches=4", "data.window=4", "schedule.epochs=2")
     layout = MicroBatchLayout(4, 4, 3, 4)
-    stream = TrainingStream(recipe, manifest, layout, start=start)
+    stream = build_stream(recipe, manifest, layout, start=start)
     batch = next(stream)[0]
     assert len(batch.labels) == 4
     assert 1 <= len(set(loaded)) <= 2 * 4
@@ -96,7 +96,7 @@ def test_labels_of_all_are_read_for_samplers_once(
         "data.sampler=class_balanced",
     )
     digest = hashlib.sha256()
-    for step in TrainingStream(recipe, manifest, MicroBatchLayout(4, 4, 0, 1)):
+    for step in build_stream(recipe, manifest, MicroBatchLayout(4, 4, 0, 1)):
         for batch in step:
             digest.update(batch.query.numpy().tobytes())
     assert len(loaded) <= 2 * 60  # once for the labels, once for reading; all of them stay in memory
@@ -108,14 +108,14 @@ def test_samplers_resume_and_change_ranks_like_the_default(tiny_shards: Manifest
     """Bytes of both views too, from a step within an epoch on."""
     common = ("step.micro_batch=2", "step.micro_batches=4", "data.window=4", "schedule.epochs=3")
     recipe = tiny_recipe(*common, f"data.sampler={sampler}")
-    one = list(TrainingStream(recipe, tiny_shards, MicroBatchLayout(2, 4, 0, 1)))
+    one = list(build_stream(recipe, tiny_shards, MicroBatchLayout(2, 4, 0, 1)))
     for rank in range(2):
-        for step, own in enumerate(TrainingStream(recipe, tiny_shards, MicroBatchLayout(2, 4, rank, 2), start=7), 7):
+        for step, own in enumerate(build_stream(recipe, tiny_shards, MicroBatchLayout(2, 4, rank, 2), start=7), 7):
             for slot, batch in enumerate(own):
                 expected = one[step][2 * slot + rank]
                 assert batch.ids.tolist() == expected.ids.tolist()
                 assert same_views(batch, expected)
-    default = list(TrainingStream(tiny_recipe(*common), tiny_shards, MicroBatchLayout(2, 4, 0, 1)))
+    default = list(build_stream(tiny_recipe(*common), tiny_shards, MicroBatchLayout(2, 4, 0, 1)))
     assert len(default) == len(one)  # the same steps an epoch, whatever the sampler
     rare = [sum(int((batch.labels == 2).sum()) for step in run for batch in step) for run in (default, one)]
     assert rare[1] > 1.5 * rare[0]

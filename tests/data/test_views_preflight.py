@@ -65,12 +65,15 @@ def test_both_rates_are_measured_on_real_work(recipe_file, striped_shards):
     from paco_ds.config.load import load_recipe
 
     recipe, threads = load_recipe(recipe_file), torch.get_num_threads()
-    assert measure_loading(recipe, load_manifest(striped_shards), seconds=0.02) > 10
+    assert (
+        measure_loading(recipe.data, recipe.training_views, load_manifest(striped_shards), recipe.seed, seconds=0.02)
+        > 10
+    )
     assert torch.get_num_threads() == threads
     routers = ["loss.method=routing", "model.trained=routers", "model.start_from=unused", "model.experts=2"]
     methods = [], ["key_encoder=none"], ["loss.method=cross_entropy"], ["loss.method=bcl"], routers
     for override in methods:
-        rate = measure_step(load_recipe(recipe_file, override), 4, torch.device("cpu"), seconds=0.02)
+        rate = measure_step(load_recipe(recipe_file, override), [9, 5, 2, 1], torch.device("cpu"), seconds=0.02)
         assert rate > 1
 
 

@@ -10,8 +10,8 @@ from PIL import Image
 
 from paco_ds.data.manifest import load_manifest
 from paco_ds.data.pack.command import main
-from paco_ds.data.stream.batches import TrainingStream
 from paco_ds.distributed.ranks import MicroBatchLayout
+from paco_ds.training.build import build_stream
 from tests.recipes import tiny_recipe
 
 VIEWS = (
@@ -45,7 +45,7 @@ def photographs(tmp_path_factory):
 
 def micro_batches(recipe, manifest, world_size=1):
     """All of them in the order of the plan."""
-    streams = [TrainingStream(recipe, manifest, MicroBatchLayout(2, 6, rank, world_size)) for rank in range(world_size)]
+    streams = [build_stream(recipe, manifest, MicroBatchLayout(2, 6, rank, world_size)) for rank in range(world_size)]
     steps = [list(stream) for stream in streams]
     return [steps[j % world_size][step][j // world_size] for step in range(len(steps[0])) for j in range(6)]
 

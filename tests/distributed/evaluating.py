@@ -12,6 +12,7 @@ from paco_ds.data.manifest import Manifest, open_data
 from paco_ds.distributed.ranks import Ranks
 from paco_ds.evaluation.results import write_results
 from paco_ds.evaluation.runner import Ensemble, evaluate, load_recogniser
+from paco_ds.evaluation.split import EvaluationSplit
 from paco_ds.evaluation.tau_normalization import choose_tau, tau_normalized
 from paco_ds.models.recogniser import Recogniser
 
@@ -29,7 +30,7 @@ def written(
     if tau is not None:
         model = tau_normalized(model, tau)
     ensemble = Ensemble([(model, False)])
-    accuracy = evaluate(ensemble, ensemble, recipe, manifest, split, ranks)
+    accuracy = evaluate(ensemble, ensemble, EvaluationSplit.of(recipe, manifest, split), ranks, recipe.model.experts)
     if not ranks.first:
         return None
     about: dict[str, Any] = {"split": split, "step": 0, "world_size": ranks.world_size, "started": ""}
@@ -39,10 +40,10 @@ def written(
 def scores_of_taus(ranks: Ranks, run: Path, split: str) -> tuple[float, dict[float, float]]:
     """What `choose_tau` says on this rank."""
     recipe, manifest, model = _loaded(run, split)
-    return choose_tau(model, recipe, manifest, split, ranks)
+    return choose_tau(model, EvaluationSplit.of(recipe, manifest, split), ranks)
 
 
 def _loaded(run: Path, split: str, overrides: tuple[str, ...] = ()) -> tuple[Recipe, Manifest, Recogniser]:
     recipe = load_recipe(run / "recipe.yaml", overrides)
-    manifest = open_data(recipe, [split])
+    manifest = open_data(recipe.data, [split])
     return recipe, manifest, load_recogniser(newest_checkpoint(run), recipe, manifest)

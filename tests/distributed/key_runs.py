@@ -58,7 +58,7 @@ def key_bytes(ranks: Ranks, overrides: tuple[str, ...], number: int) -> dict[str
     step = make_step(ranks, recipe, deepspeed_config(0, autocast=False))
     batches = [made_micro_batch(recipe, number, j) for j in step.layout.own]
     ranks.on_bytes = counter = ByteCounter()
-    step.key_encoder.keys(number, step.begin_exchange(number, batches), [b.labels for b in batches]).wait()
+    step.contrast.key_encoder.keys(number, step.begin_exchange(number, batches), [b.labels for b in batches]).wait()
     ranks.on_bytes = ByteCounter()
     step.engine.destroy()
     return dict(counter.sent)

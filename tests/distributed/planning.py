@@ -71,7 +71,8 @@ def allocated(
 
 def _two_steps(ranks: Ranks, recipe: Recipe, config: dict[str, Any]) -> Step:
     step = make_step(ranks, recipe, config)
-    ahead = step.key_encoder is not None and step.key_encoder.exchanges
+    encoder = step.contrast.key_encoder if step.contrast else None
+    ahead = encoder is not None and encoder.exchanges
     batches, images = _made(step, recipe, 0), None
     for number in range(2):
         if ahead:  # the trainer has the next step's images, and key images under way, while a step computes

@@ -64,17 +64,17 @@ def plain_steps(
                 views = (*_logits_and_rows(model, batch.query), *_logits_and_rows(model, batch.key))
                 loss = _bcl(recipe, batch.labels, *views, prototypes)
             elif keys is None:
-                logits, query = model(batch.query)
-                second_logits, own = model(batch.key)
+                _, logits, query, *_ = model(batch.query)
+                _, second_logits, own, *_ = model(batch.key)
                 second_rows.append(_beside(own.detach()))
                 loss = _loss_of_both_views(
                     recipe, batch.labels, logits, second_logits, query, own, queue_keys, queue_labels
                 )
             elif recipe.loss.contrast_scope == "global_batch":
-                logits, query = model(batch.query)
+                _, logits, query, *_ = model(batch.query)
                 loss = _loss(recipe, batch.labels, logits, query, keys, labels, queue_keys, queue_labels)
             else:
-                logits, query = model(batch.query)
+                _, logits, query, *_ = model(batch.query)
                 own = keys[j * len(batch.labels) : (j + 1) * len(batch.labels)]
                 loss = _loss(recipe, batch.labels, logits, query, own, batch.labels, queue_keys, queue_labels)
             loss = loss / len(batches)

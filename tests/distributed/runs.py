@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from paco_ds.config.recipe import Recipe
-from paco_ds.contrast.key_encoder import make_key_encoder
-from paco_ds.contrast.key_queue import KeyQueue
 from paco_ds.data.stream.batches import MicroBatch
-from paco_ds.distributed.ranks import ByteCounter, MicroBatchLayout, Ranks
+from paco_ds.distributed.ranks import ByteCounter, Ranks
 from paco_ds.distributed.zero import set_momentum, whole_model, whole_momentum
 from paco_ds.errors import RecipeError, TrainingError
-from paco_ds.losses import make_loss
-from paco_ds.losses.base import LossOutput
-from paco_ds.models.recogniser import make_recogniser
-from paco_ds.training import engine as ds
-from paco_ds.training.initial_weights import freeze
-from paco_ds.training.mixup import Mixup
-from paco_ds.training.step import Step, StepResult, check_replicas_equal
+from paco_ds.losses.base import Anchors, LossOutput
+from paco_ds.training.agreement import check_replicas_equal
+from paco_ds.training.build import Classes, build_model, build_step
+from paco_ds.training.step import Step, StepResult
 from tests.recipes import tiny_recipe
 
 CLASS_COUNTS = (80, 40, 20, 8)
@@ -67,33 +62,28 @@ def deepspeed_config(stage: int, autocast: bool, **zero: Any) -> dict[str, Any]:
     return config
 
 
+CLASSES = Classes(CLASS_COUNTS, SHOTS, None, *NORMALIZATION)
+
+
 def make_step(ranks: Ranks, recipe: Recipe, config: dict[str, Any], state: dict[str, Tensor] | None = None) -> Step:
-    """A step of a fresh engine, as the trainer puts it together."""
-    layout = MicroBatchLayout(recipe.step.micro_batch, recipe.step.micro_batches, ranks.rank, ranks.world_size)
-    model = make_recogniser(recipe, len(CLASS_COUNTS), *NORMALIZATION)
+    """A step of a fresh engine, as the trainer builds it."""
+    model = build_model(recipe, CLASSES)
     if state:
         model.load_state_dict(state)
-    freeze(model, recipe.model)
-    engine, optimizer = ds.initialise(model, recipe, config, layout, ranks)
-    loss = make_loss(recipe.loss, CLASS_COUNTS).to(ranks.device)
-    key_encoder = queue = None
-    if recipe.loss.contrast:
-        key_encoder = make_key_encoder(engine, recipe, layout, ranks, TOTAL_STEPS)
-        queue = KeyQueue(recipe.queue.length, recipe.model.key_dim, ranks.device)
-    return Step(
-        engine,
-        optimizer,
-        loss,
-        layout,
+    return build_step(
+        recipe,
+        model,
+        CLASSES,
+        config,
         ranks,
-        SHOTS,
-        key_encoder,
-        queue,
-        contrast_scope=recipe.loss.contrast_scope,
-        experts=recipe.model.experts,
+        total_steps=TOTAL_STEPS,
         steps_per_epoch=TOTAL_STEPS // recipe.schedule.epochs,
-        mixup=Mixup(recipe.step.mixup, recipe.seed) if recipe.step.mixup else None,
     )
+
+
+def check_equal(step: Step) -> None:
+    """The trainer's comparison of ranks."""
+    check_replicas_equal(step.engine.module, step.contrast.queue if step.contrast else None, step.ranks)
 
 
 def _on_cpu(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
@@ -106,7 +96,7 @@ def outcome_of(step: Step, before: dict[str, Tensor], results: list[StepResult])
         before=before,
         after=_on_cpu(whole_model(step.engine)),
         momentum=_on_cpu(whole_momentum(step.engine)),
-        queue=_on_cpu(step.queue.state_dict().items()) if step.queue else {},
+        queue=_on_cpu(step.contrast.queue.state_dict().items()) if step.contrast else {},
         skipped=[r.skipped for r in results],
         grad_norms=[r.grad_norm for r in results],
     )
@@ -145,7 +135,7 @@ def run_steps(
         results.append(step(number, batches, recipe.lr, arriving))
     ranks.on_bytes = ByteCounter()
     if fault not in EVERYWHERE:
-        check_replicas_equal(step)
+        check_equal(step)
     outcome = outcome_of(step, before, results)
     outcome.bytes_sent = dict(counter.sent)
     step.engine.destroy()
@@ -173,7 +163,7 @@ def state_around_a_fault(
         result = step(number, batches, recipe.lr)
         if number:
             states.append(outcome_of(step, initial, [result]))
-    check_replicas_equal(step)
+    check_equal(step)
     step.engine.destroy()
     return states[0], states[1], states[2]
 
@@ -184,10 +174,10 @@ def message_after_a_flipped_bit(ranks: Ranks, what: str, rank: int) -> str:
     recipe = tiny_recipe()
     step(0, [made_micro_batch(recipe, 0, j) for j in step.layout.own], recipe.lr)
     if ranks.rank == rank:
-        changed = step.queue.keys_KD if what == "queue" else step.statistics.buffers[2]
+        changed = step.contrast.queue.keys_KD if what == "queue" else step.statistics.buffers[2]
         changed.view(torch.int32).view(-1)[2] ^= 1
     try:
-        check_replicas_equal(step)
+        check_equal(step)
     except TrainingError as error:
         return str(error)
     finally:
@@ -232,24 +222,18 @@ class _NotFiniteBackward(torch.autograd.Function):
 
 def _change_loss(step: Step, active: bool, change: Any) -> None:
     if not hasattr(step, "whole_loss"):
-        step.whole_loss = step.loss
+        step.whole_loss = step.forward.loss
     loss = step.whole_loss
 
-    def changed(*inputs: Any) -> LossOutput:
-        output = loss(*inputs)
-        return LossOutput(
-            change(output.loss),
-            output.center_probability_B,
-            output.center_optimum_B,
-            output.positive_probability_B,
-            output.positive_optimum_B,
-        )
+    def changed(anchors: Anchors) -> LossOutput:
+        output = loss(anchors)
+        return replace(output, loss=change(output.loss))
 
-    step.loss = changed if active else loss
+    step.forward.loss = changed if active else loss
 
 
 def _keys_not_finite(step: Step, active: bool) -> None:
-    encoder = step.key_encoder
+    encoder = step.contrast.key_encoder
     plain = type(encoder)._encode
 
     def broken(images: Tensor) -> Tensor:
@@ -279,17 +263,17 @@ def _statistics_not_averaged(step: Step, active: bool) -> None:
 
 
 def _second_view_detached(step: Step, active: bool) -> None:
-    loss = step.loss
+    loss = step.forward.loss
 
-    def detached(labels: Tensor, logits: Tensor, rows: Tensor, key: None, queue: Any) -> LossOutput:
-        first, second = rows.chunk(2)
-        return loss(labels, logits, torch.cat([first, second.detach()]), key, queue)
+    def detached(anchors: Anchors) -> LossOutput:
+        first, second = anchors.queries.chunk(2)
+        return loss(replace(anchors, queries=torch.cat([first, second.detach()])))
 
-    step.loss = detached
+    step.forward.loss = detached
 
 
 def _no_moving_average(step: Step, active: bool) -> None:
-    step.key_encoder.update = lambda number: None
+    step.contrast.key_encoder.update = lambda number: None
 
 
 FAULTS = {

@@ -13,11 +13,10 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from paco_ds.checkpoint import Checkpoints, chosen_checkpoint, newest_checkpoint, read_checkpoint
 from paco_ds.config.load import load_recipe
 from paco_ds.data.manifest import open_data
-from paco_ds.data.stream.batches import evaluation_stream
 from paco_ds.evaluate import main as evaluate
 from paco_ds.evaluation.runner import load_recogniser
 from paco_ds.metrics.log import read
-from tests.recipes import write_tiny_recipe
+from tests.recipes import evaluation_batches, write_tiny_recipe
 
 EVALUATE = Path(__file__).parents[2] / "paco_ds" / "evaluate.py"
 TRAIN = "tests.distributed.training:train"
@@ -53,7 +52,7 @@ def test_the_best_weights_are_kept_and_given_the_test_split(finished):
     assert best.step == validation(finished)[scores.index(max(scores))]["step"]
     results = json.loads((finished / "metrics.json").read_text())
     assert results["step"] == best.step
-    assert chosen_checkpoint(finished, load_recipe(finished / "recipe.yaml")).step == best.step
+    assert chosen_checkpoint(finished, load_recipe(finished / "recipe.yaml").evaluation.checkpoint).step == best.step
 
 
 def test_an_ensemble_of_a_run_with_itself_is_the_run(finished, tmp_path):
@@ -98,11 +97,11 @@ def test_an_ensemble_of_two_runs_averages_their_probabilities(pool, striped_shar
 def logits_on_test(run):
     """(labels [N], logits [N, C] in float64) of a run's newest checkpoint."""
     recipe = load_recipe(run / "recipe.yaml")
-    manifest = open_data(recipe, ["test"])
+    manifest = open_data(recipe.data, ["test"])
     model = load_recogniser(newest_checkpoint(run), recipe, manifest).eval()
     with torch.no_grad():
         batches = [
-            (b.labels[b.valid], model(b.query)[0][b.valid]) for b in evaluation_stream(recipe, manifest, "test", 0, 1)
+            (b.labels[b.valid], model(b.query).logits[b.valid]) for b in evaluation_batches(recipe, manifest, "test")
         ]
     labels, logits = zip(*batches, strict=True)
     return torch.cat(labels), torch.cat(logits).double()
@@ -132,7 +131,7 @@ def test_the_best_of_another_criterion_is_not_the_best(finished, criterion):
     recipe = load_recipe(finished / "recipe.yaml", [f"evaluation.checkpoint={criterion}"])
     best = read_checkpoint(finished / "checkpoints" / "best")
     assert Checkpoints(finished, recipe, best.state["manifest_sha256"]).best(until=10**6) is None
-    assert chosen_checkpoint(finished, recipe).path.name.startswith("step-")
+    assert chosen_checkpoint(finished, recipe.evaluation.checkpoint).path.name.startswith("step-")
 
 
 def test_a_resumed_run_keeps_only_a_best_of_its_past(pool, finished, tmp_path):

@@ -109,7 +109,7 @@ def test_a_teacher_that_does_not_fit_is_refused_in_words(recipe, teacher, tmp_pa
     settings = load_recipe(recipe, taught(recipe, run))
     assert settings.loss.distill
     with pytest.raises(RecipeError, match=f"loss.distill.teacher {run} {message}"):
-        Teacher(settings.loss.distill, open_data(settings, ["train"]), torch.device("cpu"))
+        Teacher(settings.loss.distill, open_data(settings.data, ["train"]), torch.device("cpu"))
 
 
 def test_another_teacher_is_refused_on_resume(pool, recipe, alone):

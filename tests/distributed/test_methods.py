@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from paco_ds.checkpoint import newest_checkpoint
-from paco_ds.losses import METHODS
+from paco_ds.config.methods import METHODS
 from paco_ds.metrics.log import read
 from tests.distributed.runs import Outcome
 from tests.distributed.test_step import FLOAT32, check, update_difference

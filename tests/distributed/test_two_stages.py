@@ -11,7 +11,6 @@ import torch
 from paco_ds.checkpoint import Checkpoints, newest_checkpoint
 from paco_ds.config.load import load_recipe
 from paco_ds.data.manifest import open_data
-from paco_ds.data.stream.batches import evaluation_stream
 from paco_ds.errors import RecipeError
 from paco_ds.evaluation.runner import load_recogniser
 from paco_ds.evaluation.tau_normalization import TAUS
@@ -19,7 +18,7 @@ from paco_ds.metrics.log import read
 from paco_ds.models.recogniser import make_recogniser
 from paco_ds.training.initial_weights import freeze, load_initial_weights
 from tests.pool import RankError
-from tests.recipes import write_tiny_recipe
+from tests.recipes import evaluation_batches, write_tiny_recipe
 
 EVALUATE = Path(__file__).parents[2] / "paco_ds" / "evaluate.py"
 TRAIN = "tests.distributed.training:train"
@@ -222,11 +221,11 @@ def test_routers_leave_the_experts_as_they_were_and_resume_bit_equal(pool, recip
 def a_threshold_that_halves(run):
     """Midway between the images of the test split, as the first router orders them."""
     recipe = load_recipe(run / "recipe.yaml")
-    manifest = open_data(recipe, ["test"])
+    manifest = open_data(recipe.data, ["test"])
     model = load_recogniser(newest_checkpoint(run), recipe, manifest)
     freeze(model, recipe.model)
     with torch.no_grad():
-        said = [model.train()(b.query)[2][0][b.valid] for b in evaluation_stream(recipe, manifest, "test", 0, 1)]
+        said = [model.train()(b.query).routers[0][b.valid] for b in evaluation_batches(recipe, manifest, "test", 0, 1)]
     return float(torch.cat(said).sigmoid().quantile(0.5))
 
 
@@ -264,4 +263,4 @@ def test_routers_of_other_experts_are_refused_in_words(recipe, experts, override
     settings = load_recipe(recipe, (*routing(experts), *overrides))
     model = make_recogniser(settings, 4, (0.5,) * 3, (0.2,) * 3)
     with pytest.raises(RecipeError, match=message):
-        load_initial_weights(model, settings)
+        load_initial_weights(model, settings.model)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from paco_ds.config.recipe import Recipe
 from paco_ds.distributed.ranks import ByteCounter, Ranks
-from paco_ds.losses.base import LossOutput
+from paco_ds.losses.base import Anchors, LossOutput
 from paco_ds.training.step import StepResult
 from tests.distributed.runs import CLASS_COUNTS, SHOTS, deepspeed_config, made_micro_batch, make_step
 from tests.recipes import tiny_recipe
@@ -49,21 +48,22 @@ def watched_steps(ranks: Ranks, steps: int, overrides: tuple[str, ...] = (), key
     """Steps of the tiny recipe; with `keys` off, queries meet each other alone and many have no positive."""
     recipe = tiny_recipe(*overrides)
     step = make_step(ranks, recipe, deepspeed_config(1, autocast=False))
-    loss, inputs, sums = step.loss, [], []
+    loss, inputs, sums = step.forward.loss, [], []
 
-    def listening(labels: Tensor, logits: Tensor, query: Tensor | None, key: Any, queue: Any) -> LossOutput:
+    def listening(anchors: Anchors) -> LossOutput:
         if not keys:
-            key = queue = None
-        if query is not None:
-            others, other_labels = [query], [labels]
-            if key is not None:
-                others += [key, queue.keys_ND]
+            anchors = replace(anchors, keys=None, queue=None)
+        labels, queries, queue = anchors.labels_B, anchors.queries, anchors.queue
+        if queries is not None:
+            others, other_labels = [queries], [labels]
+            if anchors.keys is not None:
+                others += [anchors.keys, queue.keys_ND]
                 other_labels += [labels, queue.labels_N]
-            made = (labels, logits, query, torch.cat(others), torch.cat(other_labels))
+            made = (labels, anchors.logits, queries, torch.cat(others), torch.cat(other_labels))
             inputs.append(LossInputs(*(tensor.detach().clone() for tensor in made)))
-        return loss(labels, logits, query, key, queue)
+        return loss(anchors)
 
-    step.loss = listening
+    step.forward.loss = listening
     ranks.on_bytes = lambda op, count: sums.append(op) if op == "all_reduce" else None
     seen = []
     for number in range(steps):

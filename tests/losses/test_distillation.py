@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from paco_ds.config.methods import DistillSettings, LossSettings
+from paco_ds.config.loss import DistillSettings, LossSettings
 from paco_ds.losses import make_loss
-from paco_ds.losses.base import LossOutput
+from paco_ds.losses.base import Anchors, LossOutput
 from paco_ds.losses.distillation import Distillation, divergence_from_teacher
 
 BATCH, CLASSES, EXPERTS = 5, 4, 3
@@ -42,7 +42,7 @@ def test_adds_its_weight_to_any_method_and_shows_itself():
     """The method's own loss and parts stay; of two views the teacher is asked about each."""
     z, labels = drawn(EXPERTS, BATCH, CLASSES, seed=0).requires_grad_(), torch.arange(BATCH) % CLASSES
     loss = make_loss(LossSettings(method="ride"), [9, 5, 2, 1])
-    method: LossOutput = loss(labels, z)
+    method: LossOutput = loss(Anchors(labels, z))
     answers = {1: drawn(2, CLASSES, seed=1), 2: drawn(3, CLASSES, seed=2)}
     distillation = Distillation(DistillSettings(teacher="run", weight=0.5, temperature=2.0), lambda x: answers[int(x)])
     taught = distillation(method, z, torch.tensor(1), torch.tensor(2))

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from paco_ds.contrast.key_queue import KeyQueue, QueueSnapshot
-from paco_ds.losses.base import effective_number_weights
+from paco_ds.losses.base import Anchors, effective_number_weights
 from paco_ds.losses.multitask import MultiTaskLoss
 from paco_ds.losses.paco import ParametricContrastiveLoss, class_prior
 from tests.losses.reference import parametric_contrastive_loss
@@ -40,7 +40,7 @@ def test_gpaco_has_both_views_as_anchors():
     both = one_view.repeat(2)
     loss = ParametricContrastiveLoss(**PACO, log_prior_C=class_prior(COUNTS), smoothing=0.1)
     queue = QueueSnapshot.of(keys, queue_labels, CLASSES)
-    ours = loss(both, logits, torch.cat([q, k]), None, queue).loss
+    ours = loss(Anchors(both, logits, torch.cat([q, k]), None, queue)).loss
 
     total = 0.0
     for i in range(8):  # GPaCo's own words: A(i) is the other 2 B - 1 views and the queue
@@ -74,13 +74,14 @@ class TestExperts:
         keys, y, queue_y = unit(length, experts * DIM, seed=3), labels(batch, 4), labels(length, 5)
         queue = QueueSnapshot.of(keys, queue_y, CLASSES).experts(experts)
         assert queue.class_sum_CD.shape == (experts, CLASSES, DIM)
-        output = ParametricContrastiveLoss(**settings)(y, logits, query, key, queue)
+        output = ParametricContrastiveLoss(**settings)(Anchors(y, logits, query, key, queue))
         single = ParametricContrastiveLoss(**settings)
         total, probabilities = 0.0, []
         for e in range(experts):
             own_keys = keys.unflatten(1, (experts, DIM))[:, e]
             total = total + reference(y, logits[e], query[e], key[e], own_keys, queue_y, **settings) / experts
-            alone = single(y, logits[e], query[e], key[e], QueueSnapshot.of(own_keys.contiguous(), queue_y, CLASSES))
+            own_queue = QueueSnapshot.of(own_keys.contiguous(), queue_y, CLASSES)
+            alone = single(Anchors(y, logits[e], query[e], key[e], own_queue))
             probabilities.append(alone.positive_probability_B)
         inputs = (query, logits) if settings.get("centers", True) else (query,)
         torch.testing.assert_close(output.loss, total, **CLOSE)
@@ -110,7 +111,7 @@ class TestMultiTask:
         softmax = {"alpha": 0.0, "temperature": 1.0, "contrast": False, "log_prior_C": log_prior_C}
         supcon = SUPCON | {"class_weight_C": effective_number_weights(COUNTS), "contrast_bias_C": class_prior(COUNTS)}
         loss = MultiTaskLoss(ParametricContrastiveLoss(**softmax), ParametricContrastiveLoss(**supcon), weight)
-        ours = loss(y, logits, query, key, QueueSnapshot.of(keys, queue_y, CLASSES)).loss
+        ours = loss(Anchors(y, logits, query, key, QueueSnapshot.of(keys, queue_y, CLASSES))).loss
         terms = [reference(y, logits, query, key, keys, queue_y, **settings) for settings in (softmax, supcon)]
         expected = terms[0] + weight * terms[1]
         torch.testing.assert_close(ours, expected, **CLOSE)

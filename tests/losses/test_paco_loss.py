@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from paco_ds.contrast.key_queue import KeyQueue, QueueSnapshot
+from paco_ds.losses.base import Anchors
 from paco_ds.losses.paco import ParametricContrastiveLoss, class_prior
 from tests.losses.reference import parametric_contrastive_loss
 from tests.paper import closed_forms as theory
@@ -46,7 +47,7 @@ class Case:
     def ours(self, **settings):
         settings = {"alpha": 0.05, "temperature": 0.2} | settings
         loss = ParametricContrastiveLoss(**settings)
-        return loss(self.labels, self.logits, self.query, self.key, self.queue)
+        return loss(Anchors(self.labels, self.logits, self.query, self.key, self.queue))
 
     def reference(self, **settings):
         settings = {"alpha": 0.05, "temperature": 0.2} | {BY_CLASS.get(k, k): v for k, v in settings.items()}
@@ -135,7 +136,7 @@ def test_each_gradient_by_itself_and_twice(settings, wanted, experts):
     held = cases[0].queue
     queue = QueueSnapshot.of(held.keys_ND.repeat(1, experts), held.labels_N, 4).experts(experts)
     loss = ParametricContrastiveLoss(**{"alpha": 0.05, "temperature": 0.2} | settings)
-    ours = loss(cases[0].labels, *inputs, queue).loss
+    ours = loss(Anchors(cases[0].labels, *inputs, queue)).loss
     asked = [tensor for tensor in inputs if tensor.requires_grad]
     first = torch.autograd.grad(ours, asked, retain_graph=True)
     assert all(map(torch.equal, first, torch.autograd.grad(ours, asked)))
@@ -188,7 +189,7 @@ class TestAwkwardCases:
         case.key.requires_grad_()
 
         def of(query, logits, key):
-            return loss(case.labels, logits, query, key, case.queue).loss * 1.5
+            return loss(Anchors(case.labels, logits, query, key, case.queue)).loss * 1.5
 
         assert torch.autograd.gradcheck(of, (case.query, case.logits, case.key))
 
@@ -235,12 +236,12 @@ class TestOptimum:
 
         def closure():
             optimiser.zero_grad()
-            value = loss(labels[:1], logits, query, keys[:1], queue).loss
+            value = loss(Anchors(labels[:1], logits, query, keys[:1], queue)).loss
             value.backward()
             return value
 
         optimiser.step(closure)
-        output = loss(labels[:1], logits, query, keys[:1], queue)
+        output = loss(Anchors(labels[:1], logits, query, keys[:1], queue))
         return output, query.detach()[0] / 0.5
 
     @pytest.mark.parametrize("normalization", ["published", "summed"])
@@ -351,7 +352,7 @@ class TestSoftmaxSettings:
         """Without contrast and prior it is F.cross_entropy, and nothing else is needed."""
         case = make_case()
         loss = ParametricContrastiveLoss(alpha=0, temperature=1, contrast=False)
-        output = loss(case.labels, case.logits)
+        output = loss(Anchors(case.labels, case.logits))
         torch.testing.assert_close(output.loss, F.cross_entropy(case.logits, case.labels))
         assert output.positive_probability_B is output.positive_optimum_B is None
 
@@ -360,14 +361,14 @@ class TestSoftmaxSettings:
         case = make_case()
         loss = ParametricContrastiveLoss(alpha=0, temperature=1, contrast=False, smoothing=0.1)
         expected = F.cross_entropy(case.logits, case.labels, label_smoothing=0.1 * 4 / 3)
-        torch.testing.assert_close(loss(case.labels, case.logits).loss, expected)
+        torch.testing.assert_close(loss(Anchors(case.labels, case.logits)).loss, expected)
 
     def test_balanced_softmax(self):
         """Without contrast, with prior, it is cross-entropy of logits + log counts."""
         case, counts = make_case(), torch.tensor([1000, 100, 10, 1])
         loss = ParametricContrastiveLoss(alpha=0, temperature=1, contrast=False, log_prior_C=class_prior(counts))
         expected = F.cross_entropy(case.logits + counts.log(), case.labels)
-        torch.testing.assert_close(loss(case.labels, case.logits).loss, expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(loss(Anchors(case.labels, case.logits)).loss, expected, rtol=1e-6, atol=1e-6)
 
 
 class TestClassPrior:
@@ -409,12 +410,12 @@ def test_refused_settings(settings, message):
 @pytest.mark.parametrize(
     ("change", "settings", "message"),
     [
-        ({"query": None}, {}, "needs query_BD"),
-        ({"logits": None}, {}, "needs center_logits_BC"),
+        ({"query": None}, {}, "needs queries"),
+        ({"logits": None}, {}, "needs center logits"),
         (
             {"key": torch.zeros(5, DIM)},
             {},
-            r"key_BD must have one row for each of 6 labels, got shape \(5, 8\)",
+            r"keys must have one row for each of 6 labels, got shape \(5, 8\)",
         ),
         ({}, {"log_prior_C": torch.zeros(3)}, "4 center logits, but 3 classes in log_prior_C"),
         ({"query": torch.zeros(6, DIM + 1)}, {}, "queries and keys need the same shape"),

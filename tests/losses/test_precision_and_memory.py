@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from paco_ds.contrast.key_queue import KeyQueue
+from paco_ds.losses.base import Anchors
 from paco_ds.losses.paco import ParametricContrastiveLoss, class_prior
 from tests.resident import peak_extra_bytes
 
@@ -28,7 +29,8 @@ class Case:
 
     def loss(self) -> Tensor:
         loss = ParametricContrastiveLoss(alpha=ALPHA, temperature=TEMPERATURE, log_prior_C=self.log_prior)
-        return loss(self.labels, self.logits, self.query, self.key, self.queue.snapshot(len(self.log_prior))).loss
+        snapshot = self.queue.snapshot(len(self.log_prior))
+        return loss(Anchors(self.labels, self.logits, self.query, self.key, snapshot)).loss
 
     def exact_loss(self) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Eq. (4) as one softmax over centers, batch and queue, in float64; its inputs, queries and center logits."""
@@ -108,9 +110,9 @@ def train_step(classes: int, keys: int):
     snapshot = case.queue.snapshot(classes)
     loss = ParametricContrastiveLoss(alpha=ALPHA, temperature=TEMPERATURE, log_prior_C=case.log_prior)
     warm = [t[:1].detach().requires_grad_() for t in (case.logits, case.query)]
-    loss(case.labels[:1], *warm, case.key[:1], snapshot).loss.backward()
+    loss(Anchors(case.labels[:1], *warm, case.key[:1], snapshot)).loss.backward()
     inputs = case.logits, case.query
-    return lambda: torch.autograd.grad(loss(case.labels, *inputs, case.key, snapshot).loss, inputs)
+    return lambda: torch.autograd.grad(loss(Anchors(case.labels, *inputs, case.key, snapshot)).loss, inputs)
 
 
 def test_peak_memory_is_two_copies_of_anchors_x_classes():

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from paco_ds.losses.base import Anchors
 from paco_ds.losses.routing import RoutingLoss, asking_further_helps
 
 EXPERTS, BATCH, CLASSES = 4, 64, 3
@@ -39,7 +40,7 @@ def test_is_the_weighted_cross_entropy_of_asking_further(weight):
             expected = expected - (weight * p.log() if target else (1 - p).log()) / (EXPERTS - 1) / BATCH
             wanted, asked = wanted + target, asked + bool(p > 0.5)
         assert 0 < sum(helps(labels, logits, e, i) for i in range(BATCH)) < BATCH
-    output = RoutingLoss(weight)(labels, logits, routers_RB=said)
+    output = RoutingLoss(weight)(Anchors(labels, logits, routers=said))
     torch.testing.assert_close(output.loss, expected)
     torch.testing.assert_close(torch.autograd.grad(output.loss, said), torch.autograd.grad(expected, said))
     decisions = (EXPERTS - 1) * BATCH
@@ -64,7 +65,7 @@ def test_help_is_what_the_mean_of_more_experts_puts_right():
 def test_no_gradient_reaches_the_experts():
     """They are frozen, whatever trains them."""
     labels, logits, said = drawn(1)
-    loss = RoutingLoss()(labels, logits.requires_grad_(), routers_RB=said).loss
+    loss = RoutingLoss()(Anchors(labels, logits.requires_grad_(), routers=said)).loss
     assert torch.autograd.grad(loss, logits, allow_unused=True) == (None,)
     assert math.isfinite(loss.item())
 
@@ -83,7 +84,7 @@ def test_refuses_what_are_no_routers_of_experts(shapes, message):
     """One expert, none, a router too many, no router, other images."""
     logits, said = (None if shape is None else torch.zeros(shape) for shape in shapes)
     with pytest.raises(ValueError, match=message):
-        RoutingLoss()(torch.zeros(5, dtype=torch.int64), logits, routers_RB=said)
+        RoutingLoss()(Anchors(torch.zeros(5, dtype=torch.int64), logits, routers=said))
 
 
 def test_refuses_a_weight_of_nothing():

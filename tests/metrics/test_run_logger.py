@@ -14,9 +14,9 @@ from tests.recipes import tiny_recipe
 def bad_samples(tmp_path):
     recipe = tiny_recipe("data.max_bad_share=0.02", "metrics.serve=true", "metrics.port=19500", "data.shards=/d")
     ranks = Ranks(0, 1, 0, torch.device("cpu"))
-    watch = RunLogger(recipe, tmp_path, ranks, total_steps=10, steps_done=0)
-    yield BadSamples(watch, recipe, ranks, planned=100)
-    watch.close()
+    logger = RunLogger(recipe.metrics, tmp_path, ranks, method="paco", epochs=2, total_steps=10, steps_done=0)
+    yield BadSamples(logger, recipe.data, ranks, planned=100)
+    logger.close()
 
 
 def test_bad_samples_up_to_the_share_are_counted_and_named(bad_samples, caplog):
@@ -24,7 +24,7 @@ def test_bad_samples_up_to_the_share_are_counted_and_named(bad_samples, caplog):
     bad_samples.add([("train-7", "train-0.tar", "crc_mismatch")], on_all_ranks=1)
     bad_samples.add([("train-9", "train-0.tar", "undecodable")], on_all_ranks=1)
     assert "train-7 of train-0.tar: crc_mismatch" in caplog.text
-    page = generate_latest(bad_samples._watch.metrics.registry).decode()
+    page = generate_latest(bad_samples._logger.metrics.registry).decode()
     assert 'paco_bad_samples_total{reason="undecodable"} 1.0' in page
 
 

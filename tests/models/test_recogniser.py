@@ -34,7 +34,7 @@ def test_keys_are_unit_rows_without_gradient_and_queries_have_one():
     """Both encoders start equal; only the query encoder learns."""
     model = make_recogniser(tiny_recipe(), 5, (0.5,) * 3, (0.2,) * 3)
     images = torch.randint(0, 256, (6, 3, 12, 12), dtype=torch.uint8)
-    keys, (logits, query) = model(images, keys=True), model(images)
+    keys, (_, logits, query, *_) = model(images, keys=True), model(images)
     torch.testing.assert_close(keys, query.detach())
     torch.testing.assert_close(keys.norm(dim=1), torch.ones(6))
     assert logits.shape == (6, 5)
@@ -56,7 +56,7 @@ def test_methods_without_contrast_have_no_key_encoder_or_projection():
     model = make_recogniser(tiny_recipe("loss.method=cross_entropy"), 5, (0.5,) * 3, (0.2,) * 3)
     assert model.key_encoder is None
     assert model.query_encoder.projection is None
-    assert model(torch.zeros(2, 3, 12, 12, dtype=torch.uint8))[1] is None
+    assert model(torch.zeros(2, 3, 12, 12, dtype=torch.uint8)).queries is None
 
 
 def test_the_recipes_seed_decides_the_first_weights_and_leaves_the_global_generator_alone():
@@ -76,12 +76,12 @@ def test_prototypes_are_projected_centers_and_belong_to_training():
     """BCL's: unit rows of every class, with gradient to the centers; evaluation sees the outputs of any other model."""
     model = make_recogniser(tiny_recipe("loss.method=bcl"), 5, (0.5,) * 3, (0.2,) * 3)
     images = torch.zeros(4, 3, 12, 12, dtype=torch.uint8)
-    _, query, prototypes = model(images)
+    _, _, query, prototypes, *_ = model(images)
     assert prototypes.shape == (5, query.shape[1])
     torch.testing.assert_close(prototypes.norm(dim=1), torch.ones(5))
     (grad,) = torch.autograd.grad(prototypes[0, 0], model.centers.weight)
     assert grad.abs().max() > 0
-    assert len(model.eval()(images)) == 2
+    assert model.eval()(images).prototypes is None
 
 
 def test_supcon_trains_no_centers():

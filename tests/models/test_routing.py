@@ -33,7 +33,7 @@ def made(*overrides):
     with torch.no_grad():  # the first number of each router becomes its own bias
         for hidden in routers.hidden:
             hidden.weight[0], hidden.bias[0] = 0, 0
-        said = model.train()(images)[2]
+        said = model.train()(images).routers
         for hidden, median in zip(routers.hidden, said.quantile(0.5, dim=1), strict=True):
             hidden.bias[0] = 10 - median
         routers.decide.weight[0, routers.top_logits], routers.decide.bias[0] = 1, routers.decide.bias[0] - 10
@@ -58,7 +58,8 @@ def said_by_router(model, e, feature, mean_logits):
 def test_routers_see_the_unit_feature_and_the_largest_mean_logits():
     """In training, of all experts, for every image."""
     model, images = made()
-    logits, query, said = model.train()(images)
+    output = model.train()(images)
+    logits, query, said = output.logits, output.queries, output.routers
     assert logits.shape == (3, IMAGES, CLASSES)
     assert query is None
     assert said.shape == (2, IMAGES)
@@ -73,8 +74,9 @@ def test_routers_see_the_unit_feature_and_the_largest_mean_logits():
 def test_an_answer_is_the_mean_of_the_experts_that_the_routers_asked():
     """Image by image; some stop after each expert."""
     model, images = made()
-    answers, query, used = model.eval()(images)
-    assert query is None
+    output = model.eval()(images)
+    answers, used = output.logits, output.experts_used
+    assert output.queries is None
     for i in range(IMAGES):
         experts = experts_one_by_one(model, images[i])
         total, asked = experts[0][1], 1
@@ -93,12 +95,13 @@ def test_experts_run_on_no_other_images(threshold, experts):
     seen = []
     for expert in model.query_encoder.backbone.network.experts:
         expert.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-    used = model.eval()(images)[2]
+    used = model.eval()(images).experts_used
     assert seen == [IMAGES, int((used > 1).sum()), int((used > 2).sum())]
     assert IMAGES > seen[1] > seen[2] > 0
     seen.clear()
     model.routers.threshold = threshold
-    answers, _, used = model(images)
+    output = model(images)
+    answers, used = output.logits, output.experts_used
     assert seen == [IMAGES, *[IMAGES if experts == 3 else 0] * 2]
     assert used.tolist() == [experts] * IMAGES
     of_each = torch.stack([torch.stack([z for _, z in experts_one_by_one(model, image)]) for image in images], 1)
@@ -108,7 +111,7 @@ def test_experts_run_on_no_other_images(threshold, experts):
 def test_routers_alone_are_trained():
     """Encoder and centers are frozen, BatchNorm keeps its statistics; a backward reaches every router."""
     model, images = made()
-    model.train()(images)[2].sum().backward()
+    model.train()(images).routers.sum().backward()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert {name.split(".")[0] for name in trained} == {"routers"}
     assert len(trained) == 2 * 2 + 2
@@ -119,4 +122,4 @@ def test_a_few_classes_are_all_shown():
     """top_logits beyond the number of classes is all of them."""
     model, images = made("model.routers.top_logits=50")
     assert model.routers.decide.in_features == CLASSES + 16
-    assert model.eval()(images)[0].shape == (IMAGES, CLASSES)
+    assert model.eval()(images).logits.shape == (IMAGES, CLASSES)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from paco_ds.losses import METHODS
+from paco_ds.config.methods import METHODS
 from tests.distributed.test_methods import resumed, settings_of
 from tests.distributed.test_step import FLOAT32, check
 

@@ -17,10 +17,10 @@ from paco_ds.data.pack.build_plan import BuildOptions
 from paco_ds.data.pack.card import load_card
 from paco_ds.data.pack.shards import build_shards
 from paco_ds.data.storage import Storage
-from paco_ds.data.stream.batches import TrainingStream
 from paco_ds.data.stream.partition import TrainingPlan
 from paco_ds.data.stream.sampler import ClassSampler
 from paco_ds.distributed.ranks import MicroBatchLayout
+from paco_ds.training.build import build_stream
 from tests.data.mutations import fuzz
 from tests.data.s3 import BUCKET, s3_server
 from tests.data.test_stream_scale import many_shards
@@ -62,7 +62,7 @@ def digests(
     found = {}
     for rank in range(W):
         layout = MicroBatchLayout(recipe.step.micro_batch, recipe.step.micro_batches, rank, W)
-        stream = TrainingStream(recipe, manifest, layout, start)
+        stream = build_stream(recipe, manifest, layout, start)
         last = stream.plan.total_steps if steps is None else min(start + steps, stream.plan.total_steps)
         for step in range(start, last):
             for j, batch in zip(layout.own, next(stream), strict=True):
@@ -102,7 +102,7 @@ def test_first_batch_of_437_400_samples(tmp_path: Path, record: Record) -> None:
         for workers in (0, 2):
             recipe = tiny_recipe(*common, f"data.shards={tmp_path / 'many'}", f"data.workers={workers}")
             began = time.perf_counter()
-            stream = TrainingStream(recipe, open_data(recipe, ["train"]), MicroBatchLayout(32, 4, 3, 4), start=start)
+            stream = build_stream(recipe, open_data(recipe.data, ["train"]), MicroBatchLayout(32, 4, 3, 4), start=start)
             next(stream)
             seconds = time.perf_counter() - began
             stream.close()
@@ -172,7 +172,7 @@ def test_s3_in_lasting_trouble(tiny: Manifest, record: Record, monkeypatch: pyte
         try:
             recipe = tiny_recipe(*common, f"data.shards={url}", "data.storage={tries: 12, timeout: 3}")
             began = time.perf_counter()
-            found = digests(recipe, open_data(recipe, ["train"]), 1)
+            found = digests(recipe, open_data(recipe.data, ["train"]), 1)
         finally:
             stop.set()
             thread.join()

@@ -82,14 +82,14 @@ def test_a_job_of_other_size_than_expected_ends(monkeypatch):
     """DeepSpeed only warns of a hostfile it cannot read, and trains on one host."""
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(UserError, match=r"has 1 ranks, --expect-ranks says 8.*--hostfile"):
-        engine.start(tiny_recipe(), expect_ranks=8)
+        engine.start(tiny_recipe().step, threads=1, expect_ranks=8)
 
 
 def test_ranks_that_do_not_divide_the_micro_batches_end_before_they_wait_for_each_other(monkeypatch):
     """No process group is joined, so nothing hangs."""
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(RecipeError, match=r"3 ranks cannot share step.micro_batches = 4.*1, 2, 4.*micro_batches=6"):
-        engine.start(tiny_recipe())
+        engine.start(tiny_recipe().step, threads=1)
 
 
 @pytest.mark.parametrize("script", ["paco_ds/train.py", "paco_ds/evaluate.py", "tools/build_shards.py"])

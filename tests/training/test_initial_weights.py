@@ -33,7 +33,7 @@ def test_torchvisions_weights_fill_both_encoders(tmp_path, ending):
     theirs, path = torchvision.models.resnet18(), tmp_path / f"weights.{ending}"
     (save_file if ending == "safetensors" else torch.save)(theirs.state_dict(), path)
     model, recipe = resnet18(f"model.start_from={path}")
-    load_initial_weights(model, recipe)
+    load_initial_weights(model, recipe.model)
     for encoder in (model.query_encoder, model.key_encoder):
         torch.testing.assert_close(encoder.backbone.network.layer4[1].conv2.weight, theirs.layer4[1].conv2.weight)
 
@@ -51,7 +51,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, capsys):
     path.write_bytes(pickle.dumps({"conv1.weight": Evil()}))
     model, recipe = resnet18(f"model.start_from={path}")
     with pytest.raises(RecipeError, match="no weights that can be read safely"):
-        load_initial_weights(model, recipe)
+        load_initial_weights(model, recipe.model)
     assert "executed" not in capsys.readouterr().out
 
 
@@ -61,14 +61,14 @@ def test_weights_of_another_network_are_refused_by_name(tmp_path):
     save_file(torchvision.models.resnet34().state_dict(), path)
     model, recipe = resnet18(f"model.start_from={path}")
     with pytest.raises(RecipeError, match=r"does not fit this network: \d+ have no place here"):
-        load_initial_weights(model, recipe)
+        load_initial_weights(model, recipe.model)
 
 
 def test_unknown_torchvision_weights_name_the_known_ones():
     """Before anything is downloaded."""
     model, recipe = resnet18("model.start_from=torchvision:IMAGENET1K_V7")
     with pytest.raises(RecipeError, match="resnet18 has IMAGENET1K_V1"):
-        load_initial_weights(model, recipe)
+        load_initial_weights(model, recipe.model)
 
 
 @pytest.mark.parametrize("backbone", ["resnet200", "resnext101_32x4d", "cifar_resnet20"])
@@ -77,7 +77,7 @@ def test_networks_that_torchvision_has_no_weights_of_are_named(backbone):
     model, _ = made()  # of another backbone: it is not looked at
     recipe = tiny_recipe(f"model.backbone={backbone}", "model.start_from=torchvision:IMAGENET1K_V1")
     with pytest.raises(RecipeError, match=f"torchvision:IMAGENET1K_V1: torchvision has no weights of {backbone};"):
-        load_initial_weights(model, recipe)
+        load_initial_weights(model, recipe.model)
 
 
 def test_weights_that_torchvision_fetches_fill_both_encoders(monkeypatch):
@@ -91,7 +91,7 @@ def test_weights_that_torchvision_fetches_fill_both_encoders(monkeypatch):
     monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", fetched)
     model, recipe = resnet18("model.start_from=torchvision:IMAGENET1K_V1")
     centers = {name: tensor.clone() for name, tensor in model.centers.state_dict().items()}
-    load_initial_weights(model, recipe)
+    load_initial_weights(model, recipe.model)
     assert asked == [("IMAGENET1K_V1", {"progress": False, "check_hash": True})]
     query, key = (e.backbone.network.state_dict() for e in (model.query_encoder, model.key_encoder))
     assert query.keys() == {name for name in theirs if not name.startswith("fc.")}

@@ -57,19 +57,23 @@ def test_clipping_scales_to_the_norm_and_reports_the_norm_before():
 def test_the_published_schedule_changes_by_epoch():
     """Linear warm-up to the peak, then lr / 2 (1 + cos(pi (e - w + 1) / (E - w + 1)))."""
     recipe = tiny_recipe("schedule.per=epoch", "schedule.epochs=400", "schedule.warmup_epochs=10", "optimizer.lr=0.02")
-    rates = [learning_rate(recipe, 7 * epoch + 3, steps_per_epoch=7) for epoch in range(400)]
+    rates = [learning_rate(recipe.schedule, recipe.lr, 7 * epoch + 3, steps_per_epoch=7) for epoch in range(400)]
     assert rates[0] == pytest.approx(0.002)
     assert rates[9] == pytest.approx(0.02)
     for e in (10, 11, 200, 399):
         assert rates[e] == pytest.approx(0.01 * (1 + math.cos(math.pi * (e - 9) / 391)))
     assert rates[399] < 1e-6 < rates[390]
-    assert learning_rate(recipe, 0, 7) == learning_rate(recipe, 6, 7) != learning_rate(recipe, 7, 7)
+    assert (
+        learning_rate(recipe.schedule, recipe.lr, 0, 7)
+        == learning_rate(recipe.schedule, recipe.lr, 6, 7)
+        != learning_rate(recipe.schedule, recipe.lr, 7, 7)
+    )
 
 
 def test_by_step_the_same_curve_is_followed_finely():
     """Never rising after warm-up, the peak reached once."""
     recipe = tiny_recipe("schedule.per=step", "schedule.epochs=20", "schedule.warmup_epochs=2", "optimizer.lr=0.1")
-    rates = [learning_rate(recipe, step, steps_per_epoch=10) for step in range(200)]
+    rates = [learning_rate(recipe.schedule, recipe.lr, step, steps_per_epoch=10) for step in range(200)]
     assert max(rates) == rates[19] == pytest.approx(0.1)
     assert rates[:20] == sorted(rates[:20])
     assert rates[19:] == sorted(rates[19:], reverse=True)

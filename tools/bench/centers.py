@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from report import MIB, median_seconds, peak_extra_bytes, print_table
 
 from paco_ds.losses import ParametricContrastiveLoss
+from paco_ds.losses.base import Anchors
 
 ANCHORS, FEATURES, TILE = 128, 2048, 4096
 
@@ -63,7 +64,7 @@ def works(classes: int) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
     inputs = (feature_BF, weight_CF)
     ones_BC = torch.ones(()).expand(ANCHORS, classes)
     return {
-        "ours": lambda: torch.autograd.grad(loss(labels_B, F.linear(*inputs)).loss, inputs),
+        "ours": lambda: torch.autograd.grad(loss(Anchors(labels_B, F.linear(*inputs))).loss, inputs),
         "tiled": lambda: torch.autograd.grad(TiledCenters.apply(*inputs, prior_C, labels_B), inputs),
         "linear": lambda: torch.autograd.grad(F.linear(*inputs), inputs, ones_BC),
     }

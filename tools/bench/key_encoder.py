@@ -48,7 +48,7 @@ def update_milliseconds(repeats: int, overrides: Sequence[str], pixels: int) -> 
     labels = torch.randint(0, CLASSES, (m,), generator=generator)
     micro_batch = MicroBatch(query_view, key_view, labels, torch.arange(m), torch.ones(m, dtype=torch.bool))
     works: dict[str, Callable[[], object]] = {
-        "ours": lambda: step.key_encoder.update(0),
+        "ours": lambda: step.contrast.key_encoder.update(0),
         "published": lambda: published_update(key, query, 0.999),
         "floor": lambda: flat[0].lerp_(flat[1], 0.001),
         "step": lambda: step(0, [micro_batch], settings.lr),
@@ -88,23 +88,15 @@ def _bytes_of(parameter: Any) -> int:
 def _make_step(zero: dict[str, Any], overrides: Sequence[str]) -> tuple[Any, Any]:
     """(a step, its recipe) as a trainer puts it together, with random weights and no data set."""
     from paco_ds.config.load import load_recipe
-    from paco_ds.contrast.key_encoder import make_key_encoder
-    from paco_ds.contrast.key_queue import KeyQueue
-    from paco_ds.distributed.ranks import MicroBatchLayout
-    from paco_ds.losses import make_loss
-    from paco_ds.models.recogniser import make_recogniser
-    from paco_ds.training import engine as ds
-    from paco_ds.training.step import Step
+    from paco_ds.training import engine
+    from paco_ds.training.build import Classes, build_model, build_step
 
-    recipe = load_recipe(RECIPE, ("step.micro_batch=8", *overrides))
-    ranks = ds.start(recipe)
-    layout = MicroBatchLayout(recipe.step.micro_batch, recipe.step.micro_batches, ranks.rank, ranks.world_size)
-    model = make_recogniser(recipe, CLASSES, (0.5,) * 3, (0.25,) * 3)
-    engine, optimizer = ds.initialise(model, recipe, {"zero_optimization": zero}, layout, ranks)
-    queue = KeyQueue(QUEUE, recipe.model.projection_dim, ranks.device)
-    key_encoder = make_key_encoder(engine, recipe, layout, ranks, total_steps=1)
-    loss = make_loss(recipe.loss, [1] * CLASSES).to(ranks.device)
-    return Step(engine, optimizer, loss, layout, ranks, ["many"] * CLASSES, key_encoder, queue), recipe
+    recipe = load_recipe(RECIPE, ("step.micro_batch=8", f"queue.length={QUEUE}", *overrides))
+    ranks = engine.start(recipe.step, recipe.engine.threads)
+    classes = Classes([1] * CLASSES, ["many"] * CLASSES)
+    config = {"zero_optimization": zero}
+    step = build_step(recipe, build_model(recipe, classes), classes, config, ranks, total_steps=1, steps_per_epoch=1)
+    return step, recipe
 
 
 def main(argv: Sequence[str] | None = None, overrides: Sequence[str] = (), pixels: int = 224) -> int:

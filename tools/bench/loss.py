@@ -41,7 +41,7 @@ from report import (
 
 from paco_ds.contrast.key_queue import KeyQueue, QueueSnapshot
 from paco_ds.losses import ParametricContrastiveLoss
-from paco_ds.losses.base import LossOutput
+from paco_ds.losses.base import Anchors, LossOutput
 from paco_ds.losses.paco import class_prior
 
 ALPHA, BETA, GAMMA, SUPT, TAU = 0.05, 1.0, 1.0, 1.0, 0.2
@@ -94,7 +94,7 @@ class Case:
         return self.queue.snapshot(self.logits_BC.shape[1])
 
     def ours(self, snapshot: QueueSnapshot) -> Tensor:
-        output: LossOutput = self.loss(self.labels_B, self.logits_BC, self.query_BD, self.key_BD, snapshot)
+        output: LossOutput = self.loss(Anchors(self.labels_B, self.logits_BC, self.query_BD, self.key_BD, snapshot))
         return output.loss
 
     def published(self, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -9,13 +9,16 @@ import torch.distributed as dist
 from published_step import PublishedStep, full_queue
 from ranks import Parts
 from report import reset_peak, status_bytes
+from torch import Tensor
 
 from paco_ds.config.recipe import Recipe
 from paco_ds.data.manifest import open_data
 from paco_ds.data.stream.batches import TrainingStream
 from paco_ds.distributed.ranks import MicroBatchLayout, Pending, Ranks
 from paco_ds.losses.paco import class_prior
+from paco_ds.models.output import ModelOutput
 from paco_ds.models.recogniser import make_recogniser
+from paco_ds.training.build import build_stream
 from paco_ds.training.trainer import Trainer
 
 WARM_UP = 2  # the first step allocates gradients and momentum, the second is the first that has both from the start
@@ -72,21 +75,21 @@ class Ours(_Worker):
         super().__init__(ranks)
         self.trainer = trainer = Trainer(recipe, folder, ranks)
         step = trainer.step
-        assert step.queue is not None
-        assert step.key_encoder is not None
-        step.queue.push(*full_queue(recipe, len(trainer.manifest.classes)))
+        assert step.contrast is not None
+        queue, key_encoder = step.contrast.queue, step.contrast.key_encoder
+        queue.push(*full_queue(recipe, len(trainer.manifest.classes)))
         module = step.engine.module
         self._views = torch.randint(0, 256, (2, *trainer_batch(recipe)), dtype=torch.uint8)
         with torch.no_grad():
-            self._seeds = [torch.randn_like(t) for t in module(self._views[0])]
+            self._seeds = [torch.randn_like(t) for t in _rows(module(self._views[0]))]
         time_part = self.parts.time
-        trainer.stream = _Timed(trainer.stream, self.parts)  # type: ignore[assignment]
-        time_part(step.key_encoder, "update", "EMA")
-        time_part(step.key_encoder, "keys", "key forward")
+        trainer.images._stream = _Timed(trainer.stream, self.parts)
+        time_part(key_encoder, "update", "EMA")
+        time_part(key_encoder, "keys", "key forward")
         time_part(step.engine, "forward", lambda images, keys=False: "key forward" if keys else "query forward")
-        time_part(step, "loss", "loss")
-        time_part(step.queue, "snapshot", "loss")
-        time_part(step.queue, "push", "loss")
+        time_part(step.forward, "run_loss", "loss")
+        time_part(queue, "snapshot", "loss")
+        time_part(queue, "push", "loss")
         time_part(step.engine, "backward", "backward")
         time_part(step.engine, "allreduce_gradients", "collectives")
         time_part(step.engine, "step", "optimizer")
@@ -100,7 +103,7 @@ class Ours(_Worker):
         dist.barrier()
         began = time.perf_counter()
         module(self._views[1], keys=True)
-        torch.autograd.backward(list(module(self._views[0])), self._seeds)
+        torch.autograd.backward(_rows(module(self._views[0])), self._seeds)
         seconds = time.perf_counter() - began
         module.zero_grad(set_to_none=True)
         return seconds, {}
@@ -111,9 +114,9 @@ class Rival(_Worker):
 
     def __init__(self, ranks: Ranks, recipe: Recipe, folder: Path) -> None:
         super().__init__(ranks)
-        manifest = open_data(recipe, {recipe.data.train_split})
+        manifest = open_data(recipe.data, {recipe.data.train_split})
         layout = MicroBatchLayout(recipe.step.micro_batch, recipe.step.micro_batches, ranks.rank, ranks.world_size)
-        self.stream = _Timed(TrainingStream(recipe, manifest, layout), self.parts)
+        self.stream = _Timed(build_stream(recipe, manifest, layout), self.parts)
         classes = len(manifest.classes)
         model = make_recogniser(recipe, classes, manifest.mean, manifest.std)
         prior = class_prior(manifest.split(recipe.data.train_split).class_counts)
@@ -124,6 +127,12 @@ class Rival(_Worker):
         (micro_batch,) = next(self.stream)
         loss = torch.tensor(self.loop(micro_batch))
         return float(loss)
+
+
+def _rows(output: ModelOutput) -> list[Tensor]:
+    """What the loss sends gradients to."""
+    assert output.queries is not None
+    return [output.logits, output.queries]
 
 
 def trainer_batch(recipe: Recipe) -> tuple[int, int, int, int]:

@@ -49,6 +49,7 @@ from paco_ds.data.stream.batches import TrainingStream
 from paco_ds.data.stream.partition import TrainingPlan, held_bytes
 from paco_ds.data.stream.read_ahead import TrainingSamples
 from paco_ds.distributed.ranks import MicroBatchLayout
+from paco_ds.training.build import build_stream
 
 RECIPE = Path(__file__).resolve().parents[2] / "ds_configs/recipes/imagenet_lt_resnet50.yaml"
 LAYOUT = MicroBatchLayout(micro_batch=32, micro_batches=4, rank=0, world_size=4)
@@ -71,7 +72,7 @@ def make_shards(folder: Path, images: int) -> None:
 
 def our_stream(shards: Path, workers: int) -> TrainingStream:
     """The stream of one of four ranks."""
-    return TrainingStream(_recipe(shards, workers), load_manifest(shards), LAYOUT)
+    return build_stream(_recipe(shards, workers), load_manifest(shards), LAYOUT)
 
 
 def published_loader(shards: Path, workers: int, *, on_device: bool) -> Iterator[Any]:

@@ -26,7 +26,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,20 +37,19 @@ from report import Bar, at_most, print_bars, print_table
 
 from paco_ds.config.load import load_recipe
 from paco_ds.config.recipe import Recipe
-from paco_ds.contrast.key_encoder import make_key_encoder
-from paco_ds.contrast.key_queue import KeyQueue, QueueSnapshot
+from paco_ds.contrast.key_queue import QueueSnapshot
 from paco_ds.data.manifest import SHOTS
 from paco_ds.data.stream.batches import MicroBatch
 from paco_ds.distributed.launch import leave_job
-from paco_ds.distributed.ranks import MicroBatchLayout, Ranks
-from paco_ds.losses import make_loss
-from paco_ds.losses.base import LossOutput
+from paco_ds.distributed.ranks import Ranks
+from paco_ds.losses.base import Anchors, LossOutput
 from paco_ds.losses.paco import ParametricContrastiveLoss
 from paco_ds.metrics.exporter import Exporter
 from paco_ds.metrics.log import MetricsLog, StepRecord
-from paco_ds.models.recogniser import make_recogniser
-from paco_ds.training import engine as ds
-from paco_ds.training.step import Step, StepResult, _Totals
+from paco_ds.training import engine
+from paco_ds.training.build import Classes, build_model, build_step
+from paco_ds.training.step import Step, StepResult
+from paco_ds.training.totals import StepTotals
 
 ROOT = Path(__file__).resolve().parents[2]
 IN_A_ROW = 20
@@ -131,9 +129,14 @@ class AnchorTerms:
 
 
 @torch.no_grad()
-def anchor_terms(loss: ParametricContrastiveLoss, inputs: Sequence[Any]) -> AnchorTerms:
+def anchor_terms(loss: ParametricContrastiveLoss, anchors: Anchors) -> AnchorTerms:
     """The terms of a loss's inputs, by a softmax over everything."""
-    labels_B, logits_BC, query_BD, key_BD, queue = inputs
+    labels_B, logits_BC, query_BD = anchors.labels_B, anchors.logits, anchors.queries
+    key_BD, queue = anchors.keys, anchors.queue
+    assert logits_BC is not None
+    assert query_BD is not None
+    assert key_BD is not None
+    assert queue is not None
     z_BC = logits_BC if loss.log_prior_C is None else logits_BC + loss.log_prior_C
     s_BA = query_BD @ torch.cat([query_BD, key_BD, queue.keys_ND]).T / loss.temperature
     itself_BA = torch.eye(*s_BA.shape, dtype=torch.bool)
@@ -149,21 +152,12 @@ def anchor_terms(loss: ParametricContrastiveLoss, inputs: Sequence[Any]) -> Anch
 
 
 def make_step(recipe: Recipe, classes: int, ranks: Ranks) -> Step:
-    """A step as the trainer puts it together, on classes of 1000 / 1, 1000 / 2, ... images."""
+    """A step as the trainer builds it, on classes of 1000 / 1, 1000 / 2, ... images."""
     counts = [1000 // rank for rank in range(1, classes + 1)]
-    layout = MicroBatchLayout(recipe.step.micro_batch, recipe.step.micro_batches, ranks.rank, ranks.world_size)
-    model = make_recogniser(recipe, classes, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-    engine, optimizer = ds.initialise(model, recipe, {"zero_optimization": {"stage": 1}}, layout, ranks)
-    return Step(
-        engine,
-        optimizer,
-        make_loss(recipe.loss, counts),
-        layout,
-        ranks,
-        [SHOTS[0] if count > 100 else SHOTS[2] if count < 20 else SHOTS[1] for count in counts],
-        make_key_encoder(engine, recipe, layout, ranks, total_steps=1000),
-        KeyQueue(recipe.queue.length, recipe.model.projection_dim, ranks.device),
-    )
+    shots = [SHOTS[0] if count > 100 else SHOTS[2] if count < 20 else SHOTS[1] for count in counts]
+    tail = Classes(counts, shots)
+    config = {"zero_optimization": {"stage": 1}}
+    return build_step(recipe, build_model(recipe, tail), tail, config, ranks, total_steps=1000, steps_per_epoch=1000)
 
 
 def make_micro_batches(step: Step, recipe: Recipe, classes: int) -> list[MicroBatch]:
@@ -184,26 +178,30 @@ def measure(size: Size, ranks: Ranks, repeats: int, folder: Path) -> Figures:
     step = make_step(recipe, size.classes, ranks)
     batches = make_micro_batches(step, recipe, size.classes)
     numbers = itertools.count()
-    inputs: list[Any] = []
-    loss = step.loss
+    seen: list[Anchors] = []
+    loss = step.forward.loss
     assert isinstance(loss, ParametricContrastiveLoss)
 
-    def listening(*given: Any) -> LossOutput:
-        labels_B, logits_BC, query_BD, key_BD, queue = given
-        # the queue goes on: what this step met of it is copied
+    def listening(anchors: Anchors) -> LossOutput:
+        logits, queries, queue = anchors.logits, anchors.queries, anchors.queue
+        assert logits is not None
+        assert queries is not None
+        assert queue is not None
+        # a later push changes the queue: what this step saw of it is copied
         met = QueueSnapshot.of(queue.keys_ND.clone(), queue.labels_N.clone(), size.classes)
-        inputs[:] = [labels_B, logits_BC.detach(), query_BD.detach(), key_BD, met]
-        return loss(*given)
+        seen[:] = [replace(anchors, logits=logits.detach(), queries=queries.detach(), queue=met)]
+        output: LossOutput = loss(anchors)
+        return output
 
-    step.loss = listening  # type: ignore[assignment]
+    step.forward.loss = listening
     fills = math.ceil(recipe.queue.length / step.layout.global_batch)
     *_, result = (step(next(numbers), batches, 0.01) for _ in range(fills + 1))  # the last one meets a full queue
-    step.loss = loss
-    terms, output = anchor_terms(loss, inputs), loss(*inputs)
+    step.forward.loss = loss
+    terms, output = anchor_terms(loss, seen[0]), loss(seen[0])
     for ours, expected in zip(terms.values(loss), list(asdict(output).values())[1:5], strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-6)  # else the wrong thing is measured
 
-    works = small_works(step, terms, output, inputs[0], result, folder / f"{ranks.rank}.jsonl")
+    works = small_works(step, terms, output, seen[0].labels_B, result, folder / f"{ranks.rank}.jsonl")
     works["step"] = lambda: step(next(numbers), batches, 0.01)
     ms = {f"{name}_ms": 1000 * seconds for name, seconds in median_call(works, repeats).items()}
     step.engine.destroy()
@@ -228,11 +226,11 @@ def small_works(
     step: Step, terms: AnchorTerms, output: LossOutput, labels_B: Tensor, result: StepResult, log_path: Path
 ) -> dict[str, Callable[[], object]]:
     """One step's share of each part, by name; `_off` is the same without what is watched."""
-    device, accumulation, loss = step.ranks.device, step.layout.accumulation, step.loss
+    device, accumulation, loss = step.ranks.device, step.layout.accumulation, step.forward.loss
     assert isinstance(loss, ParametricContrastiveLoss)
-    silent = LossOutput(output.loss, None, None, None, None)
+    silent = LossOutput(output.loss)
     shots_B = step._shots_C[labels_B]
-    vector = _Totals(device).vector
+    vector = StepTotals(device).vector
     exporter, log = Exporter(), MetricsLog(log_path)
     quiet = StepRecord(1, 0, result.loss, 0.1, result.grad_norm, 400.0, 0.0, 0.1, 1.0)
     record = replace(
@@ -244,7 +242,7 @@ def small_works(
     )
 
     def add(outputs: LossOutput) -> None:
-        totals = _Totals(device)
+        totals = StepTotals(device)
         for _ in range(accumulation):
             totals.add(outputs, shots_B)
 
@@ -272,7 +270,8 @@ def run_rank(rank: int, world_size: int, port: int, repeats: int, sizes: Sequenc
         "MASTER_PORT": str(port),
         "CUDA_VISIBLE_DEVICES": "",
     }
-    ranks = ds.start(load_recipe(ROOT / "ds_configs" / "recipes" / "demo.yaml", ()))
+    recipe = load_recipe(ROOT / "ds_configs" / "recipes" / "demo.yaml", ())
+    ranks = engine.start(recipe.step, recipe.engine.threads)
     figures = [asdict(measure(size, ranks, repeats, folder)) for size in sizes]
     (folder / f"{rank}.json").write_text(json.dumps(figures))
     ranks.wait_for_all()

@@ -16,7 +16,8 @@ import torch
 import webdataset as wds
 from torch import Tensor
 
-from paco_ds.config.recipe import Recipe
+from paco_ds.config.recipe import DataSettings
+from paco_ds.config.views import EvalView, TrainView
 from paco_ds.data.manifest import Manifest
 from paco_ds.data.shard import ShardReader
 from paco_ds.data.stream.load import CollatePart, Load, Part, Replaced, collate
@@ -71,40 +72,50 @@ class TrainingStream:
     """Iterates over optimizer steps: a list of this rank's micro-batches each. Loader processes start here.
 
     Args:
-        start: global step to begin with; every later one follows until the recipe's last epoch.
+        views: of each training image, see `Recipe.training_views`.
+        start: global step to begin with; every later one follows until the last epoch.
     """
 
-    def __init__(self, recipe: Recipe, manifest: Manifest, layout: MicroBatchLayout, start: int = 0) -> None:
-        split = manifest.split(recipe.data.train_split)
+    def __init__(
+        self,
+        data: DataSettings,
+        views: Sequence[TrainView],
+        manifest: Manifest,
+        layout: MicroBatchLayout,
+        *,
+        seed: int,
+        epochs: int,
+        start: int = 0,
+    ) -> None:
+        split = manifest.split(data.train_split)
         reader = ShardReader(manifest.storage, split)
-        refuse_small_cache(recipe, manifest, layout, local_world_size())
+        refuse_small_cache(data, manifest, layout, local_world_size())
         sampler = None
-        if recipe.data.sampler != "instance_balanced":
+        if data.sampler != "instance_balanced":
             sampler = ClassSampler(
-                recipe.data.sampler,
+                data.sampler,
                 reader.counts,
                 SharedLabels(reader.labels()),
                 split.class_counts,
-                seed=recipe.seed,
-                epochs=recipe.schedule.epochs,
+                seed=seed,
+                epochs=epochs,
             )
         self.plan = TrainingPlan(
             reader.counts,
             layout,
-            seed=recipe.seed,
-            window=recipe.data.window,
+            seed=seed,
+            window=data.window,
             start=start,
-            epochs=recipe.schedule.epochs,
+            epochs=epochs,
             sampler=sampler,
         )
-        kinds = (recipe.views.query, recipe.views.key) if recipe.loss.contrast else (recipe.views.query,)
-        make_views = MakeViews(tuple(map(make_view, kinds)), recipe.data.max_pixels)
+        make_views = MakeViews(tuple(map(make_view, views)), data.max_pixels)
         pipeline = wds.DataPipeline(
             TrainingSamples(self.plan, reader),
-            wds.map(Load(reader, make_views, recipe.seed, substitute=True)),
+            wds.map(Load(reader, make_views, seed, substitute=True)),
             CollatePart(self.plan),
         )
-        workers = min(recipe.data.workers, layout.micro_batch)  # each makes at least one image of a micro-batch
+        workers = min(data.workers, layout.micro_batch)  # each makes at least one image of a micro-batch
         self._accumulation, self._parts_of_each = layout.accumulation, max(workers, 1)
         # the whole next step is prefetched while the current one is computed
         self._parts = start_loading(pipeline, workers, ahead=micro_batches_ahead(layout))
@@ -123,12 +134,12 @@ class TrainingStream:
         return join([next(self._parts) for _ in range(self._parts_of_each)])
 
 
-def refuse_small_cache(recipe: Recipe, manifest: Manifest, layout: MicroBatchLayout, ranks: int) -> None:
+def refuse_small_cache(data: DataSettings, manifest: Manifest, layout: MicroBatchLayout, ranks: int) -> None:
     """Raise RecipeError if data.cache cannot hold the shards that the ranks of a host read from at the same time.
 
     Such a cache would fetch whole shards repeatedly, for one window each. Without a cache only ranges are read.
     """
-    cache, split = recipe.data.cache, manifest.split(recipe.data.train_split)
+    cache, split = data.cache, manifest.split(data.train_split)
     if cache is None and manifest.storage.is_pipe:
         raise RecipeError(
             "a pipe: command gives whole shards, not ranges: set data.cache.directory and data.cache.bytes"
@@ -136,7 +147,7 @@ def refuse_small_cache(recipe: Recipe, manifest: Manifest, layout: MicroBatchLay
     if cache is None or manifest.storage.is_local:
         return
     counts = [shard.samples for shard in split.shards]
-    shards = shards_at_once(counts, layout, recipe.data.window, ranks)
+    shards = shards_at_once(counts, layout, data.window, ranks)
     needed = sum(sorted((shard.bytes for shard in split.shards), reverse=True)[:shards])
     if cache.bytes < needed:
         raise RecipeError(
@@ -146,16 +157,21 @@ def refuse_small_cache(recipe: Recipe, manifest: Manifest, layout: MicroBatchLay
 
 
 def evaluation_stream(
-    recipe: Recipe, manifest: Manifest, split: str, rank: int = 0, world_size: int = 1
+    data: DataSettings,
+    view: EvalView,
+    manifest: Manifest,
+    split: str,
+    batch: int,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Iterator[MicroBatch]:
     """Batches of a split, every image exactly once over all ranks, equally many batches on each."""
     reader = ShardReader(manifest.storage, manifest.split(split))
-    batch = recipe.evaluation.batch
-    make_views = MakeViews((make_view(recipe.views.evaluation),), recipe.data.max_pixels)
+    make_views = MakeViews((make_view(view),), data.max_pixels)
     pipeline = wds.DataPipeline(
         EvaluationSamples(EvaluationPlan(len(reader), batch, rank, world_size), reader),
-        wds.map(Load(reader, make_views, recipe.seed, substitute=False)),
+        wds.map(Load(reader, make_views, seed=0, substitute=False)),
         wds.batched(batch, collation_fn=collate),
     )
-    for part in start_loading(pipeline, recipe.data.workers):
+    for part in start_loading(pipeline, data.workers):
         yield join([part])

@@ -1,9 +1,18 @@
-"""ResNets for small images."""
+"""ResNets for small images: `cifar_resnetN`, with 6n+2 layers."""
 
 from __future__ import annotations
 
+import re
+
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from paco_ds.config.recipe import ModelSettings
+from paco_ds.errors import RecipeError
+from paco_ds.models.experts import Experts, Width, he_initialise
+from paco_ds.models.families.base import Family
+
+_NAME = re.compile(r"cifar_resnet(\d+)")
 
 
 class CifarResNet(nn.Module):
@@ -29,7 +38,7 @@ class CifarResNet(nn.Module):
             *cifar_stage(width, 2 * width, self.blocks_per_stage),
             *cifar_stage(2 * width, 4 * width, self.blocks_per_stage),
         )
-        initialise(self)
+        he_initialise(self)
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.blocks(F.relu(self.bn1(self.conv1(images))))
@@ -39,13 +48,6 @@ class CifarResNet(nn.Module):
 def cifar_stage(channels: int, out: int, blocks: int, stride: int = 2) -> list[nn.Module]:
     """The blocks of one stage; the first takes the stride."""
     return [CifarBlock(out if block else channels, out, 1 if block else stride) for block in range(blocks)]
-
-
-def initialise(module: nn.Module) -> None:
-    """He initialisation of every convolution, as both kinds of ResNet are published."""
-    for part in module.modules():
-        if isinstance(part, nn.Conv2d):
-            nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
 
 
 class CifarBlock(nn.Module):
@@ -68,3 +70,36 @@ class CifarBlock(nn.Module):
                 (0, 0, 0, 0, self.added // 2, self.added - self.added // 2),
             )
         return F.relu(y + x)
+
+
+def _make(settings: ModelSettings) -> tuple[nn.Module, int]:
+    match = _NAME.fullmatch(settings.backbone)
+    assert match is not None
+    try:
+        return CifarResNet(int(match[1]), settings.width), 4 * settings.width
+    except ValueError as error:
+        raise RecipeError(f"model.backbone {settings.backbone}: {error}") from None
+
+
+def _branch(network: nn.Module, count: int, width: Width) -> Experts | None:
+    if not isinstance(network, CifarResNet):
+        return None
+    base, blocks = network.conv1.out_channels, network.blocks_per_stage
+    second, third = (2 * base, 4 * base) if width == "full" else (3 * base // 2, 3 * base)
+    shared = nn.Sequential(network.conv1, network.bn1, nn.ReLU(), *network.blocks[:blocks])
+
+    def expert() -> nn.Module:
+        stages = nn.Sequential(*cifar_stage(base, second, blocks), *cifar_stage(second, third, blocks))
+        he_initialise(stages)
+        return stages
+
+    return Experts(shared, [expert() for _ in range(count)], third)
+
+
+FAMILY = Family(
+    owns=lambda name: _NAME.fullmatch(name) is not None,
+    names=lambda: ("cifar_resnet20", "cifar_resnet32"),
+    make=_make,
+    blocks=(CifarBlock,),
+    branch=_branch,
+)

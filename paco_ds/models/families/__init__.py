@@ -1,0 +1,17 @@
+"""Families of backbones, one file each; a new family is a new file here with a `FAMILY`."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+
+from paco_ds.models.families.base import Family
+
+__all__ = ["Family", "families"]
+
+
+def families() -> Iterator[Family]:
+    """Every family of the package."""
+    for name in sorted({info.name for info in pkgutil.iter_modules(__path__)} - {"base"}):
+        yield importlib.import_module(f"{__name__}.{name}").FAMILY

@@ -1,0 +1,144 @@
+"""The only assembly of a recipe's stream, model, engine, loss, keys and queue: for training, plans, benches, tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from paco_ds.config.recipe import Recipe
+from paco_ds.contrast.contrast import Contrast
+from paco_ds.contrast.key_encoder import KeyEncoder, key_momentum
+from paco_ds.contrast.key_queue import KeyQueue
+from paco_ds.data.manifest import Manifest
+from paco_ds.data.stream.batches import TrainingStream
+from paco_ds.distributed.ranks import MicroBatchLayout, Ranks
+from paco_ds.losses import Anchors, LossOutput, make_loss
+from paco_ds.losses.distillation import Distillation
+from paco_ds.models.recogniser import ModelOutput, Recogniser, make_recogniser
+from paco_ds.training.engine import initialise
+from paco_ds.training.forward import Forward
+from paco_ds.training.initial_weights import freeze
+from paco_ds.training.mixup import Mixup
+from paco_ds.training.step import Step
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a training split.
+
+    Attributes:
+        counts: training images of each class.
+        shots: "many", "medium" or "few" of each class.
+        names: for messages; None without a manifest.
+        mean, std: of the channels, in the 0-1 range.
+    """
+
+    counts: Sequence[int]
+    shots: Sequence[str]
+    names: Sequence[str] | None = None
+    mean: Sequence[float] = (0.5, 0.5, 0.5)
+    std: Sequence[float] = (0.25, 0.25, 0.25)
+
+    @classmethod
+    def of(cls, manifest: Manifest, train_split: str) -> Classes:
+        """Those of a split of shards."""
+        counts, shots = manifest.split(train_split).class_counts, manifest.shots_of_classes(train_split)
+        return cls(counts, shots, manifest.classes, manifest.mean, manifest.std)
+
+
+def build_stream(recipe: Recipe, manifest: Manifest, layout: MicroBatchLayout, start: int = 0) -> TrainingStream:
+    """The training images of a recipe, from global step `start` on. Loader processes start here."""
+    return TrainingStream(
+        recipe.data,
+        recipe.training_views,
+        manifest,
+        layout,
+        seed=recipe.seed,
+        epochs=recipe.schedule.epochs,
+        start=start,
+    )
+
+
+def build_model(recipe: Recipe, classes: Classes) -> Recogniser:
+    """The model of a recipe, with weights drawn from its seed, and frozen where `model.trained` says so.
+
+    Raises:
+        RecipeError: an unknown backbone, or one that does not fit the recipe.
+    """
+    model = make_recogniser(recipe, len(classes.counts), classes.mean, classes.std)
+    freeze(model, recipe.model)
+    return model
+
+
+def build_forward(
+    recipe: Recipe,
+    model: Callable[..., ModelOutput],
+    loss: Callable[[Anchors], LossOutput],
+    distillation: Distillation | None = None,
+) -> Forward:
+    """Forward and loss of a micro-batch as a recipe has them; `model` is the recogniser or the engine around it."""
+    return Forward(model, loss, two_views=recipe.keys_from == "query_encoder", distillation=distillation)
+
+
+def build_step(
+    recipe: Recipe,
+    model: Recogniser,
+    classes: Classes,
+    config: Mapping[str, Any],
+    ranks: Ranks,
+    *,
+    total_steps: int,
+    steps_per_epoch: int,
+    teacher: Callable[[Tensor], Tensor] | None = None,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> Step:
+    """An optimizer step of a recipe: DeepSpeed engine, optimizer, loss, key encoder and queue. All ranks call it.
+
+    Args:
+        model: with its initial weights, which DeepSpeed copies.
+        config: of DeepSpeed, see `read_deepspeed_config`.
+        total_steps, steps_per_epoch: of the run.
+        teacher: images to logits, required with `loss.distill`.
+
+    Raises:
+        DataError: a class without training images, of a method that needs one.
+        RecipeError: settings that do not fit each other or this number of ranks.
+    """
+    layout = MicroBatchLayout(recipe.step.micro_batch, recipe.step.micro_batches, ranks.rank, ranks.world_size)
+    engine, optimizer = initialise(model, recipe.optimizer, recipe.lr, recipe.engine, config, layout, ranks)
+    loss = make_loss(recipe.loss, classes.counts, classes.names).to(ranks.device)
+    distill = recipe.loss.distill
+    return Step(
+        engine,
+        optimizer,
+        build_forward(recipe, engine, loss, Distillation(distill, teacher) if distill and teacher else None),
+        layout,
+        ranks,
+        classes.shots,
+        _contrast(recipe, len(classes.counts), engine, layout, ranks, total_steps),
+        stop_requested=stop_requested,
+        steps_per_epoch=steps_per_epoch,
+        mixup=Mixup(recipe.step.mixup, recipe.seed) if recipe.step.mixup else None,
+    )
+
+
+def _contrast(
+    recipe: Recipe, classes: int, engine: Any, layout: MicroBatchLayout, ranks: Ranks, total_steps: int
+) -> Contrast | None:
+    if recipe.keys_from is None:
+        return None
+    queue = KeyQueue(recipe.queue.length, recipe.model.key_dim, ranks.device)
+    settings, key_encoder = recipe.key_encoder, None
+    if settings is not None:
+        key_encoder = KeyEncoder(
+            engine,
+            layout,
+            ranks,
+            momentum=lambda step: key_momentum(settings, step, total_steps, recipe.step.scale),
+            batch_norm=settings.batch_norm,
+            seed=recipe.seed,
+        )
+    return Contrast(queue, key_encoder, recipe.loss.contrast_scope, classes, recipe.model.experts)

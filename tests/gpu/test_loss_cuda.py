@@ -65,7 +65,7 @@ def test_loss_equals_the_cpu_under_autocast(classes):
         loss = ParametricContrastiveLoss(alpha=0.05, temperature=0.2, log_prior_C=class_prior([5] * classes)).to(device)
         inputs = [t.to(device, dtype).requires_grad_() for t in (logits_BC, unit_rows(16, 3), unit_rows(16, 4))]
         with torch.autocast(device, torch.bfloat16):
-            losses.append(loss(Anchors(labels_B.to(device), *inputs, queue)).loss)
+            losses.append(loss(Anchors(labels_B.to(device), inputs[0], inputs[1], inputs[2], queue)).loss)
         gradients.append([g.cpu().double() for g in torch.autograd.grad(losses[-1], inputs)])
     assert losses[1].dtype == torch.float32
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-5)

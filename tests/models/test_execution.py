@@ -104,8 +104,8 @@ def test_activations_are_channels_last_from_the_images_to_the_pooled_feature():
     torch.testing.assert_close(model(images(), keys=True), plain(images(), keys=True))
     fast, expected = run(model), run(plain)
     for name, value in expected.items():
-        # what encoders in float64 hand over is rounded to float32
-        assert (fast[name] - value).double().norm() <= 1e-6 * value.double().norm(), name
+        # outputs are rounded to float32; the gradient of a bias before BatchNorm is 0 but for rounding
+        assert (fast[name] - value).double().norm() <= 1e-6 * value.double().norm() + 1e-12, name
     assert formats
     assert all(formats)
     assert all(p.is_contiguous() for p in model.parameters())

@@ -266,7 +266,7 @@ def or_failure(check: str, rows: Iterator[Row]) -> Iterator[Row]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 if nothing differs, 1 if anything does or a version fails."""
+    """0 if nothing differs, 1 if anything does or a version fails, 130 interrupted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--old", required=True, metavar="DIR|REVISION", help="the older version")
     parser.add_argument("--new", type=Path, default=HERE, metavar="DIR", help="the newer one (default: this checkout)")
@@ -286,6 +286,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(json.dumps(asdict(found)) if arguments.json else text, flush=True)
         except ComparisonError as error:
             parser.exit(1, f"error: {error}\n")
+        except KeyboardInterrupt:
+            parser.exit(130, "interrupted\n")
     return 0 if same else 1
 
 

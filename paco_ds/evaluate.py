@@ -20,6 +20,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # a checkout need not be installed
 
 from paco_ds.command import report_user_errors
+from paco_ds.config.plugins import AllowCode
 
 if TYPE_CHECKING:
     from paco_ds.config.recipe import Recipe
@@ -135,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--split", help="split to evaluate; the recipe's evaluation.test_split by default")
     parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a setting")
+    parser.add_argument("--allow-code", action=AllowCode)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the launcher
     return parser
 

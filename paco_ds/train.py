@@ -20,6 +20,7 @@ if __name__ == "__main__":
 
 from paco_ds.command import report_user_errors
 from paco_ds.config.load import load_recipe
+from paco_ds.config.plugins import AllowCode
 from paco_ds.config.shipped import RECIPES, card_with_images
 from paco_ds.errors import DataError
 
@@ -99,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         "--output", type=Path, help="run directory, on storage all hosts share; runs/NAME OF THE RECIPE by default"
     )
     parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a setting")
+    parser.add_argument("--allow-code", action=AllowCode)
     parser.add_argument("--expect-ranks", type=int, help="end at once if the job has another number of ranks")
     parser.add_argument("--stop-at-step", type=int, help="write a checkpoint after this many steps and end")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the launcher

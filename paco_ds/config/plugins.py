@@ -6,9 +6,11 @@ call for `--allow-code`. A module that the program has imported itself (the Pyth
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from paco_ds.errors import RecipeError
@@ -22,6 +24,23 @@ def allow_code() -> None:
     _allowed = True
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # last, so that nothing there hides an installed package
+
+
+class AllowCode(argparse.Action):
+    """The option `--allow-code` of a command: calls `allow_code`."""
+
+    HELP = "import the code that settings name as module:name, from the working directory or PYTHONPATH"
+
+    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help=self.HELP)
+
+    def __call__(self, *_: object) -> None:
+        allow_code()
+
+
+def code_is_allowed() -> bool:
+    """Whether `allow_code` was called."""
+    return _allowed
 
 
 def is_plugin(name: str) -> bool:

@@ -26,7 +26,7 @@ def make_loss(
             f"loss.method {settings.method} needs the training images of every class: give it a data set with a "
             f"manifest (tools/build_shards.py build writes one)"
         )
-    make = method.loss
+    make = type(method).loss  # of the class: a function is not bound to the settings
     if isinstance(make, str):
         module, _, function = make.partition(":")
         make = getattr(import_module(module), function)

@@ -29,6 +29,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from paco_ds.command import report_user_errors
+from paco_ds.config.plugins import AllowCode, code_is_allowed
 from paco_ds.config.recipe import Recipe
 from paco_ds.config.shipped import PACKAGE, data_folder, find_card
 from paco_ds.data.manifest import MANIFEST_FILE
@@ -127,14 +128,16 @@ class Job:
         own = (*self.row.set, *(self.row.small if self.small else ()))
         overrides = [f"--set={override}" for override in (*own, *self.overrides)]
         recipe = str(self.small or self.table.recipe_of(self.row))
-        return [*launcher, str(PACKAGE / "train.py"), "--config", recipe, "--output", str(self.run), *overrides]
+        command = [*launcher, str(PACKAGE / "train.py"), "--config", recipe, "--output", str(self.run), *overrides]
+        return [*command, *_allowance()]
 
     def evaluation(self) -> list[str] | None:
         """The command that gives the row's accuracies, if it differs from the evaluation at the end of training."""
         if not self.row.evaluate:
             return None
         script = str(PACKAGE / "evaluate.py")
-        return [sys.executable, script, f"--run={self.run}", f"--output={self.results}", *self.row.evaluate]
+        command = [sys.executable, script, f"--run={self.run}", f"--output={self.results}", *self.row.evaluate]
+        return [*command, *_allowance()]
 
     def figures(self) -> dict[str, Any]:
         """Its metrics on the test split, kept or of the run.
@@ -179,6 +182,11 @@ class Job:
         shards = self.recipe.data.shards
         manifest = Path(shards) / MANIFEST_FILE
         return None if is_url(shards) or not manifest.exists() else sha256_file(manifest)
+
+
+def _allowance() -> list[str]:
+    """The option that hands the permission to import code on to a training."""
+    return ["--allow-code"] if code_is_allowed() else []
 
 
 class Trainings:
@@ -385,4 +393,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--keep", type=Path, help="folder of kept results, one JSON for each finished run; see above")
     parser.add_argument("--draw-only", action="store_true", help="train nothing, draw existing results")
     parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override for every row")
+    parser.add_argument("--allow-code", action=AllowCode)
     return parser

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from paco_ds.command import report_user_errors
 from paco_ds.config.load import load_recipe
+from paco_ds.config.plugins import AllowCode
 from paco_ds.config.recipe import Recipe
 from paco_ds.errors import UserError
 from paco_ds.planning.sizes import parse_bytes
@@ -112,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--views", metavar="SHEET.png", help="draw both views of images from the recipe's shards")
     parser.add_argument("--recipe", required=True, help="recipe, YAML: a path, or the name of a shipped one")
     parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a setting")
+    parser.add_argument("--allow-code", action=AllowCode)
     parser.add_argument("--ranks", type=int, help="ranks of the job, over all hosts")
     parser.add_argument("--gpus-per-node", type=int, help="for --workers; those of this machine by default")
     parser.add_argument("--gpu-memory", metavar="SIZE", help="of each GPU: 80GiB is 2^30 bytes, 80GB is 10^9")

@@ -83,7 +83,7 @@ class ModelSettings(Section):
         "all",
         description="last_block: of a ResNet, with all BatchNorm; centers: a new classifier on a frozen backbone (cRT, "
         "linear evaluation); center_scales: a factor for each center of a frozen classifier (LWS); routers: which "
-        "images go on to the next of frozen experts (RIDE)",
+        "images the next frozen expert sees (RIDE)",
     )
     routers: RoutersSettings = RoutersSettings()
     projection_hidden: Count | None = Field(None, description="hidden width; the feature dimension by default")
@@ -103,7 +103,7 @@ class ModelSettings(Section):
 
     @property
     def key_dim(self) -> int:
-        """Numbers of one key: those of all experts beside each other."""
+        """Dimension of one key: of all experts, concatenated."""
         return self.projection_dim * (self.experts or 1)
 
 
@@ -123,7 +123,7 @@ class QueueSettings(Section):
 
 
 class StepSettings(Section):
-    """One optimizer step is `micro_batches` x `micro_batch` images, whoever computes them."""
+    """One optimizer step is `micro_batches` x `micro_batch` images, on any number of ranks."""
 
     micro_batch: Count = Field(description="images of one micro-batch: the scope of BatchNorm and contrasts")
     micro_batches: Count = Field(description="micro-batches of one optimizer step; ranks must divide it")
@@ -233,7 +233,7 @@ class EvaluationSettings(Section):
 
 
 class MetricsSettings(Section):
-    """What is shown and served while a run goes on."""
+    """Logging, and metrics served during a run."""
 
     serve: bool = Field(True, description="serve /metrics on every rank")
     port: Count = Field(9400, le=65535, description="of local rank 0; the others follow")

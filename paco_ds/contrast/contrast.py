@@ -19,13 +19,13 @@ from paco_ds.models.recogniser import split_experts
 
 @dataclass(frozen=True)
 class Contrast:
-    """What queries are contrasted with, beside each other.
+    """Keys and queue that queries are contrasted with.
 
     Attributes:
         queue: keys of earlier steps.
         key_encoder: makes the keys of a step; None where the query encoder makes them from a second view (GPaCo).
-        scope: "micro_batch" (published) contrasts a query with the keys of its own micro-batch, "global_batch" with
-            those of the whole step.
+        scope: "micro_batch" (published) contrasts a query with the keys of its micro-batch, "global_batch" with those
+            of the whole step.
         classes: C.
         experts: how many the model has; None without experts.
     """

@@ -1,4 +1,4 @@
-"""The key encoder at work: its momentum, its moving average, and the keys of the global batch on every rank.
+"""The key encoder: its momentum, its moving average, and the keys of the global batch on every rank.
 
 Shapes: G global batch, m micro-batch, M micro-batches, W ranks, A = M / W, D dimension.
 """
@@ -35,7 +35,7 @@ class Keys:
 
 
 class PendingImages:
-    """Images of global step `step` on their way to the ranks that make their keys; `groups` as in `gather_keys`."""
+    """Images of global step `step` in flight to the ranks that make their keys; `groups` as in `gather_keys`."""
 
     def __init__(
         self, step: int, groups: np.ndarray, arriving: Pending, in_group_order: np.ndarray | None = None
@@ -44,7 +44,7 @@ class PendingImages:
         self._arriving, self._in_group_order = arriving, in_group_order
 
     def take(self) -> Tensor:
-        """Those of this rank's groups, [A m, 3, H, W] in group order. Only once: nothing of them is kept."""
+        """The images of this rank's groups, [A m, 3, H, W] in group order. Call it once: the buffer is freed."""
         images = self._arriving.wait()
         del self._arriving
         if self._in_group_order is None:
@@ -53,13 +53,13 @@ class PendingImages:
 
 
 class PendingKeys:
-    """Keys that are being gathered: ranks wait for each other where keys are needed, not where they were made."""
+    """Keys being gathered: ranks wait for each other where keys are needed, not where they are made."""
 
     def __init__(self, gathered: Pending, unpack: Callable[[Tensor], Keys]) -> None:
         self._gathered, self._unpack = gathered, unpack
 
     def wait(self) -> Keys:
-        """The keys of all ranks, the same however often they are asked for."""
+        """The keys of all ranks; later calls return the same."""
         return self._keys
 
     @cached_property
@@ -87,7 +87,7 @@ class KeyEncoder:
     """Follows the query encoder and makes keys (He et al. 2020), exactly at any ZeRO stage and number of ranks.
 
     Args:
-        momentum: share of its own weights the key encoder keeps in a step: a number, or a function of the step.
+        momentum: m of key <- m key + (1 - m) query: a number, or a function of the step.
         batch_norm: "shuffle" normalises keys over groups of m drawn from the whole global batch by (seed, step),
             so that a query cannot find its key by shared statistics; "local" over the micro-batches themselves.
     """
@@ -112,7 +112,7 @@ class KeyEncoder:
 
     @property
     def exchanges(self) -> bool:
-        """Whether images go from rank to rank at all."""
+        """Whether images are exchanged between ranks."""
         return self.batch_norm == "shuffle" and self.layout.world_size > 1
 
     def update(self, step: int) -> None:
@@ -122,8 +122,8 @@ class KeyEncoder:
     def begin_exchange(self, step: int, views: Sequence[Tensor]) -> PendingImages:
         """Begin to send each image to the rank that runs its group, at most once.
 
-        Who sends what follows from the permutation, so no sizes are exchanged, and nothing else of the step need be
-        known: images can be on their way while the step before computes.
+        Counts follow from the permutation; no size exchange is needed. The exchange depends on the step number
+        alone, so it can overlap with the step before.
 
         Args:
             views: key views of this rank's A micro-batches of global step `step`, uint8 [m, 3, H, W] each, on any
@@ -133,7 +133,7 @@ class KeyEncoder:
         if self.batch_norm == "local":
             return PendingImages(step, groups, Pending(images))
         exchange = key_exchange(groups, self.layout)
-        # page-locked where there is a GPU, so that the host does not wait for what that still computes
+        # page-locked where there is a GPU, so that the host does not wait for it
         rows = torch.empty(images.shape, dtype=images.dtype, pin_memory=torch.cuda.is_available())
         torch.index_select(images, 0, torch.from_numpy(exchange.rows), out=rows)
         rows = rows.to(self.ranks.device, non_blocking=True)
@@ -144,7 +144,7 @@ class KeyEncoder:
         """Make this rank's share of the keys of the global batch, and begin to gather them all.
 
         Args:
-            images: what `begin_exchange` gave for this step; they are taken from there.
+            images: what `begin_exchange` gave for this step; they are consumed.
             labels: classes of this rank's A micro-batches, int64 [m] each.
 
         Raises:

@@ -61,7 +61,7 @@ class ClosedForm(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> tuple[Tensor | None, ...]:
         ctx.shapes = [None if given is None else given.shape for given in (logits, query, key)]
-        # Here, not before: a view that carries a gradient costs as much as the work on a few anchors.
+        # Inside, since a view that carries a gradient costs as much as the work on a few anchors.
         logits_EBC, query_EBD, key_EBD = (
             given[None] if given is not None and given.ndim == 2 else given for given in (logits, query, key)
         )

@@ -5,8 +5,8 @@ With t the teacher's logits and z the student's, of experts their means, T the t
     L = L of the method + weight T^2 mean_i KL( softmax(t / T) || softmax(z / T) )
 
 RIDE's teacher is a RIDE with 6 experts, T 1.5, weight 1. Its code (`RIDELossWithDistill`) adds up all of L, RIDE's own
-sum over experts included, once more for each expert, and has the mean of the experts in the divergence each time: a
-factor E of the whole, which is one of the learning rate and is left out here.
+sum over experts included, once for each expert, with the mean of the experts in the divergence each time: a factor E of
+the whole loss, which acts like a larger learning rate and is left out here.
 
 Shapes: E experts, B images, C classes.
 """

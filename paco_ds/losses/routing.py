@@ -1,6 +1,6 @@
-"""The loss of RIDE's routers, stage two (Wang et al. 2021): each learns whether asking further would help.
+"""The loss of RIDE's routers, stage two (Wang et al. 2021): each learns whether a further expert would help.
 
-With r_e what the router after expert e says of an image, s its logistic function, and w the weight of positives::
+With r_e the logit of the router after expert e, s the logistic function, and w the weight of positives::
 
     L = mean_e mean_i [ - w t_e log s(r_e) - (1 - t_e) log(1 - s(r_e)) ],    e = 1 .. E - 1
 
@@ -22,8 +22,8 @@ from paco_ds.losses.base import Anchors, Loss, LossOutput, rows_by_expert
 class RoutingLoss(Loss):
     """The mean over routers of their weighted binary cross-entropies.
 
-    Its parts are shares of the decisions: `helps`, those with t_e = 1, and `asks`, those where the router would ask on
-    at a threshold of one half.
+    Its parts are shares of the decisions: `helps`, those with t_e = 1, and `asks`, those where the router would run the
+    next expert at a threshold of one half.
 
     Args:
         positive_weight: w.
@@ -57,7 +57,7 @@ class RoutingLoss(Loss):
             raise ValueError(f"routing needs logits of two experts or more [E, B, C], got {tuple(center_logits.shape)}")
         if routers_RB is None or routers_RB.shape != expected:
             shape = None if routers_RB is None else tuple(routers_RB.shape)
-            raise ValueError(f"routing needs what each router says of each image, {expected}, got {shape}")
+            raise ValueError(f"routing needs a logit of each router for each image, {expected}, got {shape}")
         with torch.autocast(labels_B.device.type, enabled=False):
             said_RB = routers_RB if routers_RB.dtype == torch.float64 else routers_RB.float()
             helps_RB = asking_further_helps(logits_EBC.detach(), labels_B).to(said_RB.dtype)

@@ -1,6 +1,6 @@
-"""How the model is executed, never what it computes: memory format, activation checkpointing, compilation.
+"""Execution of the model: memory format, activation checkpointing, compilation.
 
-Each leaves losses and weights as they are but for rounding, so a run may switch them when it goes on.
+None changes losses or weights beyond rounding, so a resumed run may switch them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from paco_ds.models.recogniser import Recogniser
 def prepare(model: Recogniser, settings: EngineSettings, stage: int) -> None:
     """Apply `engine.channels_last`, `engine.activation_checkpointing` and `engine.compile` to a model, in place.
 
-    Names and shapes of parameters and buffers stay, so weights go in and out as ever.
+    Names and shapes of parameters and buffers stay the same.
 
     Raises:
         RecipeError: `engine.compile` at ZeRO stage 3.
@@ -30,13 +30,13 @@ def prepare(model: Recogniser, settings: EngineSettings, stage: int) -> None:
     if settings.compile and stage == 3:
         raise RecipeError(
             "engine.compile: ZeRO stage 3 gathers and frees the weights of each layer from outside the compiled code, "
-            "which cannot follow; set engine.compile=false, or engine.deepspeed to a file of stage 0, 1 or 2"
+            "which does not support it; set engine.compile=false, or engine.deepspeed to a file of stage 0, 1 or 2"
         )
     if settings.channels_last:
         # Weights keep their format: ZeRO lays them out flat, and convolutions follow the format of the images.
         model.normalize.memory_format = torch.channels_last
     if settings.activation_checkpointing:
-        # Keys are made without gradient: nothing of the key encoder is kept anyway.
+        # Keys carry no gradient: the key encoder saves no activations.
         for block in model.query_encoder.backbone.blocks():
             block.forward = types.MethodType(_recomputed_in_backward, block)
     if settings.compile:
@@ -46,7 +46,7 @@ def prepare(model: Recogniser, settings: EngineSettings, stage: int) -> None:
 
 
 def _recomputed_in_backward(block: nn.Module, images: Tensor) -> Tensor:
-    """The block's own forward, of which only the input is kept for backward."""
+    """The block's forward, keeping only its input for backward."""
     forward = type(block).forward
     if not torch.is_grad_enabled():
         return forward(block, images)
@@ -54,16 +54,16 @@ def _recomputed_in_backward(block: nn.Module, images: Tensor) -> Tensor:
 
 
 def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """What surrounds the forward and its repetition during backward."""
+    """Contexts of the forward, and of its recomputation during backward."""
     return nullcontext(), _statistics_left_alone(block)
 
 
 @contextmanager
 def _statistics_left_alone(block: nn.Module) -> Iterator[None]:
-    """BatchNorm normalises as before but does not move its running statistics, which have seen this batch.
+    """BatchNorm normalises as before but keeps its running statistics, which were updated by the first forward.
 
-    Without momentum they are replaced by themselves. Switching them off instead would save other tensors than the
-    forward did, which checkpointing refuses.
+    Momentum 0 keeps running statistics unchanged. Disabling them would save other tensors than the forward did, which
+    checkpointing refuses.
     """
     norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]

@@ -1,6 +1,6 @@
 """Experts of RIDE (Wang et al. 2021): one network that branches into several before its last two stages.
 
-Stem and first stages are shared; each expert has last stages of its own, whole or with three quarters of the channels.
+Experts share the stem and the first stages; each has its own last stages, with all or three quarters of the channels.
 """
 
 from __future__ import annotations

@@ -31,9 +31,9 @@ class Projection(nn.Sequential):
 
 
 class LinearCenters(nn.Linear):
-    """A linear classifier, [B, F] -> [B, C]; with `rows` also its centers [C, F], for what is made of them.
+    """A linear classifier, [B, F] -> [B, C]; with `rows` also a copy of its centers [C, F].
 
-    They are handed out by its own forward, and as a copy, since ZeRO-3 holds weights whole only while it runs.
+    The forward returns the copy, since ZeRO-3 gathers weights only while it runs.
     """
 
     def forward(self, feature_BF: Tensor, rows: bool = False) -> Any:
@@ -55,7 +55,7 @@ class CosineCenters(nn.Module):
         self.out_features, self.scale = classes, scale
 
     def forward(self, feature_BF: Tensor, rows: bool = False) -> Any:
-        """As :class:`LinearCenters`."""
+        """Like :class:`LinearCenters`."""
         logits = self.scale * F.normalize(feature_BF.float(), dim=1) @ F.normalize(self.weight, dim=1).T
         return (logits, self.weight.clone()) if rows else logits
 
@@ -80,7 +80,7 @@ class PerExpert(nn.ModuleList):
         super().__init__(make_head() for _ in range(experts))
 
     def forward(self, features_EBF: Tensor, **options: Any) -> Any:
-        """The heads' outputs stacked; of heads that give several, each by itself."""
+        """The outputs of the heads, stacked; of heads with several outputs, each stacked separately."""
         outputs = [head(feature, **options) for head, feature in zip(self, features_EBF.unbind(), strict=True)]
         if isinstance(outputs[0], Tensor):
             return torch.stack(outputs)
@@ -90,7 +90,7 @@ class PerExpert(nn.ModuleList):
 class Normalize(nn.Module):
     """uint8 images [B, 3, H, W] to float32 with the data set's channel mean and deviation (of the 0-1 range).
 
-    `memory_format` is that of the result; what follows keeps it.
+    `memory_format` is that of the result; the layers that follow keep it.
     """
 
     mean: Tensor

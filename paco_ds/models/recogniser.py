@@ -1,7 +1,6 @@
-"""The model: query encoder, centers, and, where the recipe has one, the key encoder beside it in one module.
+"""The model: query encoder, centers and, where the recipe has one, the key encoder.
 
-Both encoders live in one module so that DeepSpeed sees, partitions and gathers them alike; which of them a forward
-runs is an argument.
+Both encoders are in one module, so that DeepSpeed partitions and gathers both; an argument of the forward chooses one.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ class Recogniser(nn.Module):
 
     @property
     def has_projection(self) -> bool:
-        """Whether queries are made beside features."""
+        """Whether the model has queries."""
         return self.query_encoder.projection is not None
 
     def freeze_encoder(self) -> None:
@@ -80,12 +79,12 @@ class Recogniser(nn.Module):
         self.train(self.training)
 
     def restart_key_encoder(self) -> None:
-        """Let the key encoder, if there is one, begin with the query encoder's weights."""
+        """Reset the key encoder, if there is one, to the query encoder's weights."""
         if self.key_encoder is not None:
             self.key_encoder = _as_key_encoder(self.query_encoder)
 
     def fixed_centers(self) -> nn.Module:
-        """What holds the frozen centers of :class:`ScaledCenters`, one or one for each expert."""
+        """The frozen classifiers of :class:`ScaledCenters`: one, or one for each expert."""
         if isinstance(self.centers, PerExpert):
             return nn.ModuleList(head.linear for head in self.centers)  # type: ignore[misc]
         return self.centers.linear  # type: ignore[return-value]
@@ -139,7 +138,7 @@ def _as_key_encoder(encoder: Encoder) -> Encoder:
     key_encoder = copy.deepcopy(encoder).requires_grad_(False)
     for module in key_encoder.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            # keys are always made with the statistics of their own group; running ones would only cost exchange
+            # keys are normalised with the statistics of their group; running statistics would never be used
             module.track_running_stats = False
             module.running_mean = module.running_var = module.num_batches_tracked = None
     return key_encoder

@@ -1,11 +1,11 @@
-"""Owns the second stage of RIDE (Wang et al. 2021): after each expert, a router says which images the next one sees.
+"""The second stage of RIDE (Wang et al. 2021): after each expert, a router chooses the images of the next expert.
 
 With u_e the feature of expert e, of unit length, and z the mean logits of experts 1 to e::
 
     r_e = w . [ the largest of z, in order ; relu(A_e u_e + a_e) ] + b
 
-where A_e, a_e are the router's own and w, b those of all routers, as published. An image goes on to expert e + 1 where
-sigmoid(r_e) > threshold, and its answer is the mean logits of the experts that it was given to. What is learnt is in
+where A_e, a_e belong to one router and w, b to all, as published. Expert e + 1 runs on an image where
+sigmoid(r_e) > threshold; the answer is the mean logits of the experts that ran. The loss is in
 :mod:`paco_ds.losses.routing`.
 
 Shapes: E experts, B images, F feature dimension, C classes.
@@ -36,7 +36,7 @@ class Routers(nn.Module):
         self.decide = nn.Linear(self.top_logits + settings.hidden, 1)
 
     def forward(self, features_EBF: Tensor, logits_EBC: Tensor) -> Tensor:
-        """r [E - 1, B], float32, of images that were given to all experts, as in training."""
+        """r [E - 1, B], float32, of images on which all experts ran, as in training."""
         total_EBC = logits_EBC.cumsum(0)
         said = [self.after(e, features_EBF[e], total_EBC[e] / (e + 1)) for e in range(len(self.hidden))]
         return torch.stack(said)
@@ -54,15 +54,15 @@ class Routers(nn.Module):
 
 
 def ask_in_turn(experts: Experts, centers: PerExpert, routers: Routers, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Answer images with as many experts as their routers want; the others never run on them.
+    """Run on each image the experts that the routers choose, and no others.
 
-    An expert that no image goes to runs on none: so every rank runs the same layers, which ZeRO-3 gathers together.
+    An expert without images runs on an empty batch: every rank runs the same layers, which ZeRO-3 gathers together.
 
     Args:
         images: normalised, [B, 3, H, W].
 
     Returns:
-        mean logits [B, C], float32, of the experts that each image was given to, and their number, int64 [B].
+        mean logits [B, C], float32, of the experts that ran on each image, and their number, int64 [B].
     """
     common = experts.shared(images)
     asking = torch.arange(len(images), device=images.device)  # the images that the expert at hand sees

@@ -1,7 +1,7 @@
-"""Running statistics of BatchNorm over an optimizer step of M micro-batches, whoever computes them.
+"""Running statistics of BatchNorm over an optimizer step of M micro-batches, on any number of ranks.
 
-Every micro-batch starts from the step's statistics; the mean of what the M micro-batches leave becomes the model's.
-Running micro-batches one after the other instead would make the result depend on the number of ranks.
+Every micro-batch starts from the statistics before the step; the model gets the mean over the M micro-batches.
+Updating them one micro-batch after the other would make the result depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from paco_ds.distributed.ranks import Ranks
 
 
 class RunningStatistics:
-    """Running means and variances of a module's BatchNorm layers, as one step sees them; not of layers that are kept
-    in evaluation mode, which are frozen."""
+    """Running means and variances of a module's BatchNorm layers during one step.
+
+    Frozen layers (in evaluation mode) are left out."""
 
     def __init__(self, module: nn.Module) -> None:
         norms = [
@@ -38,7 +39,7 @@ class RunningStatistics:
             torch._foreach_add_(self._sum, self.buffers)
 
     def begin_mean(self, ranks: Ranks) -> None:
-        """Begin to add up over ranks; after the forward of this rank's last micro-batch."""
+        """Begin the all_reduce; after the forward of this rank's last micro-batch."""
         if self.buffers:
             self._of_ranks = ranks.begin_sum(torch.cat([s.flatten() for s in self._sum]))
 
@@ -53,13 +54,13 @@ class RunningStatistics:
             tracked.fill_(step + 1)
 
     def skip_step(self) -> None:
-        """Go back to what the step began with, once the sum that was begun is over."""
+        """Restore the statistics before the step, after the all_reduce has ended."""
         if self.buffers:
             self._of_ranks.wait()
         self.restore()
 
     def restore(self) -> None:
-        """Go back to what the step began with."""
+        """Restore the statistics before the step."""
         if self.buffers:
             torch._foreach_copy_(self.buffers, self._before)
         for tracked, before in zip(self.steps, self._tracked, strict=True):

@@ -1,4 +1,4 @@
-"""What DeepSpeed needs and hides: its start, its configuration, the device, the engine around the model."""
+"""DeepSpeed: prerequisites, configuration, start of a rank, and the engine around the model."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def read_deepspeed_config(path: str | Path) -> dict[str, Any]:
 
 
 def _check_offload(path: Path, zero: dict[str, Any]) -> None:
-    """The optimizer's weights and momentum may lie in host memory; other kinds of offload are not supported."""
+    """The optimizer's weights and momentum may be in host memory; other kinds of offload are not supported."""
     if "offload_param" in zero:
         raise RecipeError(
             f"engine.deepspeed: {path} has 'offload_param', with which the key encoder's moving average is not proven; "
@@ -85,7 +85,7 @@ def _check_offload(path: Path, zero: dict[str, Any]) -> None:
 
 
 def check_prerequisites() -> None:
-    """On CPU ranks DeepSpeed compiles a shared-memory operation at its first start; say so before it fails.
+    """On CPU ranks DeepSpeed compiles a shared-memory operation at its first start; check that it can.
 
     Raises:
         UserError: no C++ compiler, or no Python headers.
@@ -129,10 +129,10 @@ def start(step: StepSettings, threads: int | None, expect_ranks: int | None = No
 
 
 def unname_shared_memory(ranks: Ranks) -> None:
-    """Let the buffers of DeepSpeed's CPU collectives go with their processes, however these end.
+    """Unlink the buffers of DeepSpeed's CPU collectives, so that they are freed with their processes.
 
-    DeepSpeed never unlinks them: each rank of each run would leave 66 MB of memory behind in /dev/shm. Once every
-    rank has mapped them their names are not needed. All ranks call this, after `deepspeed.init_distributed`.
+    DeepSpeed never unlinks them: each rank of each run would leave 66 MB in /dev/shm. Once every rank has mapped
+    them, their names are not needed. All ranks call this, after `deepspeed.init_distributed`.
     """
     if ranks.device.type != "cpu":
         return
@@ -173,7 +173,7 @@ def initialise(
         "train_micro_batch_size_per_gpu": layout.micro_batch,
         "gradient_accumulation_steps": layout.accumulation,
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # offload with SGD, of which DeepSpeed has no CPU version of its own
+        "zero_force_ds_cpu_optimizer": False,  # offload with SGD, of which DeepSpeed has no CPU version
         "steps_per_print": 10**9,
         # 0 is no clipping; left out, DeepSpeed clips at 1. Without ZeRO the optimizer clips, which knows the norm
         "gradient_clipping": (settings.clip_norm or 0.0) if stage > 0 else 0.0,

@@ -1,4 +1,4 @@
-"""SGD that can be told to leave everything as it is, and the learning rate as a function of the step."""
+"""SGD with a guard that skips a step, and the learning rate as a function of the step."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ from paco_ds.config.recipe import ScheduleSettings
 class GuardedSGD(torch.optim.SGD):
     """SGD with momentum whose `step` does nothing where `guard` says so.
 
-    The guard is asked in `step`, so that ranks can agree on its answer while gradients are made. Without ZeRO `step`
-    also measures the gradient's global norm, clips to it and refuses a norm that is not finite; ZeRO's stages do the
-    three by themselves.
+    `step` calls the guard, so that ranks can agree on its answer during backward. Without ZeRO `step` also computes the
+    global gradient norm, clips, and skips a norm that is not finite; DeepSpeed does these three at stages 1 to 3.
 
     Attributes:
-        guard: whether to refuse.
+        guard: whether to skip the step.
         skipped: whether the last step did.
         grad_norm: L2 norm before clipping; None with ZeRO.
     """

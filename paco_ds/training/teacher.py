@@ -1,4 +1,4 @@
-"""The teacher of a distillation: a finished run, frozen, beside the DeepSpeed engine and the same on every rank."""
+"""The teacher of a distillation: a finished run, frozen, outside the DeepSpeed engine and equal on every rank."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Teacher:
         return logits
 
     def check_taught(self, student: Checkpoint) -> None:
-        """Refuse to go on with a run that another teacher began.
+        """Refuse to resume a run that began with another teacher.
 
         Raises:
             CheckpointError: the weights are others.

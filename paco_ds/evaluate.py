@@ -23,9 +23,11 @@ from paco_ds.command import report_user_errors
 from paco_ds.config.plugins import AllowCode
 
 if TYPE_CHECKING:
-    from paco_ds.config.recipe import Recipe
-    from paco_ds.data.manifest import Manifest
+    from collections.abc import Callable
+
+    from paco_ds.config.recipe import EvaluationSettings
     from paco_ds.distributed.ranks import Ranks
+    from paco_ds.evaluation.split import EvaluationSplit
     from paco_ds.models.recogniser import Recogniser
 
 
@@ -56,6 +58,10 @@ def main(argv: list[str] | None = None) -> int:
         recipe = recipes[0]
         split = arguments.split or recipe.evaluation.test_split
         manifest = open_data(recipe.data, [split])
+
+        def judged(split: str) -> EvaluationSplit:
+            return EvaluationSplit(manifest, split, recipe.data, recipe.views.evaluation, recipe.evaluation.batch)
+
         members, steps = [], []
         for run, its_recipe in zip(runs, recipes, strict=True):
             checkpoint = chosen_checkpoint(run, its_recipe.evaluation.checkpoint)
@@ -65,12 +71,10 @@ def main(argv: list[str] | None = None) -> int:
         ranks = join_job(recipe.engine.threads)
         about: dict[str, Any] = {"ensemble": [str(run) for run in runs]} if len(runs) > 1 else {}
         if arguments.tau_normalize is not None:
-            tau, member = _normalized(arguments.tau_normalize, members[0], recipe, manifest, ranks)
+            tau, member = _normalized(arguments.tau_normalize, members[0], recipe.evaluation, judged, ranks)
             members, about = [member], {"tau_normalization": tau}
         model = Ensemble(members).to(ranks.device)
-        accuracy = evaluate(
-            model, model, EvaluationSplit.of(recipe, manifest, split), ranks, experts=recipe.model.experts
-        )
+        accuracy = evaluate(model, model, judged(split), ranks, experts=recipe.model.experts)
         if ranks.first:
             what = f"{recipe.name}, step {steps[0]}" if len(runs) == 1 else f"ensemble of {len(runs)} runs"
             Console().print(accuracy.table(f"{what}, on {split}"))
@@ -79,8 +83,11 @@ def main(argv: list[str] | None = None) -> int:
             write_results(
                 target,
                 accuracy,
-                recipe,
                 manifest,
+                run=recipe.name,
+                seed=recipe.seed,
+                scale=recipe.step.scale,
+                train_split=recipe.data.train_split,
                 split=split,
                 step=steps[0],
                 world_size=ranks.world_size,
@@ -93,26 +100,30 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _normalized(
-    tau: str, member: tuple[Recogniser, bool], recipe: Recipe, manifest: Manifest, ranks: Ranks
+    tau: str,
+    member: tuple[Recogniser, bool],
+    settings: EvaluationSettings,
+    judged: Callable[[str], EvaluationSplit],
+    ranks: Ranks,
 ) -> tuple[float, tuple[Recogniser, bool]]:
     """(tau, the model with its centers normalised); `auto` chooses tau on the validation split."""
     from paco_ds.errors import RecipeError
-    from paco_ds.evaluation.split import EvaluationSplit
     from paco_ds.evaluation.tau_normalization import choose_tau, tau_normalized
 
     model, autocast = member
     if tau != "auto":
         return float(tau), (tau_normalized(model, float(tau)), autocast)
-    split = recipe.evaluation.split
+    split = settings.split
     if split is None:
         raise RecipeError("--tau-normalize auto chooses tau on evaluation.split, which is null: give a number instead")
-    if split == recipe.evaluation.test_split:
+    if split == settings.test_split:
         raise RecipeError(
             f"--tau-normalize auto would choose tau on {split}, the test split: give a number, or shards with a "
             f"validation split (paco-build-shards build ... --validation-share .05)"
         )
-    manifest.check_files(split)
-    chosen, balanced = choose_tau(model.to(ranks.device), EvaluationSplit.of(recipe, manifest, split), ranks)
+    validation = judged(split)
+    validation.manifest.check_files(split)
+    chosen, balanced = choose_tau(model.to(ranks.device), validation, ranks)
     if ranks.first:
         print(f"tau {chosen}: balanced accuracy on {split} " + ", ".join(f"{t}: {a:.3f}" for t, a in balanced.items()))
     return chosen, (tau_normalized(model, chosen), autocast)

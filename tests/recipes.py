@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
@@ -11,6 +11,7 @@ from paco_ds.config.load import load_recipe, validate_recipe
 from paco_ds.config.recipe import Recipe
 from paco_ds.data.manifest import Manifest
 from paco_ds.data.stream.batches import MicroBatch, evaluation_stream
+from paco_ds.models.recogniser import Recogniser, make_recogniser
 
 TINY = """
 name: tiny
@@ -52,6 +53,16 @@ def evaluation_batches(
     """A rank's batches of a split, as an evaluation reads them."""
     return evaluation_stream(
         recipe.data, recipe.views.evaluation, manifest, split, recipe.evaluation.batch, rank, world_size
+    )
+
+
+def model_of(
+    recipe: Recipe, classes: int, mean: Sequence[float] = (0.5,) * 3, std: Sequence[float] = (0.2,) * 3
+) -> Recogniser:
+    """The recipe's model with the weights of its seed; nothing is frozen."""
+    with_key_encoder = recipe.keys_from == "key_encoder"
+    return make_recogniser(
+        recipe.model, recipe.method, classes, mean, std, with_key_encoder=with_key_encoder, seed=recipe.seed
     )
 
 

@@ -1,4 +1,4 @@
-"""Owns what settings are made of: a frozen section, number types, and the mark of those that decide nothing learnt."""
+"""What settings are made of: a frozen section, number types, and the marker for settings free to change on resume."""
 
 from __future__ import annotations
 

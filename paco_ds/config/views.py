@@ -1,4 +1,4 @@
-"""Owns the settings of views: which random operations make one, and how strong each is.
+"""The settings of views: which random operations make one, and how strong each is.
 
 `randcls`, `randclsstack`, `sim`, `sim02`, `mocov2` and `regular` are one chain of operations with other defaults, the
 values of the published code (dvlab-research/Parametric-Contrastive-Learning); any of them may be set in a recipe.

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import paco_ds
-from paco_ds.config.recipe import Recipe
 from paco_ds.data.manifest import Manifest
 from paco_ds.evaluation.accuracy import ShotAccuracy
 from paco_ds.files import replace_text
@@ -32,29 +31,40 @@ def versions() -> dict[str, str]:
 def write_results(
     path: Path,
     accuracy: ShotAccuracy,
-    recipe: Recipe,
     manifest: Manifest,
     *,
+    run: str,
+    seed: int,
+    scale: float,
+    train_split: str,
     split: str,
     step: int,
     world_size: int,
     started: str,
     about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write metrics.json atomically; accuracies are fractions. `about` has further keys."""
-    train = recipe.data.train_split
+    """Write metrics.json atomically; accuracies are fractions.
+
+    Args:
+        run: name of the recipe.
+        scale: of the learning rate, see `StepSettings.scale`.
+        train_split: whose images decide the shots.
+        split, step: the images and the weights that were evaluated.
+        started: see :func:`now`.
+        about: further keys.
+    """
     results = {
         **accuracy.to_json(),
         **(accuracy.detail.to_json(manifest.classes) if accuracy.detail else {}),
-        "run": recipe.name,
+        "run": run,
         "split": split,
         "step": step,
-        "seed": recipe.seed,
+        "seed": seed,
         "class_names": list(manifest.classes),
-        "class_counts": list(manifest.split(train).class_counts),
-        "shots_of_classes": list(manifest.shots_of_classes(train)),
+        "class_counts": list(manifest.split(train_split).class_counts),
+        "shots_of_classes": list(manifest.shots_of_classes(train_split)),
         "world_size": world_size,
-        "scale": recipe.step.scale,
+        "scale": scale,
         "started": started,
         "finished": now(),
         "manifest_sha256": manifest.sha256,

@@ -56,7 +56,15 @@ def evaluate(
 
 def load_recogniser(checkpoint: Checkpoint, recipe: Recipe, manifest: Manifest) -> Recogniser:
     """The model of a recipe with the weights of a checkpoint, on the CPU."""
-    model = make_recogniser(recipe, len(manifest.classes), manifest.mean, manifest.std)
+    model = make_recogniser(
+        recipe.model,
+        recipe.method,
+        len(manifest.classes),
+        manifest.mean,
+        manifest.std,
+        with_key_encoder=recipe.keys_from == "key_encoder",
+        seed=recipe.seed,
+    )
     model.load_state_dict(checkpoint.model())
     return model
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from paco_ds.config.recipe import DataSettings, Recipe
+from paco_ds.config.recipe import DataSettings
 from paco_ds.config.views import EvalView
 from paco_ds.data.manifest import Manifest
 from paco_ds.data.stream.batches import MicroBatch, evaluation_stream
@@ -18,6 +18,7 @@ class EvaluationSplit:
 
     Attributes:
         name: of the split.
+        data: how shards are read, and the split whose counts make the shots.
         batch: images of a batch.
     """
 
@@ -26,11 +27,6 @@ class EvaluationSplit:
     data: DataSettings
     view: EvalView
     batch: int
-
-    @classmethod
-    def of(cls, recipe: Recipe, manifest: Manifest, name: str) -> EvaluationSplit:
-        """A split as a recipe evaluates it."""
-        return cls(manifest, name, recipe.data, recipe.views.evaluation, recipe.evaluation.batch)
 
     def batches(self, ranks: Ranks) -> Iterator[MicroBatch]:
         """This rank's batches: every image once over all ranks, equally many batches on each."""

@@ -24,7 +24,7 @@ def make_loss(
     if class_counts is None or len(class_counts) == 0:
         raise RecipeError(
             f"loss.method {settings.method} needs the training images of every class: give it a data set with a "
-            f"manifest (tools/build_shards.py build writes one)"
+            f"manifest (paco-build-shards build writes one)"
         )
     make = type(method).loss  # of the class: a function is not bound to the settings
     if isinstance(make, str):

@@ -1,4 +1,4 @@
-"""Owns logsumexp over the key queue and its gradient, both from one attention call that keeps nothing K-sized.
+"""Logsumexp over the key queue and its gradient, both from one attention call that keeps nothing K-sized.
 
 Queue keys carry no gradient, so with values V = K the output of attention is the gradient. With s_k = q.k / tau + b_k::
 

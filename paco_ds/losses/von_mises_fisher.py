@@ -1,4 +1,4 @@
-"""Owns the normaliser of von Mises-Fisher distributions on the unit sphere, and its gradient.
+"""The normaliser of von Mises-Fisher distributions on the unit sphere, and its gradient.
 
 Up to a constant, minus the log of the normaliser in D dimensions is, with I_v the modified Bessel function::
 

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paco_ds.config.recipe import ModelSettings, Recipe
+from paco_ds.config.methods import Method
+from paco_ds.config.recipe import ModelSettings
 from paco_ds.models.backbones import Backbone, make_backbone
 from paco_ds.models.experts import Experts
 from paco_ds.models.heads import CosineCenters, LinearCenters, Normalize, PerExpert, Projection, ScaledCenters
@@ -144,11 +145,27 @@ def _as_key_encoder(encoder: Encoder) -> Encoder:
     return key_encoder
 
 
-def make_recogniser(recipe: Recipe, classes: int, mean: Sequence[float], std: Sequence[float]) -> Recogniser:
-    """The model of a recipe for shards with this many classes; initialised from the recipe's seed."""
+def make_recogniser(
+    settings: ModelSettings,
+    method: Method,
+    classes: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    with_key_encoder: bool,
+    seed: int,
+) -> Recogniser:
+    """The model for shards with this many classes, with the heads that the method trains.
+
+    Args:
+        mean, std: of the channels, in the 0-1 range.
+        seed: of the initial weights.
+
+    Raises:
+        RecipeError: an unknown backbone, or one that does not fit the other settings.
+    """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        settings = recipe.model
+        torch.manual_seed(seed)
         backbone = make_backbone(settings)
         dim = backbone.feature_dim
 
@@ -158,7 +175,6 @@ def make_recogniser(recipe: Recipe, classes: int, mean: Sequence[float], std: Se
                 settings, lambda: Projection(dim, hidden, settings.projection_dim, settings.projection)
             )
 
-        method = recipe.method
         projection = project() if method.contrastive else None
         centers = _of_each_expert(settings, lambda: _centers(settings, dim, classes))
         if not method.trains_centers:
@@ -169,7 +185,6 @@ def make_recogniser(recipe: Recipe, classes: int, mean: Sequence[float], std: Se
             assert settings.experts is not None
             routers = Routers(settings.experts, dim, classes, settings.routers)
         encoder = Encoder(backbone, projection)
-        with_key_encoder = recipe.keys_from == "key_encoder"
         return Recogniser(encoder, centers, Normalize(mean, std), with_key_encoder, prototypes, routers)
 
 

@@ -36,7 +36,7 @@ from paco_ds.data.manifest import MANIFEST_FILE
 from paco_ds.data.pack.card import load_card
 from paco_ds.errors import RecipeError, UserError
 from paco_ds.files import is_url, sha256_file
-from paco_ds.paper.results import keep_result, read_result
+from paco_ds.paper.results import Identity, keep_result, read_result
 from paco_ds.paper.tables import Row, Table, load_table, small_recipe
 
 if TYPE_CHECKING:  # with torch and matplotlib, which --help need not wait for
@@ -121,7 +121,7 @@ class Job:
             first.check()
             require_same_network(first.recipe.model, recipe.model, first.run)
         if self.kept is not None and self.kept.exists():
-            read_result(self.kept, recipe, self._first_recipe, self.row.evaluate, self._manifest_sha256())
+            self.figures()
 
     def training(self, launcher: Sequence[str]) -> list[str]:
         """The command that starts or resumes the training."""
@@ -147,7 +147,8 @@ class Job:
         """
         if self.kept is None:
             return dict(json.loads(self.results.read_text()))
-        return read_result(self.kept, self.recipe, self._first_recipe, self.row.evaluate, self._manifest_sha256())
+        identity, before = Identity.of(self.recipe), self._first_identity
+        return read_result(self.kept, identity, before, self.row.evaluate, self._manifest_sha256())
 
     def read(self) -> SeedResult:
         """Its top-1 accuracies; raises as `figures` does."""
@@ -167,16 +168,16 @@ class Job:
         keep_result(
             self.kept,
             json.loads(self.results.read_text()),
-            self.recipe,
-            self._first_recipe,
+            Identity.of(self.recipe),
+            self._first_identity,
             self.row.evaluate,
             ranks=trained["world_size"],
             seconds=sum(step["step_seconds"] for step in steps),
         )
 
     @property
-    def _first_recipe(self) -> Recipe | None:
-        return self.first_stage.recipe if self.first_stage else None
+    def _first_identity(self) -> Identity | None:
+        return Identity.of(self.first_stage.recipe) if self.first_stage else None
 
     def _manifest_sha256(self) -> str | None:
         shards = self.recipe.data.shards

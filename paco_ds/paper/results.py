@@ -8,7 +8,8 @@ contains no machine paths, so it is valid in another clone.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,36 @@ from paco_ds.files import replace_text
 JUDGED_BY = ("evaluation.split", "evaluation.test_split", "evaluation.checkpoint")
 
 
+@dataclass(frozen=True)
+class Identity:
+    """What decides the result of a recipe.
+
+    Attributes:
+        settings: {dotted key: value}, as in JSON.
+        default: of a setting, by its dotted key.
+    """
+
+    settings: Mapping[str, Any]
+    default: Callable[[str], Any]
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Identity:
+        """The settings that decide what is learnt, and those it is judged by."""
+        judged = {key: getattr(recipe.evaluation, key.rpartition(".")[2]) for key in JUDGED_BY}
+        return cls(json.loads(json.dumps(recipe.resume_identity() | judged)), recipe.default)
+
+    def compare(self, saved: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+        """(key, saved value, current value); settings newer than `saved` have their default as saved value."""
+        saved = {key: self.default(key) for key in self.settings.keys() - saved.keys()} | dict(saved)
+        keys = sorted(saved.keys() | self.settings.keys())
+        return [(key, saved.get(key), self.settings.get(key)) for key in keys]
+
+
 def keep_result(
     path: Path,
     figures: Mapping[str, Any],
-    recipe: Recipe,
-    first_stage: Recipe | None,
+    identity: Identity,
+    first_stage: Identity | None,
     options: Sequence[str],
     *,
     ranks: int,
@@ -40,8 +66,8 @@ def keep_result(
         "ranks": ranks,
         "seconds": round(seconds, 1),
         "evaluate": list(options),
-        "recipe": _identity(recipe),
-        **({"first_stage": _identity(first_stage)} if first_stage else {}),
+        "recipe": identity.settings,
+        **({"first_stage": first_stage.settings} if first_stage else {}),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in kept.items())
@@ -49,9 +75,9 @@ def keep_result(
 
 
 def read_result(
-    path: Path, recipe: Recipe, first_stage: Recipe | None, options: Sequence[str], manifest_sha256: str | None
+    path: Path, identity: Identity, first_stage: Identity | None, options: Sequence[str], manifest_sha256: str | None
 ) -> dict[str, Any]:
-    """The kept result of a training of this recipe, after one of `first_stage` for a second stage.
+    """The kept result of a training of this identity, after one of `first_stage` for a second stage.
 
     Args:
         manifest_sha256: of the local shards, or None without shards.
@@ -64,10 +90,10 @@ def read_result(
         saved, trained_on, evaluated = kept["recipe"], kept["manifest_sha256"], kept["evaluate"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a kept result ({error!r}): move it away to train that row again") from None
-    found = _compared(saved, recipe)
+    found = identity.compare(saved)
     before = kept.get("first_stage")
     if first_stage is not None and before is not None:
-        found += [(f"first stage: {key}", then, here) for key, then, here in _compared(before, first_stage)]
+        found += [(f"first stage: {key}", then, here) for key, then, here in first_stage.compare(before)]
     else:
         found += [("starts from a first stage", before is not None, first_stage is not None)]
     found += [("options of the evaluation", evaluated, list(options))]
@@ -80,16 +106,3 @@ def read_result(
             + "\nGive another --keep folder (one for each data set), or move the file away to train that row again"
         )
     return dict(kept)
-
-
-def _compared(saved: Mapping[str, Any], recipe: Recipe) -> list[tuple[str, Any, Any]]:
-    """(key, saved value, current value); settings newer than the file have their default as saved value."""
-    now = _identity(recipe)
-    saved = {key: recipe.default(key) for key in now.keys() - saved.keys()} | dict(saved)
-    return [(key, saved.get(key), now.get(key)) for key in sorted(saved.keys() | now.keys())]
-
-
-def _identity(recipe: Recipe) -> dict[str, Any]:
-    """{dotted key: value}, as in JSON, of the settings that affect a recipe's result."""
-    judged = {key: getattr(recipe.evaluation, key.rpartition(".")[2]) for key in JUDGED_BY}
-    return dict(json.loads(json.dumps(recipe.resume_identity() | judged)))

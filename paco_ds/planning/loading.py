@@ -22,8 +22,9 @@ from paco_ds.losses import make_loss
 from paco_ds.models.execution import prepare
 from paco_ds.models.recogniser import split_experts
 from paco_ds.randomness import DrawPurpose, generator, permutation
-from paco_ds.training.build import Classes, build_forward, build_model
+from paco_ds.training.build import Classes, build_model
 from paco_ds.training.engine import read_deepspeed_config
+from paco_ds.training.forward import Forward
 
 HEADROOM = 1.25  # images take turns: a worker that meets large ones must not keep its GPU waiting
 
@@ -66,7 +67,7 @@ class LoadingPlan:
             lines.append(
                 f"TOO FEW CORES: they make {left:.0f} images/s for each GPU, so it waits "
                 f"{max(0.0, 1 - left / self.per_gpu):.0%} of the time; use smaller images "
-                f"(build_shards.py --resize-short), cheaper views, or nodes with more cores for each GPU"
+                f"(paco-build-shards build --resize-short), cheaper views, or nodes with more cores for each GPU"
             )
         elif self.verdict == "too few workers":
             lines.append(f"TOO FEW WORKERS: the recipe has {self.configured}; give --set data.workers={self.workers}")
@@ -123,7 +124,7 @@ def measure_loading(
         cv2.setNumThreads(threads[0])
         torch.set_num_threads(threads[1])
     if not made:
-        raise DataError(f"no sample of {data.shards} could be read; run tools/build_shards.py check on it")
+        raise DataError(f"no sample of {data.shards} could be read; run paco-build-shards check on it")
     return made / elapsed
 
 
@@ -134,7 +135,7 @@ def measure_step(recipe: Recipe, class_counts: Sequence[int], device: torch.devi
     """
     m, size = recipe.step.micro_batch, recipe.views.query.size
     model = build_model(recipe, Classes(class_counts, ())).to(device)
-    forward = build_forward(recipe, model, make_loss(recipe.loss, class_counts).to(device))
+    forward = Forward(model, make_loss(recipe.loss, class_counts).to(device), keys_from=recipe.keys_from)
     prepare(model, recipe.engine, stage=0)
     autocast = bool(read_deepspeed_config(recipe.engine.deepspeed).get("torch_autocast", {}).get("enabled"))
     query, key = torch.randint(0, 256, (2, m, 3, size, size), dtype=torch.uint8, device=device)

@@ -12,7 +12,7 @@ micro-batches per rank. What a stage holds was read from DeepSpeed 0.19; tests c
 
 If not all gradients fit into a bucket, stages 2 and 3 reduce it while activations are held, and stage 2 holds P / W of
 reduced gradients. With `offload_optimizer`, momentum, weight copies and gradients of the rank's partition are in host
-memory, see :func:`_offloaded`.
+memory, see `_RankMemory.offloaded`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,8 @@ from typing import Any, Literal
 
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from paco_ds.config.recipe import Recipe
-from paco_ds.distributed.ranks import MicroBatchLayout
-from paco_ds.planning.trace import StepTrace
+from paco_ds.planning.planned_rank import FLOAT, PlannedRank
 
-FLOAT = 4
 Device = Literal["cuda", "cpu"]
 
 PARTS = (
@@ -73,9 +70,12 @@ def zero_settings(config: dict[str, Any], stage: int | None = None) -> Any:
     return DeepSpeedZeroConfig(**(zero | ({} if stage is None else {"stage": stage})))
 
 
-def plan_memory(
-    recipe: Recipe, trace: StepTrace, classes: int, layout: MicroBatchLayout, zero: Any, device: Device
-) -> Memory:
+def offloads(zero: Any) -> bool:
+    """Whether the optimizer is offloaded to host memory."""
+    return zero.stage > 0 and zero.offload_optimizer is not None and zero.offload_optimizer.device != "none"
+
+
+def plan_memory(rank: PlannedRank, zero: Any, device: Device) -> Memory:
     """Memory of a rank.
 
     Args:
@@ -83,173 +83,168 @@ def plan_memory(
         device: "cuda" counts what is allocated (`max_memory_allocated`); "cpu" what becomes resident, without
             pages of a bucket that are never touched.
     """
-    static = _static(recipe, trace, classes, layout, zero, device)
-    offloaded = _offloaded(trace, layout, zero)
+    parts = _RankMemory(rank, zero, device)
+    static, offloaded = parts.static(), parts.offloaded()
     static["offloaded optimizer"] = offloaded if device == "cpu" else 0
     moments = {
-        "keys": _while_keys_are_made(recipe, trace, layout, zero, device),
-        "forward and backward": _while_queries_run(recipe, trace, layout, zero, device),
-        "reduction and update": _while_weights_are_updated(trace, layout, zero, device),
+        "keys": parts.while_keys_are_made(),
+        "forward and backward": parts.while_queries_run(),
+        "reduction and update": parts.while_weights_are_updated(),
     }
-    every = {
-        name: Memory(name, _merged(static, parts), offloaded if device == "cuda" else 0)
-        for name, parts in moments.items()
-    }
-    return max(every.values(), key=lambda memory: memory.total)
+    every = [
+        Memory(name, _merged(static, added), offloaded if device == "cuda" else 0) for name, added in moments.items()
+    ]
+    return max(every, key=lambda memory: memory.total)
 
 
-def _static(
-    recipe: Recipe, trace: StepTrace, classes: int, layout: MicroBatchLayout, zero: Any, device: Device
-) -> dict[str, int]:
-    W = layout.world_size
-    trained, followed = FLOAT * sum(trace.trained), FLOAT * sum(trace.followed)
-    own = _share(trace.trained, W)
-    kept = 0 if offloads(zero) else own  # of the optimizer's partition
-    parts = {"buffers": trace.buffers + 2 * FLOAT * trace.statistics, "momentum": trained if zero.stage == 0 else kept}
-    if zero.stage < 3:
-        parts |= {"query encoder, centers": trained, "key encoder": followed}
-    else:
-        persistent = sum(n for n in trace.trained + trace.followed if n < zero.param_persistence_threshold)
-        parts |= {
-            "query encoder, centers": own,
-            "key encoder": _share(trace.followed, W),
-            # on one rank the gathered weight is the partition
-            "weights gathered": FLOAT * persistent if W > 1 else 0,
-            "gradients": kept,
-            "reduction buckets": _bucket(trained, zero, device),
+@dataclass(frozen=True)
+class _RankMemory:
+    """Bytes of the parts of a rank's memory: those that stay, and those of each moment of a step."""
+
+    rank: PlannedRank
+    zero: Any
+    device: Device
+
+    def static(self) -> dict[str, int]:
+        """What is held during the whole step."""
+        recipe, trace, layout, zero = self.rank.recipe, self.rank.trace, self.rank.layout, self.zero
+        W, trained, followed = layout.world_size, self.rank.trained_bytes, FLOAT * sum(trace.followed)
+        kept = 0 if offloads(zero) else self._own  # of the optimizer's partition
+        parts = {
+            "buffers": trace.buffers + 2 * FLOAT * trace.statistics,
+            "momentum": trained if zero.stage == 0 else kept,
         }
-    if zero.stage > 0:
-        parts["own weights, copy"] = kept
-    if offloads(zero):
-        parts["gradients"] = 3 * _largest(trace, layout, zero)  # a buffer, and its float64 copy for the norm
-    images = _image_bytes(recipe)
-    views = len(recipe.training_views)
-    exchanges = _exchanges(recipe, layout)
-    # on CUDA the images of this step, and of the next if key images are sent ahead, are on the host
-    here = views * layout.accumulation * (2 if exchanges else 1) if device == "cpu" else 1
-    # key images of the next step: rows sent and rows received
-    parts["input images"] = images * (here + (2 * layout.accumulation if exchanges else 0))
-    if recipe.keys_from:
-        dim, row = recipe.model.key_dim, FLOAT * recipe.model.key_dim + 8
-        ring = recipe.queue.length * row
-        # contrasting with the keys of the whole step needs a copy of the queue
-        copy = ring + layout.global_batch * row if recipe.loss.contrast_scope == "global_batch" else 0
-        present = min(classes, recipe.queue.length)
-        sums = (present + 1) * FLOAT * dim + classes * 16  # and the count and row of each class
-        parts["queue and keys"] = ring + copy + sums + layout.global_batch * row
-    return parts
+        if zero.stage < 3:
+            parts |= {"query encoder, centers": trained, "key encoder": followed}
+        else:
+            persistent = sum(n for n in trace.trained + trace.followed if n < zero.param_persistence_threshold)
+            parts |= {
+                "query encoder, centers": self._own,
+                "key encoder": _share(trace.followed, W),
+                # on one rank the gathered weight is the partition
+                "weights gathered": FLOAT * persistent if W > 1 else 0,
+                "gradients": kept,
+                "reduction buckets": self._bucket,
+            }
+        if zero.stage > 0:
+            parts["own weights, copy"] = kept
+        if offloads(zero):
+            parts["gradients"] = 3 * self._largest_gradient  # a buffer, and its float64 copy for the norm
+        views = len(recipe.training_views)
+        ahead = self.rank.exchanges_images
+        # on CUDA the images of this step, and of the next if key images are sent ahead, are on the host
+        here = views * layout.accumulation * (2 if ahead else 1) if self.device == "cpu" else 1
+        # key images of the next step: rows sent and rows received
+        parts["input images"] = self._view_bytes * (here + (2 * layout.accumulation if ahead else 0))
+        if recipe.keys_from:
+            dim, row = recipe.model.key_dim, FLOAT * recipe.model.key_dim + 8
+            ring = recipe.queue.length * row
+            # contrasting with the keys of the whole step needs a copy of the queue
+            copy = ring + layout.global_batch * row if recipe.loss.contrast_scope == "global_batch" else 0
+            present = min(self.rank.classes, recipe.queue.length)
+            sums = (present + 1) * FLOAT * dim + self.rank.classes * 16  # and the count and row of each class
+            parts["queue and keys"] = ring + copy + sums + layout.global_batch * row
+        return parts
 
+    def while_keys_are_made(self) -> dict[str, int]:
+        """Besides, in the forward of the key encoder; empty without one."""
+        recipe, trace = self.rank.recipe, self.rank.trace
+        if recipe.keys_from != "key_encoder" or recipe.key_encoder is None:
+            return {}
+        # in group order; with batch_norm local they stay on the host
+        whole = recipe.key_encoder.batch_norm == "local"
+        moving = 0 if whole and self.device == "cuda" else self.rank.layout.accumulation * self._view_bytes
+        return {
+            "input images": moving,
+            "working memory": trace.key_peak,
+            "weights gathered": self._gathered(trace.followed),
+        }
 
-def _while_keys_are_made(
-    recipe: Recipe, trace: StepTrace, layout: MicroBatchLayout, zero: Any, device: Device
-) -> dict[str, int]:
-    if recipe.keys_from != "key_encoder" or recipe.key_encoder is None:
-        return {}
-    # in group order; with batch_norm local they stay on the host
-    whole = recipe.key_encoder.batch_norm == "local"
-    moving = 0 if whole and device == "cuda" else layout.accumulation * _image_bytes(recipe)
-    return {
-        "input images": moving,
-        "working memory": trace.key_peak,
-        "weights gathered": _gathered(trace.followed, layout, zero),
-    }
+    def while_queries_run(self) -> dict[str, int]:
+        """Besides, at the peak of forward, loss and backward of the last micro-batch."""
+        trace, zero, trained = self.rank.trace, self.zero, self.rank.trained_bytes
+        accumulates = self.rank.layout.accumulation > 1
+        early = zero.stage >= 2 and self._in_bucket < trained  # a full bucket is reduced during backward
+        peak, gradients, buckets = trace.peak, 0, 0
+        if zero.stage in (0, 1):
+            gradients = trained if accumulates else 0
+            peak = trace.peak if accumulates else trace.peak_with_gradients
+        if zero.stage == 2:
+            gradients = 0 if offloads(zero) else self._own * (accumulates + early)
+            # gradients are copied into the bucket during backward, which touches its pages
+            peak = trace.peak_with_gradients if self.device == "cpu" and not early else trace.peak
+        if zero.stage in (1, 2) and (self.device == "cuda" or early):
+            buckets = self._bucket
+        if early:
+            buckets += self._in_bucket  # flattened copy
+        return {
+            "gradients": gradients,
+            "reduction buckets": buckets,
+            "weights gathered": self._gathered(trace.trained),
+            "saved for backward": trace.saved - trace.logits,
+            "logits and contrasts": trace.logits,
+            "working memory": max(peak - trace.saved, 0),
+        }
 
+    def while_weights_are_updated(self) -> dict[str, int]:
+        """Besides, when gradients are reduced and the optimizer steps."""
+        zero, trained = self.zero, self.rank.trained_bytes
+        if zero.stage == 0:
+            # flattened to be reduced, on one rank too, whatever `reduce_bucket_size` says
+            return {"gradients": trained, "reduction buckets": trained}
+        kept = 0 if offloads(zero) else self._own
+        held = {1: trained - self._in_bucket, 2: kept if self.rank.layout.accumulation > 1 else 0, 3: 0}[zero.stage]
+        # a flattened copy of the bucket is reduced; an update holds its gradients and a copy with weight decay
+        return {
+            "gradients": held,
+            "reduction buckets": self._in_bucket + (0 if zero.stage == 3 else self._bucket),
+            "update": max(2 * kept - self._in_bucket, 0),
+            "weights gathered": self._gathered(self.rank.trace.trained),
+        }
 
-def _exchanges(recipe: Recipe, layout: MicroBatchLayout) -> bool:
-    """Whether key images are exchanged between ranks, one step ahead."""
-    encoder = recipe.key_encoder if recipe.keys_from else None
-    return encoder is not None and encoder.batch_norm == "shuffle" and layout.world_size > 1
+    def offloaded(self) -> int:
+        """Bytes on the host: weights, momentum and gradients of the rank's partition and a buffer of its size; at stage
+        2 also accumulated gradients. Below stage 3 gradients pass through a buffer of one parameter."""
+        if not offloads(self.zero):
+            return 0
+        shares = 5 if self.zero.stage == 2 and self.rank.layout.accumulation > 1 else 4
+        passing = self._largest_gradient if self.zero.stage < 3 else 0
+        return shares * self._own + passing
 
+    @property
+    def _own(self) -> int:
+        """The rank's partition of the trained weights."""
+        return _share(self.rank.trace.trained, self.rank.layout.world_size)
 
-def _while_queries_run(
-    recipe: Recipe, trace: StepTrace, layout: MicroBatchLayout, zero: Any, device: Device
-) -> dict[str, int]:
-    trained, own = FLOAT * sum(trace.trained), _share(trace.trained, layout.world_size)
-    in_bucket = _in_bucket(trained, zero)
-    accumulates = layout.accumulation > 1
-    early = zero.stage >= 2 and in_bucket < trained  # a full bucket is reduced during backward
-    peak, gradients, buckets = trace.peak, 0, 0
-    if zero.stage in (0, 1):
-        gradients = trained if accumulates else 0
-        peak = trace.peak if accumulates else trace.peak_with_gradients
-    if zero.stage == 2:
-        gradients = 0 if offloads(zero) else own * (accumulates + early)
-        # gradients are copied into the bucket during backward, which touches its pages
-        peak = trace.peak_with_gradients if device == "cpu" and not early else trace.peak
-    if zero.stage in (1, 2) and (device == "cuda" or early):
-        buckets = _bucket(trained, zero, device)
-    if early:
-        buckets += in_bucket  # flattened copy
-    return {
-        "gradients": gradients,
-        "reduction buckets": buckets,
-        "weights gathered": _gathered(trace.trained, layout, zero),
-        "saved for backward": trace.saved - trace.logits,
-        "logits and contrasts": trace.logits,
-        "working memory": max(peak - trace.saved, 0),
-    }
+    @property
+    def _largest_gradient(self) -> int:
+        return _share((max(self.rank.trace.trained),), self.rank.layout.world_size if self.zero.stage == 3 else 1)
 
+    @property
+    def _in_bucket(self) -> int:
+        return min(self.rank.trained_bytes, FLOAT * int(self.zero.reduce_bucket_size))
 
-def _while_weights_are_updated(trace: StepTrace, layout: MicroBatchLayout, zero: Any, device: Device) -> dict[str, int]:
-    trained, own = FLOAT * sum(trace.trained), _share(trace.trained, layout.world_size)
-    if zero.stage == 0:
-        # flattened to be reduced, on one rank too, whatever `reduce_bucket_size` says
-        return {"gradients": trained, "reduction buckets": trained}
-    in_bucket = _in_bucket(trained, zero)
-    kept = 0 if offloads(zero) else own
-    held = {1: trained - in_bucket, 2: kept if layout.accumulation > 1 else 0, 3: 0}[zero.stage]
-    # a flattened copy of the bucket is reduced; the update holds the partition's gradients and a copy with weight decay
-    return {
-        "gradients": held,
-        "reduction buckets": in_bucket if zero.stage == 3 else _bucket(trained, zero, device) + in_bucket,
-        "update": max(2 * kept - in_bucket, 0),
-        "weights gathered": _gathered(trace.trained, layout, zero),
-    }
+    @property
+    def _bucket(self) -> int:
+        if self.device == "cpu":
+            return self._in_bucket  # pages that are never written are not resident
+        doubled = self.zero.overlap_comm and self.zero.stage < 3
+        return FLOAT * int(self.zero.reduce_bucket_size) * (2 if doubled else 1)
 
+    def _gathered(self, parameters: tuple[int, ...]) -> int:
+        if self.zero.stage < 3 or self.rank.layout.world_size == 1:
+            return 0
+        partitioned = sum(n for n in parameters if n >= self.zero.param_persistence_threshold)
+        return FLOAT * min(partitioned, int(self.zero.max_live_parameters))
 
-def offloads(zero: Any) -> bool:
-    """Whether the optimizer is offloaded to host memory."""
-    return zero.stage > 0 and zero.offload_optimizer is not None and zero.offload_optimizer.device != "none"
-
-
-def _offloaded(trace: StepTrace, layout: MicroBatchLayout, zero: Any) -> int:
-    """Bytes on the host: weights, momentum and gradients of the rank's partition and a buffer of its size; at stage 2
-    also accumulated gradients. Below stage 3 gradients pass through a buffer of one parameter."""
-    if not offloads(zero):
-        return 0
-    shares = 5 if zero.stage == 2 and layout.accumulation > 1 else 4
-    passing = _largest(trace, layout, zero) if zero.stage < 3 else 0
-    return shares * _share(trace.trained, layout.world_size) + passing
-
-
-def _largest(trace: StepTrace, layout: MicroBatchLayout, zero: Any) -> int:
-    """Bytes of the largest gradient on a rank."""
-    return _share((max(trace.trained),), layout.world_size if zero.stage == 3 else 1)
-
-
-def _bucket(trained: int, zero: Any, device: Device) -> int:
-    if device == "cpu":
-        return _in_bucket(trained, zero)  # pages that are never written are not resident
-    return FLOAT * int(zero.reduce_bucket_size) * (2 if zero.overlap_comm and zero.stage < 3 else 1)
-
-
-def _in_bucket(trained: int, zero: Any) -> int:
-    return min(trained, FLOAT * int(zero.reduce_bucket_size))
-
-
-def _gathered(parameters: tuple[int, ...], layout: MicroBatchLayout, zero: Any) -> int:
-    if zero.stage < 3 or layout.world_size == 1:
-        return 0
-    partitioned = sum(n for n in parameters if n >= zero.param_persistence_threshold)
-    return FLOAT * min(partitioned, int(zero.max_live_parameters))
+    @property
+    def _view_bytes(self) -> int:
+        """One view of a micro-batch's images."""
+        return self.rank.layout.micro_batch * self.rank.image_bytes
 
 
 def _share(parameters: tuple[int, ...], world_size: int) -> int:
     return FLOAT * -(-sum(parameters) // world_size)
-
-
-def _image_bytes(recipe: Recipe) -> int:
-    return recipe.step.micro_batch * 3 * recipe.views.query.size**2
 
 
 def _merged(first: dict[str, int], second: dict[str, int]) -> dict[str, int]:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from paco_ds.config.recipe import Recipe
+from paco_ds.config.recipe import DataSettings, Recipe
 from paco_ds.data.manifest import Manifest, load_manifest
 from paco_ds.data.storage import open_storage
 from paco_ds.data.stream.order import EpochOrder
@@ -14,6 +14,7 @@ from paco_ds.data.stream.partition import held_bytes, micro_batches_ahead, shard
 from paco_ds.distributed.ranks import MicroBatchLayout, legal_world_sizes
 from paco_ds.errors import DataError, RecipeError, UserError
 from paco_ds.planning.memory import Device, Memory, offloads, plan_memory, zero_settings
+from paco_ds.planning.planned_rank import PlannedRank
 from paco_ds.planning.trace import StepTrace, trace_step
 from paco_ds.planning.traffic import Traffic, plan_traffic
 from paco_ds.training.engine import read_deepspeed_config
@@ -86,8 +87,8 @@ class Plan:
         return self.steps_per_epoch * self.layout.global_batch / self.images_per_second
 
 
-def find_data(recipe: Recipe, images: int | None, classes: int | None) -> Data:
-    """The recipe's training data: from its manifest, or as given if shards are not built yet.
+def find_data(settings: DataSettings, images: int | None, classes: int | None) -> Data:
+    """The training data of a recipe: from its manifest, or as given if shards are not built yet.
 
     Raises:
         UserError: only one of the two is given, or fewer images than classes.
@@ -95,10 +96,10 @@ def find_data(recipe: Recipe, images: int | None, classes: int | None) -> Data:
     """
     if images is None and classes is None:
         try:
-            manifest: Manifest = load_manifest(open_storage(recipe.data))
+            manifest: Manifest = load_manifest(open_storage(settings))
         except DataError as error:
             raise DataError(f"{error}. To plan without shards give --images N and --classes C") from None
-        split = manifest.split(recipe.data.train_split)
+        split = manifest.split(settings.train_split)
         return Data(
             True, split.class_counts, tuple(s.samples for s in split.shards), tuple(s.bytes for s in split.shards)
         )
@@ -140,9 +141,9 @@ def make_plan(
     order = EpochOrder(data.shards, layout.global_batch, seed=recipe.seed, epoch=0, window=recipe.data.window)
     autocast = bool(config.get("torch_autocast", {}).get("enabled"))
     trace = trace_step(recipe, data.class_counts, autocast)
-    classes = len(data.class_counts)
+    rank = PlannedRank(recipe, trace, len(data.class_counts), layout)
     zeros = {stage: zero_settings(config, stage) for stage in STAGES}
-    memory = {s: plan_memory(recipe, trace, classes, layout, zero, device) for s, zero in zeros.items()}
+    memory = {s: plan_memory(rank, zero, device) for s, zero in zeros.items()}
     stage = int(zero_settings(config).stage)
     verdict = None if gpu_memory is None else judge(memory[stage].total, gpu_memory, device)
     plan = Plan(
@@ -154,12 +155,12 @@ def make_plan(
         autocast=autocast,
         trace=trace,
         memory=memory,
-        traffic={s: plan_traffic(recipe, trace, layout, zero) for s, zero in zeros.items()},
+        traffic={s: plan_traffic(rank, zero) for s, zero in zeros.items()},
         steps_per_epoch=order.steps,
         shards_per_rank=_shards_per_rank(data, layout, order.steps),
         window_bytes=_window_bytes(data, layout, recipe.data.window),
         cache_bytes=_cache_bytes(data, layout, recipe.data.window),
-        ready_bytes=_ready_bytes(recipe, layout),
+        ready_bytes=_ready_bytes(layout, recipe.data.workers, len(recipe.training_views) * rank.image_bytes),
         legal_ranks=legal_world_sizes(layout.micro_batches),
         images_per_second=images_per_second,
         gpu_memory=gpu_memory,
@@ -191,11 +192,8 @@ def _window_bytes(data: Data, layout: MicroBatchLayout, window: int) -> int | No
     return held_bytes(sum(data.shard_bytes) / data.images, layout, window) if data.built else None
 
 
-def _ready_bytes(recipe: Recipe, layout: MicroBatchLayout) -> int:
-    if not recipe.data.workers:
-        return 0
-    image = len(recipe.training_views) * 3 * recipe.views.query.size**2
-    return micro_batches_ahead(layout) * layout.micro_batch * image
+def _ready_bytes(layout: MicroBatchLayout, workers: int, image: int) -> int:
+    return micro_batches_ahead(layout) * layout.micro_batch * image if workers else 0
 
 
 def _cache_bytes(data: Data, layout: MicroBatchLayout, window: int) -> int | None:
@@ -223,23 +221,30 @@ def _remedies(plan: Plan, config: dict[str, Any], gpu_memory: int) -> list[str]:
         if stage != plan.stage and fits(plan.memory[stage].total)
     ]
     counts = plan.data.class_counts
+    rank = PlannedRank(recipe, plan.trace, len(counts), layout)
     for stage in stages[1:]:
         zero = _small_buckets(config, stage)
         if zero_settings(config, stage).reduce_bucket_size <= SMALL_BUCKET:
             continue
-        if fits(plan_memory(recipe, plan.trace, len(counts), layout, zero, device).total):
+        if fits(plan_memory(rank, zero, device).total):
             at = "" if stage == plan.stage else f' and "stage": {stage}'
             found.append(f'"reduce_bucket_size": {SMALL_BUCKET}{at} in "zero_optimization" of the DeepSpeed JSON')
             break
     if found:
         return found
 
-    def where(recipe: Recipe, autocast: bool) -> str | None:
+    def where(recomputed: bool, autocast: bool, micro_batch: int = recipe.step.micro_batch) -> str | None:
         """A stage at which it fits with small buckets, preferring the recipe's."""
-        trace = trace_step(recipe, counts, autocast)
-        shape = replace(layout, micro_batch=recipe.step.micro_batch)
+        engine = {"activation_checkpointing": True, "compile": False} if recomputed else {}
+        sections = {
+            "engine": recipe.engine.model_copy(update=engine),
+            "step": recipe.step.model_copy(update={"micro_batch": micro_batch}),
+        }
+        changed = recipe.model_copy(update=sections)
+        trace = trace_step(changed, counts, autocast)
+        rank = PlannedRank(changed, trace, len(counts), replace(layout, micro_batch=micro_batch))
         for stage in sorted(stages, key=lambda stage: stage != plan.stage):
-            if fits(plan_memory(recipe, trace, len(counts), shape, _small_buckets(config, stage), device).total):
+            if fits(plan_memory(rank, _small_buckets(config, stage), device).total):
                 return f"at ZeRO stage {stage}" + (f', "reduce_bucket_size": {SMALL_BUCKET}' if stage else "")
         return None
 
@@ -248,15 +253,14 @@ def _remedies(plan: Plan, config: dict[str, Any], gpu_memory: int) -> list[str]:
         for recomputed, autocast in ways:
             if (recomputed, autocast) == (recomputing, plan.autocast):
                 continue
-            if place := where(_recomputed(recipe) if recomputed else recipe, autocast):
+            if place := where(recomputed, autocast):
                 found.append(f"{_way(plan, recomputed, autocast)} {place}")
         if found:
             return found
     micro_batch = recipe.step.micro_batch
     while micro_batch > 2:  # BatchNorm needs 2 images
         micro_batch = (micro_batch + 1) // 2
-        step = recipe.step.model_copy(update={"micro_batch": micro_batch})
-        if place := where(_recomputed(recipe).model_copy(update={"step": step}), True):
+        if place := where(True, True, micro_batch):
             way = " and ".join(filter(None, [f"step.micro_batch={micro_batch}", _way(plan, True, True)]))
             return [f"{way} {place} (another model: BatchNorm and contrasts see {micro_batch})"]
     return ["a smaller backbone, smaller images, or GPUs with more memory; no setting above is enough"]
@@ -265,11 +269,6 @@ def _remedies(plan: Plan, config: dict[str, Any], gpu_memory: int) -> list[str]:
 def _small_buckets(config: dict[str, Any], stage: int) -> Any:
     block = config.get("zero_optimization", {}) | {"reduce_bucket_size": SMALL_BUCKET}
     return zero_settings({"zero_optimization": block}, stage)
-
-
-def _recomputed(recipe: Recipe) -> Recipe:
-    engine = recipe.engine.model_copy(update={"activation_checkpointing": True, "compile": False})
-    return recipe.model_copy(update={"engine": engine})
 
 
 def _way(plan: Plan, recomputed: bool, autocast: bool) -> str:

@@ -22,7 +22,6 @@ from rich.console import Console
 from paco_ds.command import report_user_errors
 from paco_ds.config.load import load_recipe
 from paco_ds.config.plugins import AllowCode
-from paco_ds.config.recipe import Recipe
 from paco_ds.errors import UserError
 from paco_ds.planning.sizes import parse_bytes
 
@@ -36,11 +35,11 @@ def main(argv: list[str] | None = None) -> int:
     if not chosen:
         parser.error(f"say what to do: {', '.join(asked)}, or several of them")
     with report_user_errors():
-        recipe = load_recipe(arguments.recipe, arguments.set)
-        return max(work(recipe, arguments) for work in chosen)
+        return max(work(arguments) for work in chosen)
 
 
-def _plan(recipe: Recipe, arguments: argparse.Namespace) -> int:
+def _plan(arguments: argparse.Namespace) -> int:
+    recipe = load_recipe(arguments.recipe, arguments.set)
     if arguments.ranks is None:
         raise UserError("--plan needs --ranks N, the ranks of the job over all hosts")
     memory = parse_bytes(arguments.gpu_memory, "--gpu-memory") if arguments.gpu_memory else None
@@ -50,7 +49,7 @@ def _plan(recipe: Recipe, arguments: argparse.Namespace) -> int:
     plan = make_plan(
         recipe,
         arguments.ranks,
-        find_data(recipe, arguments.images, arguments.classes),
+        find_data(recipe.data, arguments.images, arguments.classes),
         gpu_memory=memory,
         images_per_second=arguments.images_per_second,
         device=arguments.device,
@@ -62,12 +61,13 @@ def _plan(recipe: Recipe, arguments: argparse.Namespace) -> int:
     return 1 if plan.verdict == "does not fit" else 0
 
 
-def _workers(recipe: Recipe, arguments: argparse.Namespace) -> int:
+def _workers(arguments: argparse.Namespace) -> int:
     import torch
 
     from paco_ds.data.manifest import open_data
     from paco_ds.planning.loading import measure_loading, measure_step, plan_loading
 
+    recipe = load_recipe(arguments.recipe, arguments.set)
     manifest = open_data(recipe.data, [recipe.data.train_split])
     gpus = torch.cuda.device_count()
     if arguments.images_per_second is not None:
@@ -95,11 +95,13 @@ def _workers(recipe: Recipe, arguments: argparse.Namespace) -> int:
     return 0 if plan.verdict == "fed" else 1
 
 
-def _views(recipe: Recipe, arguments: argparse.Namespace) -> int:
+def _views(arguments: argparse.Namespace) -> int:
     from paco_ds.data.manifest import open_data
     from paco_ds.report.view_sheet import draw_view_sheet
 
-    bad = draw_view_sheet(recipe, open_data(recipe.data, [recipe.data.train_split]), Path(arguments.views))
+    recipe = load_recipe(arguments.recipe, arguments.set)
+    manifest = open_data(recipe.data, [recipe.data.train_split])
+    bad = draw_view_sheet(recipe.data, recipe.views, manifest, Path(arguments.views), seed=recipe.seed)
     for line in bad:
         print(f"left out: {line}")
     print(f"views of the training images: {arguments.views}")

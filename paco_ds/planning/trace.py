@@ -23,7 +23,8 @@ from paco_ds.losses.base import Loss
 from paco_ds.models.execution import prepare
 from paco_ds.models.recogniser import Recogniser, split_experts
 from paco_ds.training.batch_norm import RunningStatistics
-from paco_ds.training.build import Classes, build_forward, build_model
+from paco_ds.training.build import Classes, build_model
+from paco_ds.training.forward import Forward
 
 
 @dataclass(frozen=True)
@@ -74,35 +75,48 @@ def trace_step(recipe: Recipe, class_counts: tuple[int, ...], autocast: bool) ->
     loss = make_loss(recipe.loss, class_counts)
     sizes["loss_parts"] = len(loss.part_names) + (recipe.loss.distill is not None)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        parts: dict[str, Any] = _run(
-            recipe, model.to_empty(device="cpu"), loss.to_empty(device="cpu"), len(class_counts), autocast
-        )
+        model, loss = model.to_empty(device="cpu"), loss.to_empty(device="cpu")
+        size = recipe.views.query.size
+        images = torch.empty(recipe.step.micro_batch, 3, size, size, dtype=torch.uint8)
+        queue = None
+        if recipe.keys_from:
+            queue = _full_queue(recipe.queue.length, recipe.model.key_dim, len(class_counts))
+        forward = Forward(model, loss, keys_from=recipe.keys_from)
+        parts: dict[str, Any] = _run(forward, model, loss, images, queue, recipe.model.experts, autocast)
     return StepTrace(**sizes, **parts)
 
 
-def _run(recipe: Recipe, model: Recogniser, loss: Loss, classes: int, autocast: bool) -> dict[str, Any]:
-    m, size, dim = recipe.step.micro_batch, recipe.views.query.size, recipe.model.key_dim
-    images, labels = torch.empty(m, 3, size, size, dtype=torch.uint8), torch.zeros(m, dtype=torch.int64)
-    keys = queue = None
-    experts, forward = recipe.model.experts, build_forward(recipe, model, loss)
-    if recipe.keys_from:
-        keys = torch.empty(m, dim) if recipe.keys_from == "key_encoder" else None
-        length = recipe.queue.length
-        queue = QueueSnapshot(
-            torch.empty(length, dim),
-            torch.zeros(length, dtype=torch.int64),
-            class_count_C=torch.zeros(classes, dtype=torch.int64),
-            present_sum_RD=torch.empty(min(classes, length) + 1, dim),
-            row_C=torch.zeros(classes, dtype=torch.int64),
-            version=None,
-        )
+def _full_queue(length: int, dim: int, classes: int) -> QueueSnapshot:
+    return QueueSnapshot(
+        torch.empty(length, dim),
+        torch.zeros(length, dtype=torch.int64),
+        class_count_C=torch.zeros(classes, dtype=torch.int64),
+        present_sum_RD=torch.empty(min(classes, length) + 1, dim),
+        row_C=torch.zeros(classes, dtype=torch.int64),
+        version=None,
+    )
+
+
+def _run(
+    forward: Forward,
+    model: Recogniser,
+    loss: Loss,
+    images: Tensor,
+    queue: QueueSnapshot | None,
+    experts: int | None,
+    autocast: bool,
+) -> dict[str, Any]:
+    labels = torch.zeros(len(images), dtype=torch.int64)
+    keys = None
+    if queue is not None and model.key_encoder is not None:
+        keys = torch.empty(len(images), queue.keys_ND.shape[1])
     held = [*model.parameters(), *model.buffers(), *loss.buffers(), images, labels]
     held += [t for t in (keys, *(vars(queue).values() if queue else ())) if t is not None]
     live = LiveBytes(held)
     cast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast)
     found = {"key_peak": 0}
     with live:
-        if recipe.keys_from == "key_encoder":
+        if model.key_encoder is not None:
             with cast:
                 model(images, keys=True)
             found["key_peak"] = live.peak

@@ -12,14 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from paco_ds.config.recipe import Recipe
 from paco_ds.contrast.key_exchange import key_exchange
 from paco_ds.distributed.ranks import MicroBatchLayout
+from paco_ds.planning.planned_rank import FLOAT, PlannedRank
 from paco_ds.planning.trace import StepTrace
 from paco_ds.randomness import DrawPurpose, permutation
 from paco_ds.training.totals import StepTotals
-
-FLOAT = 4
 
 
 @dataclass(frozen=True)
@@ -39,26 +37,26 @@ class Traffic:
     by: str
 
 
-def plan_traffic(recipe: Recipe, trace: StepTrace, layout: MicroBatchLayout, zero: Any, step: int = 0) -> list[Traffic]:
-    """All collectives of global step `step` on rank `layout.rank`; none on one rank.
+def plan_traffic(rank: PlannedRank, zero: Any, step: int = 0) -> list[Traffic]:
+    """All collectives of global step `step` on rank `rank.layout.rank`; none on one rank.
 
     The number of images that a rank sends depends on the permutation of the step; on average (W-1)/W of its images.
     """
-    if layout.world_size == 1:
+    if rank.layout.world_size == 1:
         return []
-    return [*_own(recipe, trace, layout, step), *_deepspeed(trace, layout, zero)]
+    return [*_own(rank, step), *_deepspeed(rank.trace, rank.layout, zero)]
 
 
-def _own(recipe: Recipe, trace: StepTrace, layout: MicroBatchLayout, step: int) -> list[Traffic]:
+def _own(rank: PlannedRank, step: int) -> list[Traffic]:
+    recipe, trace, layout = rank.recipe, rank.trace, rank.layout
     W, m, A = layout.world_size, layout.micro_batch, layout.accumulation
     rows = []
+    if rank.exchanges_images:
+        slots = permutation(layout.global_batch, DrawPurpose.KEY_GROUPS, recipe.seed, step)
+        exchange = key_exchange(slots.reshape(layout.micro_batches, m), layout)
+        leaving = int(np.sum(exchange.send)) - exchange.send[layout.rank]
+        rows.append(Traffic("key images", "all_to_all", leaving * rank.image_bytes, "paco_ds"))
     if recipe.keys_from:
-        if recipe.key_encoder is not None and recipe.key_encoder.batch_norm == "shuffle":
-            slots = permutation(layout.global_batch, DrawPurpose.KEY_GROUPS, recipe.seed, step)
-            exchange = key_exchange(slots.reshape(layout.micro_batches, m), layout)
-            leaving = int(np.sum(exchange.send)) - exchange.send[layout.rank]
-            image = 3 * recipe.views.query.size**2
-            rows.append(Traffic("key images", "all_to_all", leaving * image, "paco_ds"))
         packed = FLOAT * (A * m * (recipe.model.key_dim + 1) + 1)  # keys, labels, a finite flag
         rows.append(Traffic("keys and labels", "all_gather", packed * (W - 1), "paco_ds"))
     totals = StepTotals(torch.device("cpu"), ("",) * trace.loss_parts).vector.nbytes

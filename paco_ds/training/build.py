@@ -15,9 +15,9 @@ from paco_ds.contrast.key_queue import KeyQueue
 from paco_ds.data.manifest import Manifest
 from paco_ds.data.stream.batches import TrainingStream
 from paco_ds.distributed.ranks import MicroBatchLayout, Ranks
-from paco_ds.losses import Anchors, LossOutput, make_loss
+from paco_ds.losses import make_loss
 from paco_ds.losses.distillation import Distillation
-from paco_ds.models.recogniser import ModelOutput, Recogniser, make_recogniser
+from paco_ds.models.recogniser import Recogniser, make_recogniser
 from paco_ds.training.engine import initialise
 from paco_ds.training.forward import Forward
 from paco_ds.training.initial_weights import freeze
@@ -68,19 +68,17 @@ def build_model(recipe: Recipe, classes: Classes) -> Recogniser:
     Raises:
         RecipeError: an unknown backbone, or one that does not fit the recipe.
     """
-    model = make_recogniser(recipe, len(classes.counts), classes.mean, classes.std)
+    model = make_recogniser(
+        recipe.model,
+        recipe.method,
+        len(classes.counts),
+        classes.mean,
+        classes.std,
+        with_key_encoder=recipe.keys_from == "key_encoder",
+        seed=recipe.seed,
+    )
     freeze(model, recipe.model)
     return model
-
-
-def build_forward(
-    recipe: Recipe,
-    model: Callable[..., ModelOutput],
-    loss: Callable[[Anchors], LossOutput],
-    distillation: Distillation | None = None,
-) -> Forward:
-    """Forward and loss of a micro-batch as a recipe has them; `model` is the recogniser or the engine around it."""
-    return Forward(model, loss, two_views=recipe.keys_from == "query_encoder", distillation=distillation)
 
 
 def build_step(
@@ -111,34 +109,30 @@ def build_step(
     engine, optimizer = initialise(model, recipe.optimizer, recipe.lr, recipe.engine, config, layout, ranks)
     loss = make_loss(recipe.loss, classes.counts, classes.names).to(ranks.device)
     distill = recipe.loss.distill
+    distillation = Distillation(distill, teacher) if distill and teacher else None
+    contrast = None
+    if recipe.keys_from is not None:
+        queue = KeyQueue(recipe.queue.length, recipe.model.key_dim, ranks.device)
+        settings, key_encoder = recipe.key_encoder, None
+        if settings is not None:
+            key_encoder = KeyEncoder(
+                engine,
+                layout,
+                ranks,
+                momentum=lambda step: key_momentum(settings, step, total_steps, recipe.step.scale),
+                batch_norm=settings.batch_norm,
+                seed=recipe.seed,
+            )
+        contrast = Contrast(queue, key_encoder, recipe.loss.contrast_scope, len(classes.counts), recipe.model.experts)
     return Step(
         engine,
         optimizer,
-        build_forward(recipe, engine, loss, Distillation(distill, teacher) if distill and teacher else None),
+        Forward(engine, loss, keys_from=recipe.keys_from, distillation=distillation),
         layout,
         ranks,
         classes.shots,
-        _contrast(recipe, len(classes.counts), engine, layout, ranks, total_steps),
+        contrast,
         stop_requested=stop_requested,
         steps_per_epoch=steps_per_epoch,
         mixup=Mixup(recipe.step.mixup, recipe.seed) if recipe.step.mixup else None,
     )
-
-
-def _contrast(
-    recipe: Recipe, classes: int, engine: Any, layout: MicroBatchLayout, ranks: Ranks, total_steps: int
-) -> Contrast | None:
-    if recipe.keys_from is None:
-        return None
-    queue = KeyQueue(recipe.queue.length, recipe.model.key_dim, ranks.device)
-    settings, key_encoder = recipe.key_encoder, None
-    if settings is not None:
-        key_encoder = KeyEncoder(
-            engine,
-            layout,
-            ranks,
-            momentum=lambda step: key_momentum(settings, step, total_steps, recipe.step.scale),
-            batch_norm=settings.batch_norm,
-            seed=recipe.seed,
-        )
-    return Contrast(queue, key_encoder, recipe.loss.contrast_scope, classes, recipe.model.experts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -44,7 +45,8 @@ class Forward:
     Args:
         model: the recogniser, or the DeepSpeed engine around it.
         loss: of the method.
-        two_views: one encoder runs both views (GPaCo): 2 m rows are anchors, each contrasted with the other 2 m - 1.
+        keys_from: what makes keys. "query_encoder" (GPaCo) runs both views: 2 m rows are anchors, each contrasted with
+            the other 2 m - 1. None for methods without contrast.
         distillation: adds KL to the teacher's logits; for methods that train centers.
     """
 
@@ -53,11 +55,11 @@ class Forward:
         model: Callable[..., ModelOutput],
         loss: Callable[[Anchors], LossOutput],
         *,
-        two_views: bool = False,
+        keys_from: Literal["key_encoder", "query_encoder"] | None = None,
         distillation: Distillation | None = None,
     ) -> None:
         self.model, self.loss = model, loss
-        self.two_views, self.distillation = two_views, distillation
+        self.two_views, self.distillation = keys_from == "query_encoder", distillation
 
     def run_model(self, query: Tensor, key: Tensor | None, labels: Tensor, mix: Mix | None = None) -> ForwardResult:
         """The model's forward.

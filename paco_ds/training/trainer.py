@@ -13,6 +13,7 @@ import torch
 
 from paco_ds.checkpoint import Checkpoint, Checkpoints
 from paco_ds.config.recipe import Recipe
+from paco_ds.contrast.key_queue import short_queue_hint
 from paco_ds.data.manifest import open_data
 from paco_ds.distributed.ranks import MicroBatchLayout, Ranks
 from paco_ds.distributed.zero import set_momentum, stage_of, whole_model, whole_momentum
@@ -50,7 +51,8 @@ class Trainer:
     def __init__(self, recipe: Recipe, run: Path, ranks: Ranks, stop_at_step: int | None = None) -> None:
         self.recipe, self.run_dir, self.ranks, self.stop_at_step = recipe, run, ranks, stop_at_step
         self.started = now()
-        self.manifest = manifest = open_data(recipe.data, _splits(recipe))
+        splits = (recipe.data.train_split, recipe.evaluation.split, recipe.evaluation.test_split)
+        self.manifest = manifest = open_data(recipe.data, set(filter(None, splits)))
         self.layout = MicroBatchLayout(recipe.step.micro_batch, recipe.step.micro_batches, ranks.rank, ranks.world_size)
         config = read_deepspeed_config(recipe.engine.deepspeed)
         self.checkpoints = Checkpoints(run, recipe, manifest.sha256)
@@ -163,16 +165,18 @@ class Trainer:
 
     def evaluate(self, split: str) -> ShotAccuracy:
         """Accuracy of the present weights."""
-        judged = EvaluationSplit.of(self.recipe, self.manifest, split)
-        return evaluate(self.engine, self.engine.module, judged, self.ranks, self.recipe.model.experts)
+        return evaluate(self.engine, self.engine.module, self._judged(split), self.ranks, self.recipe.model.experts)
+
+    def _judged(self, split: str) -> EvaluationSplit:
+        recipe = self.recipe
+        return EvaluationSplit(self.manifest, split, recipe.data, recipe.views.evaluation, recipe.evaluation.batch)
 
     def _evaluate_checkpoint(self, checkpoint: Checkpoint, split: str) -> ShotAccuracy:
         """Accuracy of saved weights, in the precision they were trained with."""
         device, experts = self.ranks.device, self.recipe.model.experts
-        judged = EvaluationSplit.of(self.recipe, self.manifest, split)
         model = load_recogniser(checkpoint, self.recipe, self.manifest).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=checkpoint.state["autocast"]):
-            return evaluate(model, model, judged, self.ranks, experts)
+            return evaluate(model, model, self._judged(split), self.ranks, experts)
 
     def save(self) -> None:
         """Write a checkpoint."""
@@ -240,11 +244,8 @@ class Trainer:
                 f"scaled: {layout.micro_batches} micro-batches a step where the recipe has "
                 f"{recipe.step.reference_micro_batches}, so the peak learning rate is {recipe.lr:g}"
             )
-            if recipe.keys_from and recipe.queue.length < 4 * layout.global_batch:
-                self.logger.say(
-                    f"queue.length {recipe.queue.length} is under four global batches; consider "
-                    f"--set queue.length={4 * layout.global_batch}"
-                )
+            if recipe.keys_from and (hint := short_queue_hint(recipe.queue.length, layout.global_batch)):
+                self.logger.say(hint)
         if self.steps_done:
             self.logger.say(f"resumes from the checkpoint of step {self.steps_done} of {self.total_steps}")
 
@@ -310,8 +311,11 @@ class Trainer:
             write_results(
                 self.run_dir / "metrics.json",
                 accuracy,
-                self.recipe,
                 self.manifest,
+                run=self.recipe.name,
+                seed=self.recipe.seed,
+                scale=self.recipe.step.scale,
+                train_split=self.recipe.data.train_split,
                 split=split,
                 step=step,
                 world_size=self.ranks.world_size,
@@ -321,11 +325,6 @@ class Trainer:
             self.logger.say(accuracy.table(f"{self.recipe.name} on {split}"))
             self.logger.say(f"report: {write_report(self.run_dir)}")
         return accuracy
-
-
-def _splits(recipe: Recipe) -> set[str]:
-    settings = recipe.evaluation
-    return {recipe.data.train_split, settings.test_split, *([settings.split] if settings.split else [])}
 
 
 def _one_line(accuracy: ShotAccuracy) -> str:

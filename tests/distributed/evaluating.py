@@ -30,17 +30,32 @@ def written(
     if tau is not None:
         model = tau_normalized(model, tau)
     ensemble = Ensemble([(model, False)])
-    accuracy = evaluate(ensemble, ensemble, EvaluationSplit.of(recipe, manifest, split), ranks, recipe.model.experts)
+    accuracy = evaluate(ensemble, ensemble, _judged(recipe, manifest, split), ranks, recipe.model.experts)
     if not ranks.first:
         return None
-    about: dict[str, Any] = {"split": split, "step": 0, "world_size": ranks.world_size, "started": ""}
-    return write_results(output, accuracy, recipe, manifest, **about)
+    return write_results(
+        output,
+        accuracy,
+        manifest,
+        run=recipe.name,
+        seed=recipe.seed,
+        scale=recipe.step.scale,
+        train_split=recipe.data.train_split,
+        split=split,
+        step=0,
+        world_size=ranks.world_size,
+        started="",
+    )
 
 
 def scores_of_taus(ranks: Ranks, run: Path, split: str) -> tuple[float, dict[float, float]]:
     """What `choose_tau` says on this rank."""
     recipe, manifest, model = _loaded(run, split)
-    return choose_tau(model, EvaluationSplit.of(recipe, manifest, split), ranks)
+    return choose_tau(model, _judged(recipe, manifest, split), ranks)
+
+
+def _judged(recipe: Recipe, manifest: Manifest, split: str) -> EvaluationSplit:
+    return EvaluationSplit(manifest, split, recipe.data, recipe.views.evaluation, recipe.evaluation.batch)
 
 
 def _loaded(run: Path, split: str, overrides: tuple[str, ...] = ()) -> tuple[Recipe, Manifest, Recogniser]:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from paco_ds.config.recipe import Recipe
 from paco_ds.data.stream.batches import MicroBatch
-from paco_ds.models.recogniser import Recogniser, make_recogniser
+from paco_ds.models.recogniser import Recogniser
 from paco_ds.randomness import DrawPurpose, permutation
 from tests.distributed.runs import CLASS_COUNTS, NORMALIZATION, Outcome, made_micro_batch
+from tests.recipes import model_of
 
 
 def plain_steps(
@@ -31,7 +32,7 @@ def plain_steps(
 
     Encoders compute in `dtype`; what they hand over, and the loss, is float32.
     """
-    model = make_recogniser(recipe, len(CLASS_COUNTS), *NORMALIZATION)
+    model = model_of(recipe, len(CLASS_COUNTS), *NORMALIZATION)
     if state:
         model.load_state_dict(state)
     model.to(dtype)

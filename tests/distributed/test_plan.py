@@ -8,6 +8,7 @@ import pytest
 
 from paco_ds.distributed.ranks import MicroBatchLayout
 from paco_ds.planning.memory import Device, plan_memory, zero_settings
+from paco_ds.planning.planned_rank import PlannedRank
 from paco_ds.planning.trace import StepTrace, trace_step
 from paco_ds.planning.traffic import plan_traffic
 from tests.distributed.runs import CLASS_COUNTS, deepspeed_config
@@ -37,8 +38,10 @@ def trace(*overrides: str, autocast: bool = False) -> StepTrace:
     return trace_step(tiny_recipe(*overrides), CLASS_COUNTS, autocast)
 
 
-def layout_of(recipe, rank, world_size):
-    return MicroBatchLayout(recipe.step.micro_batch, recipe.step.micro_batches, rank, world_size)
+def planned_rank(overrides: tuple[str, ...], rank: int, world_size: int, autocast: bool = False) -> PlannedRank:
+    recipe = tiny_recipe(*overrides)
+    layout = MicroBatchLayout(recipe.step.micro_batch, recipe.step.micro_batches, rank, world_size)
+    return PlannedRank(recipe, trace(*overrides, autocast=autocast), len(CLASS_COUNTS), layout)
 
 
 @pytest.mark.parametrize(
@@ -56,15 +59,13 @@ def layout_of(recipe, rank, world_size):
 )
 def test_planned_bytes_are_those_of_the_counters(pool, stage, world_size, overrides):
     """Every collective of our own, of every rank, to the byte, over three steps."""
-    recipe = tiny_recipe(*overrides)
     settings = zero_settings(deepspeed_config(stage, False))
     arguments = {"steps": STEPS, "overrides": overrides, "stage": stage}
     outcomes = pool(world_size).run("tests.distributed.runs:run_steps", **arguments)
     for rank, outcome in enumerate(outcomes):
-        shape = layout_of(recipe, rank, world_size)
         planned: Counter[str] = Counter()
         for n in range(STEPS):
-            for row in plan_traffic(recipe, trace(*overrides), shape, settings, step=n):
+            for row in plan_traffic(planned_rank(overrides, rank, world_size), settings, step=n):
                 planned[row.op] += row.bytes if row.by == "paco_ds" else 0
         assert outcome.bytes_sent == +planned
         assert bool(planned) == (world_size > 1)
@@ -74,12 +75,11 @@ def test_planned_bytes_are_those_of_the_counters(pool, stage, world_size, overri
 def test_planned_bytes_of_deepspeed_are_those_it_sends(pool, stage):
     """Two ranks, two micro-batches each. DeepSpeed's flags and norms, a few bytes, are not planned; its gathers at
     stage 3 are planned as a bound."""
-    recipe = tiny_recipe()
     seen = pool(2).run("tests.distributed.planning:collectives", overrides=(), stage=stage)
     settings = zero_settings(deepspeed_config(stage, False))
     for rank, (*_, sent) in enumerate(seen):
         planned: dict[str, int] = {}
-        for row in plan_traffic(recipe, trace(), layout_of(recipe, rank, 2), settings, step=STEPS - 1):
+        for row in plan_traffic(planned_rank((), rank, 2), settings, step=STEPS - 1):
             planned[row.op] = planned.get(row.op, 0) + row.bytes
         del planned["all_to_all"]  # known from the counters
         for op, count in planned.items():
@@ -107,10 +107,8 @@ def check_memory(
     arguments: dict[str, Any] = {"overrides": overrides, "stage": stage, "autocast": autocast, "zero": zero}
     measure = "growth" if device == "cpu" else "allocated"
     every = pool.run(f"tests.distributed.planning:{measure}", **arguments)
-    recipe = tiny_recipe(*overrides)
-    shape = layout_of(recipe, 0, pool.world_size)
     settings = zero_settings(deepspeed_config(stage, autocast, **(zero or {})))
-    planned = plan_memory(recipe, trace(*overrides, autocast=autocast), len(CLASS_COUNTS), shape, settings, device)
+    planned = plan_memory(planned_rank(overrides, 0, pool.world_size, autocast), settings, device)
     for measured in every:
         assert planned.total == pytest.approx(measured, rel=0.15), (planned, measured)
     return planned.total / every[0]

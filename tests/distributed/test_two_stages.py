@@ -15,10 +15,9 @@ from paco_ds.errors import RecipeError
 from paco_ds.evaluation.runner import load_recogniser
 from paco_ds.evaluation.tau_normalization import TAUS
 from paco_ds.metrics.log import read
-from paco_ds.models.recogniser import make_recogniser
 from paco_ds.training.initial_weights import freeze, load_initial_weights
 from tests.pool import RankError
-from tests.recipes import evaluation_batches, write_tiny_recipe
+from tests.recipes import evaluation_batches, model_of, write_tiny_recipe
 
 EVALUATE = Path(__file__).parents[2] / "paco_ds" / "evaluate.py"
 TRAIN = "tests.distributed.training:train"
@@ -261,6 +260,6 @@ def test_routed_evaluation_is_the_same_on_any_ranks_and_says_what_it_used(pool, 
 def test_routers_of_other_experts_are_refused_in_words(recipe, experts, overrides, message):
     """Missing, of another number of experts or kind of centers, or without centers."""
     settings = load_recipe(recipe, (*routing(experts), *overrides))
-    model = make_recogniser(settings, 4, (0.5,) * 3, (0.2,) * 3)
+    model = model_of(settings, 4)
     with pytest.raises(RecipeError, match=message):
         load_initial_weights(model, settings.model)

@@ -13,13 +13,13 @@ from paco_ds.config.recipe import ModelSettings
 from paco_ds.errors import RecipeError
 from paco_ds.models.backbones import make_backbone
 from paco_ds.models.execution import prepare
-from paco_ds.models.recogniser import Recogniser, make_recogniser
-from tests.recipes import tiny_recipe
+from paco_ds.models.recogniser import Recogniser
+from tests.recipes import model_of, tiny_recipe
 
 
 def made(*overrides: str, stage: int = 0) -> Recogniser:
     recipe = tiny_recipe(*overrides)
-    model = make_recogniser(recipe, 5, (0.5,) * 3, (0.2,) * 3)
+    model = model_of(recipe, 5)
     prepare(model, recipe.engine, stage)
     return model
 

@@ -7,8 +7,7 @@ from torch import nn
 
 from paco_ds.config.recipe import ModelSettings
 from paco_ds.models.backbones import make_backbone
-from paco_ds.models.recogniser import make_recogniser
-from tests.recipes import tiny_recipe
+from tests.recipes import model_of, tiny_recipe
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("cifar_resnet20", 269_722), ("cifar_resnet32", 464_154)])
@@ -32,7 +31,7 @@ def test_torchvision_backbones_end_in_their_pooled_feature(name, feature_dim):
 
 def test_keys_are_unit_rows_without_gradient_and_queries_have_one():
     """Both encoders start equal; only the query encoder learns."""
-    model = make_recogniser(tiny_recipe(), 5, (0.5,) * 3, (0.2,) * 3)
+    model = model_of(tiny_recipe(), 5)
     images = torch.randint(0, 256, (6, 3, 12, 12), dtype=torch.uint8)
     keys, (_, logits, query, *_) = model(images, keys=True), model(images)
     torch.testing.assert_close(keys, query.detach())
@@ -45,7 +44,7 @@ def test_keys_are_unit_rows_without_gradient_and_queries_have_one():
 
 def test_the_key_encoder_keeps_no_running_statistics():
     """Its BatchNorm always uses the group's own statistics, in evaluation mode too."""
-    model = make_recogniser(tiny_recipe(), 5, (0.5,) * 3, (0.2,) * 3).eval()
+    model = model_of(tiny_recipe(), 5).eval()
     assert not [name for name, _ in model.key_encoder.named_buffers()]
     images = torch.randint(0, 256, (6, 3, 12, 12), dtype=torch.uint8)
     torch.testing.assert_close(model(images, keys=True), model.train()(images, keys=True))
@@ -53,7 +52,7 @@ def test_the_key_encoder_keeps_no_running_statistics():
 
 def test_methods_without_contrast_have_no_key_encoder_or_projection():
     """No unused parameter is trained, moved or saved."""
-    model = make_recogniser(tiny_recipe("loss.method=cross_entropy"), 5, (0.5,) * 3, (0.2,) * 3)
+    model = model_of(tiny_recipe("loss.method=cross_entropy"), 5)
     assert model.key_encoder is None
     assert model.query_encoder.projection is None
     assert model(torch.zeros(2, 3, 12, 12, dtype=torch.uint8)).queries is None
@@ -62,11 +61,11 @@ def test_methods_without_contrast_have_no_key_encoder_or_projection():
 def test_the_recipes_seed_decides_the_first_weights_and_leaves_the_global_generator_alone():
     """Every rank makes the same model, whatever it drew before."""
     torch.manual_seed(1)
-    first = make_recogniser(tiny_recipe(), 5, (0.5,) * 3, (0.2,) * 3)
+    first = model_of(tiny_recipe(), 5)
     drawn = torch.rand(1)
     torch.manual_seed(1)
     assert torch.rand(1) == drawn
-    second = make_recogniser(tiny_recipe(), 5, (0.5,) * 3, (0.2,) * 3)
+    second = model_of(tiny_recipe(), 5)
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
     assert isinstance(first.centers, nn.Linear)
@@ -74,7 +73,7 @@ def test_the_recipes_seed_decides_the_first_weights_and_leaves_the_global_genera
 
 def test_prototypes_are_projected_centers_and_belong_to_training():
     """BCL's: unit rows of every class, with gradient to the centers; evaluation sees the outputs of any other model."""
-    model = make_recogniser(tiny_recipe("loss.method=bcl"), 5, (0.5,) * 3, (0.2,) * 3)
+    model = model_of(tiny_recipe("loss.method=bcl"), 5)
     images = torch.zeros(4, 3, 12, 12, dtype=torch.uint8)
     _, _, query, prototypes, *_ = model(images)
     assert prototypes.shape == (5, query.shape[1])
@@ -86,6 +85,6 @@ def test_prototypes_are_projected_centers_and_belong_to_training():
 
 def test_supcon_trains_no_centers():
     """They are frozen as drawn, like a key encoder."""
-    model = make_recogniser(tiny_recipe("loss.method=supcon"), 5, (0.5,) * 3, (0.2,) * 3)
+    model = model_of(tiny_recipe("loss.method=supcon"), 5)
     assert not any(p.requires_grad for p in model.centers.parameters())
     assert all(p.requires_grad for p in model.query_encoder.parameters())

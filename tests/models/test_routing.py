@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from paco_ds.models.recogniser import make_recogniser
 from paco_ds.training.initial_weights import freeze
-from tests.recipes import tiny_recipe
+from tests.recipes import model_of, tiny_recipe
 
 CLASSES, IMAGES = 5, 40
 SECOND_STAGE = (
@@ -24,7 +23,7 @@ SECOND_STAGE = (
 def made(*overrides):
     """A model whose routers send on about half of the images that they see."""
     recipe = tiny_recipe(*SECOND_STAGE, *overrides)
-    model = make_recogniser(recipe, CLASSES, (0.5,) * 3, (0.2,) * 3)
+    model = model_of(recipe, CLASSES)
     freeze(model, recipe.model)
     generator = torch.Generator().manual_seed(0)
     contrast = torch.linspace(0.1, 1, IMAGES)[:, None, None, None]

@@ -12,9 +12,9 @@ import torch
 
 from paco_ds.errors import RecipeError, UserError
 from paco_ds.metrics.log import MetricsLog, StepRecord
-from paco_ds.models.recogniser import make_recogniser
 from paco_ds.paper import reproduce
 from paco_ds.paper.tables import SMALL_RECIPES, Row, Table, load_table, small_recipe
+from tests.recipes import model_of
 
 SHIPPED = sorted(Path(__file__).parents[2].glob("ds_configs/tables/*.yaml"))
 METHODS = SHIPPED[0].parent / "methods.yaml"
@@ -30,7 +30,7 @@ def test_every_row_of_a_shipped_table_is_a_valid_recipe_and_a_model(path):
     for row, recipe in itertools.product(table.rows, small):
         resolved = table.resolve(row, recipe, ("model.start_from=run",) if row.after else ())
         with torch.device("meta"):
-            make_recogniser(resolved, 20, (0.5,) * 3, (0.2,) * 3)
+            model_of(resolved, 20)
 
 
 def test_the_papers_tables_have_their_36_rows():

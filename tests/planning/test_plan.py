@@ -11,15 +11,16 @@ from rich.console import Console
 from paco_ds.distributed.ranks import MicroBatchLayout
 from paco_ds.errors import DataError, RecipeError, UserError
 from paco_ds.losses import make_loss
-from paco_ds.models.recogniser import make_recogniser
 from paco_ds.planning.memory import PARTS, plan_memory, zero_settings
 from paco_ds.planning.plan import find_data, judge, make_plan
+from paco_ds.planning.planned_rank import PlannedRank
 from paco_ds.planning.preflight import main
 from paco_ds.planning.print_plan import as_json, print_plan, verdict_lines
 from paco_ds.planning.sizes import format_bytes, parse_bytes
 from paco_ds.planning.trace import LiveBytes, trace_step
 from paco_ds.planning.traffic import plan_traffic
-from tests.recipes import tiny_recipe, write_tiny_recipe
+from paco_ds.training.forward import Forward
+from tests.recipes import model_of, tiny_recipe, write_tiny_recipe
 
 COUNTS = (80, 40, 20, 8)
 GIB = 2**30
@@ -85,7 +86,7 @@ def test_saved_bytes_on_fake_tensors_are_those_of_a_real_forward():
     """The same hooks on real tensors save the same bytes, weights and queue left out."""
     recipe = tiny_recipe("loss.method=balanced_softmax")
     planned = trace_step(recipe, COUNTS, autocast=False)
-    model = make_recogniser(recipe, len(COUNTS), (0.5,) * 3, (0.5,) * 3)
+    model = model_of(recipe, len(COUNTS), (0.5,) * 3, (0.5,) * 3)
     weights = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     saved = {}
     images = torch.zeros(8, 3, 12, 12, dtype=torch.uint8)
@@ -98,8 +99,8 @@ def test_saved_bytes_on_fake_tensors_are_those_of_a_real_forward():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-        logits, query = model(images)
-        loss = make_loss(recipe.loss, COUNTS)(labels, logits, query).loss
+        forward = Forward(model, make_loss(recipe.loss, COUNTS))
+        loss = forward.run_loss(forward.run_model(images, None, labels)).loss
     assert loss.requires_grad
     assert planned.saved == pytest.approx(sum(saved.values()), rel=0.01)
     assert planned.trained == tuple(p.numel() for p in model.parameters())
@@ -154,7 +155,7 @@ def memory_of(stage, world_size, device="cpu", **zero):
     trace = tiny_trace()
     settings = zero_settings({"zero_optimization": {"stage": stage, **zero}})
     layout = MicroBatchLayout(8, 8, 0, world_size)
-    return trace, plan_memory(recipe, trace, len(COUNTS), layout, settings, device)
+    return trace, plan_memory(PlannedRank(recipe, trace, len(COUNTS), layout), settings, device)
 
 
 def test_what_zero_partitions_falls_with_the_ranks():
@@ -197,7 +198,8 @@ def test_offload_is_nothing_at_stage_0():
 
 def test_one_rank_sends_nothing():
     """And no part of the traffic divides by zero."""
-    assert plan_traffic(tiny_recipe(), tiny_trace(), MicroBatchLayout(8, 4, 0, 1), zero_settings({})) == []
+    rank = PlannedRank(tiny_recipe(), tiny_trace(), len(COUNTS), MicroBatchLayout(8, 4, 0, 1))
+    assert plan_traffic(rank, zero_settings({})) == []
 
 
 @pytest.mark.parametrize(
@@ -211,7 +213,7 @@ def test_a_gpu_keeps_a_gigabyte_outside_torch_and_a_plan_a_margin(total, verdict
 def test_a_plan_says_steps_rate_and_time(zero1):
     """lr scales with M, an epoch is whole steps, time follows from the images/s."""
     recipe = tiny_recipe(zero1, "step.micro_batches=8", "step.reference_micro_batches=4")
-    plan = make_plan(recipe, 4, find_data(recipe, 1000, 10), images_per_second=32.0)
+    plan = make_plan(recipe, 4, find_data(recipe.data, 1000, 10), images_per_second=32.0)
     said = as_json(plan)
     assert said["peak_lr"] == pytest.approx(0.1)
     assert said["legal_ranks"] == [1, 2, 4, 8]
@@ -226,7 +228,7 @@ def test_a_plan_says_steps_rate_and_time(zero1):
 def test_what_does_not_fit_is_told_what_would(zero1):
     """Stage 1's default bucket of 2 GB is too much for 3 GiB; stage 0 or a smaller bucket is not."""
     recipe = tiny_recipe(zero1)
-    data = find_data(recipe, 1000, 10)
+    data = find_data(recipe.data, 1000, 10)
     plan = make_plan(recipe, 2, data, gpu_memory=int(2.5 * GIB))
     assert plan.verdict == "does not fit"
     assert any("stage 0" in remedy for remedy in plan.remedies)
@@ -240,7 +242,7 @@ def test_activation_checkpointing_is_offered_where_it_makes_a_plan_fit(tmp_path)
     path = tmp_path / "zero1.json"
     path.write_text('{"zero_optimization": {"stage": 1, "reduce_bucket_size": 100000}}')
     settings = (f"engine.deepspeed={path}", "step.micro_batch=128", "views.query.size=96", "views.key.size=96")
-    data = find_data(tiny_recipe(), 1000, 10)
+    data = find_data(tiny_recipe().data, 1000, 10)
     recipe = tiny_recipe(*settings, "engine.compile=true")
     needed = make_plan(recipe, 1, data).memory[1].total
     remedies = make_plan(recipe, 1, data, gpu_memory=GIB + int(0.95 * needed)).remedies
@@ -255,7 +257,7 @@ def test_what_is_offloaded_stands_under_the_total(tmp_path):
     path = tmp_path / "zero2_offload.json"
     path.write_text('{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}')
     recipe = tiny_recipe(f"engine.deepspeed={path}", "engine.activation_checkpointing=true")
-    plan = make_plan(recipe, 1, find_data(recipe, 1000, 10))
+    plan = make_plan(recipe, 1, find_data(recipe.data, 1000, 10))
     printed = Console(file=io.StringIO(), width=160)
     print_plan(plan, printed)
     text = printed.file.getvalue()
@@ -270,14 +272,14 @@ def test_ranks_that_do_not_divide_the_step_are_refused_with_the_legal_ones(zero1
     """And with the setting that makes them legal."""
     recipe = tiny_recipe(zero1)
     with pytest.raises(RecipeError, match=r"3 ranks .*legal numbers of ranks: 1, 2, 4.*step.micro_batches=6"):
-        make_plan(recipe, 3, find_data(recipe, 1000, 10))
+        make_plan(recipe, 3, find_data(recipe.data, 1000, 10))
 
 
 def test_a_micro_batch_of_one_is_refused(zero1):
     """BatchNorm would end the run at its first step."""
     recipe = tiny_recipe(zero1, "step.micro_batch=1")
     with pytest.raises(RecipeError, match=r"step.micro_batch is 1"):
-        make_plan(recipe, 1, find_data(recipe, 1000, 10))
+        make_plan(recipe, 1, find_data(recipe.data, 1000, 10))
 
 
 @pytest.mark.parametrize(
@@ -287,19 +289,19 @@ def test_a_micro_batch_of_one_is_refused(zero1):
 def test_half_stated_data_is_refused(images, classes, said):
     """Both figures, and enough images."""
     with pytest.raises(UserError, match=said):
-        find_data(tiny_recipe(), images, classes)
+        find_data(tiny_recipe().data, images, classes)
 
 
 def test_missing_shards_are_answered_with_the_way_to_plan_without(tmp_path):
     """The build is named too."""
     with pytest.raises(DataError, match=r"paco-build-shards.*--images N and --classes C"):
-        find_data(tiny_recipe(f"data.shards={tmp_path / 'none'}"), None, None)
+        find_data(tiny_recipe(f"data.shards={tmp_path / 'none'}").data, None, None)
 
 
 def test_shards_are_read_from_their_manifest(striped_shards, zero1):
     """Counts, shards and a rank's share of them."""
     recipe = tiny_recipe(zero1, f"data.shards={striped_shards}")
-    data = find_data(recipe, None, None)
+    data = find_data(recipe.data, None, None)
     assert (data.images, data.class_counts) == (148, (80, 40, 20, 8))
     plan = make_plan(recipe, 4, data)
     assert 1 <= plan.shards_per_rank <= len(data.shards)

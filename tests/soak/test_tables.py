@@ -19,8 +19,8 @@ from paco_ds.checkpoint import newest_checkpoint
 from paco_ds.config.load import load_recipe
 from paco_ds.data.manifest import load_manifest
 from paco_ds.metrics.log import read
-from paco_ds.models.recogniser import make_recogniser
 from paco_ds.paper.tables import load_table
+from tests.recipes import model_of
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1200)]
 TRAIN = "tests.distributed.training:train"
@@ -84,7 +84,7 @@ def unmoved_weights(table, row, overrides, run) -> tuple[list[str], int]:
     """Trained tensors that are still what the seed gave them, and how many parameters are trained in all."""
     recipe = load_recipe(table.recipe_of(row), overrides)
     manifest = load_manifest(recipe.data.shards)
-    before = make_recogniser(recipe, len(manifest.classes), manifest.mean, manifest.std)
+    before = model_of(recipe, len(manifest.classes), manifest.mean, manifest.std)
     after = newest_checkpoint(run).model()
     trained = {name: value for name, value in before.named_parameters() if not name.startswith("key_encoder")}
     still = [name for name, value in trained.items() if torch.equal(value, after[name])]

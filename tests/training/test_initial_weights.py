@@ -11,16 +11,15 @@ from safetensors.torch import save_file
 from paco_ds.errors import RecipeError
 from paco_ds.evaluation.tau_normalization import normalized_weight, tau_normalized
 from paco_ds.models.heads import ScaledCenters
-from paco_ds.models.recogniser import make_recogniser
 from paco_ds.training.initial_weights import freeze, load_initial_weights
-from tests.recipes import tiny_recipe
+from tests.recipes import model_of, tiny_recipe
 
 STATISTICS = ((0.5,) * 3, (0.2,) * 3)
 
 
 def made(*overrides):
     recipe = tiny_recipe(*overrides)
-    return make_recogniser(recipe, 5, *STATISTICS), recipe
+    return model_of(recipe, 5, *STATISTICS), recipe
 
 
 def resnet18(*overrides):

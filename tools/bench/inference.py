@@ -26,8 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from report import Bar, at_most, median_seconds, print_bars, print_table
 
 from paco_ds.config.recipe import Recipe
-from paco_ds.models.recogniser import Recogniser, make_recogniser
+from paco_ds.models.recogniser import Recogniser
 from paco_ds.paper.tables import load_table
+from paco_ds.training.build import Classes, build_model
 
 TABLES = (9, 10, 11, 12)
 REFERENCE = "ResNet-50"
@@ -50,7 +51,7 @@ class Network:
     def make(self, device: str) -> Recogniser:
         """Randomly initialised, in eval mode."""
         with torch.device(device):
-            return make_recogniser(self.recipe, CLASSES, (0.5,) * 3, (0.2,) * 3).eval()
+            return build_model(self.recipe, Classes((1,) * CLASSES, ())).eval()
 
     @cached_property
     def parameters(self) -> int:

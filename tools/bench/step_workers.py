@@ -17,8 +17,7 @@ from paco_ds.data.stream.batches import TrainingStream
 from paco_ds.distributed.ranks import MicroBatchLayout, Pending, Ranks
 from paco_ds.losses.paco import class_prior
 from paco_ds.models.output import ModelOutput
-from paco_ds.models.recogniser import make_recogniser
-from paco_ds.training.build import build_stream
+from paco_ds.training.build import Classes, build_model, build_stream
 from paco_ds.training.trainer import Trainer
 
 WARM_UP = 2  # the first step allocates gradients and momentum, the second is the first that has both from the start
@@ -117,10 +116,9 @@ class Rival(_Worker):
         manifest = open_data(recipe.data, {recipe.data.train_split})
         layout = MicroBatchLayout(recipe.step.micro_batch, recipe.step.micro_batches, ranks.rank, ranks.world_size)
         self.stream = _Timed(build_stream(recipe, manifest, layout), self.parts)
-        classes = len(manifest.classes)
-        model = make_recogniser(recipe, classes, manifest.mean, manifest.std)
-        prior = class_prior(manifest.split(recipe.data.train_split).class_counts)
-        self.loop = PublishedStep(model, recipe, prior, *full_queue(recipe, classes), self.parts)
+        classes = Classes.of(manifest, recipe.data.train_split)
+        model, prior = build_model(recipe, classes), class_prior(classes.counts)
+        self.loop = PublishedStep(model, recipe, prior, *full_queue(recipe, len(classes.counts)), self.parts)
         self.parts.time(self.loop.model, "_sync_buffers", "collectives")
 
     def _step(self) -> float:

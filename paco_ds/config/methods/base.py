@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from paco_ds.config.section import Section
 
 if TYPE_CHECKING:
-    from paco_ds.config.recipe import Recipe
+    from paco_ds.config.recipe import ModelSettings, QueueSettings, Recipe, ScheduleSettings, StepSettings
 
 
 class Method(Section):
@@ -30,6 +30,7 @@ class Method(Section):
         uses_queue: the loss needs keys of earlier steps, so `queue.length` is above 0.
         mixes_labels: False where an image needs exactly one label, so that `step.mixup` is refused.
         min_experts: 0 for a loss of any model, else the least `model.experts`.
+        per_expert: name of the setting that has a number for each expert, or None.
         reweights_after: name of the setting that says after how many epochs the loss changes, or None.
     """
 
@@ -42,6 +43,7 @@ class Method(Section):
     uses_queue: ClassVar[bool] = False
     mixes_labels: ClassVar[bool] = True
     min_experts: ClassVar[int] = 0
+    per_expert: ClassVar[str | None] = None
     reweights_after: ClassVar[str | None] = None
 
     @property
@@ -60,11 +62,11 @@ class Method(Section):
         Raises:
             ValueError: names the settings that do not fit each other, and the remedy.
         """
-        self._check_model(recipe)
-        self._check_data(recipe)
+        self._check_model(recipe.model)
+        self._check_run(recipe.step, recipe.queue, recipe.schedule)
 
-    def _check_model(self, recipe: Recipe) -> None:
-        model, name = recipe.model, self.name
+    def _check_model(self, model: ModelSettings) -> None:
+        name = self.name
         if model.trained in ("centers", "center_scales") and self.contrastive:
             raise ValueError(
                 f"model.trained {model.trained} freezes the encoder, so {name} cannot contrast "
@@ -92,22 +94,26 @@ class Method(Section):
                 f"loss.method {name} is a loss of experts and model.experts is {model.experts or 'null'}: set it to "
                 f"{self._wanted_experts()}"
             )
-
-    def _check_data(self, recipe: Recipe) -> None:
-        name, epoch = self.name, self.change_epoch
-        if recipe.step.mixup and not (self.mixes_labels and not self.contrastive):
+        if self.per_expert is not None and (given := len(getattr(self, self.per_expert))) != model.experts:
             raise ValueError(
-                f"step.mixup {recipe.step.mixup:g} mixes labels, and loss.method {name} needs one label for each "
+                f"loss.{name}.{self.per_expert} has {given} numbers for {model.experts} experts; give one each"
+            )
+
+    def _check_run(self, step: StepSettings, queue: QueueSettings, schedule: ScheduleSettings) -> None:
+        name, epoch = self.name, self.change_epoch
+        if step.mixup and not (self.mixes_labels and not self.contrastive):
+            raise ValueError(
+                f"step.mixup {step.mixup:g} mixes labels, and loss.method {name} needs one label for each "
                 f"image; set step.mixup to 0"
             )
-        if self.uses_queue and recipe.queue.length == 0:
+        if self.uses_queue and queue.length == 0:
             raise ValueError(
                 f"loss.method {name} estimates its classes from the queue; set queue.length above 0, up to the number "
                 f"of training images"
             )
-        if epoch is not None and epoch >= recipe.schedule.epochs:
+        if epoch is not None and epoch >= schedule.epochs:
             raise ValueError(
-                f"loss.{name}.{self.reweights_after} {epoch} is never reached in {recipe.schedule.epochs} epochs; "
+                f"loss.{name}.{self.reweights_after} {epoch} is never reached in {schedule.epochs} epochs; "
                 f"lower it, or set it to null"
             )
 

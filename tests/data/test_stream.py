@@ -117,7 +117,7 @@ def test_evaluation_refuses_a_bad_sample(manifest, tmp_path, workers):
     shutil.copytree(manifest.directory, directory)
     damaged = load_manifest(directory)
     flip_byte(directory / damaged.split("test").shards[0].file, 600)
-    with pytest.raises(DataError, match=r"^sample test-00000000 of test-.*crc_mismatch.*build_shards.py check"):
+    with pytest.raises(DataError, match=r"^sample test-00000000 of test-.*crc_mismatch.*paco-build-shards check"):
         list(evaluation_batches(tiny_recipe(f"data.workers={workers}"), damaged, "test"))
 
 

@@ -19,8 +19,8 @@ SCRIPT = """
 import os, signal, sys
 import psutil
 from paco_ds.data.manifest import load_manifest
-
 from paco_ds.distributed.ranks import MicroBatchLayout
+from paco_ds.training.build import build_stream
 from tests.recipes import tiny_recipe
 
 if __name__ == "__main__":

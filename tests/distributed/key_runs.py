@@ -30,6 +30,7 @@ def moving_average(
     recipe = tiny_recipe(*SMALL, *overrides)
     step = make_step(ranks, recipe, deepspeed_config(stage, autocast, **(zero or {})))
     weights = dict(whole_model(step.engine))
+    assert recipe.key_encoder is not None
     names = [name for name, _ in step.engine.module.key_encoder.named_parameters()]
     start = {name: weights[f"key_encoder.{name}"].double().clone() for name in names}
     average = dict(start)
@@ -58,7 +59,9 @@ def key_bytes(ranks: Ranks, overrides: tuple[str, ...], number: int) -> dict[str
     step = make_step(ranks, recipe, deepspeed_config(0, autocast=False))
     batches = [made_micro_batch(recipe, number, j) for j in step.layout.own]
     ranks.on_bytes = counter = ByteCounter()
-    step.contrast.key_encoder.keys(number, step.begin_exchange(number, batches), [b.labels for b in batches]).wait()
+    exchanged = step.begin_exchange(number, batches)
+    assert exchanged is not None
+    step.contrast.key_encoder.keys(number, exchanged, [b.labels for b in batches]).wait()
     ranks.on_bytes = ByteCounter()
     step.engine.destroy()
     return dict(counter.sent)

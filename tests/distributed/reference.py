@@ -7,12 +7,14 @@ with one encoder and no queue.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paco_ds.config.methods.bcl import BclSettings
 from paco_ds.config.recipe import Recipe
 from paco_ds.data.stream.batches import MicroBatch
 from paco_ds.models.recogniser import Recogniser
@@ -39,7 +41,7 @@ def plain_steps(
     before = copy.deepcopy(model.state_dict())
     trained = [p for p in model.parameters() if p.requires_grad]
     velocity = [torch.zeros_like(p) for p in trained]
-    norms = [
+    norms: list[Any] = [
         m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
     ]
     queue_keys, queue_labels = torch.empty(0, recipe.model.key_dim), torch.empty(0, dtype=torch.long)
@@ -61,6 +63,7 @@ def plain_steps(
                 norm.running_mean.copy_(mean)
                 norm.running_var.copy_(var)
             if model.prototypes is not None:
+                assert batch.key is not None
                 prototypes = F.normalize(model.prototypes(model.centers.weight), dim=1)
                 views = (*_logits_and_rows(model, batch.query), *_logits_and_rows(model, batch.key))
                 loss = _bcl(recipe, batch.labels, *views, prototypes)
@@ -105,7 +108,7 @@ def _follow(model: Recogniser, momentum: float) -> None:
 
 
 def _keys(model: Recogniser, recipe: Recipe, batches: list[MicroBatch], step: int) -> Tensor:
-    views = torch.cat([b.key for b in batches])
+    views = torch.cat([b.key for b in batches if b.key is not None])
     slots = np.arange(len(views))
     if recipe.key_encoder.batch_norm == "shuffle":
         slots = permutation(len(slots), DrawPurpose.KEY_GROUPS, recipe.seed, step)
@@ -192,7 +195,8 @@ def _bcl(
         scores = rows @ rows[i] / recipe.loss.temperature
         means = [scores[other & (of_row == c)].exp().mean() for c in range(len(prototypes))]
         contrast = contrast - (scores[other & (of_row == label)] - torch.stack(means).sum().log()).mean()
-    settings = recipe.loss.bcl
+    settings = recipe.method
+    assert isinstance(settings, BclSettings)
     return (settings.softmax_weight * softmax + settings.contrast_weight * contrast) / len(labels)
 
 
@@ -211,9 +215,10 @@ def _anchor_loss(recipe: Recipe, label: Tensor, logits: Tensor, anchor: Tensor, 
 
 def _sgd(parameters: list[nn.Parameter], velocity: list[Tensor], recipe: Recipe, lr: float) -> None:
     settings = recipe.optimizer
-    norm = torch.sqrt(sum((p.grad**2).sum() for p in parameters))
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.stack([(gradient**2).sum() for gradient in gradients]).sum().sqrt()
     clip = min(1.0, settings.clip_norm / norm.item()) if settings.clip_norm else 1.0
     with torch.no_grad():
-        for parameter, v in zip(parameters, velocity, strict=True):
-            v.mul_(settings.momentum).add_(clip * parameter.grad + settings.weight_decay * parameter)
+        for parameter, gradient, v in zip(parameters, gradients, velocity, strict=True):
+            v.mul_(settings.momentum).add_(clip * gradient + settings.weight_decay * parameter)
             parameter.sub_(lr * v)

@@ -220,7 +220,7 @@ class _NotFiniteBackward(torch.autograd.Function):
         return grad * float("nan")
 
 
-def _change_loss(step: Step, active: bool, change: Any) -> None:
+def _change_loss(step: Any, active: bool, change: Any) -> None:
     if not hasattr(step, "whole_loss"):
         step.whole_loss = step.forward.loss
     loss = step.whole_loss
@@ -232,7 +232,7 @@ def _change_loss(step: Step, active: bool, change: Any) -> None:
     step.forward.loss = changed if active else loss
 
 
-def _keys_not_finite(step: Step, active: bool) -> None:
+def _keys_not_finite(step: Any, active: bool) -> None:
     encoder = step.contrast.key_encoder
     plain = type(encoder)._encode
 
@@ -258,7 +258,7 @@ def _micro_batch_lost(step: Step, active: bool) -> None:
     _change_loss(step, True, drop_first)
 
 
-def _statistics_not_averaged(step: Step, active: bool) -> None:
+def _statistics_not_averaged(step: Any, active: bool) -> None:
     step.statistics.finish_step = lambda micro_batches, number: None
 
 

@@ -18,6 +18,7 @@ from paco_ds.config.load import load_recipe
 from paco_ds.data.stream.batches import MicroBatch
 from paco_ds.distributed.ranks import ByteCounter, Ranks
 from paco_ds.errors import DataError
+from paco_ds.training.step import StepResult
 from paco_ds.training.trainer import Trainer
 
 
@@ -62,10 +63,11 @@ def train_with_a_flipped_bit(ranks: Ranks, recipe: Path, run: Path, rank: int, a
     with _trainer(ranks, recipe, run, ("engine.digest_every=2",)) as trainer:
         take_step = trainer.train_step
 
-        def step_then_flip() -> None:
-            take_step()
+        def step_then_flip() -> StepResult:
+            result = take_step()
             if trainer.steps_done == after and ranks.rank == rank:
                 trainer.queue.keys_KD.view(torch.int32)[1, 1] ^= 1
+            return result
 
         trainer.train_step = step_then_flip
         trainer.run()
@@ -85,7 +87,8 @@ def train_until_unreadable(ranks: Ranks, recipe: Path, run: Path, overrides: tup
             def __getattr__(self, name: str) -> Any:
                 return getattr(stream, name)
 
-        stream, trainer.stream = trainer.stream, Unreadable()
+        unreadable: Any = Unreadable()
+        stream, trainer.stream = trainer.stream, unreadable
         trainer.run()
 
 
@@ -99,10 +102,11 @@ def train_until_terminated(ranks: Ranks, recipe: Path, run: Path, rank: int, aft
     with _trainer(ranks, recipe, run) as trainer:
         take_step = trainer.train_step
 
-        def step_then_signal() -> None:
-            take_step()
+        def step_then_signal() -> StepResult:
+            result = take_step()
             if trainer.steps_done == after and ranks.rank == rank:
                 os.kill(os.getpid(), signal.SIGTERM)
+            return result
 
         trainer.train_step = step_then_signal
         trainer.run()

@@ -40,12 +40,15 @@ def parametric_contrastive_loss(
     for i, label in enumerate(labels.tolist()):
         terms: list[Term] = []
         if centers:
+            assert logits is not None
             num_classes = logits.shape[1]
             for c in range(num_classes):
                 prior = 0.0 if log_prior is None else log_prior[c].double()
                 weight = 1 - smoothing if c == label else smoothing / (num_classes - 1)
                 terms.append(((logits[i, c] + prior) / supt, 1.0, beta * weight))
         if contrast:
+            assert query is not None
+            assert other_queries is not None
             rows = [(other_queries[j], labels[j]) for j in range(len(labels)) if j != i]
             rows += [] if key is None else list(zip(key, labels, strict=True))
             rows += list(zip(queue_keys, queue_labels, strict=True))

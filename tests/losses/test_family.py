@@ -1,5 +1,7 @@
 """Members of the family that are more than settings: GPaCo, experts, and sums of two losses."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -11,9 +13,9 @@ from paco_ds.losses.paco import ParametricContrastiveLoss, class_prior
 from tests.losses.reference import parametric_contrastive_loss
 
 CLASSES, DIM, COUNTS = 5, 8, [50, 20, 9, 3, 1]
-PACO = {"alpha": 0.05, "temperature": 0.2}
-SUPCON = {"alpha": 1.0, "beta": 0.0, "temperature": 0.2, "centers": False}
-CLOSE = {"rtol": 1e-10, "atol": 1e-12}
+PACO: dict[str, Any] = {"alpha": 0.05, "temperature": 0.2}
+SUPCON: dict[str, Any] = {"alpha": 1.0, "beta": 0.0, "temperature": 0.2, "centers": False}
+CLOSE: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}
 
 
 def unit(*shape: int, seed: int) -> torch.Tensor:
@@ -42,7 +44,7 @@ def test_gpaco_has_both_views_as_anchors():
     queue = QueueSnapshot.of(keys, queue_labels, CLASSES)
     ours = loss(Anchors(both, logits, torch.cat([q, k]), None, queue)).loss
 
-    total = 0.0
+    total: Any = 0.0
     for i in range(8):  # GPaCo's own words: A(i) is the other 2 B - 1 views and the queue
         rows = torch.cat([torch.cat([q, k])[torch.arange(8) != i], keys])
         row_labels = torch.cat([both[torch.arange(8) != i], queue_labels])
@@ -76,7 +78,8 @@ class TestExperts:
         assert queue.class_sum_CD.shape == (experts, CLASSES, DIM)
         output = ParametricContrastiveLoss(**settings)(Anchors(y, logits, query, key, queue))
         single = ParametricContrastiveLoss(**settings)
-        total, probabilities = 0.0, []
+        probabilities = []
+        total: Any = 0.0
         for e in range(experts):
             own_keys = keys.unflatten(1, (experts, DIM))[:, e]
             total = total + reference(y, logits[e], query[e], key[e], own_keys, queue_y, **settings) / experts
@@ -108,7 +111,7 @@ class TestMultiTask:
         """Each term with its own denominator; SupCon re-weighted by effective numbers, with a bias."""
         query, logits = unit(6, DIM, seed=0).requires_grad_(), (2 * unit(6, CLASSES, seed=2)).requires_grad_()
         key, keys, y, queue_y = unit(6, DIM, seed=1), unit(20, DIM, seed=3), labels(6, 4), labels(20, 5)
-        softmax = {"alpha": 0.0, "temperature": 1.0, "contrast": False, "log_prior_C": log_prior_C}
+        softmax: dict[str, Any] = {"alpha": 0.0, "temperature": 1.0, "contrast": False, "log_prior_C": log_prior_C}
         supcon = SUPCON | {"class_weight_C": effective_number_weights(COUNTS), "contrast_bias_C": class_prior(COUNTS)}
         loss = MultiTaskLoss(ParametricContrastiveLoss(**softmax), ParametricContrastiveLoss(**supcon), weight)
         ours = loss(Anchors(y, logits, query, key, QueueSnapshot.of(keys, queue_y, CLASSES))).loss

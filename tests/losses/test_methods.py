@@ -1,6 +1,7 @@
 """Every method of the registry against the equation of its paper, written out in plain loops in float64."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from tests.recipes import tiny_recipe
 
 COUNTS, CLASSES, DIM, BATCH, EXPERTS = [50, 20, 9, 3, 1], 5, 8, 6, 3
 TOTAL = sum(COUNTS)
-CLOSE = {"rtol": 1e-6, "atol": 1e-9}  # buffers by class are float32
+CLOSE: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-9}  # buffers by class are float32
 
 
 def rows(*shape: int, seed: int) -> torch.Tensor:
@@ -91,7 +92,7 @@ class TestSoftmax:
     def test_adds_tau_log_prior(self, method, sections, tau):
         """Cross-entropy of z + tau log q."""
         z = logits()
-        expected = 0.0
+        expected: Any = 0.0
         for i, y in enumerate(Y.tolist()):
             adjusted = [z[i, c] + tau * math.log(COUNTS[c] / TOTAL) for c in range(CLASSES)]
             expected = expected - log_softmax(adjusted, y) / BATCH
@@ -111,7 +112,7 @@ class TestFocal:
         """-(1 - p)^gamma log p, weighted or not; gamma 0 is cross-entropy."""
         z = logits()
         weight = effective(0.99) if balanced else [1.0] * CLASSES
-        expected = 0.0
+        expected: Any = 0.0
         for i, y in enumerate(Y.tolist()):
             log_p = log_softmax(list(z[i]), y)
             expected = expected - weight[y] * (1 - log_p.exp()) ** gamma * log_p / BATCH
@@ -134,7 +135,8 @@ class TestLdam:
         z = logits(scale=30.0)
         margin = [0.5 * n**-0.25 / min(COUNTS) ** -0.25 for n in COUNTS]
         weight = effective(0.99) if reweighted else [1.0] * CLASSES
-        total, weights = 0.0, 0.0
+        total: Any = 0.0
+        weights = 0.0
         for i, y in enumerate(Y.tolist()):
             shifted = [z[i, c] - (30 * margin[c] if c == y else 0) for c in range(CLASSES)]
             total, weights = total - weight[y] * log_softmax(shifted, y), weights + weight[y]
@@ -168,9 +170,11 @@ class TestRide:
         temperature = [1.5 * s / max(share) if late else 1.5 for s in share]
         T = sum(temperature) / CLASSES
         mean = z.detach().mean(0)
-        expected = 0.0
+        expected: Any = 0.0
         for e in range(EXPERTS):
-            total, weights, divergence = 0.0, 0.0, 0.0
+            total: Any = 0.0
+            divergence: Any = 0.0
+            weights = 0.0
             for i, y in enumerate(Y.tolist()):
                 shifted = [z[e, i, c] - (30 * margin[c] if c == y else 0) for c in range(CLASSES)]
                 total, weights = total - weight[y] * log_softmax(shifted, y), weights + weight[y]
@@ -203,7 +207,7 @@ class TestBalPoE:
         z = logits(EXPERTS)
         of_experts = []
         for e in range(EXPERTS):
-            total = 0.0
+            total: Any = 0.0
             for i, y in enumerate(Y.tolist()):
                 tau = 1 - lambdas[e]
                 adjusted = [z[e, i, c] + tau * math.log(COUNTS[c] / TOTAL) for c in range(CLASSES)]
@@ -222,7 +226,7 @@ class TestBalPoE:
 
 def supcon_terms(q, k, keys, queue_labels, temperature, bias=None, weight=None, log_q=None):
     """SupCon anchor by anchor, each divided by its number of positives."""
-    total = 0.0
+    total: Any = 0.0
     for i, y in enumerate(Y.tolist()):
         members = [(q[j], int(Y[j])) for j in range(BATCH) if j != i]
         members += list(zip(k, Y.tolist(), strict=True)) + list(zip(keys, queue_labels.tolist(), strict=True))
@@ -256,7 +260,7 @@ def test_multi_task_is_the_sum_that_its_row_names(softmax, contrast):
     """Tables 13, 14: the softmax term and a weighted SupCon, re-weighted or with log q on its logits."""
     v, z = Views(), logits()
     log_q = [math.log(n / TOTAL) for n in COUNTS]
-    centers = 0.0
+    centers: Any = 0.0
     for i, y in enumerate(Y.tolist()):
         adjusted = [z[i, c] + (log_q[c] if softmax == "balanced_softmax" else 0) for c in range(CLASSES)]
         centers = centers - log_softmax(adjusted, y) / BATCH
@@ -278,7 +282,8 @@ def test_multi_task_is_the_sum_that_its_row_names(softmax, contrast):
 @pytest.mark.parametrize("rebalanced", [True, False])
 def test_paco_with_and_without_center_rebalance(rebalanced):
     """Eq. (4), normalised as published; log q on the centers, or not, as for balanced data."""
-    v, z, alpha, total = Views(), logits(), 0.05, 0.0
+    v, z, alpha = Views(), logits(), 0.05
+    total: Any = 0.0
     for i, y in enumerate(Y.tolist()):
         members = [(v.q[j], int(Y[j])) for j in range(BATCH) if j != i]
         members += list(zip(v.k, Y.tolist(), strict=True)) + list(zip(v.keys, v.queue_labels.tolist(), strict=True))
@@ -296,7 +301,7 @@ class TestBcl:
     def test_is_its_equation(self, with_keys):
         """Every class counts once in the denominator, as the mean of its members; prototypes are positives too."""
         v, z, prototypes = Views(), logits(), rows(CLASSES, DIM, seed=7).requires_grad_()
-        pairs = 0.0
+        pairs: Any = 0.0
         for i, y in enumerate(Y.tolist()):
             members = [(v.q[j], int(Y[j])) for j in range(BATCH) if j != i]
             if with_keys:
@@ -304,13 +309,13 @@ class TestBcl:
                 members += list(zip(v.keys, v.queue_labels.tolist(), strict=True))
             members += [(prototypes[c], c) for c in range(CLASSES)]
             s = [(v.q[i] @ row / 0.2, c) for row, c in members]
-            denominator = 0.0
+            denominator: Any = 0.0
             for c in range(CLASSES):
                 of_class = [score.exp() for score, k in s if k == c]
                 denominator = denominator + sum(of_class) / len(of_class)
             positives = [score for score, k in s if k == y]
             pairs = pairs - sum(score - denominator.log() for score in positives) / len(positives) / BATCH
-        centers = 0.0
+        centers: Any = 0.0
         for i, y in enumerate(Y.tolist()):
             centers = centers - log_softmax([z[i, c] + math.log(COUNTS[c] / TOTAL) for c in range(CLASSES)], y) / BATCH
         loss = loss_of("bcl", bcl={"softmax_weight": 2.0, "contrast_weight": 0.6})
@@ -407,7 +412,8 @@ class TestProCo:
             own_g.append(log_bessel(order, k or 1e-9) - order * math.log(k or 1e-9))
         assert concentration[3] == 0
         prior = [math.log(count / TOTAL) for count in COUNTS]
-        contrast = centers = 0.0
+        contrast: Any = 0.0
+        centers: Any = 0.0
         for i, y in enumerate(Y.tolist()):
             s = []
             for c in range(CLASSES):

@@ -1,6 +1,7 @@
 """The general form of the loss against Eq. (4) term by term, the paper's closed forms and torch's losses."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from tests.losses.reference import parametric_contrastive_loss
 from tests.paper import closed_forms as theory
 
 DIM = 8
-SUPCON = {"centers": False, "beta": 0.0, "alpha": 1.0}
-SETTINGS = {
+SUPCON: dict[str, Any] = {"centers": False, "beta": 0.0, "alpha": 1.0}
+SETTINGS: dict[str, dict[str, Any]] = {
     "paco": {},
     "summed": {"normalization": "summed"},
     "gamma_0": {"gamma": 0.0},
@@ -136,7 +137,8 @@ def test_each_gradient_by_itself_and_twice(settings, wanted, experts):
     held = cases[0].queue
     queue = QueueSnapshot.of(held.keys_ND.repeat(1, experts), held.labels_N, 4).experts(experts)
     loss = ParametricContrastiveLoss(**{"alpha": 0.05, "temperature": 0.2} | settings)
-    ours = loss(Anchors(cases[0].labels, *inputs, queue)).loss
+    logits, query, key = inputs
+    ours = loss(Anchors(cases[0].labels, logits, query, key, queue)).loss
     asked = [tensor for tensor in inputs if tensor.requires_grad]
     first = torch.autograd.grad(ours, asked, retain_graph=True)
     assert all(map(torch.equal, first, torch.autograd.grad(ours, asked)))
@@ -186,6 +188,7 @@ class TestAwkwardCases:
         values = with_class_values(4, log_prior_C=True, contrast_bias_C=True, class_weight_C=True)
         settings = {"smoothing": 0.1, "gamma": 0.7, "supt": 1.2, "normalization": normalization}
         loss = ParametricContrastiveLoss(alpha=0.3, temperature=0.5, **settings, **values)
+        assert case.key is not None
         case.key.requires_grad_()
 
         def of(query, logits, key):
@@ -289,6 +292,7 @@ def test_center_gradient_is_equation_18():
 def test_probabilities_are_read_off_the_denominator():
     """p_c and the geometric mean of p+ equal a softmax over everything; optima are beta / W and alpha / W."""
     case = make_case()
+    assert case.key is not None
     output = case.ours(beta=0.5)
     contrasts = torch.cat([case.query, case.key, case.queue.keys_ND.double()])
     labels = torch.cat([case.labels, case.labels, case.queue.labels_N])

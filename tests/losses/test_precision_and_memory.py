@@ -82,7 +82,8 @@ def kept_for_backward(case: Case) -> int:
 @pytest.mark.parametrize("size", [(32, 500, 4096), (1, 2, 1), (100, 3000, 1000)], ids=str)
 def test_gradients_are_those_of_float64(size, clustered, limit):
     """Relative, of queries and center logits, against the equation in float64."""
-    case = made(*size, clustered=clustered)
+    anchors, classes, keys = size
+    case = made(anchors, classes, keys, clustered)
     ours = torch.autograd.grad(case.loss(), (case.query, case.logits))
     for gradient, exact in zip(ours, torch.autograd.grad(*case.exact_loss()), strict=True):
         assert float((gradient - exact).norm() / exact.norm()) < limit
@@ -109,8 +110,8 @@ def train_step(classes: int, keys: int):
     case = made(32, classes, keys)
     snapshot = case.queue.snapshot(classes)
     loss = ParametricContrastiveLoss(alpha=ALPHA, temperature=TEMPERATURE, log_prior_C=case.log_prior)
-    warm = [t[:1].detach().requires_grad_() for t in (case.logits, case.query)]
-    loss(Anchors(case.labels[:1], *warm, case.key[:1], snapshot)).loss.backward()
+    logits, query = (t[:1].detach().requires_grad_() for t in (case.logits, case.query))
+    loss(Anchors(case.labels[:1], logits, query, case.key[:1], snapshot)).loss.backward()
     inputs = case.logits, case.query
     return lambda: torch.autograd.grad(loss(Anchors(case.labels, *inputs, case.key, snapshot)).loss, inputs)
 

@@ -1,6 +1,7 @@
 """The routers' loss against its equation, and what it takes for help, in plain loops."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,8 @@ def helps(labels, logits, e, i):
 def test_is_the_weighted_cross_entropy_of_asking_further(weight):
     """Value, gradient and the two shares; every router decides right somewhere and wrong elsewhere."""
     labels, logits, said = drawn(0)
-    expected, wanted, asked = 0.0, 0, 0
+    expected: Any = 0.0
+    wanted, asked = 0, 0
     for e in range(1, EXPERTS):
         for i in range(BATCH):
             p = 1 / (1 + (-said[e - 1, i]).exp())
@@ -75,7 +77,7 @@ def test_no_gradient_reaches_the_experts():
     [
         (((1, 5, 3), (0, 5)), "two experts or more"),
         (((5, 3), (0, 5)), "two experts or more"),
-        (((3, 5, 3), (3, 5)), r"each router says of each image, \(2, 5\), got \(3, 5\)"),
+        (((3, 5, 3), (3, 5)), r"needs a logit of each router for each image, \(2, 5\), got \(3, 5\)"),
         (((3, 5, 3), None), r"\(2, 5\), got None"),
         (((3, 4, 3), (2, 5)), "one row for each of 5 labels"),
     ],

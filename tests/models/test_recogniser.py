@@ -78,7 +78,7 @@ def test_prototypes_are_projected_centers_and_belong_to_training():
     _, _, query, prototypes, *_ = model(images)
     assert prototypes.shape == (5, query.shape[1])
     torch.testing.assert_close(prototypes.norm(dim=1), torch.ones(5))
-    (grad,) = torch.autograd.grad(prototypes[0, 0], model.centers.weight)
+    (grad,) = torch.autograd.grad(prototypes[0, 0], model.centers.get_parameter("weight"))
     assert grad.abs().max() > 0
     assert model.eval()(images).prototypes is None
 

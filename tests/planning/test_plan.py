@@ -258,9 +258,9 @@ def test_what_is_offloaded_stands_under_the_total(tmp_path):
     path.write_text('{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}')
     recipe = tiny_recipe(f"engine.deepspeed={path}", "engine.activation_checkpointing=true")
     plan = make_plan(recipe, 1, find_data(recipe.data, 1000, 10))
-    printed = Console(file=io.StringIO(), width=160)
-    print_plan(plan, printed)
-    text = printed.file.getvalue()
+    printed = io.StringIO()
+    print_plan(plan, Console(file=printed, width=160))
+    text = printed.getvalue()
     assert text.index("total") < text.index("offloaded, on the host")
     assert "float32, activation checkpointing" in text
     said = as_json(plan)
@@ -304,14 +304,16 @@ def test_shards_are_read_from_their_manifest(striped_shards, zero1):
     data = find_data(recipe.data, None, None)
     assert (data.images, data.class_counts) == (148, (80, 40, 20, 8))
     plan = make_plan(recipe, 4, data)
+    assert plan.shards_per_rank is not None
+    assert plan.cache_bytes is not None
     assert 1 <= plan.shards_per_rank <= len(data.shards)
     assert plan.steps_per_epoch == 148 // 32
     # 8 slots, windows of 4 and 2 steps ahead; a cache holds all shards of so small a set
     assert plan.window_bytes == pytest.approx(8 * (4 + 2) * sum(data.shard_bytes) / 148, abs=1)
     assert 0 < plan.cache_bytes <= sum(data.shard_bytes)
-    printed = Console(file=io.StringIO(), width=160)
-    print_plan(plan, printed)
-    assert "of host memory a rank, for any number of workers: 8 slots x 4 images" in printed.file.getvalue()
+    printed = io.StringIO()
+    print_plan(plan, Console(file=printed, width=160))
+    assert "of host memory a rank, for any number of workers: 8 slots x 4 images" in printed.getvalue()
 
 
 def test_the_command_prints_tables_and_one_line_of_json(tmp_path, capsys, zero1):

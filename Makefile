@@ -46,7 +46,7 @@ test: $(INSTALLED)
 
 soak: $(INSTALLED) $(SHARDS)
 	mkdir -p docs/results
-	$(BIN)/python -m pytest -m soak tests/soak
+	$(BIN)/python -m pytest -m soak tests
 
 same: $(INSTALLED)
 	$(BIN)/python tools/compare_versions.py --old $(OLD)

@@ -8,6 +8,7 @@ import torch
 
 from tests.distributed.reference import plain_steps
 from tests.distributed.runs import Outcome
+from tests.matrix import matrix
 from tests.recipes import tiny_recipe
 
 STEPS = 3
@@ -46,8 +47,10 @@ def update_difference(outcome: Outcome, expected: Outcome, part: str) -> tuple[f
     return difference**0.5, size**0.5
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("world_size", "stage"),
+    matrix((1, 2, 4), (0, 1, 2, 3), each_change=[(1, 0), (1, 3), (2, 0), (2, 1), (2, 2), (2, 3), (4, 1)]),
+)
 def test_any_ranks_and_stage_take_the_step_of_one_process(pool, world_size, stage):
     """Losses to 1e-5 and the update to 1e-3 after three steps at the recipe's learning rate; queues are equal."""
     outcomes = pool(world_size).run("tests.distributed.runs:run_steps", stage=stage, steps=STEPS)
@@ -63,8 +66,10 @@ def test_any_ranks_and_stage_take_the_step_of_one_process(pool, world_size, stag
 EXPERTS = ("model.experts=2", "model.expert_width=reduced", "step.micro_batch=4")
 
 
-@pytest.mark.parametrize(("world_size", "stage"), [(1, 0), (2, 3), (4, 1)])
-@pytest.mark.parametrize("key_encoder", ["momentum", "none"])
+@pytest.mark.parametrize(
+    ("world_size", "stage", "key_encoder"),
+    [(1, 0, "none"), (2, 3, "momentum"), (2, 3, "none"), (4, 1, "momentum")],
+)
 def test_experts_are_heads_of_the_same_step(pool, world_size, stage, key_encoder):
     """PaCo and GPaCo on two experts: keys cross ranks beside each other, the loss is the mean over experts."""
     overrides = (*EXPERTS, "key_encoder=none", "model.projection=three_layer") if key_encoder == "none" else EXPERTS
@@ -170,9 +175,27 @@ def test_methods_without_contrast_take_steps(pool, method):
 
 
 @pytest.mark.parametrize(
-    ("stage", "clip"), [(0, "null"), (0, "5"), (1, "null"), (1, "5"), (2, "null"), (3, "null"), (3, "5")]
+    ("stage", "clip", "fault"),
+    matrix(
+        (0, 1, 2, 3),
+        ("null", "5"),
+        ("keys", "loss", "gradient"),
+        each_change=[
+            (0, "null", "keys"),
+            (0, "5", "loss"),
+            (0, "null", "gradient"),
+            (0, "5", "gradient"),
+            (1, "5", "keys"),
+            (1, "null", "loss"),
+            (1, "5", "gradient"),
+            (2, "null", "loss"),
+            (2, "5", "gradient"),
+            (3, "5", "keys"),
+            (3, "null", "loss"),
+            (3, "null", "gradient"),
+        ],
+    ),
 )
-@pytest.mark.parametrize("fault", ["keys", "loss", "gradient"])
 def test_something_not_finite_on_one_rank_changes_nothing_on_any(pool, fault, stage, clip):
     """Weights, momentum, queue and statistics stand bit for bit; the step after it goes on."""
     arguments = {"stage": stage, "fault": fault, "fault_rank": 1, "overrides": (f"optimizer.clip_norm={clip}",)}
@@ -197,15 +220,15 @@ def test_one_flipped_bit_on_one_rank_is_named(pool, what, rank):
         assert message.startswith(f"{what} of ranks [{rank}] differ from those of the other 3 ranks. ")
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(
+    ("world_size", "stage"), matrix((1, 2), (0, 1, 2, 3), each_change=[(1, 3), (2, 0), (2, 1), (2, 2), (2, 3)])
+)
 def test_momentum_goes_in_and_out_of_every_stage(pool, world_size, stage):
     """Pins the two private calls that DeepSpeed's stages need for it."""
     assert all(pool(world_size).run("tests.distributed.runs:momentum_there_and_back", stage=stage))
 
 
-@pytest.mark.parametrize("stage", [0, 2])
-@pytest.mark.parametrize("fault", ["keys", "loss"])
+@pytest.mark.parametrize(("fault", "stage"), [("keys", 0), ("loss", 2)])
 def test_ranks_agree_to_stop_in_a_refused_step_too(pool, fault, stage):
     """One rank alone is asked; the other would wait for it for ever."""
     found = pool(2).run("tests.distributed.runs:stop_heard_in_a_refused_step", fault=fault, stage=stage)

@@ -8,6 +8,7 @@ import torch
 from tests.distributed.reference import plain_steps
 from tests.distributed.runs import Outcome
 from tests.distributed.test_step import STEPS, check, reference, update_difference
+from tests.matrix import matrix
 from tests.recipes import tiny_recipe
 
 STEP = "tests.distributed.runs:run_steps"
@@ -48,14 +49,25 @@ def check_one_step(pool, setting: str, stage: int) -> None:
         check(outcome, exact, bounds)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("setting", ["channels_last", "activation_checkpointing"])
+@pytest.mark.parametrize(
+    ("setting", "stage"),
+    matrix(
+        ("channels_last", "activation_checkpointing"),
+        (0, 1, 2, 3),
+        each_change=[
+            ("channels_last", 0),
+            ("channels_last", 2),
+            ("activation_checkpointing", 1),
+            ("activation_checkpointing", 3),
+        ],
+    ),
+)
 def test_the_step_is_that_of_one_process(pool, setting, stage):
     """Within float32 rounding it is the step of the plain loop, which knows nothing of these settings."""
     check_one_step(pool, setting, stage)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.soak), 1, 2])
 def test_compiled_encoders_take_the_step_of_one_process(pool, stage):
     """Their sums run in another order on every kind of CPU; running statistics, keys and all stay within rounding."""
     check_one_step(pool, "compile", stage)

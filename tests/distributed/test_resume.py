@@ -154,9 +154,9 @@ def test_a_stop_that_was_reached_trains_no_further(pool, recipe, tmp_path):
 
 
 def test_a_run_that_can_only_refuse_ends(pool, recipe, tmp_path):
-    """Weights past mending would otherwise train to the end and report chance."""
+    """Weights that cannot recover would otherwise train to the end and report chance."""
     hopeless = ("optimizer.lr=1e30", "engine.max_skipped=2")
-    with pytest.raises(RankError, match=r"2 steps in a row changed nothing.*not finite[\s\S]*lower optimizer.lr"):
+    with pytest.raises(RankError, match=r"2 steps in a row were skipped.*not finite[\s\S]*lower optimizer.lr"):
         pool(2).run(TRAIN, recipe=recipe, run=tmp_path / "run", overrides=hopeless)
 
 

@@ -50,6 +50,7 @@ def scrape_while_training(ranks: Ranks, recipe: Path, run: Path) -> dict[str, st
     with _trainer(ranks, recipe, run) as trainer:
         for _ in range(3):
             trainer.train_step()
+        ranks.wait_for_all()  # else another rank may not have counted its last step yet
         if ranks.first:
             for target in json.loads((run / "metrics_targets.json").read_text()):
                 with urllib.request.urlopen(f"http://{target['targets'][0]}/metrics", timeout=60) as answer:

@@ -66,7 +66,7 @@ def test_from_images_to_report_with_a_stop_and_a_resume(shards, tmp_path):
 
     second = train(1, run, shards, cwd=tmp_path)
     assert second.returncode == 0, second.stderr
-    assert f"goes on from the checkpoint of step {STOP}" in second.stdout
+    assert f"resumes from the checkpoint of step {STOP}" in second.stdout
     lines = list(read(run / "metrics.jsonl"))
     assert [line["step"] for line in lines if line["kind"] == "step"] == list(range(1, EPOCHS * STEPS_PER_EPOCH + 1))
     assert not any(line["skipped"] or line["bad_samples"] for line in lines if line["kind"] == "step")
@@ -155,5 +155,5 @@ def test_a_job_told_to_terminate_keeps_what_it_learnt(shards, tmp_path):
     (launcher_of_this_host,) = psutil.Process(job.pid).children()
     launcher_of_this_host.send_signal(signal.SIGTERM)
     output = job.communicate(timeout=600)[0]
-    assert "it can go on from here" in output, output[-3000:]
+    assert "the same command resumes from here" in output, output[-3000:]
     assert newest_checkpoint(run).step >= 4

@@ -32,7 +32,7 @@ def test_a_job_on_two_hosts_has_the_losses_of_local_ranks_though_a_rank_was_kill
 
     again = two_hosts.launch(*command)
     assert again.wait(seconds=900) == 0, again.said
-    assert f"goes on from the checkpoint of step {step}" in again.said
+    assert f"resumes from the checkpoint of step {step}" in again.said
     assert (run / "report.html").exists()
 
     local = folder / "local"

@@ -106,7 +106,7 @@ def build_step(
         RecipeError: settings that do not fit each other or this number of ranks.
     """
     layout = MicroBatchLayout(recipe.step.micro_batch, recipe.step.micro_batches, ranks.rank, ranks.world_size)
-    engine, optimizer = initialise(model, recipe.optimizer, recipe.lr, recipe.engine, config, layout, ranks)
+    engine, optimizer = initialise(model, recipe.optimizer, recipe.lr, recipe.engine, config, layout)
     loss = make_loss(recipe.loss, classes.counts, classes.names).to(ranks.device)
     distill = recipe.loss.distill
     distillation = Distillation(distill, teacher) if distill and teacher else None

@@ -149,7 +149,6 @@ def initialise(
     execution: EngineSettings,
     config: Mapping[str, Any],
     layout: MicroBatchLayout,
-    ranks: Ranks,
 ) -> tuple[Any, GuardedSGD]:
     """(DeepSpeed engine around the model, the optimizer inside it). Load initial weights first: DeepSpeed copies them.
 

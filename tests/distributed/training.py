@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from paco_ds.config.load import load_recipe
 from paco_ds.data.stream.batches import MicroBatch
 from paco_ds.distributed.ranks import ByteCounter, Ranks
 from paco_ds.errors import DataError
+from paco_ds.training.images_ahead import ImagesAhead
 from paco_ds.training.step import StepResult
 from paco_ds.training.trainer import Trainer
 
@@ -77,19 +78,13 @@ def train_with_a_flipped_bit(ranks: Ranks, recipe: Path, run: Path, rank: int, a
 def train_until_unreadable(ranks: Ranks, recipe: Path, run: Path, overrides: tuple[str, ...], step: int) -> None:
     """As `train`; the images of `step` (from 0) and of all later ones cannot be read by any rank."""
     with _trainer(ranks, recipe, run, overrides) as trainer:
-        readable = itertools.islice(trainer.stream, step)
+        readable = trainer.stream
 
-        class Unreadable:
-            def __next__(self) -> list[MicroBatch]:
-                for micro_batches in readable:
-                    return micro_batches
-                raise DataError("the next shard is gone")
+        def steps() -> Iterator[Sequence[MicroBatch]]:
+            yield from itertools.islice(readable, step)
+            raise DataError("the next shard is gone")
 
-            def __getattr__(self, name: str) -> Any:
-                return getattr(stream, name)
-
-        unreadable: Any = Unreadable()
-        stream, trainer.stream = trainer.stream, unreadable
+        trainer.images = ImagesAhead(steps(), trainer.step.begin_exchange, trainer._looks_ahead, start=0)
         trainer.run()
 
 

@@ -2,29 +2,60 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from paco_ds.errors import UserError
+from paco_ds.errors import RESUMABLE, StorageError, UserError
+
+_REMEDIES = {
+    errno.ENOSPC: "make room there",
+    errno.EDQUOT: "make room there, or have the quota raised",
+    errno.EROFS: "have it mounted for writing",
+    errno.EIO: "the kernel log of this host tells more",
+}
 
 
 @contextmanager
 def report_user_errors() -> Iterator[None]:
-    """Print a `UserError` and exit with status 2, upon which a launcher ends the job; others name their rank."""
+    """Print a `UserError`, or an error of the operating system, on one line and exit with its status, upon which a
+    launcher ends the job; others name their rank."""
     try:
         yield
-    except UserError as error:
-        _say(error)
-        raise SystemExit(2) from None
     except Exception as error:
-        if "RANK" in os.environ:
-            error.add_note(f"on rank {os.environ['RANK']}")
-        raise
+        if (status := exit_status(error)) is None:
+            if "RANK" in os.environ:
+                error.add_note(f"on rank {os.environ['RANK']}")
+            raise
+        _say(_in_words(error) if isinstance(error, OSError) else str(error))
+        raise SystemExit(status) from None
 
 
-def _say(error: UserError) -> None:
+def exit_status(error: BaseException | None) -> int | None:
+    """Status of a command that ends with this error; None for one of the program, which is shown with its traceback.
+
+    An error of the operating system is one of storage, which needs a person, of a connection, which may come back, or
+    of a path that the user gave. A library's OSError without an errno is one of the program.
+    """
+    if isinstance(error, UserError):
+        return error.status
+    if not isinstance(error, OSError) or error.strerror is None:
+        return None
+    if error.errno in _REMEDIES:
+        return StorageError.status
+    return RESUMABLE if isinstance(error, ConnectionError | TimeoutError) else UserError.status
+
+
+def _in_words(error: OSError) -> str:
+    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    remedy = _REMEDIES.get(error.errno or 0)
+    then = f"; {remedy}, then give the same command again" if remedy else ""
+    return f"{' -> '.join(names)}{': ' if names else ''}{error.strerror}{then}"
+
+
+def _say(message: str) -> None:
     rank = os.environ.get("RANK", "0")
     where = f" (rank {rank} of {os.environ['WORLD_SIZE']})" if "WORLD_SIZE" in os.environ else ""
-    print(f"error{where}: {error}", file=sys.stderr, flush=True)
+    print(f"error{where}: {message}", file=sys.stderr, flush=True)

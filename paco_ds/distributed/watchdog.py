@@ -30,11 +30,9 @@ from typing import Any, Literal
 
 from torch.distributed import DistError, TCPStore
 
+from paco_ds.command import exit_status
 from paco_ds.distributed.launch import environment_ranks
-from paco_ds.errors import UserError
-
-LOST_STATUS = os.EX_TEMPFAIL
-"""Exit status of ranks that end because another was lost: running the same command again resumes."""
+from paco_ds.errors import RESUMABLE, UserError
 
 # a vanished host is detected after IDLE + PROBES * INTERVAL = 30 seconds
 KEEPALIVE_IDLE, KEEPALIVE_INTERVAL, KEEPALIVE_PROBES = 10, 5, 4
@@ -48,8 +46,8 @@ _KEY = "paco_ds/rank_watchdog"  # key in the store: address of rank 0
 class RankWatchdog:
     """Context manager around all work of a rank; does nothing in a job of one rank.
 
-    A rank that leaves it with an exception has failed: the others print its reason and exit with status 1. A rank that
-    vanishes is lost: the others name it and exit with status `LOST_STATUS`, at most 60 seconds later.
+    A rank that leaves it with an exception has failed: the others print its reason and exit with its status. A rank
+    that vanishes is lost: the others name it and exit with status `RESUMABLE`, at most 60 seconds later.
 
     Args:
         remedy: called after a loss; returns a sentence that says what to do.
@@ -96,9 +94,10 @@ class RankWatchdog:
         if in_good_order:
             self._tell({"over": True})
         elif self.rank:
-            self._tell({"failed": _reason(error)})
+            self._tell({"failed": _reason(error), "status": exit_status(error) or 1})
         else:
-            self._tell({"end": f"{self._describe([self.rank])} failed: {_reason(error)}", "status": 1})
+            reason = f"{self._describe([self.rank])} failed: {_reason(error)}"
+            self._tell({"end": reason, "status": exit_status(error) or 1})
         self._closing.set()
         self._wake.send(b"x")
         self._thread.join()
@@ -202,7 +201,7 @@ class RankWatchdog:
             elif "over" in message:
                 self._over.add(link.rank)
             elif "failed" in message:
-                self._finish(f"{self._describe([link.rank])} failed: {message['failed']}", 1)
+                self._finish(f"{self._describe([link.rank])} failed: {message['failed']}", message["status"])
             elif "end" in message:
                 self._finish(message["end"], message["status"], alone="alone" in message)
 
@@ -230,7 +229,7 @@ class RankWatchdog:
         lost = sorted(link.rank for link in self._lost if link.rank is not None)
         were = "was" if len(lost) == 1 else "were"
         message = f"{self._describe(lost)} {were} lost: {how}. {self._next_step()}"
-        self._finish(message, LOST_STATUS, alone=0 in lost)
+        self._finish(message, RESUMABLE, alone=0 in lost)
 
     def _finish(self, message: str, status: int, alone: bool = False) -> None:
         """End the job; `alone`: print the message, since no other rank of this host may have received it."""

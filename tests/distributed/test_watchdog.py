@@ -10,8 +10,8 @@ import pytest
 
 from paco_ds.distributed import watchdog
 from paco_ds.distributed.launch import check_gloo_interface, join_job
-from paco_ds.distributed.watchdog import LOST_STATUS, RankWatchdog
-from paco_ds.errors import UserError
+from paco_ds.distributed.watchdog import RankWatchdog
+from paco_ds.errors import RESUMABLE, StorageError, UserError
 from tests.pool import _free_port
 
 
@@ -86,7 +86,7 @@ def test_a_lost_rank_ends_all_others_and_is_named_once_a_host(monkeypatch, capfd
     """With host, address, and what to do."""
     job = Job(monkeypatch)
     job.kill(3)
-    eventually(lambda: {(rank, LOST_STATUS) for rank in (0, 1, 2)} <= set(job.ends))
+    eventually(lambda: {(rank, RESUMABLE) for rank in (0, 1, 2)} <= set(job.ends))
     said = [line for line in capfd.readouterr().err.splitlines() if "was lost" in line and "rank 3 on" in line]
     assert [line.split(":")[0] for line in sorted(said)] == [f"watchdog (rank {rank} of 4)" for rank in (0, 2)]
     assert f"rank 3 on host {socket.gethostname()} (127.0.0.1) was lost: its process died" in said[0]
@@ -98,7 +98,7 @@ def test_ranks_lost_together_are_named_together(monkeypatch, capfd):
     job = Job(monkeypatch, settle=3.0)
     job.kill(2)
     job.kill(3)
-    eventually(lambda: {(0, LOST_STATUS), (1, LOST_STATUS)} <= set(job.ends))
+    eventually(lambda: {(0, RESUMABLE), (1, RESUMABLE)} <= set(job.ends))
     assert f"ranks 2-3 on host {socket.gethostname()} (127.0.0.1) were lost" in capfd.readouterr().err
 
 
@@ -106,20 +106,19 @@ def test_the_loss_of_rank_0_is_seen_by_every_other(monkeypatch, capfd):
     """Nobody is left to tell them."""
     job = Job(monkeypatch)
     job.kill(0)
-    eventually(lambda: {(rank, LOST_STATUS) for rank in (1, 2, 3)} <= set(job.ends))
+    eventually(lambda: {(rank, RESUMABLE) for rank in (1, 2, 3)} <= set(job.ends))
     assert f"rank 0 on host {socket.gethostname()} (127.0.0.1) was lost" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("culprit", [0, 3])
-def test_a_rank_that_fails_gives_its_reason_to_all(monkeypatch, capfd, culprit):
-    """They end with status 1: running the same again would not help."""
+@pytest.mark.parametrize(("culprit", "error"), [(0, UserError("no shards")), (3, StorageError("disk is full"))])
+def test_a_rank_that_fails_gives_its_reason_and_status_to_all(monkeypatch, capfd, culprit, error):
+    """So that the job has one status, whichever rank its launcher asks."""
     job = Job(monkeypatch)
-    error = UserError("no shards here")
-    job.watchdogs[culprit].__exit__(UserError, error, None)
-    others = {(rank, 1) for rank in range(4) if rank != culprit}
+    job.watchdogs[culprit].__exit__(type(error), error, None)
+    others = {(rank, error.status) for rank in range(4) if rank != culprit}
     eventually(lambda: others <= set(job.ends))
     assert f"rank {culprit} on host" in (said := capfd.readouterr().err)
-    assert "failed: UserError: no shards here" in said
+    assert f"failed: {type(error).__name__}: {error}" in said
     assert "lost" not in said
 
 
@@ -130,7 +129,7 @@ def test_a_collective_that_fails_because_of_a_loss_is_explained_by_it(monkeypatc
     job.kill(3)
     error = RuntimeError("Connection closed by peer")
     job.watchdogs[1].__exit__(RuntimeError, error, None)
-    assert job.ends == [(1, LOST_STATUS)]
+    assert job.ends == [(1, RESUMABLE)]
     job.close(0, 2)
 
 
@@ -203,7 +202,7 @@ def test_a_thousand_ranks(monkeypatch, capfd):
         for rank in range(800, 808):
             others[rank].close()
         eventually(lambda: job.ends)
-        assert job.ends == [(0, LOST_STATUS)]
+        assert job.ends == [(0, RESUMABLE)]
         assert "ranks 800-807 on host node100 (127.0.0.1) were lost" in capfd.readouterr().err
         assert b'"end"' in others[1].recv(1000)
     job.close()

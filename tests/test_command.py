@@ -1,0 +1,38 @@
+"""Errors of commands: one line and an exit status."""
+
+import errno
+import os
+
+import pytest
+
+from paco_ds.command import report_user_errors
+from paco_ds.errors import CheckpointError, NotFiniteError, StorageError
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (CheckpointError("damaged"), 2, "error: damaged"),
+        (NotFiniteError("loss is nan"), 70, "error: loss is nan"),
+        (StorageError("no inode"), 74, "error: no inode"),
+        (
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/mnt/x"),
+            74,
+            "error: /mnt/x: No space left on device; make room there, then give the same command again",
+        ),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "/y"), 2, "error: /y: No such file or directory"),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), 75, "error: Connection reset by peer"),
+    ],
+)
+def test_an_error_is_one_line_and_a_status(error, status, line, capsys, monkeypatch):
+    """Also one of the operating system."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(SystemExit) as end, report_user_errors():
+        raise error
+    assert end.value.code == status
+    assert capsys.readouterr().err == f"{line}\n"
+
+
+def test_a_librarys_own_error_keeps_its_traceback():
+    with pytest.raises(OSError, match="truncated"), report_user_errors():
+        raise OSError("image file is truncated")

@@ -1,4 +1,4 @@
-"""What the command line tools share: errors a user can mend are one message, not a traceback."""
+"""What the command line tools share: errors a user can mend are one message, not a traceback; texts are no markup."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import errno
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
 
-from paco_ds.errors import RESUMABLE, StorageError, UserError
+from rich.console import Console
+from rich.text import Text
+
+from paco_ds.errors import RESUMABLE, StorageError, UserError, printable
 
 _REMEDIES = {
     errno.ENOSPC: "make room there",
@@ -16,6 +20,32 @@ _REMEDIES = {
     errno.EROFS: "have it mounted for writing",
     errno.EIO: "the kernel log of this host tells more",
 }
+
+
+class Screen(Console):
+    """A console that prints texts as they are written, also names from outside, and survives a broken pipe.
+
+    Square brackets are no markup and `:cat:` is no emoji; control characters and credentials are replaced, see
+    `errors.printable`. A pipe breaks when the ssh connection to this host ends before the run does: whenever a job over
+    several hosts is stopped, just before its checkpoint is written.
+    """
+
+    def __init__(self, file: TextIO | None = None, *, width: int | None = None, quiet: bool = False) -> None:
+        super().__init__(file=file, width=width, quiet=quiet, markup=False, emoji=False)
+
+    def render_str(self, text: str, **style: Any) -> Text:
+        """The text of a line or of a table's title or cell, as rich asks for it."""
+        return super().render_str(printable(text), **style)
+
+    def on_broken_pipe(self) -> None:
+        """Stop printing; rich would end the process."""
+        with suppress(SystemExit):
+            super().on_broken_pipe()
+
+
+def say(text: str) -> None:
+    """Print a line to standard output at once, safe for a terminal whatever the names in it are."""
+    print(printable(text), flush=True)
 
 
 @contextmanager
@@ -58,4 +88,4 @@ def _in_words(error: OSError) -> str:
 def _say(message: str) -> None:
     rank = os.environ.get("RANK", "0")
     where = f" (rank {rank} of {os.environ['WORLD_SIZE']})" if "WORLD_SIZE" in os.environ else ""
-    print(f"error{where}: {message}", file=sys.stderr, flush=True)
+    print(f"error{where}: {printable(message)}", file=sys.stderr, flush=True)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # a checkout need not be installed
 
-from paco_ds.command import report_user_errors
+from paco_ds.command import Screen, report_user_errors, say
 from paco_ds.config.plugins import AllowCode
 
 if TYPE_CHECKING:
@@ -40,8 +40,6 @@ def main(argv: list[str] | None = None) -> int:
     if len(arguments.run) > 1 and arguments.tau_normalize is not None:
         parser.error("--tau-normalize is of one run")
     # not at the top: loader processes read this file again, and need none of it
-    from rich.console import Console
-
     from paco_ds.checkpoint import chosen_checkpoint
     from paco_ds.config.load import load_recipe
     from paco_ds.data.manifest import open_data
@@ -77,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         accuracy = evaluate(model, model, judged(split), ranks, experts=recipe.model.experts)
         if ranks.first:
             what = f"{recipe.name}, step {steps[0]}" if len(runs) == 1 else f"ensemble of {len(runs)} runs"
-            Console().print(accuracy.table(f"{what}, on {split}"))
+            Screen().print(accuracy.table(f"{what}, on {split}"))
             name = "metrics.json" if split == recipe.evaluation.test_split else f"metrics-{split}.json"
             target = arguments.output or runs[0] / name
             write_results(
@@ -94,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
                 started=started,
                 about=about,
             )
-            print(f"written: {target}")
+            say(f"written: {target}")
         leave_job()
     return 0
 
@@ -125,7 +123,7 @@ def _normalized(
     validation.manifest.check_files(split)
     chosen, balanced = choose_tau(model.to(ranks.device), validation, ranks)
     if ranks.first:
-        print(f"tau {chosen}: balanced accuracy on {split} " + ", ".join(f"{t}: {a:.3f}" for t, a in balanced.items()))
+        say(f"tau {chosen}: balanced accuracy on {split} " + ", ".join(f"{t}: {a:.3f}" for t, a in balanced.items()))
     return chosen, (tau_normalized(model, chosen), autocast)
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # a checkout need not be installed
 
-from paco_ds.command import report_user_errors
+from paco_ds.command import Screen, report_user_errors, say
 from paco_ds.config.load import load_recipe
 from paco_ds.config.plugins import AllowCode
 from paco_ds.config.shipped import RECIPES, card_with_images
@@ -44,10 +44,9 @@ def main(argv: list[str] | None = None) -> int:
         recipe = load_recipe(arguments.config, arguments.set) if arguments.config else _demo(arguments.set)
         ranks = engine.start(recipe.step, recipe.engine.threads, arguments.expect_ranks)
         if ranks.first and not arguments.config:
-            print(
+            say(
                 f"no --config: training the recipe demo into {output}; for another give --config FILE.yaml or the "
-                f"name of one in {RECIPES}",
-                flush=True,
+                f"name of one in {RECIPES}"
             )
         _build_missing_shards(recipe.data.shards, ranks)
         trainer = Trainer(recipe, output, ranks, arguments.stop_at_step)
@@ -77,8 +76,6 @@ def _build_missing_shards(shards: str, ranks: Ranks) -> None:
     Raises:
         DataError: the build failed; on every rank alike.
     """
-    from rich.console import Console
-
     from paco_ds.data.manifest import MANIFEST_FILE
     from paco_ds.data.pack.card import load_card
     from paco_ds.data.pack.shards import build_shards
@@ -86,7 +83,7 @@ def _build_missing_shards(shards: str, ranks: Ranks) -> None:
     card, failure = card_with_images(shards), None
     if ranks.first and card is not None and not Path(shards, MANIFEST_FILE).exists():
         try:
-            build_shards(load_card(card), card.parent / load_card(card).root, shards, console=Console())
+            build_shards(load_card(card), card.parent / load_card(card).root, shards, console=Screen())
         except (DataError, OSError) as error:
             failure = f"{shards} could not be built from {card}: {error}"
     if failure := ranks.gather_objects(failure)[0]:

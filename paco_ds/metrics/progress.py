@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import suppress
 from datetime import timedelta
 from typing import Protocol, TextIO
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from paco_ds.command import Screen
 from paco_ds.metrics.log import StepRecord
 
 
@@ -48,22 +47,10 @@ def progress_view(
     """
     if rank != 0:
         return NullProgress()
-    console = Screen(file=sys.stdout if stream is None else stream)
+    console = Screen(sys.stdout if stream is None else stream)
     if console.is_terminal:
         return BarProgress(total_steps, first_step, epochs, console)
     return LineProgress(total_steps, first_step, epochs, every, console)
-
-
-class Screen(Console):
-    """A console that survives a broken pipe: the ssh connection to this host may end before the run does.
-
-    That happens whenever a job over several hosts is stopped, just before its checkpoint is written.
-    """
-
-    def on_broken_pipe(self) -> None:
-        """Stop printing; rich would end the process."""
-        with suppress(SystemExit):
-            super().on_broken_pipe()
 
 
 class NullProgress:
@@ -79,7 +66,7 @@ class NullProgress:
 class BarProgress:
     """A progress bar that is redrawn in place."""
 
-    def __init__(self, total_steps: int, first_step: int, epochs: int, console: Console) -> None:
+    def __init__(self, total_steps: int, first_step: int, epochs: int, console: Screen) -> None:
         self._progress = Progress(
             TextColumn("[bold]epoch {task.fields[epoch]}/{task.fields[epochs]}"),
             BarColumn(bar_width=None),
@@ -102,7 +89,7 @@ class BarProgress:
         )
 
     def message(self, what: str | Table) -> None:
-        self._progress.console.print(what, markup=False, highlight=False)
+        self._progress.console.print(what, highlight=False)
 
     def close(self) -> None:
         self._progress.stop()
@@ -111,7 +98,7 @@ class BarProgress:
 class LineProgress:
     """Plain lines, for log files and pipes: the first step, every N-th, and the last."""
 
-    def __init__(self, total_steps: int, first_step: int, epochs: int, every: int, console: Console) -> None:
+    def __init__(self, total_steps: int, first_step: int, epochs: int, every: int, console: Screen) -> None:
         self._total_steps, self._first_step, self._epochs = total_steps, first_step, epochs
         self._every, self._console = every, console
         self._started = time.monotonic()
@@ -128,7 +115,7 @@ class LineProgress:
         )
 
     def message(self, what: str | Table) -> None:
-        self._console.print(what, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(what, highlight=False, soft_wrap=True)
 
     def close(self) -> None: ...
 

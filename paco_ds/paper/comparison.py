@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 
-from rich.console import Console
 from rich.table import Table
 
+from paco_ds.command import Screen
 from paco_ds.evaluation.accuracy import GROUPS
 from paco_ds.files import replace_text
 from paco_ds.report import charts
@@ -82,7 +82,7 @@ def write_comparison(
     path_png: Path,
     *,
     title: str = "Comparison",
-    console: Console | None = None,
+    console: Screen | None = None,
 ) -> list[str]:
     """Print the table, write the page, its picture and (beside the page, .json) the numbers.
 
@@ -100,10 +100,10 @@ def write_comparison(
     if len({(row.backbone, row.key) for row in rows}) < len(rows):
         raise ValueError(f"two methods share a name among {', '.join(row.method for row in rows)}; rename one")
     sentences = verdicts(rows)
-    console = Console() if console is None else console
+    console = Screen() if console is None else console
     console.print(_table(rows, title))
     for sentence in sentences:
-        console.print(sentence, highlight=False, markup=False)
+        console.print(sentence, highlight=False)
 
     def figure() -> charts.Figure:
         seeds = {group: [row.percents(group) for row in rows] for group in GROUPS}

@@ -13,9 +13,9 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import FuncFormatter, NullLocator
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.table import Table
 
+from paco_ds.command import Screen
 from paco_ds.data.manifest import SHOTS
 from paco_ds.paper.equations import Floats, Optima, mean_optima, optima_by_equation_9
 from paco_ds.report.charts import FULL, GRID, GROUP_COLORS, INK, MUTED, Values, png, styled
@@ -67,7 +67,7 @@ class OptimaPage:
     queue_length: int
     micro_batch: int
 
-    def show(self, console: Console) -> None:
+    def show(self, console: Screen) -> None:
         """Print the optima by shot, p_c by alpha, and advice on alpha."""
         tail = self.tail
         said = [
@@ -78,10 +78,10 @@ class OptimaPage:
         if tail.empty:
             names = ", ".join(tail.empty[:5]) + (", ..." if len(tail.empty) > 5 else "")
             said.append(f"left out, without training images: {len(tail.empty):,} classes ({names})")
-        console.print("\n".join(said), markup=False, highlight=False)
+        console.print("\n".join(said), highlight=False)
         console.print(self._optima_table())
         console.print(self._alpha_table())
-        console.print(self._advice(), markup=False, highlight=False)
+        console.print(self._advice(), highlight=False)
 
     def draw(self, output: Path) -> list[Path]:
         """One picture of both charts if `output` is a .png; else a folder with one each, optima.png and alpha.png."""

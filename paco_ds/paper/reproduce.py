@@ -28,7 +28,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from paco_ds.command import report_user_errors
+from paco_ds.command import report_user_errors, say
 from paco_ds.config.plugins import AllowCode, code_is_allowed
 from paco_ds.config.recipe import Recipe
 from paco_ds.config.shipped import PACKAGE, data_folder, find_card
@@ -258,7 +258,7 @@ def run_jobs(jobs: Sequence[Job], ranks: int, at_once: int) -> None:
         try:
             for job, future in zip(jobs, running, strict=True):
                 future.result()
-                print(f"{job.name}: All {100 * job.read().all:.1f} %", flush=True)
+                say(f"{job.name}: All {100 * job.read().all:.1f} %")
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -291,7 +291,7 @@ def draw(table: Table, jobs: Sequence[Job], output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)  # it does not exist if all results were kept
     page, picture = output / "comparison.html", output / "comparison.png"
     write_comparison(rows, page, picture, title=table.title)
-    print(f"written: {page}, {picture}")
+    say(f"written: {page}, {picture}")
 
 
 def _check_same_data(jobs: Sequence[Job]) -> None:
@@ -368,7 +368,7 @@ def main(argv: list[str] | None = None) -> int:
         ]
         if arguments.scale == "paper":
             write_commands(jobs, arguments.output / "commands.sh")
-            print(f"written: {arguments.output / 'commands.sh'}")
+            say(f"written: {arguments.output / 'commands.sh'}")
             return 0
         for job in jobs:  # so that a mistake in the last row is reported before the first is trained
             job.check()

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from rich.console import Console
 
-from paco_ds.command import report_user_errors
+from paco_ds.command import Screen, report_user_errors
 from paco_ds.config.shipped import find_card
 from paco_ds.data.manifest import MANIFEST_FILE, load_manifest
 from paco_ds.data.pack.card import load_card
@@ -83,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.micro_batch,
         )
         # A pipe or a log has no width of its own, and 80 columns would cut figures off.
-        page.show(Console() if sys.stdout.isatty() else Console(width=120))
+        page.show(Screen() if sys.stdout.isatty() else Screen(width=120))
         if output is not None:
             print("drawn:", *page.draw(output))
     return 0

@@ -17,9 +17,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
-
-from paco_ds.command import report_user_errors
+from paco_ds.command import Screen, report_user_errors, say
 from paco_ds.config.load import load_recipe
 from paco_ds.config.plugins import AllowCode
 from paco_ds.errors import UserError
@@ -55,9 +53,9 @@ def _plan(arguments: argparse.Namespace) -> int:
         device=arguments.device,
     )
     if arguments.json:
-        print(json.dumps(as_json(plan)))
+        say(json.dumps(as_json(plan)))
     else:
-        print_plan(plan, Console(width=arguments.width))
+        print_plan(plan, Screen(width=arguments.width))
     return 1 if plan.verdict == "does not fit" else 0
 
 
@@ -89,9 +87,9 @@ def _workers(arguments: argparse.Namespace) -> int:
         measured=arguments.images_per_second is None,
     )
     if arguments.json:
-        print(json.dumps({**asdict(plan), "verdict": plan.verdict}))
+        say(json.dumps({**asdict(plan), "verdict": plan.verdict}))
     else:
-        print(*plan.lines(), sep="\n")
+        say("\n".join(plan.lines()))
     return 0 if plan.verdict == "fed" else 1
 
 
@@ -103,8 +101,8 @@ def _views(arguments: argparse.Namespace) -> int:
     manifest = open_data(recipe.data, [recipe.data.train_split])
     bad = draw_view_sheet(recipe.data, recipe.views, manifest, Path(arguments.views), seed=recipe.seed)
     for line in bad:
-        print(f"left out: {line}")
-    print(f"views of the training images: {arguments.views}")
+        say(f"left out: {line}")
+    say(f"views of the training images: {arguments.views}")
     return 0
 
 

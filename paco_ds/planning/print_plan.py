@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from paco_ds.command import Screen
 from paco_ds.contrast.key_queue import short_queue_hint
 from paco_ds.planning.memory import PARTS
 from paco_ds.planning.plan import OUTSIDE, STAGES, Plan
@@ -14,13 +14,13 @@ from paco_ds.planning.sizes import format_bytes
 from paco_ds.planning.traffic import Traffic
 
 
-def print_plan(plan: Plan, console: Console) -> None:
+def print_plan(plan: Plan, console: Screen) -> None:
     """Print the plan; the verdict is last."""
     console.print(_settings(plan))
     console.print(_memory(plan))
     console.print(_traffic(plan))
     for line in verdict_lines(plan):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def verdict_lines(plan: Plan) -> list[str]:

@@ -3,8 +3,8 @@
 import io
 
 import pytest
-from rich.console import Console
 
+from paco_ds.command import Screen
 from paco_ds.data.pack import progress_bar as progress_module
 from paco_ds.data.pack.progress_bar import ShardProgress
 
@@ -29,7 +29,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def test_line_has_rates_time_left_and_bad_images(clock: Clock) -> None:
     """Where no terminal shows a bar, every ten seconds; rates are of the last half minute."""
     out = io.StringIO()
-    with ShardProgress(Console(file=out, width=200), "building", 10_000, 800_000_000) as progress:
+    with ShardProgress(Screen(out, width=200), "building", 10_000, 800_000_000) as progress:
         clock.now += 10
         progress.add(1_000, 80_000_000, 2)
         assert out.getvalue() == ("building: 1,000 of 10,000 images, 100 images/s, 8 MB/s, 1:30 left, 2 bad\n")
@@ -41,7 +41,7 @@ def test_line_has_rates_time_left_and_bad_images(clock: Clock) -> None:
 
 def test_memory_names_the_largest_worker() -> None:
     """As the kernel kept it."""
-    progress = ShardProgress(Console(quiet=True), "building", 1, 1)
+    progress = ShardProgress(Screen(quiet=True), "building", 1, 1)
     assert progress.memory().startswith("peak memory ")
     progress.note_peak(123_000_000)
     progress.note_peak(5_000_000)

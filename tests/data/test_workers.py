@@ -3,8 +3,8 @@
 import os
 
 import pytest
-from rich.console import Console
 
+from paco_ds.command import Screen
 from paco_ds.data.pack.progress_bar import ShardProgress
 from paco_ds.data.pack.workers import Report, Workers
 from paco_ds.errors import DataError
@@ -28,7 +28,7 @@ def _refuse(_: None, job: int, report: Report) -> int:
 
 
 def _quiet() -> ShardProgress:
-    return ShardProgress(Console(quiet=True), "", 10, 45)
+    return ShardProgress(Screen(quiet=True), "", 10, 45)
 
 
 @pytest.mark.parametrize("count", [1, 3])

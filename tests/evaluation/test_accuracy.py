@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rich.console import Console
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 from torchmetrics.classification import MulticlassAccuracy
 
+from paco_ds.command import Screen
 from paco_ds.evaluation.accuracy import ClassCounts, shot_accuracy
 
 SHOTS_12 = ["many"] * 3 + ["medium"] * 4 + ["few"] * 5
@@ -104,7 +104,7 @@ def test_json_form_and_table_hold_the_four_figures() -> None:
         "per_class",
     ]
     out = io.StringIO()
-    Console(file=out, width=80).print(got.table("test split"))
+    Screen(out, width=80).print(got.table("test split"))
     text = out.getvalue()
     assert all(
         word in text for word in ("test split", "Many", "Medium", "Few", "All", "top-1", "top-5", "100.0", " - ")
@@ -138,7 +138,7 @@ def test_experts_used_are_told_where_routers_decide() -> None:
     printed = {}
     for name, accuracy in (("plain", plain), ("routed", routed)):
         page = io.StringIO()
-        Console(file=page, width=80).print(accuracy.table())
+        Screen(page, width=80).print(accuracy.table())
         printed[name] = page.getvalue()
     assert "2.00 of 3 experts an image" in printed["routed"]
     assert "experts" not in printed["plain"]

@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
+from paco_ds.command import Screen
 from paco_ds.paper.comparison import MethodResults, SeedResult, verdicts, write_comparison
 
 
@@ -84,7 +84,7 @@ def test_long_names_give_way_to_figures(tmp_path: Path) -> None:
     """On a terminal of 80 columns, or none."""
     out = io.StringIO()
     rows = [_method("multi-task (Balanced Softmax + Re-weighting), weight 0.05", 0.71, 0.72), _method("paco", 0.8)]
-    write_comparison(rows, tmp_path / "c.html", tmp_path / "c.png", console=Console(file=out, width=80))
+    write_comparison(rows, tmp_path / "c.html", tmp_path / "c.png", console=Screen(out, width=80))
     assert "71.0-72.0" in out.getvalue()
 
 
@@ -93,7 +93,7 @@ def test_print_page_picture_and_figures_agree(tmp_path: Path) -> None:
     out = io.StringIO()
     rows = [CROSS_ENTROPY, BALANCED, _method("paco", 0.836, 0.833, 0.831, paper={"all": 0.57})]
     html, png = tmp_path / "c.html", tmp_path / "c.png"
-    sentences = write_comparison(rows, html, png, title="A <set>", console=Console(file=out, width=300))
+    sentences = write_comparison(rows, html, png, title="A <set>", console=Screen(out, width=300))
     page, figures = html.read_text(), json.loads((tmp_path / "c.json").read_text())
     assert figures["sentences"] == sentences == verdicts(rows)
     assert figures["rows"][2]["seeds"][1] == {

@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from rich.console import Console
 
+from paco_ds.command import Screen
 from paco_ds.distributed.ranks import MicroBatchLayout
 from paco_ds.errors import DataError, RecipeError, UserError
 from paco_ds.losses import make_loss
@@ -259,7 +259,7 @@ def test_what_is_offloaded_stands_under_the_total(tmp_path):
     recipe = tiny_recipe(f"engine.deepspeed={path}", "engine.activation_checkpointing=true")
     plan = make_plan(recipe, 1, find_data(recipe.data, 1000, 10))
     printed = io.StringIO()
-    print_plan(plan, Console(file=printed, width=160))
+    print_plan(plan, Screen(printed, width=160))
     text = printed.getvalue()
     assert text.index("total") < text.index("offloaded, on the host")
     assert "float32, activation checkpointing" in text
@@ -312,7 +312,7 @@ def test_shards_are_read_from_their_manifest(striped_shards, zero1):
     assert plan.window_bytes == pytest.approx(8 * (4 + 2) * sum(data.shard_bytes) / 148, abs=1)
     assert 0 < plan.cache_bytes <= sum(data.shard_bytes)
     printed = io.StringIO()
-    print_plan(plan, Console(file=printed, width=160))
+    print_plan(plan, Screen(printed, width=160))
     assert "of host memory a rank, for any number of workers: 8 slots x 4 images" in printed.getvalue()
 
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
+from paco_ds.command import Screen
 from paco_ds.data.manifest import MANIFEST_FILE, Manifest, Split, load_manifest
 from paco_ds.data.pack.build_plan import BuildOptions, BuildPlan, plan_of, select
 from paco_ds.data.pack.build_ranks import BuildRank
@@ -35,7 +35,7 @@ def add_images(
     root: str | Path,
     options: BuildOptions,
     rank: BuildRank = BuildRank(),  # noqa: B008 (frozen)
-    console: Console | None = None,
+    console: Screen | None = None,
 ) -> Manifest | None:
     """Add a card's images to a directory of shards. Returns the new manifest on rank 0, None on the others.
 
@@ -46,7 +46,7 @@ def add_images(
     Raises:
         DataError: as `build_shards`; these images were added before; a new class has no training image.
     """
-    console = console or Console(quiet=True)
+    console = console or Screen(quiet=True)
     output = as_storage(directory)
     before = load_manifest(output)
     state = output.inside(STATE_FOLDER)

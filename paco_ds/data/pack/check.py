@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from rich.console import Console
 
+from paco_ds.command import Screen
 from paco_ds.data.manifest import Manifest, Split
 from paco_ds.data.pack.progress_bar import ShardProgress
 from paco_ds.data.pack.workers import Report, Workers
@@ -15,7 +15,7 @@ from paco_ds.errors import DataError
 _Job = tuple[int, str, int]  # place in the manifest, split, shard
 
 
-def check_shards(manifest: Manifest, *, workers: int = 1, console: Console | None = None) -> list[str]:
+def check_shards(manifest: Manifest, *, workers: int = 1, console: Screen | None = None) -> list[str]:
     """All damage of the shards of a manifest, one line each, in its order."""
     jobs: list[_Job] = [(0, split.name, n) for split in manifest.splits.values() for n in range(len(split.shards))]
     jobs = [(place, split, number) for place, (_, split, number) in enumerate(jobs)]
@@ -23,7 +23,7 @@ def check_shards(manifest: Manifest, *, workers: int = 1, console: Console | Non
     size = sum(split.bytes for split in manifest.splits.values())
     with (
         Workers(min(workers, len(jobs)), __name__) as processes,
-        ShardProgress(console or Console(quiet=True), "checking", images, size) as progress,
+        ShardProgress(console or Screen(quiet=True), "checking", images, size) as progress,
     ):
         settings = (manifest.storage, dict(manifest.splits))
         found = dict(processes.run(_check, settings, jobs, progress))

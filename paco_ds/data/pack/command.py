@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from paco_ds.command import Screen, say
 from paco_ds.config.plugins import allow_code, is_plugin
 from paco_ds.config.shipped import find_card
 from paco_ds.data.manifest import SHOTS, Manifest, load_manifest
@@ -25,29 +25,29 @@ from paco_ds.data.pack.card import SPLIT_NAMES, Card, card_of_options, card_type
 from paco_ds.data.pack.check import check_shards
 from paco_ds.data.pack.shards import BAD_IMAGES_FILE, build_share
 from paco_ds.data.pack.suggest import histogram, suggest, write_files
-from paco_ds.errors import DataError, UserError
+from paco_ds.errors import DataError, UserError, printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 success, 1 damage found, 2 a mistake of the user, 130 interrupted."""
     try:
         arguments = _parser(_known_sources(argv)).parse_args(argv)
-        code: int = arguments.command(arguments, Console())
+        code: int = arguments.command(arguments, Screen())
         return code
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; give the same command again to resume", file=sys.stderr)
         return 130
 
 
-def _build(arguments: argparse.Namespace, console: Console) -> int:
+def _build(arguments: argparse.Namespace, console: Screen) -> int:
     """`build` into --output, or `add` to a directory of shards."""
     card, root = card_and_root(arguments)
     options, rank = _options(arguments), rank_of_environment()
     if rank.number:
-        console = Console(quiet=True)
+        console = Screen(quiet=True)
     started = time.perf_counter()
     if arguments.directory is None:
         manifest = build_share(card, root, arguments.output, options, rank, console)
@@ -61,21 +61,21 @@ def _build(arguments: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _check(arguments: argparse.Namespace, console: Console) -> int:
+def _check(arguments: argparse.Namespace, console: Screen) -> int:
     manifest = load_manifest(arguments.directory)
     problems = check_shards(manifest, workers=arguments.workers, console=console)
     for problem in problems:
-        print(problem)
+        say(problem)
     if problems:
-        print(f"{arguments.directory}: {len(problems)} problems; copy the named files again, or rebuild")
+        say(f"{arguments.directory}: {len(problems)} problems; copy the named files again, or rebuild")
         return 1
     samples = sum(split.samples for split in manifest.splits.values())
     shards = sum(len(split.shards) for split in manifest.splits.values())
-    print(f"{arguments.directory}: no damage, {samples} samples in {shards} shards")
+    say(f"{arguments.directory}: no damage, {samples} samples in {shards} shards")
     return 0
 
 
-def _suggest(arguments: argparse.Namespace, console: Console) -> int:
+def _suggest(arguments: argparse.Namespace, console: Screen) -> int:
     manifest = load_manifest(arguments.directory)
     counts = manifest.split("train").class_counts
     table = Table("images of a class", "classes", "images", title=f"{manifest.name}: train", title_justify="left")
@@ -86,17 +86,17 @@ def _suggest(arguments: argparse.Namespace, console: Console) -> int:
         table.add_row(bounds, f"{classes:,}", f"{images:,}", "█" * math.ceil(30 * classes / most))
     console.print(table)
     shots = Counter(manifest.shots_of_classes())
-    print(f"shots: {', '.join(f'{shots[s]:,} {s}' for s in SHOTS)} of {len(counts):,} classes")
-    print(f"imbalance factor: {max(counts) / max(min(counts), 1):.1f} ({max(counts):,} / {min(counts):,})")
+    say(f"shots: {', '.join(f'{shots[s]:,} {s}' for s in SHOTS)} of {len(counts):,} classes")
+    say(f"imbalance factor: {max(counts) / max(min(counts), 1):.1f} ({max(counts):,} / {min(counts):,})")
     suggestion = suggest(manifest)
     for line in suggestion.reasons:
-        print(f"- {line}")
+        say(f"- {line}")
     card, recipe = write_files(manifest, suggestion, arguments.output, arguments.overwrite)
-    print(f"written: {card}, {recipe}")
-    print(f"train: deepspeed --module paco_ds.train --config {recipe} --output runs/suggested")
+    say(f"written: {card}, {recipe}")
+    say(f"train: deepspeed --module paco_ds.train --config {recipe} --output runs/suggested")
     missing = [split for split in ("val", "test") if split not in manifest.splits]
     if missing:
-        print(
+        say(
             f"there is no split {' and no '.join(missing)}: settings are chosen on val and results reported on "
             "test; build with --validation-share to split a val off train"
         )
@@ -273,10 +273,10 @@ def _summary(manifest: Manifest, seconds: float) -> Table:
     return table
 
 
-def _say_bad(manifest: Manifest, console: Console) -> None:
+def _say_bad(manifest: Manifest, console: Screen) -> None:
     if manifest.storage.exists(BAD_IMAGES_FILE):
         lines = manifest.storage.read(BAD_IMAGES_FILE).decode().splitlines()
-        console.print(f"{len(lines)} images left out, named in {manifest.storage.place(BAD_IMAGES_FILE)}", markup=False)
+        console.print(f"{len(lines)} images left out, named in {manifest.storage.place(BAD_IMAGES_FILE)}")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ from collections import deque
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+
+from paco_ds.command import Screen
 
 MB = 1e6
 _RECENT = 30  # seconds over which rates are averaged: shards of an earlier run pass faster than new ones
@@ -25,7 +26,7 @@ class ShardProgress:
         size: total bytes; the time left is estimated from them.
     """
 
-    def __init__(self, console: Console, title: str, images: int, size: int) -> None:
+    def __init__(self, console: Screen, title: str, images: int, size: int) -> None:
         self._console, self._title, self._images, self._size = console, title, images, size
         self._done = [0, 0, 0]
         self._worker_peak = 0
@@ -60,7 +61,7 @@ class ShardProgress:
         self._bar.update(self._task, completed=self._done[1], figures=self.figures())
         if self._bar.disable and now - self._said >= _LINE_EVERY:
             self._said = now
-            self._console.print(f"{self._title}: {self.figures()}", markup=False, highlight=False)
+            self._console.print(f"{self._title}: {self.figures()}", highlight=False)
 
     def note_peak(self, size: int) -> None:
         """Record the peak memory of another process, in bytes."""

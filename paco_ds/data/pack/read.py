@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from paco_ds.data.pack.card import Card
@@ -36,11 +37,18 @@ def read_source(card: Card, root: str | Path | Root, look_up: MapOver = map) -> 
 
 
 def list_source(card: Card, root: str | Path | Root) -> Source:
-    """As `read_source`, without looking up sizes; DataError if the root does not exist or as `Card.list_images`."""
+    """As `read_source`, without looking up sizes; class names that are not UTF-8 get escapes.
+
+    Raises:
+        DataError: the root does not exist, or as `Card.list_images`.
+    """
     root = root if isinstance(root, Root) else Root(root)
     if not root.exists():
         raise DataError(f"there is no folder {root} with the images of {card.name}; give it as --root")
-    return card.list_images(root)
+    source = card.list_images(root)
+    # a folder's name may be bytes of another encoding, a JSON's text half a surrogate pair: neither can be written
+    names = tuple(name.encode("utf-8", "backslashreplace").decode() for name in source.classes)
+    return replace(source, classes=names)
 
 
 def class_counts(card: Card, root: str | Path | Root, split: str) -> tuple[tuple[str, ...], tuple[int, ...]]:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 from pydantic import ValidationError
-from rich.console import Console
 
+from paco_ds.command import Screen
 from paco_ds.data.manifest import MANIFEST_FILE, Manifest, Sha256, Shard, Split, StrictModel, load_manifest
 from paco_ds.data.pack.build_plan import BuildOptions, BuildPlan, plan_build
 from paco_ds.data.pack.build_ranks import PLAN_FILE, BuildRank
@@ -42,7 +42,7 @@ def build_shards(
     root: str | Path,
     output: str | Path | Storage,
     options: BuildOptions = BuildOptions(),  # noqa: B008 (frozen)
-    console: Console | None = None,
+    console: Screen | None = None,
 ) -> Manifest:
     """Build shards, indexes and, last, the manifest of every split of a card.
 
@@ -64,17 +64,17 @@ def build_share(
     output: str | Path | Storage,
     options: BuildOptions,
     rank: BuildRank,
-    console: Console | None = None,
+    console: Screen | None = None,
 ) -> Manifest | None:
     """One rank's share of `build_shards`. Returns the manifest on rank 0, and None on the others once it is written."""
-    console = console or Console(quiet=True)
+    console = console or Screen(quiet=True)
     output = as_storage(output)
     state = output.inside(STATE_FOLDER)
     with rank.alive(state), ExitStack() as stack:
         if rank.number == 0:
             _refuse_existing(output, state, options.overwrite)
         workers = stack.enter_context(Workers(options.workers, __name__))
-        console.print(f"listing {card.name} under {root}", markup=False, highlight=False)
+        console.print(f"listing {card.name} under {root}", highlight=False)
         plan = plan_build(card, root, output, options, workers.map)
         say_ignored(plan, console)
         refuse_bad(output, plan.source.bad, options.max_bad, rank)
@@ -115,7 +115,7 @@ def write_plan(
     rank: BuildRank,
     workers: Workers,
     manifest_of: Callable[[list[Written]], Manifest],
-    console: Console,
+    console: Screen,
 ) -> Manifest | None:
     """Write a rank's shards of a plan; rank 0 then writes the manifest of all shards, in the order of the plan."""
     state = output.inside(STATE_FOLDER)
@@ -242,11 +242,11 @@ def _require_training_images(plan: BuildPlan, splits: Mapping[str, Split]) -> No
         raise DataError(f"no training image of {some(empty)} can be used: repair some, or remove the class")
 
 
-def say_ignored(plan: BuildPlan, console: Console) -> None:
+def say_ignored(plan: BuildPlan, console: Screen) -> None:
     """Print which files were left out because of their ending."""
     if plan.source.ignored:
         counts = ", ".join(f"{n} {ending}" for ending, n in sorted(plan.source.ignored.items()))
-        console.print(f"left out, not images by their ending: {counts}", markup=False)
+        console.print(f"left out, not images by their ending: {counts}")
 
 
 def refuse_bad(output: Storage, bad: Iterable[BadImage], max_bad: int, rank: BuildRank) -> None:

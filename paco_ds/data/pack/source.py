@@ -151,7 +151,10 @@ def class_names(given: tuple[str, ...] | str | None, root: Root) -> tuple[str, .
     if not isinstance(given, str):
         return given
     with root.open(given, "the file of class names") as file:
-        names = tuple(line.strip() for line in file.read().decode("utf-8").splitlines())
+        try:
+            names = tuple(line.strip() for line in file.read().decode("utf-8").splitlines())
+        except UnicodeDecodeError as error:
+            raise DataError(f"{root}/{given} is not UTF-8 text ({error.reason} at byte {error.start})") from error
     if not names or "" in names:
         raise DataError(f"{root}/{given} must have a class name on each line and no empty line")
     repeated = [name for name, count in Counter(names).items() if count > 1]

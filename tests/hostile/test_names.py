@@ -1,0 +1,89 @@
+"""Names are text: printed as they are written, never as markup, and never as commands to the terminal."""
+
+import io
+import os
+
+import pytest
+from rich.console import Console
+from rich.errors import MarkupError
+from rich.table import Table
+
+from paco_ds.command import Screen, say
+from paco_ds.data.pack.read import list_source
+from paco_ds.data.pack.sources.folder import FolderCard
+from paco_ds.errors import DataError, printable, redacted
+
+NAMES = ["demo [/]", "birds [red] v2", "[bold]", "a :cat: b", r"C:\[data]", "<b>&amp;"]
+
+
+def shown(screen_type: type[Console], name: str) -> str:
+    """What a table titled with the name, a cell and a line of it look like."""
+    out = io.StringIO()
+    screen = screen_type(file=out, width=200)
+    table = Table(name, title=f"of {name}")
+    table.add_row(name)
+    screen.print(table)
+    screen.print(name)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_printed_as_it_is_written(name):
+    """In the title, header and cell of a table, and in a line."""
+    assert shown(Screen, name).count(name) == 4
+
+
+def test_a_plain_console_swallows_or_refuses_such_names():
+    """The control: rich takes brackets for markup and :cat: for an emoji."""
+    assert "[red]" not in shown(Console, "birds [red] v2")
+    assert ":cat:" not in shown(Console, "a :cat: b")
+    with pytest.raises(MarkupError):
+        shown(Console, "demo [/]")
+
+
+@pytest.mark.parametrize(
+    "name", ["\x1b[2J", "\x1b]0;title\x07", "a\rb", "\x9b31m", "\x08\x08", "a\u202egpj.exe", "caf\udce9"]
+)
+def test_what_would_move_the_terminal_is_an_escape(name, capsys):
+    """In tables, lines, errors and plain prints; what they print can be encoded."""
+    say(name)
+    for text in (shown(Screen, name), str(DataError(f"no {name}")), capsys.readouterr().out):
+        assert printable(name) in text
+        assert not set(text.encode().decode()) & set("\x1b\x07\r\x08\x9b\u202e")
+
+
+@pytest.mark.parametrize(
+    ("text", "safe"),
+    [
+        ("https://me:pass@host/d/x.tar is missing", "https://***@host/d/x.tar is missing"),
+        ("https://TOKEN@host/d", "https://***@host/d"),
+        ("http://a:p@ss@host/", "http://***@host/"),
+        ("sftp://me:pass@host/d", "sftp://***@host/d"),
+        ("sftp://me@host/d", "sftp://me@host/d"),
+        ("abfs://container@account.dfs.core.windows.net/d", "abfs://container@account.dfs.core.windows.net/d"),
+        (
+            "s3://b/k?X-Amz-Signature=ab&X-Amz-Credential=AK%2F1&v=2",
+            "s3://b/k?X-Amz-Signature=***&X-Amz-Credential=***&v=2",
+        ),
+        ("https://h/d?sv=1&sig=ab%3D&token=c", "https://h/d?sv=1&sig=***&token=***"),
+        (
+            "pipe:curl -H 'Authorization: Bearer ab' -u me:pw h/{name}",
+            "pipe:curl -H 'Authorization: Bearer ***' -u *** h/{name}",
+        ),
+        ("me@example.org, see https://h/a@b?page=2", "me@example.org, see https://h/a@b?page=2"),
+    ],
+)
+def test_credentials_of_a_url_are_redacted(text, safe):
+    """And once redacted, text stays as it is."""
+    assert redacted(text) == safe == redacted(safe) == str(DataError(text))
+
+
+def test_a_class_folder_whose_name_is_not_utf8_is_taken(tmp_path):
+    """As it comes out of a zip from Windows; its name is stored with escapes."""
+    folder = os.fsencode(tmp_path) + b"/train/caf\xe9"
+    os.makedirs(folder)
+    open(folder + b"/a.jpg", "wb").close()
+    card = FolderCard(source="folder", name="x", license="", splits={"train": {"folder": "train"}})
+    source = list_source(card, tmp_path)
+    assert source.classes == (r"caf\udce9",)
+    assert len(source.splits["train"]) == 1

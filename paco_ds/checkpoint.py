@@ -30,6 +30,9 @@ VERSION = 1
 BEST = "best"  # folder of the best weights on the validation split
 MODEL, MOMENTUM, QUEUE, STATE = "model.safetensors", "momentum.safetensors", "queue.safetensors", "state.json"
 
+LOWERED = ("optimizer.lr", "optimizer.clip_norm")
+"""Settings that a resumed run may have lower, as the remedy for steps that are skipped."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -76,6 +79,7 @@ class Checkpoints:
     def __init__(self, run: Path, recipe: Recipe, manifest_sha256: str) -> None:
         self.folder = run / "checkpoints"
         self.recipe, self.manifest_sha256 = recipe, manifest_sha256
+        self.lowered: dict[str, tuple[Any, Any]] = {}  # by setting: (in the checkpoint, now)
 
     def save(
         self,
@@ -153,6 +157,8 @@ class Checkpoints:
         # a setting newer than the checkpoint had its default value, except in a section that was null
         younger = {key: self.recipe.default(key) for key in now.keys() - saved.keys() if not _left_out(key, saved)}
         saved = younger | saved
+        self.lowered = {key: (saved[key], now[key]) for key in LOWERED if _is_lower(now[key], saved[key])}
+        saved = {**saved, **{key: now[key] for key in self.lowered}}
         differences = [
             f"  {key}: {saved.get(key)!r} in the checkpoint, {now.get(key)!r} in this recipe"
             for key in sorted(saved.keys() | now.keys())
@@ -275,6 +281,11 @@ def resume_hint(run: Path) -> str:
     if not steps:
         return "There is no checkpoint yet: the same command starts again"
     return f"Run the same command again to resume from step {steps[-1]}"
+
+
+def _is_lower(now: float | None, before: float | None) -> bool:
+    """Whether a bound is tighter; None is no bound."""
+    return now is not None and (before is None or now < before)
 
 
 def _left_out(key: str, meaning: Mapping[str, Any]) -> bool:

@@ -39,6 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     from paco_ds.training import engine
     from paco_ds.training.trainer import Trainer
 
+    if arguments.replay:
+        with report_user_errors():
+            return _replay(arguments.replay)
     output = arguments.output or Path("runs", Path(arguments.config or "demo").stem)
     with report_user_errors(), RankWatchdog(lambda: resume_hint(output)):
         recipe = load_recipe(arguments.config, arguments.set) if arguments.config else _demo(arguments.set)
@@ -56,6 +59,19 @@ def main(argv: list[str] | None = None) -> int:
             trainer.close()
         ranks.wait_for_all()
         leave_job()
+    return 0
+
+
+def _replay(folder: Path) -> int:
+    """Run a kept step on one rank and print what is wrong with it."""
+    from paco_ds.distributed.launch import leave_job
+    from paco_ds.training import engine
+    from paco_ds.training.replay import read_kept_step, replay
+
+    kept = read_kept_step(folder)
+    ranks = engine.start(kept.recipe.step, kept.recipe.engine.threads, expect_ranks=1)
+    print("\n".join(replay(kept, ranks).lines()))
+    leave_job()
     return 0
 
 
@@ -100,6 +116,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--allow-code", action=AllowCode)
     parser.add_argument("--expect-ranks", type=int, help="end at once if the job has another number of ranks")
     parser.add_argument("--stop-at-step", type=int, help="write a checkpoint after this many steps and end")
+    parser.add_argument(
+        "--replay", type=Path, metavar="FOLDER", help="run a skipped step that a run kept again, on one rank, and end"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the launcher
     return parser
 

@@ -182,6 +182,9 @@ class EngineSettings(Section):
     deepspeed: str = Field(description="DeepSpeed JSON: ZeRO stage, autocast; no batch sizes")
     threads: Count | None = Field(None, description="CPU threads of a rank; cores / ranks on the host by default")
     max_skipped: Count = Field(50, description="steps in a row that may change nothing, something not being finite")
+    max_grad_norm_ratio: Positive | None = Field(
+        None, gt=1, description="skip a step whose gradient norm is more than so many times the usual one; null: none"
+    )
     digest_every: Natural = Field(100, description="steps between proofs that ranks hold equal queues; 0: never")
     channels_last: bool = Field(False, description="keep images and activations as N, H, W, C in memory")
     activation_checkpointing: bool = Field(

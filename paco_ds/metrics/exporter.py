@@ -65,7 +65,9 @@ class Exporter:
         self._samples = Counter("paco_samples", "Training images processed by this rank.", registry=registry)
         self._steps = Counter("paco_steps", "Optimizer steps, skipped ones included.", registry=registry)
         self._skipped = Counter(
-            "paco_skipped_steps", "Optimizer steps that were skipped: a value was not finite.", registry=registry
+            "paco_skipped_steps",
+            "Optimizer steps that were skipped: a value was not finite, or the gradient norm far off.",
+            registry=registry,
         )
         self._duration = Histogram(
             "paco_step_duration_seconds",
@@ -83,6 +85,9 @@ class Exporter:
         )
         self._lr = Gauge("paco_learning_rate", "Learning rate of the last step.", registry=registry)
         self._queue_fill = Gauge("paco_queue_fill_ratio", "Filled share of the key queue.", registry=registry)
+        self._grad_norm_ratio = Gauge(
+            "paco_grad_norm_ratio", "The gradient norm over its usual value in recent steps.", registry=registry
+        )
         self._grad_norm = Gauge(
             "paco_grad_norm", "L2 norm of the last step's gradient before clipping.", registry=registry
         )
@@ -185,6 +190,8 @@ class Exporter:
             self._loss_parts.labels(part).set(value)
         self._lr.set(record.lr)
         self._grad_norm.set(record.grad_norm)
+        if record.grad_norm_ratio is not None:
+            self._grad_norm_ratio.set(record.grad_norm_ratio)
         self._queue_fill.set(record.queue_fill)
         self._step.set(record.step)
         self._epoch.set(record.epoch)

@@ -23,6 +23,7 @@ class StepRecord:
         loss: mean over the anchors of the global batch.
         lr: learning rate of the step.
         grad_norm: L2 norm before clipping.
+        grad_norm_ratio: the same over its usual value in recent steps; None in the first steps.
         images_per_second: of all ranks together.
         data_wait_seconds: time this rank waited for its images.
         step_seconds: wall time of the step, the wait included.
@@ -33,7 +34,7 @@ class StepRecord:
             that have one; None for a shot without such anchors.
         positive_probability_optimum: p+* = alpha / W_i, likewise.
         parts: parts of the loss by name, for methods with several; means over the global batch.
-        skipped: the step changed nothing, since a value was not finite.
+        skipped: the step changed nothing, since a value was not finite or the gradient norm far off.
         bad_samples: samples replaced in this step because they could not be read.
     """
 
@@ -45,6 +46,7 @@ class StepRecord:
     images_per_second: float
     data_wait_seconds: float
     step_seconds: float
+    grad_norm_ratio: float | None = None
     queue_fill: float = 0.0
     center_probability: Mapping[str, float | None] = field(default_factory=dict)
     center_probability_optimum: Mapping[str, float | None] = field(default_factory=dict)
@@ -87,6 +89,10 @@ class MetricsLog:
         if accuracy.experts_used is not None:
             figures["experts_used"] = accuracy.experts_used
         self._append({"kind": "evaluation", "step": step, "epoch": epoch, "split": split, **figures})
+
+    def changed_setting(self, step: int, key: str, before: object, now: object) -> None:
+        """Append {"kind": "changed_setting", ...}: a run resumed with another value after `step` steps."""
+        self._append({"kind": "changed_setting", "step": step, "setting": key, "before": before, "now": now})
 
     def cut_after(self, step: int) -> None:
         """Remove the lines of later steps, and a last line torn by a crash; a resumed run writes them again.

@@ -121,7 +121,7 @@ class LineProgress:
 
 
 def _figures(record: StepRecord) -> str:
-    skipped = "  skipped: not finite" if record.skipped else ""
+    skipped = "  skipped" if record.skipped else ""
     wait = record.data_wait_seconds / record.step_seconds if record.step_seconds else 0.0
     waited = f"data wait {100 * wait:.0f} %  " if wait >= 0.01 else ""
     return f"{record.images_per_second:.0f} images/s  {waited}loss {record.loss:.4f}  lr {record.lr:.3g}{skipped}"

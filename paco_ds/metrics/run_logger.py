@@ -53,17 +53,22 @@ class RunLogger:
         )
 
     def step(self, record: StepRecord, samples: int, skipped: str | None) -> None:
-        """Log a finished step; this rank processed `samples` images."""
+        """Log a finished step; this rank processed `samples` images. `skipped` says in words why it changed nothing."""
         self.log.step(record)
         self.metrics.observe_step(record, samples)
         self.progress.update(record)
         if skipped:
-            self.say(f"step {record.step}: skipped, {skipped} not finite")
+            self.say(f"step {record.step}: skipped, {skipped}")
 
     def evaluation(self, step: int, epoch: int, split: str, accuracy: ShotAccuracy) -> None:
         """Log an evaluation after `step` steps and `epoch` epochs."""
         self.metrics.observe_accuracy(accuracy)
         self.log.evaluation(step, epoch, split, accuracy)
+
+    def changed_setting(self, step: int, key: str, before: object, now: object) -> None:
+        """Record that a resumed run goes on after `step` steps with another value of a setting."""
+        self.log.changed_setting(step, key, before, now)
+        self.say(f"{key} was {before} until step {step}, and is {now} from here on")
 
     def checkpoint(self, seconds: float) -> None:
         """Log the seconds for which a checkpoint blocked training."""

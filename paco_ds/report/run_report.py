@@ -103,6 +103,7 @@ def read_run(run_dir: Path) -> RunFiles:
     for line in log.read(log_path):
         if line["kind"] == "evaluation":
             evaluations.append(line)
+        if line["kind"] != "step":
             continue
         for name in STEP_COLUMNS:
             columns[name].append(_float(line.get(name)))

@@ -38,10 +38,14 @@ class RunningStatistics:
         if self.buffers:
             torch._foreach_add_(self._sum, self.buffers)
 
-    def begin_mean(self, ranks: Ranks) -> None:
-        """Begin the all_reduce; after the forward of this rank's last micro-batch."""
+    def sums(self) -> Tensor:
+        """The sums over this rank's micro-batches, flat; after the last one's forward. Empty without layers."""
+        return torch.cat([s.flatten() for s in self._sum]) if self.buffers else torch.empty(0)
+
+    def begin_mean(self, sums: Tensor, ranks: Ranks) -> None:
+        """Begin the all_reduce of `sums`, in place."""
         if self.buffers:
-            self._of_ranks = ranks.begin_sum(torch.cat([s.flatten() for s in self._sum]))
+            self._of_ranks = ranks.begin_sum(sums)
 
     def finish_step(self, micro_batches: int, step: int) -> None:
         """Give every rank the mean over all micro-batches; `num_batches_tracked` is the step."""

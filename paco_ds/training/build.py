@@ -135,4 +135,5 @@ def build_step(
         stop_requested=stop_requested,
         steps_per_epoch=steps_per_epoch,
         mixup=Mixup(recipe.step.mixup, recipe.seed) if recipe.step.mixup else None,
+        max_grad_norm_ratio=recipe.engine.max_grad_norm_ratio,
     )

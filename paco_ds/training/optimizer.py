@@ -1,4 +1,4 @@
-"""SGD with a guard that skips a step, and the learning rate as a function of the step."""
+"""SGD with a guard that skips a step, the usual gradient norm, and the learning rate as a function of the step."""
 
 from __future__ import annotations
 
@@ -13,14 +13,46 @@ from torch.nn.utils import get_total_norm
 from paco_ds.config.recipe import ScheduleSettings
 
 
+class UsualNorm:
+    """The geometric mean of the gradient norms of recent steps, with a memory of about 100 of them.
+
+    A geometric mean follows a norm that falls by orders of magnitude in training, and one outlier moves it little.
+
+    Args:
+        log_mean, steps: as `state` of an earlier run gave them.
+    """
+
+    MEMORY, FIRST = 100, 20
+
+    def __init__(self, log_mean: float = 0.0, steps: int = 0) -> None:
+        self.log_mean, self.steps = log_mean, steps
+
+    def add(self, norm: float) -> None:
+        """Add the norm of a step that was applied."""
+        if norm > 0 and math.isfinite(norm):
+            self.steps += 1
+            self.log_mean += (math.log(norm) - self.log_mean) / min(self.steps, self.MEMORY)
+
+    def ratio(self, norm: float) -> float | None:
+        """`norm` over the usual one; None before 20 steps, when nothing is usual yet."""
+        if self.steps < self.FIRST or math.isnan(norm):
+            return None
+        return norm / math.exp(self.log_mean)
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps of it."""
+        return {"log_mean": self.log_mean, "steps": self.steps}
+
+
 class GuardedSGD(torch.optim.SGD):
     """SGD with momentum whose `step` does nothing where `guard` says so.
 
     `step` calls the guard, so that ranks can agree on its answer during backward. Without ZeRO `step` also computes the
-    global gradient norm, clips, and skips a norm that is not finite; DeepSpeed does these three at stages 1 to 3.
+    global gradient norm, clips, and skips a norm that is not finite; at stages 1 to 3 DeepSpeed does these three first.
 
     Attributes:
         guard: whether to skip the step.
+        norm_guard: asked once the gradient norm is known: whether to skip the step for it.
         skipped: whether the last step did.
         grad_norm: L2 norm before clipping; None with ZeRO.
     """
@@ -32,6 +64,7 @@ class GuardedSGD(torch.optim.SGD):
         super().__init__(params, lr, fused=True, **sgd)
         self.clip_norm, self.whole = clip_norm, whole
         self.guard: Callable[[], bool] = lambda: False
+        self.norm_guard: Callable[[], bool] = lambda: False
         self.skipped = False
         self.grad_norm: float | None = None
 
@@ -41,6 +74,7 @@ class GuardedSGD(torch.optim.SGD):
         if self.whole and not self.skipped:
             self.grad_norm = self._clip()
             self.skipped = not math.isfinite(self.grad_norm)
+        self.skipped = self.skipped or self.norm_guard()
         if not self.skipped:
             super().step(closure)
 

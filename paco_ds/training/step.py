@@ -9,8 +9,9 @@
 With one encoder for both views (GPaCo) there is no 1 and 2: the rows of both views are anchors and contrasts, with
 gradient, and those of the second views are gathered, without gradient, for the queue.
 
-A step in which keys, a loss or a gradient norm are not finite on any rank is skipped: weights, momentum, statistics and
-queue stay as they were on every rank. Only the key encoder's moving average may have been updated, which is finite
+A step in which keys, a loss, running statistics or a gradient norm are not finite on any rank is skipped: weights,
+momentum, statistics and queue stay as they were on every rank. So is one whose gradient norm is far off the usual,
+where `engine.max_grad_norm_ratio` says so. Only the key encoder's moving average may have been updated, which is finite
 whenever the weights are.
 
 Ranks wait for each other twice: before the first loss for the keys, and for the gradients. Key images are exchanged
@@ -19,6 +20,7 @@ one step ahead (`images_ahead`). Sums of losses and of statistics are reduced du
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,8 +37,11 @@ from paco_ds.losses.distillation import PART
 from paco_ds.training.batch_norm import RunningStatistics
 from paco_ds.training.forward import Forward, ForwardResult
 from paco_ds.training.mixup import Mixup
-from paco_ds.training.optimizer import GuardedSGD
+from paco_ds.training.optimizer import GuardedSGD, UsualNorm
 from paco_ds.training.totals import StepTotals
+
+OUTLIER = "outlier"
+"""The reason of a step that is skipped for its gradient norm, which is finite."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,8 @@ class StepResult:
     Attributes:
         loss: mean over the global batch; nan if the step was skipped before it was known.
         grad_norm: L2 norm before clipping; nan likewise.
-        skipped: why nothing was changed ("keys", "loss" or "gradient" not finite), or None.
+        grad_norm_ratio: `grad_norm` over its usual value in recent steps; None in the first steps.
+        skipped: why nothing was changed ("keys", "loss", "statistics" or "gradient" not finite, or `OUTLIER`), or None.
         center_probability, center_probability_optimum: mean over the anchors of each shot; None without any.
         positive_probability, positive_probability_optimum: the same over its anchors that have a positive.
         parts: terms of the loss by name, means over the global batch; nan like the loss.
@@ -56,6 +62,7 @@ class StepResult:
 
     loss: float
     grad_norm: float
+    grad_norm_ratio: float | None
     skipped: str | None
     center_probability: Mapping[str, float | None]
     center_probability_optimum: Mapping[str, float | None]
@@ -77,6 +84,7 @@ class Step:
         stop_requested: asked once a step; if any rank says True, all learn it from `StepResult.stop`.
         steps_per_epoch: required if the loss changes with the epoch.
         mixup: mixes the images of each micro-batch in pairs; for methods without contrast.
+        max_grad_norm_ratio: a step whose gradient norm is more than so many times the usual one is skipped.
 
     Raises:
         ValueError: the loss changes with the epoch and `steps_per_epoch` is missing.
@@ -95,6 +103,7 @@ class Step:
         stop_requested: Callable[[], bool] = lambda: False,
         steps_per_epoch: int | None = None,
         mixup: Mixup | None = None,
+        max_grad_norm_ratio: float | None = None,
     ) -> None:
         loss = forward.loss
         assert isinstance(loss, Loss)
@@ -107,6 +116,9 @@ class Step:
         if forward.distillation is not None:
             self.part_names = (*self.part_names, PART)
         self.statistics = RunningStatistics(engine.module)
+        self.usual_norm = UsualNorm()
+        if max_grad_norm_ratio is not None:
+            optimizer.norm_guard = lambda: (self.usual_norm.ratio(self._grad_norm()) or 0.0) > max_grad_norm_ratio
         self._shots_C = torch.tensor([SHOTS.index(s) for s in shots_of_classes], device=ranks.device)
 
     def begin_exchange(self, step: int, micro_batches: Sequence[MicroBatch]) -> PendingImages | None:
@@ -132,7 +144,7 @@ class Step:
         totals = StepTotals(self.ranks.device, self.part_names, replaced, self.stop_requested())
 
         pending = self._make_keys(step, micro_batches, key_images)
-        self.optimizer.guard = lambda: totals.not_finite() or _not_finite(pending)
+        self.optimizer.guard = lambda: totals.not_finite() is not None or _not_finite(pending)
         newest = self._run_queries(step, micro_batches, pending, totals)
         skipped = self._skip_reason(totals, pending)
         keys = None if newest is None else newest.wait()  # of a skipped step too: no collective outlives its step
@@ -142,7 +154,10 @@ class Step:
             self.statistics.finish_step(self.layout.micro_batches, step)
             if self.contrast is not None and keys is not None:
                 self.contrast.queue.push(keys.keys_GD, keys.labels_G)
-        return self._result(totals, skipped, known=skipped != "keys")
+        result = self._result(totals, skipped, known=skipped != "keys")
+        if not skipped:
+            self.usual_norm.add(result.grad_norm)
+        return result
 
     def _make_keys(
         self, step: int, micro_batches: Sequence[MicroBatch], images: PendingImages | None
@@ -172,8 +187,10 @@ class Step:
                 second_views.append(result.second_view_rows)
             if micro_batch is micro_batches[-1]:
                 # reduced during the last backward, after which DeepSpeed reduces gradients and steps
+                sums = self.statistics.sums()
+                totals.add_statistics(sums)
                 totals.begin_sum(self.ranks)
-                self.statistics.begin_mean(self.ranks)
+                self.statistics.begin_mean(sums, self.ranks)
                 if second_views:
                     labels = torch.cat([b.labels for b in micro_batches])
                     pending = gather_keys(self.layout, self.ranks, torch.cat(second_views), labels)
@@ -193,23 +210,27 @@ class Step:
 
     def _skip_reason(self, totals: StepTotals, pending: PendingKeys | None) -> str | None:
         # first, and always: the flags that ranks must agree on are in the same sum
-        loss_not_finite = totals.not_finite()
+        not_finite = totals.not_finite()
         if _not_finite(pending):
             return "keys"
-        if loss_not_finite:
-            return "loss"
+        if not_finite:
+            return not_finite
         if self.optimizer.skipped or not self.engine.was_step_applied():
-            return "gradient"
+            return OUTLIER if math.isfinite(self._grad_norm()) else "gradient"
         return None
 
     def _grad_norm(self) -> float:
-        norm = self.optimizer.grad_norm if self.optimizer.whole else self.engine.get_global_grad_norm()
+        """The L2 norm before clipping of the last step, from the moment the optimizer is asked to step."""
+        # the engine's own get_global_grad_norm has it only after the step
+        norm = self.optimizer.grad_norm if self.optimizer.whole else self.engine.optimizer._global_grad_norm
         return float("nan") if norm is None else float(norm)
 
     def _result(self, totals: StepTotals, skipped: str | None, known: bool) -> StepResult:
+        grad_norm = self._grad_norm() if skipped in (None, "gradient", OUTLIER) else float("nan")
         return StepResult(
             loss=totals.loss / self.layout.micro_batches if known else float("nan"),
-            grad_norm=self._grad_norm() if skipped in (None, "gradient") else float("nan"),
+            grad_norm=grad_norm,
+            grad_norm_ratio=self.usual_norm.ratio(grad_norm),
             skipped=skipped,
             center_probability=totals.centers(0),
             center_probability_optimum=totals.centers(1),

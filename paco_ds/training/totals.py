@@ -11,13 +11,13 @@ from paco_ds.data.manifest import SHOTS
 from paco_ds.distributed.ranks import Pending, Ranks
 from paco_ds.losses.base import LossOutput
 
-_NOT_FINITE, _LOSS, _REPLACED, _STOP, _BY_SHOT = range(5)
+_NOT_FINITE, _STATISTICS, _LOSS, _REPLACED, _STOP, _BY_SHOT = range(6)
 _FIRST_PART = _BY_SHOT + 2 * 3 * len(SHOTS)
 
 
 class StepTotals:
-    """The vector: losses not finite, sum of losses, samples replaced, ranks asked to stop; then for centers and for
-    positives [probability, its optimum, anchors] by shot; then the parts of the loss.
+    """The vector: losses not finite, ranks with statistics not finite, sum of losses, samples replaced, ranks asked to
+    stop; then for centers and for positives [probability, its optimum, anchors] by shot; then the parts of the loss.
 
     Args:
         part_names: of the loss.
@@ -53,15 +53,22 @@ class StepTotals:
             rows_3B = torch.stack([probability_B, optimum_B, torch.ones_like(optimum_B)]).where(counted_B, 0.0)
             sums.index_add_(1, shots_B, rows_3B.double())
 
+    def add_statistics(self, sums: Tensor) -> None:
+        """Add whether this rank's sums of running statistics are finite: one that is not would stay in the weights."""
+        self.vector[_STATISTICS] += ~torch.isfinite(sums).all()
+
     def begin_sum(self, ranks: Ranks) -> None:
         """Begin the all_reduce; nothing is added afterwards."""
         self._of_ranks = ranks.begin_sum(self.vector)
 
-    def not_finite(self) -> bool:
-        """Whether a loss of any rank is not finite. Waits for the all_reduce; the sums are copied to the host once."""
+    def not_finite(self) -> str | None:
+        """What of any rank is not finite: "loss", "statistics" or nothing (None). Waits for the all_reduce; the sums
+        are copied to the host once."""
         if self._of_ranks is not None:
             self.vector, self._of_ranks = self._of_ranks.wait().cpu(), None
-        return bool(self.vector[_NOT_FINITE])
+        if self.vector[_NOT_FINITE]:
+            return "loss"
+        return "statistics" if self.vector[_STATISTICS] else None
 
     @property
     def loss(self) -> float:

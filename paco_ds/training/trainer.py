@@ -6,18 +6,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from paco_ds.checkpoint import Checkpoint, Checkpoints
+from paco_ds.checkpoint import Checkpoint, Checkpoints, resume_hint
 from paco_ds.config.recipe import Recipe
 from paco_ds.contrast.key_queue import short_queue_hint
 from paco_ds.data.manifest import open_data
+from paco_ds.data.shard import ShardReader
+from paco_ds.data.stream.batches import MicroBatch
 from paco_ds.distributed.ranks import MicroBatchLayout, Ranks
 from paco_ds.distributed.zero import set_momentum, stage_of, whole_model, whole_momentum
-from paco_ds.errors import RecipeError, TrainingError
+from paco_ds.errors import NotFiniteError, RecipeError
 from paco_ds.evaluation.accuracy import ShotAccuracy
 from paco_ds.evaluation.results import now, versions, write_results
 from paco_ds.evaluation.runner import evaluate, load_recogniser
@@ -31,8 +33,9 @@ from paco_ds.training.build import Classes, build_model, build_step, build_strea
 from paco_ds.training.engine import read_deepspeed_config
 from paco_ds.training.images_ahead import ImagesAhead
 from paco_ds.training.initial_weights import load_initial_weights
-from paco_ds.training.optimizer import learning_rate
-from paco_ds.training.step import StepResult
+from paco_ds.training.optimizer import UsualNorm, learning_rate
+from paco_ds.training.replay import keep_step
+from paco_ds.training.step import OUTLIER, StepResult
 from paco_ds.training.stop_request import StopRequest
 from paco_ds.training.teacher import Teacher
 
@@ -89,6 +92,7 @@ class Trainer:
         self.engine = self.step.engine
         self.queue = self.step.contrast.queue if self.step.contrast else None
         if checkpoint:
+            self.step.usual_norm = UsualNorm(**checkpoint.state.get("usual_norm", {}))
             set_momentum(self.engine, checkpoint.momentum())
             if self.queue is not None:
                 self.queue.load_state_dict(checkpoint.queue())
@@ -116,7 +120,9 @@ class Trainer:
             self.train_step()
             if self.steps_done % self.steps_per_epoch == 0:
                 self._after_epoch()
-            if self.stop_agreed or self.steps_done == self.last_step or self._checkpoint_due(self.steps_done):
+            # while steps are skipped nothing changes, and the checkpoints from before the trouble are kept
+            due = self._checkpoint_due(self.steps_done) and not self.skipped_in_a_row
+            if due or self.stop_agreed or self.steps_done == self.last_step:
                 self.save()
         if self.steps_done < self.total_steps:
             self.images.drain()
@@ -142,6 +148,7 @@ class Trainer:
             loss=result.loss,
             lr=lr,
             grad_norm=result.grad_norm,
+            grad_norm_ratio=result.grad_norm_ratio,
             images_per_second=self.layout.global_batch / seconds,
             data_wait_seconds=images.waited,
             step_seconds=seconds,
@@ -154,10 +161,10 @@ class Trainer:
             skipped=result.skipped is not None,
             bad_samples=result.replaced,
         )
-        self.logger.step(record, self.layout.accumulation * self.layout.micro_batch, result.skipped)
+        self.logger.step(record, self.layout.accumulation * self.layout.micro_batch, _in_words(result))
         mine = ((r.key, r.shard, r.reason) for batch in images.micro_batches for r in batch.replaced)
         self.bad_samples.add(mine, on_all_ranks=result.replaced)
-        self._abort_after_repeated_skips(result)
+        self._abort_after_repeated_skips(result, images.micro_batches)
         every = self.recipe.engine.digest_every
         if every and self.steps_done % every == 0:
             check_replicas_equal(self.engine.module, self.queue, self.ranks)
@@ -191,6 +198,7 @@ class Trainer:
                 "zero_stage": stage_of(self.engine),
                 "autocast": bool(self.engine.torch_autocast_enabled()),
                 "scale": self.recipe.step.scale,
+                "usual_norm": self.step.usual_norm.state(),
                 "epoch": self.steps_done / self.steps_per_epoch,
                 "versions": versions(),
                 "teacher_sha256": self.teacher.sha256 if self.teacher else None,
@@ -246,6 +254,8 @@ class Trainer:
             )
             if recipe.keys_from and (hint := short_queue_hint(recipe.queue.length, layout.global_batch)):
                 self.logger.say(hint)
+        for key, (before, lowered) in self.checkpoints.lowered.items():
+            self.logger.changed_setting(self.steps_done, key, before, lowered)
         if self.steps_done:
             self.logger.say(f"resumes from the checkpoint of step {self.steps_done} of {self.total_steps}")
 
@@ -282,14 +292,34 @@ class Trainer:
             )
             self.ranks.wait_for_all()
 
-    def _abort_after_repeated_skips(self, result: StepResult) -> None:
+    def _abort_after_repeated_skips(self, result: StepResult, micro_batches: Sequence[MicroBatch]) -> None:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
-        if self.skipped_in_a_row >= self.recipe.engine.max_skipped:
-            raise TrainingError(
-                f"{self.skipped_in_a_row} steps in a row were skipped, the last since its {result.skipped} was not "
-                f"finite: the weights cannot recover. Resume from an older checkpoint in "
-                f"{self.checkpoints.folder} (move later ones away) with a lower optimizer.lr or optimizer.clip_norm"
+        if self.skipped_in_a_row < self.recipe.engine.max_skipped:
+            return
+        kept = self.run_dir / f"skipped-step-{self.steps_done:08d}"
+        reason, recipe = _in_words(result), self.recipe
+        with ShardReader(self.manifest.storage, self.manifest.split(recipe.data.train_split)) as reader:
+            keep_step(
+                kept,
+                self.step,
+                micro_batches,
+                self.ranks,
+                recipe=recipe.to_yaml(),
+                reader=reader,
+                about={
+                    "step": self.steps_done - 1,
+                    "reason": reason,
+                    "lr": learning_rate(recipe.schedule, recipe.lr, self.steps_done - 1, self.steps_per_epoch),
+                    "steps_per_epoch": self.steps_per_epoch,
+                    "total_steps": self.total_steps,
+                    "world_size": self.ranks.world_size,
+                },
             )
+        raise NotFiniteError(
+            f"{self.skipped_in_a_row} steps in a row were skipped, the last: {reason}. It is kept in {kept}: "
+            f"paco-train --replay {kept} says where it begins. {resume_hint(self.run_dir)}, with a lower optimizer.lr "
+            f"or optimizer.clip_norm (which a resumed run may have); or move later checkpoints away"
+        )
 
     def _checkpoint_due(self, done: int) -> bool:
         settings = self.recipe.checkpoint
@@ -325,6 +355,13 @@ class Trainer:
             self.logger.say(accuracy.table(f"{self.recipe.name} on {split}"))
             self.logger.say(f"report: {write_report(self.run_dir)}")
         return accuracy
+
+
+def _in_words(result: StepResult) -> str | None:
+    """Why a step was skipped."""
+    if result.skipped == OUTLIER:
+        return f"its gradient norm {result.grad_norm:.4g} is {result.grad_norm_ratio:.4g} times the usual one"
+    return f"{result.skipped} not finite" if result.skipped else None
 
 
 def _one_line(accuracy: ShotAccuracy) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,6 +18,7 @@ from paco_ds.errors import RecipeError, TrainingError
 from paco_ds.losses.base import Anchors, LossOutput
 from paco_ds.training.agreement import check_replicas_equal
 from paco_ds.training.build import Classes, build_model, build_step
+from paco_ds.training.optimizer import UsualNorm
 from paco_ds.training.step import Step, StepResult
 from tests.recipes import tiny_recipe
 
@@ -157,7 +159,7 @@ def state_around_a_fault(
     states = []
     for number in range(4):
         broken = number == 2
-        if ranks.rank == fault_rank:
+        if ranks.rank == fault_rank or fault == "outlier":
             FAULTS[fault](step, broken)
         batches = [made_micro_batch(recipe, number, j) for j in step.layout.own]
         result = step(number, batches, recipe.lr)
@@ -276,7 +278,26 @@ def _no_moving_average(step: Step, active: bool) -> None:
     step.contrast.key_encoder.update = lambda number: None
 
 
+def _statistics_not_finite(step: Any, active: bool) -> None:
+    """As of a variance that overflows, where normalised activations and the loss stay finite."""
+    plain = type(step.statistics).sums
+
+    def overflown() -> Tensor:
+        sums = plain(step.statistics)
+        sums[3] = float("inf")
+        return sums
+
+    step.statistics.sums = overflown if active else lambda: plain(step.statistics)
+
+
+def _gradient_far_off(step: Any, active: bool) -> None:
+    """The norms of the steps before were a thousandth; every rank knows them alike."""
+    step.usual_norm = UsualNorm(math.log(1e-3), 100) if active else UsualNorm()
+
+
 FAULTS = {
+    "statistics": _statistics_not_finite,
+    "outlier": _gradient_far_off,
     "keys": _keys_not_finite,
     "loss": lambda step, active: _change_loss(step, active, lambda loss: loss * float("nan")),
     "gradient": lambda step, active: _change_loss(step, active, _NotFiniteBackward.apply),

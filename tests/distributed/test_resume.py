@@ -9,6 +9,7 @@ import torch
 from paco_ds.checkpoint import newest_checkpoint, read_checkpoint
 from paco_ds.errors import CheckpointError
 from paco_ds.metrics.log import read
+from paco_ds.training.replay import read_kept_step
 from tests.pool import RankError
 from tests.recipes import write_tiny_recipe
 
@@ -158,6 +159,14 @@ def test_a_run_that_can_only_refuse_ends(pool, recipe, tmp_path):
     hopeless = ("optimizer.lr=1e30", "engine.max_skipped=2")
     with pytest.raises(RankError, match=r"2 steps in a row were skipped.*not finite[\s\S]*lower optimizer.lr"):
         pool(2).run(TRAIN, recipe=recipe, run=tmp_path / "run", overrides=hopeless)
+    (kept,) = (tmp_path / "run").glob("skipped-step-*")
+    lines = pool(1).run("tests.distributed.training:replay_kept_step", folder=kept)[0]
+    assert "skipped by 2 ranks" in lines[0]
+    assert any("not finite" in line for line in lines[1:])
+    assert "here the step is skipped" in lines[-1]
+    (kept / "model.safetensors").write_bytes((kept / "model.safetensors").read_bytes()[:-1] + b"?")
+    with pytest.raises(CheckpointError, match="is damaged: its digest"):
+        read_kept_step(kept)
 
 
 def test_the_log_is_cut_at_the_checkpoint_a_run_goes_on_from(pool, recipe, tmp_path):
@@ -218,10 +227,19 @@ def test_a_checkpoint_of_another_meaning_is_refused_by_the_setting(pool, recipe,
     pool(2).run(TRAIN, recipe=recipe, run=run, stop_at_step=1)
     free = ("data.workers=1", "evaluation.batch=5", "checkpoint.every_steps=2", "engine.digest_every=1")
     pool(2).run(TRAIN, recipe=recipe, run=run, overrides=free, stop_at_step=2)
+    lower = ("optimizer.lr=0.01", "optimizer.clip_norm=1.5")
+    pool(2).run(TRAIN, recipe=recipe, run=run, overrides=lower, stop_at_step=3)
+    changes = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if "changed" in line]
+    assert [(c["step"], c["setting"], c["now"]) for c in changes] == [
+        (2, "optimizer.lr", 0.01),
+        (2, "optimizer.clip_norm", 1.5),
+    ]
+    with pytest.raises(RankError, match=r"optimizer\.lr: 0\.01 in the checkpoint, 0\.05 in this recipe"):
+        pool(2).run(TRAIN, recipe=recipe, run=run, overrides=("optimizer.clip_norm=1.5",), stop_at_step=4)
     with pytest.raises(
         RankError, match=r"loss\.alpha: 0\.05 in the checkpoint, 0\.1 in this recipe[\s\S]*another --output"
     ):
-        pool(2).run(TRAIN, recipe=recipe, run=run, overrides=("loss.alpha=0.1",), stop_at_step=2)
+        pool(2).run(TRAIN, recipe=recipe, run=run, overrides=("loss.alpha=0.1", *lower), stop_at_step=4)
 
 
 def test_a_run_directory_that_only_some_ranks_see_is_refused(pool, recipe, tmp_path):

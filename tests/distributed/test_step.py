@@ -179,8 +179,14 @@ def test_methods_without_contrast_take_steps(pool, method):
     matrix(
         (0, 1, 2, 3),
         ("null", "5"),
-        ("keys", "loss", "gradient"),
+        ("keys", "loss", "gradient", "statistics", "outlier"),
         each_change=[
+            (0, "5", "statistics"),
+            (1, "null", "statistics"),
+            (3, "5", "statistics"),
+            (0, "5", "outlier"),
+            (1, "5", "outlier"),
+            (3, "null", "outlier"),
             (0, "null", "keys"),
             (0, "5", "loss"),
             (0, "null", "gradient"),
@@ -198,7 +204,8 @@ def test_methods_without_contrast_take_steps(pool, method):
 )
 def test_something_not_finite_on_one_rank_changes_nothing_on_any(pool, fault, stage, clip):
     """Weights, momentum, queue and statistics stand bit for bit; the step after it goes on."""
-    arguments = {"stage": stage, "fault": fault, "fault_rank": 1, "overrides": (f"optimizer.clip_norm={clip}",)}
+    overrides = (f"optimizer.clip_norm={clip}", "engine.max_grad_norm_ratio=10")
+    arguments = {"stage": stage, "fault": fault, "fault_rank": 1, "overrides": overrides}
     for before, after, later in pool(2).run("tests.distributed.runs:state_around_a_fault", **arguments):
         assert after.skipped == [fault]
         assert later.skipped == [None]

@@ -18,6 +18,7 @@ from paco_ds.data.stream.batches import MicroBatch
 from paco_ds.distributed.ranks import ByteCounter, Ranks
 from paco_ds.errors import DataError
 from paco_ds.training.images_ahead import ImagesAhead
+from paco_ds.training.replay import read_kept_step, replay
 from paco_ds.training.step import StepResult
 from paco_ds.training.trainer import Trainer
 
@@ -85,6 +86,11 @@ def train_until_unreadable(ranks: Ranks, recipe: Path, run: Path, overrides: tup
 
         trainer.images = ImagesAhead(steps(), trainer.step.begin_exchange, trainer._looks_ahead, start=0)
         trainer.run()
+
+
+def replay_kept_step(ranks: Ranks, folder: Path) -> list[str]:
+    """What `paco-train --replay` prints."""
+    return replay(read_kept_step(folder), ranks).lines()
 
 
 def train_with_private_directory(ranks: Ranks, recipe: Path, run: Path) -> int:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from paco_ds.training.optimizer import GuardedSGD, learning_rate
+from paco_ds.training.optimizer import GuardedSGD, UsualNorm, learning_rate
 from tests.recipes import tiny_recipe
 
 
@@ -40,6 +40,36 @@ def test_a_gradient_that_is_not_finite_changes_nothing(wrong):
     assert optimizer.skipped
     assert torch.equal(weight, before)
     assert torch.equal(optimizer.state[weight]["momentum_buffer"], momentum)
+
+
+def test_a_norm_is_judged_by_the_geometric_mean_of_the_last_hundred():
+    """From the twentieth step on; it follows a norm that falls, and a state goes on bit for bit."""
+    usual = UsualNorm()
+    for _ in range(19):
+        usual.add(2.0)
+    assert usual.ratio(2.0) is None
+    usual.add(2.0)
+    assert usual.ratio(50.0) == pytest.approx(25.0)
+    usual.add(float("inf"))
+    assert usual.steps == 20
+    for _ in range(1000):
+        usual.add(0.02)
+    assert usual.ratio(0.02) == pytest.approx(1.0, rel=1e-3)
+    assert UsualNorm(**usual.state()).ratio(0.3) == usual.ratio(0.3)
+
+
+def test_a_step_whose_norm_is_refused_changes_nothing():
+    """The guard is asked once the norm is known."""
+    weight, optimizer = make(clip_norm=1.0)
+    optimizer.norm_guard = lambda: optimizer.grad_norm > 4
+    weight.grad = torch.tensor([3.0, 4.0])
+    optimizer.step()
+    assert optimizer.skipped
+    assert torch.equal(weight, torch.tensor([1.0, 2.0]))
+    weight.grad = torch.tensor([0.3, 0.4])
+    optimizer.step()
+    assert not optimizer.skipped
+    assert not torch.equal(weight, torch.tensor([1.0, 2.0]))
 
 
 def test_clipping_scales_to_the_norm_and_reports_the_norm_before():

@@ -19,10 +19,10 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # a checkout need not be installed
 
 from paco_ds.command import Screen, report_user_errors, say
-from paco_ds.config.load import load_recipe
 from paco_ds.config.plugins import AllowCode
 from paco_ds.config.shipped import RECIPES, card_with_images
-from paco_ds.errors import DataError
+from paco_ds.errors import RESUMABLE, DataError
+from paco_ds.training.stop_request import StopRequest
 
 if TYPE_CHECKING:
     from paco_ds.config.recipe import Recipe
@@ -32,8 +32,10 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     arguments = _parser().parse_args(argv)
+    stop_request = StopRequest()  # before what takes seconds to load
     # not at the top: loader processes read this file again, and need no DeepSpeed
     from paco_ds.checkpoint import resume_hint
+    from paco_ds.config.load import load_recipe
     from paco_ds.distributed.launch import leave_job
     from paco_ds.distributed.watchdog import RankWatchdog
     from paco_ds.training import engine
@@ -52,14 +54,14 @@ def main(argv: list[str] | None = None) -> int:
                 f"name of one in {RECIPES}"
             )
         _build_missing_shards(recipe.data.shards, ranks)
-        trainer = Trainer(recipe, output, ranks, arguments.stop_at_step)
+        trainer = Trainer(recipe, output, ranks, arguments.stop_at_step, stop_request)
         try:
-            trainer.run()
+            accuracy = trainer.run()
         finally:
             trainer.close()
         ranks.wait_for_all()
         leave_job()
-    return 0
+    return RESUMABLE if accuracy is None and trainer.stop_agreed else 0
 
 
 def _replay(folder: Path) -> int:
@@ -77,6 +79,7 @@ def _replay(folder: Path) -> int:
 
 def _demo(overrides: Sequence[str]) -> Recipe:
     """The demo on any number of ranks: those that cannot share its step evenly run one micro-batch each."""
+    from paco_ds.config.load import load_recipe
     from paco_ds.distributed.launch import environment_ranks
 
     recipe = load_recipe("demo", overrides)

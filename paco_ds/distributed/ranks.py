@@ -100,6 +100,25 @@ class Ranks:
             dist.barrier(group=self.group)
 
 
+class SharedFlag:
+    """A flag that is up on all ranks once it was up on one of them, each at the same call.
+
+    A call is a collective that nobody waits for: it learns what was so at the call before.
+
+    Args:
+        raised: whether this rank raises it.
+    """
+
+    def __init__(self, ranks: Ranks, raised: Callable[[], bool]) -> None:
+        self._ranks, self._raised = ranks, raised
+        self._asked: Pending | None = None
+
+    def __call__(self) -> bool:
+        before = self._asked
+        self._asked = self._ranks.begin_sum(torch.tensor(int(self._raised()), device=self._ranks.device))
+        return before is not None and bool(before.wait().item())
+
+
 @dataclass
 class ByteCounter:
     """Bytes sent by this rank, by collective; for tests and planning."""

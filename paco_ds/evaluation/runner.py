@@ -19,6 +19,10 @@ from paco_ds.models.output import ModelOutput
 from paco_ds.models.recogniser import Recogniser, make_recogniser
 
 
+class EvaluationLeftError(Exception):
+    """An evaluation was left before its end, by all ranks after the same batch."""
+
+
 @torch.no_grad()
 def evaluate(
     model: Callable[[Tensor], ModelOutput],
@@ -26,6 +30,7 @@ def evaluate(
     split: EvaluationSplit,
     ranks: Ranks,
     experts: int | None = None,
+    leave: Callable[[], bool] = lambda: False,
 ) -> ShotAccuracy:
     """Accuracy of `model` (a DeepSpeed engine or the module itself) on a split; with routers the experts used too.
 
@@ -33,12 +38,18 @@ def evaluate(
 
     Args:
         experts: how many the model has, for the counts by experts used.
+        leave: asked before each batch whether to leave, the same on all ranks.
+
+    Raises:
+        EvaluationLeftError: `leave` said so.
     """
     counts, recorder = ClassCounts.zeros(len(split.shots), ranks.device), Recorder()
     by_experts_E: Tensor | None = None  # images on which 1, 2, ... experts ran
     was_training = module.training
     module.eval()
     for batch in split.batches(ranks):
+        if leave():
+            raise EvaluationLeftError
         output = model(batch.query.to(ranks.device))
         logits, used = output.mean_logits(), output.experts_used
         labels, valid = batch.labels.to(ranks.device), batch.valid.to(ranks.device)

@@ -1,19 +1,14 @@
-"""DeepSpeed: prerequisites, configuration, start of a rank, and the engine around the model."""
+"""DeepSpeed: configuration, start of a rank, and the engine around the model."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
-import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import deepspeed
-import ninja
-from deepspeed.accelerator import get_accelerator
 
 from paco_ds.config.recipe import EngineSettings, OptimizerSettings, StepSettings
 from paco_ds.distributed.launch import environment_ranks, join_job
@@ -84,37 +79,12 @@ def _check_offload(path: Path, zero: dict[str, Any]) -> None:
         )
 
 
-def check_prerequisites() -> None:
-    """On CPU ranks DeepSpeed compiles a shared-memory operation at its first start; check that it can.
-
-    Raises:
-        UserError: no C++ compiler, or no Python headers.
-    """
-    if get_accelerator().device_name() != "cpu":
-        return
-    # the environment's ninja, also where it was not activated; another version would build everything again
-    os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
-    compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler) is None:
-        raise UserError(
-            f"no C++ compiler {compiler!r} on PATH: DeepSpeed builds its CPU collectives at the first start. "
-            f"Install g++ (Debian, Ubuntu: apt install g++) or point CXX at one"
-        )
-    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    if not header.exists():
-        raise UserError(
-            f"no Python headers ({header} is missing): DeepSpeed builds its CPU collectives at the first start. "
-            f"Install them (Debian, Ubuntu: apt install python3-dev)"
-        )
-
-
 def start(step: StepSettings, threads: int | None, expect_ranks: int | None = None) -> Ranks:
     """Join the job's process group: NCCL on CUDA, gloo on CPU, by the same code path.
 
     Raises:
-        UserError: a prerequisite is missing, or the job has another number of ranks than expected.
+        UserError: the job has another number of ranks than expected, or one that cannot share a step.
     """
-    check_prerequisites()
     rank, world_size, _ = environment_ranks()
     if expect_ranks is not None and world_size != expect_ranks:
         raise UserError(
@@ -123,23 +93,17 @@ def start(step: StepSettings, threads: int | None, expect_ranks: int | None = No
         )
     MicroBatchLayout(step.micro_batch, step.micro_batches, rank, world_size)  # refused before waiting
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    ranks = join_job(threads, deepspeed.init_distributed)
-    unname_shared_memory(ranks)
-    return ranks
+    return join_job(threads, init_distributed)
 
 
-def unname_shared_memory(ranks: Ranks) -> None:
-    """Unlink the buffers of DeepSpeed's CPU collectives, so that they are freed with their processes.
+def init_distributed(backend: str) -> None:
+    """DeepSpeed's process group, without the operation that it builds for collectives on CPU ranks.
 
-    DeepSpeed never unlinks them: each rank of each run would leave 66 MB in /dev/shm. Once every rank has mapped
-    them, their names are not needed. All ranks call this, after `deepspeed.init_distributed`.
+    Only its inference with tensor parallelism uses that one. Building takes two minutes at the first start, a compiler
+    and a HOME that can be written; its buffers are 66 MB of /dev/shm for each rank, which outlive the ranks.
     """
-    if ranks.device.type != "cpu":
-        return
-    ranks.wait_for_all()
-    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{ranks.rank}"
-    Path("/dev/shm", name).unlink(missing_ok=True)
+    deepspeed.ops.__compatible_ops__ = {}
+    deepspeed.init_distributed(backend)
 
 
 def initialise(

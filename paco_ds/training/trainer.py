@@ -17,12 +17,12 @@ from paco_ds.contrast.key_queue import short_queue_hint
 from paco_ds.data.manifest import open_data
 from paco_ds.data.shard import ShardReader
 from paco_ds.data.stream.batches import MicroBatch
-from paco_ds.distributed.ranks import MicroBatchLayout, Ranks
+from paco_ds.distributed.ranks import MicroBatchLayout, Ranks, SharedFlag
 from paco_ds.distributed.zero import set_momentum, stage_of, whole_model, whole_momentum
 from paco_ds.errors import NotFiniteError, RecipeError
 from paco_ds.evaluation.accuracy import ShotAccuracy
 from paco_ds.evaluation.results import now, versions, write_results
-from paco_ds.evaluation.runner import evaluate, load_recogniser
+from paco_ds.evaluation.runner import EvaluationLeftError, evaluate, load_recogniser
 from paco_ds.evaluation.split import EvaluationSplit
 from paco_ds.files import replace_text
 from paco_ds.metrics.log import StepRecord
@@ -46,12 +46,20 @@ class Trainer:
     Args:
         run: the run directory, shared by all ranks; a run found there is resumed.
         stop_at_step: write a checkpoint after this many steps and end, as if asked to stop.
+        stop_request: of this process, by default one that begins here.
 
     Raises:
         UserError: recipe, shards or checkpoint do not fit each other.
     """
 
-    def __init__(self, recipe: Recipe, run: Path, ranks: Ranks, stop_at_step: int | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: Path,
+        ranks: Ranks,
+        stop_at_step: int | None = None,
+        stop_request: StopRequest | None = None,
+    ) -> None:
         self.recipe, self.run_dir, self.ranks, self.stop_at_step = recipe, run, ranks, stop_at_step
         self.started = now()
         splits = (recipe.data.train_split, recipe.evaluation.split, recipe.evaluation.test_split)
@@ -69,7 +77,7 @@ class Trainer:
         self.teacher = None if distill is None else Teacher(distill, manifest, ranks.device)
         if checkpoint and self.teacher:
             self.teacher.check_taught(checkpoint)
-        self.stop_request, self.stop_agreed = StopRequest(), False
+        self.stop_request, self.stop_agreed = stop_request or StopRequest(), False
         # loader processes start here, before DeepSpeed and metrics start threads
         self.stream = build_stream(recipe, manifest, self.layout, start=self.steps_done)
         classes = Classes.of(manifest, recipe.data.train_split)
@@ -115,7 +123,19 @@ class Trainer:
 
     def run(self) -> ShotAccuracy | None:
         """Train to the end, evaluate, report. None if the run was stopped before its end."""
+        self.stop_request.begin()
         self._announce()
+        try:
+            return self._run()
+        except EvaluationLeftError:  # the step's checkpoint was saved before
+            self.stop_agreed = True
+            self.logger.say(
+                f"stopped in an evaluation after step {self.steps_done} of {self.total_steps}; "
+                f"the same command resumes from here"
+            )
+            return None
+
+    def _run(self) -> ShotAccuracy | None:
         while self.steps_done < self.last_step and not self.stop_agreed:
             self.train_step()
             if self.steps_done % self.steps_per_epoch == 0:
@@ -172,7 +192,9 @@ class Trainer:
 
     def evaluate(self, split: str) -> ShotAccuracy:
         """Accuracy of the present weights."""
-        return evaluate(self.engine, self.engine.module, self._judged(split), self.ranks, self.recipe.model.experts)
+        leave = SharedFlag(self.ranks, self.stop_request)
+        experts = self.recipe.model.experts
+        return evaluate(self.engine, self.engine.module, self._judged(split), self.ranks, experts, leave)
 
     def _judged(self, split: str) -> EvaluationSplit:
         recipe = self.recipe
@@ -183,7 +205,8 @@ class Trainer:
         device, experts = self.ranks.device, self.recipe.model.experts
         model = load_recogniser(checkpoint, self.recipe, self.manifest).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=checkpoint.state["autocast"]):
-            return evaluate(model, model, self._judged(split), self.ranks, experts)
+            leave = SharedFlag(self.ranks, self.stop_request)
+            return evaluate(model, model, self._judged(split), self.ranks, experts, leave)
 
     def save(self) -> None:
         """Write a checkpoint."""

@@ -272,3 +272,10 @@ def test_a_rank_told_to_terminate_stops_all_with_a_checkpoint(pool, recipe, tmp_
     assert steps == [3, 3]
     assert newest_checkpoint(run).step == 3
     assert pool(2).run(TRAIN, recipe=recipe, run=run, stop_at_step=4) == [4, 4]
+
+
+def test_a_rank_told_to_terminate_in_an_evaluation_makes_all_leave_it(pool, recipe, tmp_path):
+    """At the next batch, the same one, so that no rank waits for another."""
+    ends = pool(2).run("tests.distributed.training:leave_evaluation", recipe=recipe, run=tmp_path / "run", rank=1)
+    assert ends == [[4, 2]] * 2
+    assert not any(line["kind"] == "evaluation" for line in read(tmp_path / "run" / "metrics.jsonl"))

@@ -17,6 +17,7 @@ from paco_ds.config.load import load_recipe
 from paco_ds.data.stream.batches import MicroBatch
 from paco_ds.distributed.ranks import ByteCounter, Ranks
 from paco_ds.errors import DataError
+from paco_ds.evaluation.split import EvaluationSplit
 from paco_ds.training.images_ahead import ImagesAhead
 from paco_ds.training.replay import read_kept_step, replay
 from paco_ds.training.step import StepResult
@@ -96,6 +97,27 @@ def replay_kept_step(ranks: Ranks, folder: Path) -> list[str]:
 def train_with_private_directory(ranks: Ranks, recipe: Path, run: Path) -> int:
     """As `train`, but ranks other than the first look into a directory of their own."""
     return train(ranks, recipe, run if ranks.first else run.with_name("elsewhere"), stop_at_step=2)
+
+
+def leave_evaluation(ranks: Ranks, recipe: Path, run: Path, rank: int) -> list[int]:
+    """As `train`, an image a batch; `rank` receives SIGTERM with its first image of the first evaluation. Returns the
+    steps done, and the images that this rank evaluated."""
+    evaluated = 0
+
+    def told(split: EvaluationSplit, ranks: Ranks) -> Iterator[MicroBatch]:
+        nonlocal evaluated
+        for evaluated, batch in enumerate(batches(split, ranks), 1):
+            if evaluated == 1 and ranks.rank == rank:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    batches, EvaluationSplit.batches = EvaluationSplit.batches, told
+    try:
+        with _trainer(ranks, recipe, run, ("evaluation.batch=1", "evaluation.every_epochs=1")) as trainer:
+            assert trainer.run() is None
+    finally:
+        EvaluationSplit.batches = batches
+    return [trainer.steps_done, evaluated]
 
 
 def train_until_terminated(ranks: Ranks, recipe: Path, run: Path, rank: int, after: int) -> int:

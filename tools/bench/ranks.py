@@ -158,9 +158,7 @@ def _serve(pipe: Connection, environment: Mapping[str, str], worker: str, argume
     from paco_ds.training import engine
 
     try:
-        engine.check_prerequisites()
-        ranks = join_job(1, engine.deepspeed.init_distributed)
-        engine.unname_shared_memory(ranks)
+        ranks = join_job(1, engine.init_distributed)
         module, name = worker.split(":")
         held = getattr(importlib.import_module(module), name)(ranks, *arguments)
         pipe.send((False, None))

@@ -90,12 +90,14 @@ def _kill(processes: list[BaseProcess]) -> None:
 
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Processes started in the block ignore SIGTERM and SIGINT: launchers send those to all processes of a rank, and
-    the rank needs its images until the current step is done. They still end with the rank, even if it is killed
-    (`_begin_worker`)."""
-    resource_tracker.ensure_running()  # its start unblocks both signals
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    """Processes started in the block ignore requests to stop: launchers and terminals send those to all processes of a
+    rank, and the rank needs its images until the current step is done. They still end with the rank, even if it is
+    killed (`_begin_worker`), and then the resource tracker removes the semaphores of its queues."""
+    asking = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, asking)
     try:
+        resource_tracker.ensure_running()  # its start unblocks SIGTERM and SIGINT, which it ignores
+        signal.pthread_sigmask(signal.SIG_BLOCK, asking)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

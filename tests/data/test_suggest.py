@@ -28,7 +28,7 @@ def manifest_of(counts: Any) -> Manifest:
 @pytest.fixture(autouse=True)
 def _no_images(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     if "damaged" not in request.fixturenames:
-        monkeypatch.setattr(suggest_module, "shorter_side", lambda *_: 300)
+        monkeypatch.setattr(suggest_module, "shorter_side", lambda *_: (300, []))
 
 
 def test_published_settings_come_out_for_the_published_sets() -> None:
@@ -97,7 +97,7 @@ def test_command_writes_a_card_and_a_recipe_that_load(
 
 def test_recipe_for_photographs_loads(damaged: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ResNet-50 with the published views."""
-    monkeypatch.setattr(suggest_module, "shorter_side", lambda *_: 300)
+    monkeypatch.setattr(suggest_module, "shorter_side", lambda *_: (300, []))
     assert main(["suggest", str(damaged.directory), "--output", str(tmp_path / "out")]) == 0
     recipe = load_recipe(tmp_path / "out" / "recipe.yaml")
     assert (recipe.model.backbone, recipe.views.query.name, recipe.views.key.name) == ("resnet50", "randcls", "sim")

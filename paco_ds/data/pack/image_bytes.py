@@ -11,6 +11,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps
 
+from paco_ds.data.image_costs import MOST_SCANNED, MOST_SCANS, too_costly, webp_sides, without_texts
+
 # Largest image that is decoded, in pixels: a decompression bomb is a small file that fills memory.
 MAX_PIXELS = 178_956_970
 Encoded = bytes | memoryview
@@ -49,14 +51,14 @@ def verify(data: Encoded, ending: str) -> None:
     """Decode every pixel.
 
     Raises:
-        BadImage: `too_many_pixels`, or `undecodable`, as a truncated file is.
+        BadImage: `too_many_pixels`, `too_many_scans`, or `undecodable`, as a truncated file is.
     """
     if ending == "jpg":
         try:
             height, width, *_ = simplejpeg.decode_jpeg_header(data)
-            if height * width <= MAX_PIXELS:
-                simplejpeg.decode_jpeg(data, colorspace="GRAY", fastdct=True)
-                return
+            _refuse_costly(bytes(data), height, width)
+            simplejpeg.decode_jpeg(data, colorspace="GRAY", fastdct=True)
+            return
         except ValueError:
             pass  # also for CMYK and harmless oddities: Pillow decides
     image = _opened(data, ending)
@@ -97,12 +99,23 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _opened(data: Encoded, ending: str) -> Image.Image:
-    """Open with Pillow and check the size before any pixel is decoded."""
+    """Open with Pillow and check the costs before any pixel is decoded."""
+    data = without_texts(bytes(data)) if ending == "png" else bytes(data)
+    if sides := webp_sides(data):
+        _refuse_costly(data, *sides)
     with _as_bad_image():
         image = Image.open(io.BytesIO(data), formats=(_PIL_FORMAT[ending],))
-    if image.width * image.height > MAX_PIXELS:
-        raise BadImage("too_many_pixels", detail=f"{image.width} x {image.height}, at most {MAX_PIXELS}")
+    _refuse_costly(data, image.height, image.width)
     return image
+
+
+def _refuse_costly(data: bytes, height: int, width: int) -> None:
+    reason = too_costly(data, height, width, MAX_PIXELS)
+    if reason == "too_many_pixels":
+        raise BadImage(reason, detail=f"{width} x {height}, at most {MAX_PIXELS}")
+    if reason is not None:
+        most = f"at most {MOST_SCANS}, and {MOST_SCANNED:,} pixels in all of them"
+        raise BadImage(reason, detail=f"{width} x {height} in each; {most}")
 
 
 @contextmanager

@@ -68,7 +68,7 @@ def suggest(manifest: Manifest, train_split: str = "train") -> Suggestion:
     p_head = 1 / (1 + alpha * k_head)
     steps = samples // batch
     momentum = 0.999 if steps >= 300 else 0.99
-    side = shorter_side(manifest, train_split)
+    side, unread = shorter_side(manifest, train_split)
     temperature = 0.2 if samples >= _SMALL_SET else 0.3
     reasons = (
         f"step {micro_batches} x {micro_batch}: "
@@ -85,6 +85,7 @@ def suggest(manifest: Manifest, train_split: str = "train") -> Suggestion:
         f"temperature {temperature:g}: " + ("published" if temperature == 0.2 else "did better than 0.2 on small sets"),
         f"key momentum {momentum:g}: an average over {1 / (1 - momentum):.0f} steps, "
         + ("as published" if momentum == 0.999 else "since an epoch has few"),
+        *(f"of {_SAMPLED} images sampled for their size, {len(unread)} cannot be read: {name}" for name in unread[:1]),
     )
     return Suggestion(alpha, temperature, queue, micro_batch, micro_batches, momentum, side, reasons)
 
@@ -109,24 +110,28 @@ def histogram(counts: Sequence[int]) -> list[tuple[str, int, int]]:
     return rows
 
 
-def shorter_side(manifest: Manifest, split: str) -> int:
-    """Median shorter side of a sample of images, in pixels, read from their headers.
+def shorter_side(manifest: Manifest, split: str) -> tuple[int, list[str]]:
+    """Median shorter side of a sample of images, in pixels, read from their headers; and those that cannot be used.
 
     Raises:
         DataError: none of them can be read.
     """
     reader = ShardReader(manifest.storage, manifest.split(split))
-    sides = []
+    sides, unread = [], []
     for sample_id in np.unique(np.linspace(0, len(reader) - 1, _SAMPLED).astype(int)).tolist():
         try:
-            sides.append(min(size_of(reader.read(sample_id).image)))
-        except (BadSample, BadImage):
-            continue
+            sample = reader.read(sample_id)
+            sides.append(min(size_of(sample.image)))
+        except BadSample as error:
+            unread.append(str(error))
+        except BadImage as error:
+            unread.append(f"{sample.key} of {sample.shard}: {error.reason}")
     if not sides:
         raise DataError(
-            f"none of the images of {manifest.storage.url} could be read: paco-build-shards check lists the damage"
+            f"none of the images of {manifest.storage.url} could be read, the first: {unread[0]}; "
+            "paco-build-shards check lists the damage"
         )
-    return int(np.median(sides))
+    return int(np.median(sides)), unread
 
 
 def card_of(manifest: Manifest) -> dict[str, Any]:

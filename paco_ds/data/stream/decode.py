@@ -20,6 +20,7 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from paco_ds.data.image_costs import has_surplus, too_costly, webp_sides, without_texts
 from paco_ds.data.shard import BadSample, RawSample
 
 Pixels = npt.NDArray[np.uint8]  # [height, width, 3], RGB
@@ -50,7 +51,7 @@ def open_image(sample: RawSample, max_pixels: int) -> EncodedImage:
     """Read the header of an image.
 
     Raises:
-        BadSample: `empty`, `unknown_format`, `too_many_pixels`, `truncated` or `undecodable`.
+        BadSample: `empty`, `unknown_format`, `too_many_pixels`, `too_many_scans`, `truncated` or `undecodable`.
     """
     data = sample.image
     if not data:
@@ -73,7 +74,7 @@ def decode(sample: RawSample, max_pixels: int) -> Pixels:
 def _open_jpeg(sample: RawSample, max_pixels: int) -> EncodedImage:
     data = sample.image
     height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
-    _check_pixels(height, width, sample, max_pixels)
+    _check_costs(height, width, sample, max_pixels)
     if colors not in ("YCbCr", "RGB", "Gray"):  # PIL handles CMYK and YCCK, inverted or not
         return _open_other(sample, max_pixels)
     orientation = _orientation(data)
@@ -93,9 +94,12 @@ def _open_jpeg(sample: RawSample, max_pixels: int) -> EncodedImage:
 def _open_png(sample: RawSample, max_pixels: int) -> EncodedImage:
     data = sample.image
     width, height = struct.unpack(">II", data[16:24])
-    _check_pixels(height, width, sample, max_pixels)
-    # OpenCV prints errors of damaged files to the terminal, and may return half an image
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB) if _is_whole_png(data) else None
+    _check_costs(height, width, sample, max_pixels)
+    # OpenCV prints errors of damaged files to the terminal, may return half an image, and inflates texts for nothing
+    if _is_whole_png(data) and not has_surplus(data):
+        image = cv2.imdecode(np.frombuffer(without_texts(data, longest=0), np.uint8), cv2.IMREAD_COLOR_RGB)
+    else:
+        image = None
     if image is None:
         return _open_other(sample, max_pixels)
     return EncodedImage(image.shape[0], image.shape[1], lambda reduction: image)
@@ -114,11 +118,14 @@ def _is_whole_png(data: bytes) -> bool:
 
 def _open_other(sample: RawSample, max_pixels: int) -> EncodedImage:
     """Decode any format of the list at once; few images take this path."""
+    data = without_texts(sample.image) if sample.image.startswith(_PNG) else sample.image
+    if sides := webp_sides(data):
+        _check_costs(*sides, sample, max_pixels)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about large images: the limit is checked here
-            file = Image.open(io.BytesIO(sample.image), formats=_FORMATS)
-            _check_pixels(file.height, file.width, sample, max_pixels)
+            file = Image.open(io.BytesIO(data), formats=_FORMATS)
+            _check_costs(file.height, file.width, sample, max_pixels)
             image = np.array(_rgb(ImageOps.exif_transpose(file)))
     except BadSample:
         raise
@@ -140,9 +147,9 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _check_pixels(height: int, width: int, sample: RawSample, max_pixels: int) -> None:
-    if height * width > max_pixels:
-        raise BadSample("too_many_pixels", sample.key, sample.shard)
+def _check_costs(height: int, width: int, sample: RawSample, max_pixels: int) -> None:
+    if reason := too_costly(sample.image, height, width, max_pixels):
+        raise BadSample(reason, sample.key, sample.shard)
 
 
 _TURNS_SIDES = (5, 6, 7, 8)

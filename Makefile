@@ -70,6 +70,7 @@ bench: $(INSTALLED)
 	$(BIN)/python tools/bench/centers.py
 	$(BIN)/python tools/bench/key_queue.py
 	$(BIN)/python tools/bench/watching.py
+	$(BIN)/python tools/bench/saving.py
 	$(BIN)/python tools/bench/scale.py
 	$(BIN)/python tools/bench/step.py
 	$(BIN)/python tools/bench/shards.py

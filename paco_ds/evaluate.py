@@ -58,7 +58,14 @@ def main(argv: list[str] | None = None) -> int:
         manifest = open_data(recipe.data, [split])
 
         def judged(split: str) -> EvaluationSplit:
-            return EvaluationSplit(manifest, split, recipe.data, recipe.views.evaluation, recipe.evaluation.batch)
+            return EvaluationSplit(
+                manifest,
+                split,
+                recipe.data,
+                recipe.views.evaluation,
+                recipe.evaluation.batch,
+                recipe.evaluation.max_bad_share,
+            )
 
         members, steps = [], []
         for run, its_recipe in zip(runs, recipes, strict=True):

@@ -21,7 +21,7 @@ if __name__ == "__main__":
 from paco_ds.command import Screen, report_user_errors, say
 from paco_ds.config.plugins import AllowCode
 from paco_ds.config.shipped import RECIPES, card_with_images
-from paco_ds.errors import RESUMABLE, DataError
+from paco_ds.errors import RESUMABLE, DataError, UserError
 from paco_ds.training.stop_request import StopRequest
 
 if TYPE_CHECKING:
@@ -34,18 +34,19 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     stop_request = StopRequest()  # before what takes seconds to load
     # not at the top: loader processes read this file again, and need no DeepSpeed
-    from paco_ds.checkpoint import resume_hint
+    from paco_ds.checkpoint import hint_after_storage_errors, resume_hint
     from paco_ds.config.load import load_recipe
     from paco_ds.distributed.launch import leave_job
     from paco_ds.distributed.watchdog import RankWatchdog
     from paco_ds.training import engine
+    from paco_ds.training.saver import sole_writer
     from paco_ds.training.trainer import Trainer
 
     if arguments.replay:
         with report_user_errors():
             return _replay(arguments.replay)
     output = arguments.output or Path("runs", Path(arguments.config or "demo").stem)
-    with report_user_errors(), RankWatchdog(lambda: resume_hint(output)):
+    with report_user_errors(), hint_after_storage_errors(output), RankWatchdog(lambda: resume_hint(output)):
         recipe = load_recipe(arguments.config, arguments.set) if arguments.config else _demo(arguments.set)
         ranks = engine.start(recipe.step, recipe.engine.threads, arguments.expect_ranks)
         if ranks.first and not arguments.config:
@@ -54,11 +55,12 @@ def main(argv: list[str] | None = None) -> int:
                 f"name of one in {RECIPES}"
             )
         _build_missing_shards(recipe.data.shards, ranks)
-        trainer = Trainer(recipe, output, ranks, arguments.stop_at_step, stop_request)
-        try:
-            accuracy = trainer.run()
-        finally:
-            trainer.close()
+        with sole_writer(output, ranks) as lock:
+            trainer = Trainer(recipe, output, ranks, arguments.stop_at_step, stop_request, lock)
+            try:
+                accuracy = trainer.run()
+            finally:
+                trainer.close()
         ranks.wait_for_all()
         leave_job()
     return RESUMABLE if accuracy is None and trainer.stop_agreed else 0
@@ -103,7 +105,7 @@ def _build_missing_shards(shards: str, ranks: Ranks) -> None:
     if ranks.first and card is not None and not Path(shards, MANIFEST_FILE).exists():
         try:
             build_shards(load_card(card), card.parent / load_card(card).root, shards, console=Screen())
-        except (DataError, OSError) as error:
+        except (UserError, OSError) as error:
             failure = f"{shards} could not be built from {card}: {error}"
     if failure := ranks.gather_objects(failure)[0]:
         raise DataError(failure)

@@ -1,12 +1,26 @@
 """Checkpoints on disk: whole or not at all, verified, pruned, and free of anything executable."""
 
+import errno
 import json
+import os
+import random
+import shutil
+import sys
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from paco_ds.checkpoint import Checkpoints, newest_checkpoint, read_checkpoint
-from paco_ds.errors import CheckpointError
+from paco_ds.checkpoint import (
+    Checkpoints,
+    chosen_checkpoint,
+    hint_after_storage_errors,
+    newest_checkpoint,
+    read_checkpoint,
+    recover,
+    resume_hint,
+)
+from paco_ds.errors import CheckpointError, NotFiniteError, StorageError
 from tests.recipes import tiny_recipe
 
 TENSORS = {"weight": torch.arange(6.0).view(2, 3), "count": torch.tensor(3)}
@@ -67,7 +81,18 @@ def test_a_half_written_one_is_never_seen(tmp_path):
         (lambda p: (p / "state.json").write_text('{"step": '), r"half-written or damaged: state.json"),
         (lambda p: (p / "state.json").unlink(), r"half-written or damaged: state.json"),
         (lambda p: (p / "queue.safetensors").write_bytes(b"x"), r"damaged: SHA-256 of queue.safetensors differs"),
-        (lambda p: _other_version(p / "state.json"), r"state.json is not a 'paco_ds checkpoint' of version 1"),
+        (lambda p: changed(p, version=99), r"state.json is not a 'paco_ds checkpoint' of version 2 or 1"),
+        (lambda p: changed(p, step=3), r"damaged: SHA-256 of the entries of state.json differs"),
+        (lambda p: changed(p, state_sha256=7), r"damaged: SHA-256 of the entries of state.json differs"),
+        (lambda p: (p / "state.json").write_text("[" * 100_000), r"damaged: state.json: it is nested too deep"),
+        (lambda p: (p / "state.json").write_bytes(b"\xff{}"), r"damaged: state.json: .*utf-8"),
+        (lambda p: (p / "state.json").write_text("[]"), r"state.json is not a 'paco_ds checkpoint'"),
+        (lambda p: as_of_0_9(p, sha256=[]), r"damaged: state.json: sha256: Input should be a valid dictionary"),
+        (lambda p: as_of_0_9(p, sha256={"../x": "0"}), r"damaged: state.json: sha256.../x"),
+        (lambda p: as_of_0_9(p, sha256={}), r"damaged: state.json: it has no digest of model.safetensors"),
+        (lambda p: as_of_0_9(p, step="2"), r"damaged: state.json: step: Input should be a valid integer"),
+        (lambda p: as_of_0_9(p, step=1), r"damaged: state.json: it is of step 1, its folder's name of step 2"),
+        (lambda p: as_of_0_9(p, manifest_sha256=None), r"damaged: state.json: manifest_sha256"),
     ],
 )
 def test_damage_is_found_and_named(tmp_path, damage, message):
@@ -87,8 +112,19 @@ def test_damage_is_found_and_named(tmp_path, damage, message):
     assert newest_checkpoint(tmp_path).step == 1
 
 
-def _other_version(path):
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 99}))
+def changed(checkpoint, **entries):
+    """Other entries in its state.json, and nothing else."""
+    path = checkpoint / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+def as_of_0_9(checkpoint, without=None, **entries):
+    """A checkpoint as 0.8 and 0.9 wrote it: state.json has no digest of itself."""
+    path = checkpoint / "state.json"
+    state = json.loads(path.read_text()) | {"version": 1} | entries
+    del state["state_sha256"]
+    state["meaning"].pop(without, None)
+    path.write_text(json.dumps(state))
 
 
 def test_another_recipe_or_other_shards_are_refused(tmp_path):
@@ -105,10 +141,7 @@ def test_another_recipe_or_other_shards_are_refused(tmp_path):
 def test_a_setting_younger_than_the_checkpoint_was_then_its_default(tmp_path):
     """A new version goes on with a run of an older one, unless the recipe asks for what that could not do."""
     save(tmp_path, 1)
-    path = tmp_path / "checkpoints" / "step-00000001" / "state.json"
-    state = json.loads(path.read_text())
-    del state["meaning"]["loss.contrast_scope"]
-    path.write_text(json.dumps(state))
+    as_of_0_9(tmp_path / "checkpoints" / "step-00000001", without="loss.contrast_scope")
     assert Checkpoints(tmp_path, tiny_recipe(), "abc").latest().step == 1
     younger = tiny_recipe("loss.contrast_scope=global_batch")
     with pytest.raises(
@@ -135,10 +168,7 @@ def test_a_section_left_out_is_not_one_with_its_defaults(tmp_path, before, now, 
     recipe = tiny_recipe(before or "loss.distill=null")
     Checkpoints(tmp_path, recipe, "abc").save(1, TENSORS.items(), TENSORS.items(), None, about={})
     if before is None:
-        path = tmp_path / "checkpoints" / "step-00000001" / "state.json"
-        state = json.loads(path.read_text())
-        del state["meaning"]["loss.distill"]
-        path.write_text(json.dumps(state))
+        as_of_0_9(tmp_path / "checkpoints" / "step-00000001", without="loss.distill")
         assert Checkpoints(tmp_path, recipe, "abc").latest().step == 1
     with pytest.raises(CheckpointError, match=message):
         Checkpoints(tmp_path, tiny_recipe(now), "abc").latest()
@@ -157,3 +187,203 @@ def test_a_run_without_a_checkpoint_says_what_to_do(tmp_path):
     """Evaluation and export have nothing to read."""
     with pytest.raises(CheckpointError, match=r"no checkpoint under .*: train with --output"):
         newest_checkpoint(tmp_path)
+
+
+def test_other_names_are_no_checkpoints_and_no_errors(tmp_path):
+    """Copies put aside, files, and links to nothing stay where they are; a link to a folder is a checkpoint."""
+    folder = tmp_path / "checkpoints"
+    save(tmp_path, 4)
+    others = ["step-00000055-backup", "step-00000055.away", "step-55", "step-000000055", "step-00000056", ".step-9.x"]
+    for name in others:
+        shutil.copytree(folder / "step-00000004", folder / name)
+    shutil.rmtree(folder / "step-00000056")
+    (folder / "step-00000056").write_text("a file")
+    (folder / "step-00000057").symlink_to(tmp_path / "nothing")
+    assert resume_hint(tmp_path).endswith("from step 4")
+    checkpoints = save(tmp_path, 5, tiny_recipe("checkpoint.keep=1"))
+    recover(tmp_path)
+    assert checkpoints.latest().step == 5
+    names = {"step-00000005", "step-00000057", *others}
+    assert {path.name for path in folder.iterdir()} == names
+    (folder / "step-00000005").rename(tmp_path / "elsewhere")
+    (folder / "step-00000005").symlink_to(tmp_path / "elsewhere")
+    assert checkpoints.latest().step == 5
+    save(tmp_path, 6, tiny_recipe("checkpoint.keep=1"))
+    assert not os.path.lexists(folder / "step-00000005")
+    assert (tmp_path / "elsewhere" / "state.json").exists()
+
+
+def test_those_of_every_few_epochs_are_kept_for_good(tmp_path):
+    """Beside the newest."""
+    checkpoints = Checkpoints(tmp_path, tiny_recipe("checkpoint.keep=1", "checkpoint.keep_every_epochs=2"), "abc")
+    for step in range(5, 75, 5):
+        checkpoints.save(step, TENSORS.items(), [], None, about={}, epoch_steps=15)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-00000030", "step-00000060", "step-00000070"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["model", "momentum", "queue"])
+def test_values_that_are_not_finite_are_never_written(tmp_path, where, value):
+    """The tensor is named, and what was kept stays, even where only one was to be kept."""
+    checkpoints = save(tmp_path, 7, tiny_recipe("checkpoint.keep=1"))
+    tensors = {key: {"weight": torch.ones(2, 3)} for key in ("model", "momentum", "queue")}
+    tensors[where]["running_var"] = torch.tensor([1.0, value])
+    with pytest.raises(
+        NotFiniteError, match=rf"after step 8 are not finite, the first running_var \({where}.*step 7 is kept"
+    ) as error:
+        checkpoints.save(8, tensors["model"].items(), tensors["momentum"].items(), tensors["queue"], about={})
+    assert error.value.status == 70
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000007"]
+    if where == "model":
+        with pytest.raises(NotFiniteError):
+            checkpoints.save_best(8, tensors["model"].items(), {"score": 1.0})
+    assert checkpoints.latest().step == 7
+
+
+def save_best(run, step, score):
+    checkpoints = Checkpoints(run, tiny_recipe("evaluation.checkpoint=best_all"), "abc")
+    checkpoints.save_best(step, [("weight", torch.full((2,), score))], {"score": score, "autocast": False})
+    return checkpoints
+
+
+@pytest.mark.parametrize("what", ["best", "step"])
+def test_killed_between_any_two_system_calls_one_is_whole(tmp_path, what):
+    """The one before or the new one, never none; the next start removes what was left, and the save succeeds."""
+
+    def write(value):
+        if what == "best":
+            return save_best(tmp_path, 5, value)
+        checkpoints = Checkpoints(tmp_path, tiny_recipe("evaluation.checkpoint=best_all"), "abc")
+        checkpoints.save(5, [("weight", torch.full((2,), value))], [], None, about={"score": value})
+        return checkpoints
+
+    def found():
+        checkpoint = chosen_checkpoint(tmp_path, "best_all") if what == "best" else newest_checkpoint(tmp_path)
+        return checkpoint.state["score"], checkpoint.model()["weight"][0].item()
+
+    write(0.25)
+    calls = in_a_child(lambda: write(0.25), kill_at=None)
+    assert 15 < calls < KILLED
+    seen = set()
+    for at in range(calls):
+        assert in_a_child(lambda: write(0.5), kill_at=at) == KILLED
+        if what == "best":  # also before anyone tidies up
+            assert found() in {(0.25, 0.25), (0.5, 0.5)}
+        recover(tmp_path)
+        seen.add(found())
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [
+            "best" if what == "best" else "step-00000005"
+        ]
+        write(0.25)
+    assert seen == {(0.25, 0.25), (0.5, 0.5)}
+
+
+KILLED = 255
+
+
+def in_a_child(work, kill_at):
+    """How often `work` asks the operating system for something, by Python's audit events; ended at one of them."""
+    asks = ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.listdir", "os.scandir")
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    counted = 0
+
+    def hook(event, _):
+        nonlocal counted
+        if event in asks:
+            if counted == kill_at:
+                os._exit(KILLED)
+            counted += 1
+
+    sys.addaudithook(hook)
+    work()
+    return os._exit(counted)
+
+
+DAMAGE = {
+    "flips a bit": lambda data, rng: _with(data, at := rng.randrange(len(data)), data[at] ^ (1 << rng.randrange(8))),
+    "sets a byte": lambda data, rng: _with(data, rng.randrange(len(data)), rng.choice(b'0123456789"{}[],:\0\xff\n ')),
+    "zeroes a block": lambda data, rng: _block(data, rng, lambda block: bytes(len(block))),
+    "doubles a block": lambda data, rng: _block(data, rng, lambda block: block * 2),
+    "removes a block": lambda data, rng: _block(data, rng, lambda block: b""),
+    "turns a block round": lambda data, rng: _block(data, rng, lambda block: block[::-1]),
+    "cuts": lambda data, rng: data[: rng.randrange(len(data))],
+    "appends": lambda data, rng: data + rng.randbytes(rng.randrange(1, 20)),
+    "replaces all": lambda data, rng: rng.randbytes(rng.randrange(50)),
+}
+
+
+def _with(data, at, byte):
+    return data[:at] + bytes([byte]) + data[at + 1 :]
+
+
+def _block(data, rng, change):
+    at, length = rng.randrange(len(data)), rng.randrange(1, 200)
+    return data[:at] + change(data[at : at + length]) + data[at + length :]
+
+
+def read_or_refusal(path):
+    """The checkpoint, or what is said against it."""
+    try:
+        return read_checkpoint(path)
+    except CheckpointError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "momentum.safetensors", "queue.safetensors", "state.json"])
+def test_a_thousand_damages_are_refused_or_change_nothing(tmp_path, file):
+    """Each is a CheckpointError that names the checkpoint, and the one before is used; or all that is read is equal."""
+    save(tmp_path, 1, tiny_recipe("checkpoint.keep=2"))
+    save(tmp_path, 2, tiny_recipe("checkpoint.keep=2"))
+    path = tmp_path / "checkpoints" / "step-00000002"
+    whole, before = (path / file).read_bytes(), read_checkpoint(path)
+    refused = 0
+    for seed in range(1000):
+        rng = random.Random(f"{file} {seed}")
+        kind = rng.choice(list(DAMAGE))
+        (path / file).write_bytes(DAMAGE[kind](whole, rng))
+        found = read_or_refusal(path)
+        refused += isinstance(found, str)
+        if isinstance(found, str):
+            assert str(path) in found, (file, seed, kind)
+        else:
+            assert found.state == before.state, (file, seed, kind)
+            assert file == "state.json" or (path / file).read_bytes() == whole, (file, seed, kind)
+        assert seed % 100 or newest_checkpoint(tmp_path).step in (1, 2), (file, seed, kind)
+    print(f"seeds 0 to 999: {refused} refused")
+    assert refused > 900
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
+@pytest.mark.parametrize("call", ["paco_ds.checkpoint.write.save_file", "paco_ds.checkpoint.write.fsync", "os.rename"])
+def test_a_disk_that_takes_no_more_leaves_what_was_there(tmp_path, monkeypatch, code, call):
+    """One line with the path, the reason, the remedy and how to resume, a status of its own, and no unfinished file."""
+    checkpoints = save(tmp_path, 3)
+
+    def full(*_):
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(call, full)
+        with pytest.raises(StorageError) as error, hint_after_storage_errors(tmp_path):
+            save(tmp_path, 4)
+    said = str(error.value)
+    assert f"step-00000004 cannot be written: {os.strerror(code)}; " in said
+    assert said.endswith(". Run the same command again to resume from step 3")
+    assert "\n" not in said
+    assert error.value.status == 74
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+    assert checkpoints.latest().step == 3
+
+
+def test_what_safetensors_tells_of_a_full_disk_is_understood(tmp_path, monkeypatch):
+    """It has a text for the kernel's number."""
+
+    def full(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("paco_ds.checkpoint.write.save_file", full)
+    with pytest.raises(StorageError, match="No space left on device; make room there"):
+        save(tmp_path, 4)

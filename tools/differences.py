@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 STATE = Path("state.json")
 WALL_TIMES = ("images_per_second", "data_wait_seconds", "step_seconds")  # of metrics.jsonl
-VERSION_FIELDS = ("versions",)  # of state.json
+VERSION_FIELDS = ("versions", "version", "state_sha256")  # of state.json; the digest is of all others
 NEW_SETTINGS: dict[str, Any] = {}  # younger than the older version: dotted key in state.json's "meaning" -> its default
 
 

@@ -207,6 +207,7 @@ class CheckpointSettings(Section):
     every_epochs: Count = 1
     every_steps: Count | None = Field(None, description="also inside an epoch")
     keep: Count = 2
+    keep_every_epochs: Count | None = Field(None, description="of every so many epochs, kept for good")
 
 
 class EvaluationSettings(Section):
@@ -216,6 +217,9 @@ class EvaluationSettings(Section):
     split: str | None = Field("val", description="watched during training, settings are chosen on it; null: none")
     test_split: str = Field("test", description="measured once, at the end")
     batch: Count = 256
+    max_bad_share: Fraction = Field(
+        0.0, description="share of a split's images that may be unreadable and are left out by name; 0: none may"
+    )
     checkpoint: Literal["last", "best_all", "best_balanced"] = Field(
         "last", description="which weights the test split is given: the last, or the best on `split`, never on test"
     )

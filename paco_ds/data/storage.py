@@ -21,7 +21,7 @@ from paco_ds.config.recipe import DataSettings, StorageSettings
 from paco_ds.data.cache import FileCache
 from paco_ds.data.remote import Fsspec, Pipe, Remote, refuse_unknown_service
 from paco_ds.errors import DataError
-from paco_ds.files import is_url, whole_file
+from paco_ds.files import is_url, storage_errors, whole_file
 
 T = TypeVar("T")
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds between tries
@@ -161,14 +161,21 @@ class Storage:
         """Open a binary file for writing that is created only when complete; an error in the block creates nothing.
 
         Remote files are first written to local disk (TMPDIR), so that an upload can be retried.
+
+        Raises:
+            StorageError: a disk of this host is full and the like.
         """
         if self.is_local:
             path = Path(self.url) / name
-            path.parent.mkdir(parents=True, exist_ok=True)
+            with storage_errors(path.parent):
+                path.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(path) as file:
                 yield file
             return
-        with tempfile.NamedTemporaryFile(prefix="paco_ds-upload-") as file:
+        with (
+            storage_errors(Path(tempfile.gettempdir())),
+            tempfile.NamedTemporaryFile(prefix="paco_ds-upload-") as file,
+        ):
             yield file  # type: ignore[misc]
             file.flush()
             size = os.path.getsize(file.name)

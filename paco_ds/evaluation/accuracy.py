@@ -92,6 +92,7 @@ class ShotAccuracy:
         per_class: top-1 accuracy of each class, None for a class without images.
         detail: metrics from single predictions, if they were kept.
         images_by_experts: number of images that used 1, 2, ... experts, with routers.
+        left_out: images that could not be read, by name; the figures are of the others.
     """
 
     many: float | None
@@ -102,6 +103,7 @@ class ShotAccuracy:
     per_class: Sequence[float | None]
     detail: Detail | None = None
     images_by_experts: Sequence[int] | None = None
+    left_out: Sequence[str] = ()
 
     @property
     def experts_used(self) -> float | None:
@@ -116,8 +118,10 @@ class ShotAccuracy:
 
     def to_json(self) -> dict[str, Any]:
         """The keys many, medium, few, all, top5 and per_class of metrics.json; with routers experts_used and
-        images_by_experts too."""
+        images_by_experts too; left_out where images were."""
         figures = {**self.top1(), "top5": dict(self.top5), "per_class": list(self.per_class)}
+        if self.left_out:
+            figures["left_out"] = list(self.left_out)
         if self.images_by_experts is None:
             return figures
         return {**figures, "experts_used": self.experts_used, "images_by_experts": list(self.images_by_experts)}

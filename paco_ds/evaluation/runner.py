@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from paco_ds.checkpoint import Checkpoint
 from paco_ds.config.recipe import Recipe
 from paco_ds.data.manifest import Manifest
+from paco_ds.data.stream.load import Replaced
 from paco_ds.distributed.ranks import Ranks
 from paco_ds.evaluation.accuracy import ClassCounts, ShotAccuracy, shot_accuracy
 from paco_ds.evaluation.predictions import Recorder, detail
@@ -44,6 +45,7 @@ def evaluate(
         EvaluationLeftError: `leave` said so.
     """
     counts, recorder = ClassCounts.zeros(len(split.shots), ranks.device), Recorder()
+    bad: list[Replaced] = []
     by_experts_E: Tensor | None = None  # images on which 1, 2, ... experts ran
     was_training = module.training
     module.eval()
@@ -55,14 +57,17 @@ def evaluate(
         labels, valid = batch.labels.to(ranks.device), batch.valid.to(ranks.device)
         counts.add(logits, labels, valid)
         recorder.add(logits, labels, valid)
+        bad += batch.replaced
         if used is not None:
             found_E = torch.bincount(used[valid] - 1, minlength=experts or 1)
             by_experts_E = found_E if by_experts_E is None else by_experts_E + found_E
     module.train(was_training)
+    left_out = split.left_out(bad, ranks)
     total = ClassCounts.from_tensor(ranks.sum(counts.as_tensor()))
     figures = detail(recorder.gather(ranks), split.class_counts)
     by_experts = None if by_experts_E is None else ranks.sum(by_experts_E).tolist()
-    return replace(shot_accuracy(total, split.shots), detail=figures, images_by_experts=by_experts)
+    accuracy = shot_accuracy(total, split.shots)
+    return replace(accuracy, detail=figures, images_by_experts=by_experts, left_out=left_out)
 
 
 def load_recogniser(checkpoint: Checkpoint, recipe: Recipe, manifest: Manifest) -> Recogniser:

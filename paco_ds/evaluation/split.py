@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,11 @@ from paco_ds.config.recipe import DataSettings
 from paco_ds.config.views import EvalView
 from paco_ds.data.manifest import Manifest
 from paco_ds.data.stream.batches import MicroBatch, evaluation_stream
+from paco_ds.data.stream.load import Replaced
 from paco_ds.distributed.ranks import Ranks
+from paco_ds.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -20,6 +25,7 @@ class EvaluationSplit:
         name: of the split.
         data: how shards are read, and the split whose counts make the shots.
         batch: images of a batch.
+        max_bad_share: share of its images that may be unreadable, and are left out by name.
     """
 
     manifest: Manifest
@@ -27,12 +33,41 @@ class EvaluationSplit:
     data: DataSettings
     view: EvalView
     batch: int
+    max_bad_share: float = 0.0
 
     def batches(self, ranks: Ranks) -> Iterator[MicroBatch]:
         """This rank's batches: every image once over all ranks, equally many batches on each."""
         return evaluation_stream(
-            self.data, self.view, self.manifest, self.name, self.batch, ranks.rank, ranks.world_size
+            self.data,
+            self.view,
+            self.manifest,
+            self.name,
+            self.batch,
+            ranks.rank,
+            ranks.world_size,
+            leave_out_bad=self.max_bad_share > 0,
         )
+
+    def left_out(self, mine: Sequence[Replaced], ranks: Ranks) -> tuple[str, ...]:
+        """Names of the images of all ranks that could not be read, given those of this rank. A collective.
+
+        Raises:
+            DataError: on every rank, if there are more than `max_bad_share` of the split.
+        """
+        if not self.max_bad_share:
+            return ()
+        names = [f"{bad.key} of {bad.shard}: {bad.reason}" for bad in mine]
+        for name in names:
+            logger.warning("image %s was left out of the evaluation of %s", name, self.name)
+        found = [name for of_rank in ranks.gather_objects(names) for name in of_rank]
+        samples = self.manifest.split(self.name).samples
+        if len(found) > self.max_bad_share * samples:
+            raise DataError(
+                f"{len(found)} of {samples} images of {self.name} cannot be read, more than evaluation.max_bad_share = "
+                f"{self.max_bad_share:g} allows, the first {found[0]}. Copy or rebuild the shards; paco-build-shards "
+                f"check lists all"
+            )
+        return tuple(found)
 
     @property
     def class_counts(self) -> Sequence[int]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from paco_ds.data.stream.load import Replaced
 from paco_ds.distributed.ranks import Ranks
 from paco_ds.errors import RecipeError
 from paco_ds.evaluation.accuracy import ClassCounts
@@ -51,11 +52,14 @@ def choose_tau(
     weights = [normalized_weight(_linear_centers(model).weight, tau) for tau in taus]
     counts = [ClassCounts.zeros(len(split.shots), ranks.device) for _ in taus]
     model.eval()
+    bad: list[Replaced] = []
     for batch in split.batches(ranks):
+        bad += batch.replaced
         feature_BF = model.query_encoder.backbone(model.normalize(batch.query.to(ranks.device)))
         labels, valid = batch.labels.to(ranks.device), batch.valid.to(ranks.device)
         for weight_CF, counted in zip(weights, counts, strict=True):
             counted.add(feature_BF @ weight_CF.T, labels, valid)
+    split.left_out(bad, ranks)
     totals = ranks.sum(torch.stack([c.as_tensor() for c in counts]))
     balanced = {tau: _balanced(ClassCounts.from_tensor(total)) for tau, total in zip(taus, totals, strict=True)}
     return max(taus, key=lambda tau: balanced[tau]), balanced

@@ -6,11 +6,14 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from paco_ds.evaluation.accuracy import ShotAccuracy
-from paco_ds.files import whole_file
+from paco_ds.files import storage_errors, whole_file
+
+_LONGEST_END = 2**20  # bytes of what may follow the last step; a line has some hundreds
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,14 @@ class MetricsLog:
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        self._file = None if path is None else path.open("a", encoding="utf-8")
+        self._open()
+
+    def _open(self) -> None:
+        # unbuffered: after a failed write nothing is left that closing would try to write again
+        self._file: FileIO | None = None
+        if self._path is not None:
+            with storage_errors(self._path):
+                self._file = self._path.open("ab", buffering=0)
 
     def step(self, record: StepRecord) -> None:
         """Append {"kind": "step", ...}, flushed."""
@@ -88,6 +98,8 @@ class MetricsLog:
             }
         if accuracy.experts_used is not None:
             figures["experts_used"] = accuracy.experts_used
+        if accuracy.left_out:
+            figures["left_out"] = len(accuracy.left_out)
         self._append({"kind": "evaluation", "step": step, "epoch": epoch, "split": split, **figures})
 
     def changed_setting(self, step: int, key: str, before: object, now: object) -> None:
@@ -107,7 +119,22 @@ class MetricsLog:
         self._file.close()
         with whole_file(self._path) as out:
             out.writelines(raw for raw, line in _lines(self._path) if line["step"] <= step)
-        self._file = self._path.open("a", encoding="utf-8")
+        self._open()
+
+    def evaluation_of(self, step: int) -> dict[str, Any] | None:
+        """The evaluation after `step`, if no later step follows; None otherwise, and on ranks that write nothing."""
+        if self._path is None:
+            return None
+        with self._path.open("rb") as lines:
+            lines.seek(max(0, self._path.stat().st_size - _LONGEST_END))
+            end = lines.read().splitlines()
+        for line in map(json.loads, reversed(end)):
+            if line["kind"] == "evaluation" and line["step"] == step:
+                found: dict[str, Any] = line
+                return found
+            if line["kind"] == "step":
+                return None
+        return None
 
     def close(self) -> None:
         """Close the file. Every line was flushed, so nothing is lost without it."""
@@ -115,9 +142,11 @@ class MetricsLog:
             self._file.close()
 
     def _append(self, line: Mapping[str, Any]) -> None:
-        if self._file is not None:
-            self._file.write(json.dumps(_nan_to_none(line), allow_nan=False) + "\n")
-            self._file.flush()
+        if self._file is not None and self._path is not None:
+            with storage_errors(self._path):
+                rest = memoryview(json.dumps(_nan_to_none(line), allow_nan=False).encode() + b"\n")
+                while rest:
+                    rest = rest[self._file.write(rest) :]
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:

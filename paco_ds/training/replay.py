@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from paco_ds.checkpoint import MODEL, MOMENTUM, QUEUE
+from paco_ds.checkpoint import MODEL, MOMENTUM, QUEUE, write_tensors
 from paco_ds.config.load import load_recipe
 from paco_ds.config.recipe import Recipe
 from paco_ds.data.manifest import open_data
@@ -62,7 +62,8 @@ def keep_step(
         tensors = {"query": batch.query, "labels": batch.labels, "ids": batch.ids}
         if batch.key is not None:
             tensors["key"] = batch.key
-        save_file({name: t.contiguous() for name, t in tensors.items()}, folder / f"micro-batch-{j:05d}.safetensors")
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        write_tensors(folder / f"micro-batch-{j:05d}.safetensors", contiguous)
     files: dict[str, Iterable[tuple[str, Tensor]]] = {
         MODEL: whole_model(step.engine),
         MOMENTUM: whole_momentum(step.engine),
@@ -73,7 +74,7 @@ def keep_step(
         # every rank iterates, since that is a collective
         whole = {key: tensor.detach().cpu().contiguous() for key, tensor in named}
         if ranks.first:
-            save_file(whole, folder / name)
+            write_tensors(folder / name, whole)
     keys = [[reader.read(int(i)).key for i in batch.ids] for batch in micro_batches]
     of_ranks = ranks.gather_objects(dict(zip(step.layout.own, keys, strict=True)))
     if ranks.first:

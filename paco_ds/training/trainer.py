@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,14 +17,15 @@ from paco_ds.contrast.key_queue import short_queue_hint
 from paco_ds.data.manifest import open_data
 from paco_ds.data.shard import ShardReader
 from paco_ds.data.stream.batches import MicroBatch
+from paco_ds.distributed.folder_lock import FolderLock
 from paco_ds.distributed.ranks import MicroBatchLayout, Ranks, SharedFlag
 from paco_ds.distributed.zero import set_momentum, stage_of, whole_model, whole_momentum
-from paco_ds.errors import NotFiniteError, RecipeError
+from paco_ds.errors import NotFiniteError, RecipeError, UserError
 from paco_ds.evaluation.accuracy import ShotAccuracy
 from paco_ds.evaluation.results import now, versions, write_results
 from paco_ds.evaluation.runner import EvaluationLeftError, evaluate, load_recogniser
 from paco_ds.evaluation.split import EvaluationSplit
-from paco_ds.files import replace_text
+from paco_ds.files import replace_text, storage_errors
 from paco_ds.metrics.log import StepRecord
 from paco_ds.metrics.run_logger import BadSamples, RunLogger
 from paco_ds.report import write_report
@@ -35,6 +36,7 @@ from paco_ds.training.images_ahead import ImagesAhead
 from paco_ds.training.initial_weights import load_initial_weights
 from paco_ds.training.optimizer import UsualNorm, learning_rate
 from paco_ds.training.replay import keep_step
+from paco_ds.training.saver import Saver
 from paco_ds.training.step import OUTLIER, StepResult
 from paco_ds.training.stop_request import StopRequest
 from paco_ds.training.teacher import Teacher
@@ -47,6 +49,7 @@ class Trainer:
         run: the run directory, shared by all ranks; a run found there is resumed.
         stop_at_step: write a checkpoint after this many steps and end, as if asked to stop.
         stop_request: of this process, by default one that begins here.
+        lock: of the run directory, checked before each save on the rank that has it, see `sole_writer`.
 
     Raises:
         UserError: recipe, shards or checkpoint do not fit each other.
@@ -59,14 +62,15 @@ class Trainer:
         ranks: Ranks,
         stop_at_step: int | None = None,
         stop_request: StopRequest | None = None,
+        lock: FolderLock | None = None,
     ) -> None:
         self.recipe, self.run_dir, self.ranks, self.stop_at_step = recipe, run, ranks, stop_at_step
-        self.started = now()
+        self.lock, self.saver, self.started = lock, Saver(), now()
         splits = (recipe.data.train_split, recipe.evaluation.split, recipe.evaluation.test_split)
         self.manifest = manifest = open_data(recipe.data, set(filter(None, splits)))
         self.layout = MicroBatchLayout(recipe.step.micro_batch, recipe.step.micro_batches, ranks.rank, ranks.world_size)
         config = read_deepspeed_config(recipe.engine.deepspeed)
-        self.checkpoints = Checkpoints(run, recipe, manifest.sha256)
+        self.checkpoints = Checkpoints(run, recipe, manifest.sha256, self.saver.submit)
         checkpoint = self._same_on_all_ranks(self.checkpoints.latest())
 
         self.steps_done = checkpoint.step if checkpoint else 0
@@ -95,7 +99,7 @@ class Trainer:
             total_steps=self.total_steps,
             steps_per_epoch=self.steps_per_epoch,
             teacher=self.teacher,
-            stop_requested=self.stop_request,
+            stop_requested=lambda: self.stop_request() or self.saver.failed,
         )
         self.engine = self.step.engine
         self.queue = self.step.contrast.queue if self.step.contrast else None
@@ -106,7 +110,8 @@ class Trainer:
                 self.queue.load_state_dict(checkpoint.queue())
         self.images = ImagesAhead(self.stream, self.step.begin_exchange, self._looks_ahead, start=self.steps_done)
         if ranks.first:
-            run.mkdir(parents=True, exist_ok=True)
+            with storage_errors(run):
+                run.mkdir(parents=True, exist_ok=True)
             replace_text(run / "recipe.yaml", recipe.to_yaml())  # a second stage may be reading it
         self.logger = RunLogger(
             recipe.metrics,
@@ -129,6 +134,7 @@ class Trainer:
             return self._run()
         except EvaluationLeftError:  # the step's checkpoint was saved before
             self.stop_agreed = True
+            self._wait_until_saved()
             self.logger.say(
                 f"stopped in an evaluation after step {self.steps_done} of {self.total_steps}; "
                 f"the same command resumes from here"
@@ -136,14 +142,17 @@ class Trainer:
             return None
 
     def _run(self) -> ShotAccuracy | None:
+        self._make_up_evaluation()
         while self.steps_done < self.last_step and not self.stop_agreed:
             self.train_step()
-            if self.steps_done % self.steps_per_epoch == 0:
-                self._after_epoch()
-            # while steps are skipped nothing changes, and the checkpoints from before the trouble are kept
+            # before the evaluation: nothing that it meets costs the epoch. While steps are skipped nothing changes, and
+            # the checkpoints from before the trouble are kept
             due = self._checkpoint_due(self.steps_done) and not self.skipped_in_a_row
             if due or self.stop_agreed or self.steps_done == self.last_step:
                 self.save()
+            if self.steps_done % self.steps_per_epoch == 0 and not self._stops_early:
+                self._after_epoch()
+        self._wait_until_saved()
         if self.steps_done < self.total_steps:
             self.images.drain()
             self.logger.say(
@@ -198,7 +207,14 @@ class Trainer:
 
     def _judged(self, split: str) -> EvaluationSplit:
         recipe = self.recipe
-        return EvaluationSplit(self.manifest, split, recipe.data, recipe.views.evaluation, recipe.evaluation.batch)
+        return EvaluationSplit(
+            self.manifest,
+            split,
+            recipe.data,
+            recipe.views.evaluation,
+            recipe.evaluation.batch,
+            recipe.evaluation.max_bad_share,
+        )
 
     def _evaluate_checkpoint(self, checkpoint: Checkpoint, split: str) -> ShotAccuracy:
         """Accuracy of saved weights, in the precision they were trained with."""
@@ -209,8 +225,9 @@ class Trainer:
             return evaluate(model, model, self._judged(split), self.ranks, experts, leave)
 
     def save(self) -> None:
-        """Write a checkpoint."""
+        """Copy all that a checkpoint holds; it is written while training goes on."""
         began = time.perf_counter()
+        self._wait_until_saved()
         self.checkpoints.save(
             self.steps_done,
             whole_model(self.engine),
@@ -227,12 +244,29 @@ class Trainer:
                 "teacher_sha256": self.teacher.sha256 if self.teacher else None,
             },
             write=self.ranks.first,
+            epoch_steps=self.steps_per_epoch,
         )
-        self.ranks.wait_for_all()
         self.logger.checkpoint(time.perf_counter() - began)
+
+    def _wait_until_saved(self) -> None:
+        """Wait for the save under way.
+
+        Raises:
+            UserError: on every rank, what it raised, or that the run directory is another job's by now.
+        """
+        failure = None
+        try:
+            self.saver.wait()
+            if self.lock is not None:
+                self.lock.check()
+        except UserError as error:
+            failure = error
+        if failure := self.ranks.gather_objects(failure)[0]:
+            raise failure
 
     def close(self) -> None:
         """Stop what runs beside training."""
+        self.saver.close()
         self.stream.close()
         self.logger.close()
         self.stop_request.close()
@@ -245,6 +279,11 @@ class Trainer:
     def last_step(self) -> int:
         """After which the run ends, or is to stop."""
         return min(self.total_steps, self.stop_at_step or self.total_steps)
+
+    @property
+    def _stops_early(self) -> bool:
+        """Asked to stop before the end; an evaluation that is due then is made up for by the resumed run."""
+        return self.stop_agreed and self.steps_done < self.total_steps
 
     @property
     def steps_per_epoch(self) -> int:
@@ -293,27 +332,44 @@ class Trainer:
 
     def _after_epoch(self) -> None:
         self.bad_samples.begin_epoch()
-        settings, epoch = self.recipe.evaluation, self.steps_done // self.steps_per_epoch
-        due = self.steps_done == self.total_steps or (settings.every_epochs and epoch % settings.every_epochs == 0)
-        if settings.split and due:
-            accuracy = self.evaluate(settings.split)
-            self.logger.evaluation(self.steps_done, epoch, settings.split, accuracy)
-            self.logger.say(f"epoch {epoch}, {settings.split}: {_one_line(accuracy)}")
-            self._keep_if_best(accuracy)
+        if self._evaluation_due():
+            self._evaluate_epoch()
 
-    def _keep_if_best(self, accuracy: ShotAccuracy) -> None:
-        criterion = self.recipe.evaluation.checkpoint
-        if criterion == "last":
-            return
+    def _evaluation_due(self) -> bool:
+        """Whether the validation split is evaluated after this step, the last of an epoch."""
+        settings, epoch = self.recipe.evaluation, self.steps_done // self.steps_per_epoch
+        regular = settings.every_epochs and epoch % settings.every_epochs == 0
+        return bool(settings.split and (regular or self.steps_done == self.total_steps))
+
+    def _evaluate_epoch(self) -> None:
+        split, epoch = self.recipe.evaluation.split, self.steps_done // self.steps_per_epoch
+        assert split is not None
+        accuracy = self.evaluate(split)
+        self.logger.evaluation(self.steps_done, epoch, split, accuracy)
+        self.logger.say(f"epoch {epoch}, {split}: {_one_line(accuracy)}")
         assert accuracy.detail is not None
-        score = accuracy.all if criterion == "best_all" else accuracy.detail.balanced
+        self._keep_if_best({"best_all": accuracy.all, "best_balanced": accuracy.detail.balanced})
+
+    def _make_up_evaluation(self) -> None:
+        """Of a run that ended between the checkpoint at the end of an epoch and its evaluation, or the best weights."""
+        if not self.steps_done or self.steps_done % self.steps_per_epoch or not self._evaluation_due():
+            return
+        logged = self.ranks.gather_objects(self.logger.log.evaluation_of(self.steps_done))[0]
+        if logged is None:
+            self._evaluate_epoch()
+        else:
+            self._keep_if_best({"best_all": logged["all"], "best_balanced": logged["balanced"]})
+
+    def _keep_if_best(self, scores: Mapping[str, float | None]) -> None:
+        """Keep the present weights if their score by the recipe's criterion is the best so far."""
+        score = scores.get(self.recipe.evaluation.checkpoint)
         if score is not None and score > self.best_score:
+            self._wait_until_saved()
             self.best_score = score
             autocast = bool(self.engine.torch_autocast_enabled())
             self.checkpoints.save_best(
                 self.steps_done, whole_model(self.engine), {"score": score, "autocast": autocast}, self.ranks.first
             )
-            self.ranks.wait_for_all()
 
     def _abort_after_repeated_skips(self, result: StepResult, micro_batches: Sequence[MicroBatch]) -> None:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
@@ -392,4 +448,5 @@ def _one_line(accuracy: ShotAccuracy) -> str:
         f"{name} {100 * value:.1f}" if value is not None else f"{name} -" for name, value in accuracy.top1().items()
     )
     experts = [] if accuracy.experts_used is None else [f"experts {accuracy.experts_used:.2f}"]
-    return "  ".join([*shots, *experts])
+    left_out = [f"{len(accuracy.left_out)} unreadable images left out"] if accuracy.left_out else []
+    return "  ".join([*shots, *experts, *left_out])

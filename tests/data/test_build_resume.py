@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from paco_ds.data.pack.card import folder_card, load_card
 from paco_ds.data.pack.command import main
 from paco_ds.data.pack.shards import build_shards, build_share
 from paco_ds.data.pack.write import Written, write_shard
-from paco_ds.errors import DataError
+from paco_ds.errors import DataError, StorageError
 from tests.data.tiny import encoded, flip_byte
 
 ROOT = Path(__file__).parents[2]
@@ -235,8 +236,9 @@ def test_full_disk_is_said_and_leaves_nothing_half_written(tiny_card: Path, tmp_
     out = tmp_path / "out"
     command = ["build", str(tiny_card), "--output", str(out), "--shard-bytes", "20000", "--workers", "1"]
     done = subprocess.run([sys.executable, "-c", script, *command], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "train-00000.tar cannot be written: File too large. Free space and give the same command" in done.stderr
+    assert done.returncode == 74
+    said = r"train-00000.tar cannot be written: File too large; .*ulimit.*give the same command again: finished shards"
+    assert re.search(said, done.stderr)
     assert [path for path in out.rglob("*") if path.is_file() and path.parent.name != ".build"] == []
 
 
@@ -258,7 +260,7 @@ def test_disk_that_fills_up_is_named(tiny_card: Path, tmp_path: Path, monkeypatc
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("paco_ds.data.pack.tar.os.write", full)
-    with pytest.raises(DataError, match=r"train-00000.tar cannot be written: No space left on device"):
+    with pytest.raises(StorageError, match=r"train-00000.tar cannot be written: No space left on device; make room"):
         build_shards(load_card(tiny_card), images_of(tiny_card), tmp_path / "out", SMALL)
 
 

@@ -9,14 +9,18 @@ import signal
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from errno import ENOSPC
+from math import inf
+from os import strerror
 from pathlib import Path
 
+import pytest
 import torch
 
 from paco_ds.config.load import load_recipe
 from paco_ds.data.stream.batches import MicroBatch
 from paco_ds.distributed.ranks import ByteCounter, Ranks
-from paco_ds.errors import DataError
+from paco_ds.errors import DataError, UserError
 from paco_ds.evaluation.split import EvaluationSplit
 from paco_ds.training.images_ahead import ImagesAhead
 from paco_ds.training.replay import read_kept_step, replay
@@ -134,3 +138,31 @@ def train_until_terminated(ranks: Ranks, recipe: Path, run: Path, rank: int, aft
         trainer.train_step = step_then_signal
         trainer.run()
     return trainer.steps_done
+
+
+def refusal_of_training(
+    ranks: Ranks, recipe: Path, run: Path, overrides: tuple[str, ...], fault: str = "", after: int = -1
+) -> tuple[str, str]:
+    """Name and message of the error that ends a training. After so many steps the disk of the first rank is full, or a
+    running variance of all ranks is infinite."""
+    try:
+        with _trainer(ranks, recipe, run, overrides) as trainer, pytest.MonkeyPatch.context() as patch:
+            take_step = trainer.train_step
+
+            def step_then_fault() -> StepResult:
+                result = take_step()
+                if trainer.steps_done == after and fault == "disk full":
+                    patch.setattr("paco_ds.checkpoint.write.save_file", _full_disk)
+                if trainer.steps_done == after and fault == "not finite":
+                    next(b for n, b in trainer.engine.module.named_buffers() if n.endswith("running_var")).fill_(inf)
+                return result
+
+            trainer.train_step = step_then_fault
+            trainer.run()
+    except UserError as error:
+        return type(error).__name__, str(error)
+    return "", ""
+
+
+def _full_disk(*_: object) -> None:
+    raise OSError(ENOSPC, strerror(ENOSPC))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from paco_ds.errors import StorageError
 from paco_ds.evaluation.accuracy import ShotAccuracy
 from paco_ds.metrics.log import MetricsLog, StepRecord, read
 
@@ -136,6 +139,48 @@ def test_an_evaluation_says_how_many_experts_routers_asked(tmp_path: Path) -> No
     log.evaluation(2, 1, "val", replace(ACCURACY, images_by_experts=[6, 2]))
     log.close()
     assert [line.get("experts_used") for line in read(tmp_path / "metrics.jsonl")] == [None, 1.25]
+
+
+def test_an_evaluation_is_found_if_no_step_follows(path: Path) -> None:
+    """A run that ended between a checkpoint and its evaluation has none; settings changed on resume may follow."""
+    log = MetricsLog(path)
+    assert log.evaluation_of(2) is None
+    log.cut_after(2)
+    log.changed_setting(2, "optimizer.lr", 0.2, 0.1)
+    found = log.evaluation_of(2)
+    assert found is not None
+    assert found["all"] == 0.85
+    assert log.evaluation_of(1) is None
+    log.cut_after(1)
+    assert log.evaluation_of(1) is None
+    log.cut_after(-1)
+    assert log.evaluation_of(2) is None
+    log.close()
+    assert MetricsLog(None).evaluation_of(2) is None
+
+
+def test_a_full_disk_is_named_and_costs_no_more_than_a_torn_line(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closing does not try again, and the resumed run cuts what was torn."""
+    before, log = path.read_bytes(), MetricsLog(path)
+    with path.open("ab", buffering=0) as kept:
+
+        class Full:
+            def write(self, line: memoryview) -> int:
+                if len(line) > 10:
+                    return kept.write(line[:10])  # what still fits
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+            def close(self) -> None: ...
+
+        monkeypatch.setattr(log, "_file", Full())
+        for _ in range(2):
+            with pytest.raises(StorageError, match=r"metrics.jsonl cannot be written: No space .*make room"):
+                log.changed_setting(4, "a", 1, 2)
+        log.close()
+    again = MetricsLog(path)
+    again.cut_after(4)
+    again.close()
+    assert path.read_bytes() == before
 
 
 def test_log_without_a_path_writes_nothing(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ QUICK = {
     "key_encoder": ["--repeats", "3"],
     "key_queue": ["--repeats", "3", "--keys", "100000"],
     "watching": ["--repeats", "5"],
+    "saving": ["--repeats", "1", "--sizes", "1"],
     "scale": [],
     "shards": ["--only", "speed", "--images", "2000", "--repeats", "1"],
     "shuffle": [],

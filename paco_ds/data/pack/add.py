@@ -48,9 +48,13 @@ def add_images(
     """
     console = console or Screen(quiet=True)
     output = as_storage(directory)
-    before = load_manifest(output)
     state = output.inside(STATE_FOLDER)
-    with rank.alive(state), Workers(options.workers, "paco_ds.data.pack.shards") as workers:
+    with (
+        rank.sole_builder(output),
+        rank.alive(state),
+        Workers(options.workers, "paco_ds.data.pack.shards") as workers,
+    ):
+        before = load_manifest(output)  # of a folder that nobody else adds to
         plan = _plan(before, card, root, output, options, workers)
         if plan.listing in before.listings:
             if rank.number == 0 and rank.plan(state) is not None:

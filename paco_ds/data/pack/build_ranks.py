@@ -13,10 +13,11 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 from paco_ds.data.storage import MissingFile, Storage
+from paco_ds.distributed.folder_lock import FolderLock
 from paco_ds.errors import DataError
 
 PLAN_FILE = "plan.json"
@@ -79,6 +80,15 @@ class BuildRank:
             was = plan
             self._wait(state, "the manifest", lambda was=was: () if _get(state, PLAN_FILE) != was else (0,))  # type: ignore[misc]
             plan = _get(state, PLAN_FILE)
+
+    def sole_builder(self, output: Storage) -> AbstractContextManager[object]:
+        """Rank 0 holds the folder during the block; remote storage has no locks.
+
+        Raises:
+            UserError: another build writes there; its host, process and start are named.
+        """
+        held = self.number == 0 and output.is_local
+        return FolderLock(output.local_directory, "built") if held else nullcontext()
 
     @contextmanager
     def alive(self, state: Storage) -> Iterator[None]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.table import Table
 
-from paco_ds.command import Screen, say
+from paco_ds.command import Screen, exit_status, say
 from paco_ds.config.plugins import allow_code, is_plugin
 from paco_ds.config.shipped import find_card
 from paco_ds.data.manifest import SHOTS, Manifest, load_manifest
@@ -29,14 +29,14 @@ from paco_ds.errors import DataError, UserError, printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 success, 1 damage found, 2 a mistake of the user, 130 interrupted."""
+    """Exit status: 0 success, 1 damage found, 130 interrupted, or that of the error."""
     try:
         arguments = _parser(_known_sources(argv)).parse_args(argv)
         code: int = arguments.command(arguments, Screen())
         return code
     except (UserError, OSError) as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
-        return 2
+        return exit_status(error) or UserError.status
     except KeyboardInterrupt:
         print("interrupted; give the same command again to resume", file=sys.stderr)
         return 130

@@ -51,7 +51,9 @@ def build_shards(
 
     Raises:
         DataError: ``output`` has shards and ``overwrite`` is off, the source does not match the card, more than
-            ``max_bad`` images are bad, or the disk is full.
+            ``max_bad`` images are bad, or the shards would not fit on the disk.
+        UserError: another build writes to ``output``.
+        StorageError: ``output`` cannot be written.
     """
     manifest = build_share(card, root, output, options, BuildRank(), console)
     assert manifest is not None
@@ -70,7 +72,7 @@ def build_share(
     console = console or Screen(quiet=True)
     output = as_storage(output)
     state = output.inside(STATE_FOLDER)
-    with rank.alive(state), ExitStack() as stack:
+    with rank.sole_builder(output), rank.alive(state), ExitStack() as stack:
         if rank.number == 0:
             _refuse_existing(output, state, options.overwrite)
         workers = stack.enter_context(Workers(options.workers, __name__))
@@ -104,7 +106,7 @@ def build_share(
         manifest = write_plan(plan, output, options, rank, workers, manifest_of, console)
         if manifest is not None:
             remove_stale(output, manifest)
-    remove_state(state)
+        remove_state(state)
     return manifest
 
 

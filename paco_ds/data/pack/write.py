@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import json
@@ -21,7 +20,7 @@ from paco_ds.data.pack.samples import Samples
 from paco_ds.data.pack.source import Images
 from paco_ds.data.pack.tar import BLOCK, SampleTar
 from paco_ds.data.storage import Storage
-from paco_ds.errors import DataError
+from paco_ds.errors import StorageError
 
 _JSON = json.JSONEncoder(ensure_ascii=False)
 _REPORT_EVERY = 32  # images
@@ -82,7 +81,8 @@ def write_shard(settings: WriteSettings, job: ShardJob, report: Report) -> Writt
     """Write one tar, its index and its `.tar.idx`. Each is renamed to its name when complete, the tar last.
 
     Raises:
-        DataError: the disk is full, or the source changed since it was listed.
+        StorageError: the disk is full and the like.
+        DataError: the source changed since it was listed.
     """
     samples = job.samples
     counts: dict[int, int] = {}
@@ -90,7 +90,7 @@ def write_shard(settings: WriteSettings, job: ShardJob, report: Report) -> Writt
     progress = _Progress(report)
     sizes, labels = samples.sizes.tolist(), samples.labels.tolist()
     read = 0
-    with _full_disk_named(settings.output, job.name):
+    with _finished_shards_are_kept():
         try:
             with settings.output.write(f"{job.name}.tar") as file:
                 tar = SampleTar(file)
@@ -164,13 +164,9 @@ def _image(settings: WriteSettings, samples: Samples, row: int, room: memoryview
 
 
 @contextmanager
-def _full_disk_named(output: Storage, name: str) -> Iterator[None]:
+def _finished_shards_are_kept() -> Iterator[None]:
+    """Say after an error of storage that the build resumes."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise DataError(
-            f"{output.place(name)}.tar cannot be written: {error.strerror}. Free space and give the same command "
-            "again: finished shards are kept"
-        ) from error
+    except StorageError as error:
+        raise StorageError(f"{error}. Then give the same command again: finished shards are kept") from error

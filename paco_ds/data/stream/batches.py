@@ -164,13 +164,15 @@ def evaluation_stream(
     batch: int,
     rank: int = 0,
     world_size: int = 1,
+    leave_out_bad: bool = False,
 ) -> Iterator[MicroBatch]:
-    """Batches of a split, every image exactly once over all ranks, equally many batches on each."""
+    """Batches of a split, every image exactly once over all ranks, equally many batches on each. A bad sample is an
+    error, or with `leave_out_bad` not valid and named in `replaced`."""
     reader = ShardReader(manifest.storage, manifest.split(split))
     make_views = MakeViews((make_view(view),), data.max_pixels)
     pipeline = wds.DataPipeline(
         EvaluationSamples(EvaluationPlan(len(reader), batch, rank, world_size), reader),
-        wds.map(Load(reader, make_views, seed=0, substitute=False)),
+        wds.map(Load(reader, make_views, seed=0, substitute=False, blank=view.size if leave_out_bad else None)),
         wds.batched(batch, collation_fn=collate),
     )
     for part in start_loading(pipeline, data.workers):

@@ -23,7 +23,7 @@ from paco_ds.randomness import DrawPurpose, generator
 
 @dataclass(frozen=True)
 class Replaced:
-    """A bad sample that was replaced: its key, its shard, and the reason."""
+    """A bad sample that was replaced, or left out of an evaluation: its key, its shard, and the reason."""
 
     key: str
     shard: str
@@ -53,24 +53,33 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Load:
-    """Decodes a planned sample to its views. A bad sample is replaced in training; in evaluation it is an error."""
+    """Decodes a planned sample to its views. A bad sample is replaced in training; in evaluation it is an error.
+
+    With `blank` it is left out of an evaluation: a black view of this side that is not valid stands in its place.
+    """
 
     reader: ShardReader
     make_views: MakeViews
     seed: int
     substitute: bool
+    blank: int | None = None
 
     def __call__(self, sample: tuple[Planned, Stored]) -> Loaded:
         plan, stored = sample
         try:
             return self._loaded(plan, stored.sample())
         except BadSample as bad:
-            if not self.substitute:
-                raise DataError(
-                    f"sample {bad.key} of {bad.shard} cannot be evaluated ({bad.reason}); without it the accuracy "
-                    f"would be that of another set. Copy or rebuild the shard; paco-build-shards check lists more"
-                ) from bad
-            return self._substitute(plan, bad)
+            if self.substitute:
+                return self._substitute(plan, bad)
+            if self.blank is not None:
+                view = np.zeros((self.blank, self.blank, 3), np.uint8)
+                named = (Replaced(bad.key, bad.shard, bad.reason),) if plan.valid else ()
+                return Loaded(replace(plan, valid=False), (view,), label=0, replaced=named)
+            raise DataError(
+                f"sample {bad.key} of {bad.shard} cannot be evaluated ({bad.reason}); without it the accuracy "
+                f"would be that of another set. Copy or rebuild the shard; paco-build-shards check lists more. "
+                f"evaluation.max_bad_share lets a share be left out by name"
+            ) from bad
 
     def _loaded(self, plan: Planned, raw: RawSample) -> Loaded:
         streams = _VIEW_STREAMS[: len(self.make_views.views)]

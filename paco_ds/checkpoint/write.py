@@ -1,0 +1,289 @@
+"""Write checkpoints whole or not at all, keep the newest, and resume a run from them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from paco_ds.checkpoint.read import (
+    BEST,
+    FORMAT,
+    MODEL,
+    MOMENTUM,
+    OLD,
+    QUEUE,
+    STATE,
+    STATE_DIGEST,
+    VERSION,
+    Checkpoint,
+    newest_checkpoint,
+    read_best,
+    read_checkpoint,
+    state_digest,
+    step_folders,
+)
+from paco_ds.config.recipe import Recipe
+from paco_ds.errors import CheckpointError, NotFiniteError
+from paco_ds.files import fsync, remove_partial, sha256_file, storage_errors
+
+LOWERED = ("optimizer.lr", "optimizer.clip_norm")
+"""Settings that a resumed run may have lower, as the remedy for steps that are skipped."""
+
+PART = ".part"  # ending of what is being written
+
+
+class Checkpoints:
+    """The checkpoints of a run directory.
+
+    Args:
+        run: the run directory; checkpoints are in its folder checkpoints/.
+        recipe, manifest_sha256: must be the same in a resumed run.
+        submit: called with the writing of a checkpoint, which may run later and in another thread; by default it is
+            run at once.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        recipe: Recipe,
+        manifest_sha256: str,
+        submit: Callable[[Callable[[], None]], None] = lambda write: write(),
+    ) -> None:
+        self.folder = run / "checkpoints"
+        self.recipe, self.manifest_sha256, self._submit = recipe, manifest_sha256, submit
+        self.lowered: dict[str, tuple[Any, Any]] = {}  # by setting: (in the checkpoint, now)
+
+    def save(
+        self,
+        step: int,
+        model: Iterable[tuple[str, Tensor]],
+        momentum: Iterable[tuple[str, Tensor]],
+        queue: Mapping[str, Tensor] | None,
+        about: Mapping[str, Any],
+        write: bool = True,
+        epoch_steps: int | None = None,
+    ) -> None:
+        """Copy all tensors, and submit the writing of the checkpoint after `step` steps.
+
+        Args:
+            model, momentum: (name, tensor) of all weights and buffers, and of all momentum buffers. Every rank
+                must iterate over them, since that is a collective; only a rank with `write` writes them.
+            about: further entries of state.json (world size, versions).
+            epoch_steps: steps of an epoch, for `checkpoint.keep_every_epochs`.
+
+        Raises:
+            NotFiniteError: a value is not finite; nothing is written, and earlier checkpoints stay.
+            StorageError: the disk is full and the like; nothing of it is left, and earlier checkpoints stay.
+        """
+        files = {MODEL: _copied(model, write), MOMENTUM: _copied(momentum, write)}
+        if queue is not None:
+            files[QUEUE] = _copied(queue.items(), write)
+        if not write:
+            return
+        state = self._state(step) | dict(about)
+
+        def write_and_prune() -> None:
+            self._write(f"step-{step:08d}", files, state)
+            self._prune(step, epoch_steps)
+
+        self._submit(write_and_prune)
+
+    def _state(self, step: int) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "step": step,
+            "meaning": self.recipe.resume_identity(),
+            "manifest_sha256": self.manifest_sha256,
+        }
+
+    def save_best(
+        self, step: int, model: Iterable[tuple[str, Tensor]], about: Mapping[str, Any], write: bool = True
+    ) -> None:
+        """The weights after `step` steps as the best so far, in place of the previous best. As `save`, without
+        momentum and queue, since no run resumes from them."""
+        files = {MODEL: _copied(model, write)}
+        state = self._state(step) | {"criterion": self.recipe.evaluation.checkpoint} | dict(about)
+        if write:
+            self._submit(lambda: self._write(BEST, files, state))
+
+    def best(self, until: int) -> Checkpoint | None:
+        """The best weights among the first `until` steps by the recipe's criterion, or None. Weights of a later step
+        belong to steps that the resumed run repeats. The criterion may change on resume: weights of another one are
+        ignored.
+
+        Raises:
+            CheckpointError: damaged, or of another recipe or other data.
+        """
+        checkpoint = read_best(self.folder, self.recipe.evaluation.checkpoint)
+        if checkpoint is None or checkpoint.step > until:
+            return None
+        self._check_resume_identity(checkpoint)
+        return checkpoint
+
+    def latest(self) -> Checkpoint | None:
+        """The newest intact checkpoint of this run, or None without checkpoints.
+
+        Raises:
+            CheckpointError: it is of another recipe or other data, or all checkpoints are damaged.
+        """
+        if not step_folders(self.folder):
+            return None
+        checkpoint = newest_checkpoint(self.folder.parent)
+        self._check_resume_identity(checkpoint)
+        return checkpoint
+
+    def _check_resume_identity(self, checkpoint: Checkpoint) -> None:
+        now = json.loads(json.dumps(self.recipe.resume_identity()))
+        saved = checkpoint.state["meaning"]
+        # a setting newer than the checkpoint had its default value, except in a section that was null
+        younger = {key: self.recipe.default(key) for key in now.keys() - saved.keys() if not _left_out(key, saved)}
+        saved = younger | saved
+        self.lowered = {key: (saved[key], now[key]) for key in LOWERED if _is_lower(now[key], saved[key])}
+        saved = {**saved, **{key: now[key] for key in self.lowered}}
+        differences = [
+            f"  {key}: {saved.get(key)!r} in the checkpoint, {now.get(key)!r} in this recipe"
+            for key in sorted(saved.keys() | now.keys())
+            if saved.get(key) != now.get(key)
+        ]
+        if differences:
+            raise CheckpointError(
+                f"{checkpoint.path} was trained with another recipe:\n"
+                + "\n".join(differences)
+                + "\nReset these to resume, or give another --output to start a new run"
+            )
+        checkpoint.check_data(self.manifest_sha256)
+
+    def _write(self, name: str, files: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> None:
+        self._refuse_not_finite(state["step"], files)
+        final, part = self.folder / name, self.folder / f".{name}{PART}"
+        with storage_errors(final):
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                _remove(part)
+                part.mkdir()
+                for file, tensors in files.items():
+                    write_tensors(part / file, tensors)
+                state["sha256"] = {file: sha256_file(part / file) for file in files}
+                state[STATE_DIGEST] = state_digest(json.loads(json.dumps(state)))
+                (part / STATE).write_text(json.dumps(state, indent=1))
+                for path in (*part.iterdir(), part):
+                    fsync(path)
+                read_checkpoint(part)
+                _put_in_place(part, final)
+            except BaseException:
+                _remove(part)
+                raise
+
+    def _refuse_not_finite(self, step: int, files: Mapping[str, Mapping[str, Tensor]]) -> None:
+        bad = [f"{name} ({file})" for file, tensors in files.items() for name, t in tensors.items() if not _finite(t)]
+        if bad:
+            kept = sorted(step_folders(self.folder))
+            earlier = f"that of step {kept[-1]} is kept" if kept else "there is none before it"
+            raise NotFiniteError(
+                f"{len(bad)} of the tensors after step {step} are not finite, the first {bad[0]}: no checkpoint is "
+                f"written, {earlier}. Resume with a lower optimizer.lr or optimizer.clip_norm"
+            )
+
+    def _prune(self, newest: int, epoch_steps: int | None) -> None:
+        """Remove all but the newest and those kept for good. Later ones are damaged, else the run would have resumed
+        from them."""
+        settings, folders = self.recipe.checkpoint, step_folders(self.folder)
+        earlier = sorted(step for step in folders if step <= newest)
+        every = settings.keep_every_epochs
+        for_good = {step for step in earlier if every and epoch_steps and step % (every * epoch_steps) == 0}
+        for step in folders.keys() - {*earlier[-settings.keep :], *for_good}:
+            _remove(folders[step])
+
+
+def recover(run: Path) -> None:
+    """Finish what a killed process left in a run directory: an old checkpoint whose replacement was not put in place
+    comes back, and unfinished files are removed. Only for the process that holds the directory."""
+    folder = run / "checkpoints"
+    for old in _entries(folder, OLD):
+        final = old.with_name(old.name.removeprefix(".").removesuffix(OLD))
+        if not os.path.lexists(final):
+            with storage_errors(final):
+                old.rename(final)
+        _remove(old)
+    for part in _entries(folder, PART):
+        _remove(part)
+    remove_partial(run)
+
+
+def _entries(folder: Path, ending: str) -> list[Path]:
+    return [path for path in folder.glob(f".*{ending}") if re.fullmatch(r"\.(best|step-\d+)\.\w+", path.name)]
+
+
+def _put_in_place(part: Path, final: Path) -> None:
+    """Rename a whole checkpoint to its name; one of that name is removed after that. Killed anywhere, one is whole."""
+    old = final.with_name(f".{final.name}{OLD}")
+    if os.path.lexists(final):
+        _remove(old)
+        final.rename(old)
+    part.rename(final)
+    fsync(final.parent)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, file or link; what a reader on NFS keeps open is left, and goes with the next removal."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a file of safetensors.
+
+    Raises:
+        OSError: the disk is full and the like; safetensors tells that in its text alone.
+    """
+    try:
+        save_file(dict(tensors), path)
+    except SafetensorError as error:
+        if not (number := re.search(r"\(os error (\d+)\)", str(error))):
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether all values are finite; by numpy, which leaves torch's threads to training."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    values = (tensor.float() if tensor.itemsize < 4 else tensor).numpy()  # numpy has no bfloat16
+    return bool(abs(values.min()) < float("inf") and abs(values.max()) < float("inf"))
+
+
+def _is_lower(now: float | None, before: float | None) -> bool:
+    """Whether a bound is tighter; None is no bound."""
+    return now is not None and (before is None or now < before)
+
+
+def _left_out(key: str, meaning: Mapping[str, Any]) -> bool:
+    """Whether a section around the setting `key` was null."""
+    parts = key.split(".")
+    return any(".".join(parts[:n]) in meaning for n in range(1, len(parts)))
+
+
+def _copied(named: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
+    """Iterate over a collective to its end, copying its tensors to the host only if `keep`; training goes on with
+    the originals."""
+    copies = {}
+    for name, tensor in named:
+        if keep:
+            copies[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    return copies

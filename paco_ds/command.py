@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +15,8 @@ from rich.text import Text
 
 from paco_ds.errors import RESUMABLE, StorageError, UserError, printable
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
 _REMEDIES = {
     errno.ENOSPC: "make room there",
     errno.EDQUOT: "make room there, or have the quota raised",
@@ -51,16 +54,50 @@ def say(text: str) -> None:
 @contextmanager
 def report_user_errors() -> Iterator[None]:
     """Print a `UserError`, or an error of the operating system, on one line and exit with its status, upon which a
-    launcher ends the job; others name their rank."""
+    launcher ends the job; others name their rank. Ctrl-C is a line too."""
     try:
         yield
+    except KeyboardInterrupt:
+        raise SystemExit(report_interrupt()) from None
     except Exception as error:
         if (status := exit_status(error)) is None:
             if "RANK" in os.environ:
                 error.add_note(f"on rank {os.environ['RANK']}")
             raise
-        _say(_in_words(error) if isinstance(error, OSError) else str(error))
+        report_error(error)
         raise SystemExit(status) from None
+
+
+def report_error(error: Exception) -> None:
+    """Print an error on one line, with the rank."""
+    rank = os.environ.get("RANK", "0")
+    where = f" (rank {rank} of {os.environ['WORLD_SIZE']})" if "WORLD_SIZE" in os.environ else ""
+    text = _in_words(error) if isinstance(error, OSError) else str(error)
+    print(f"error{where}: {printable(text)}", file=sys.stderr, flush=True)
+
+
+def report_interrupt() -> int:
+    """Print that Ctrl-C was pressed; returns the exit status."""
+    print("interrupted; give the same command again to resume", file=sys.stderr, flush=True)
+    return INTERRUPTED
+
+
+@contextmanager
+def one_line_on_interrupt() -> Iterator[None]:
+    """In the block Ctrl-C ends the process at once with one line: in the middle of an import, an exception may be shown
+    or swallowed by a library. For what leaves nothing half done."""
+    before = signal.signal(signal.SIGINT, _end_interrupted)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _end_interrupted(number: int, frame: object) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        with suppress(OSError):
+            os.write(2, b"interrupted\n")
+    os._exit(INTERRUPTED)
 
 
 def exit_status(error: BaseException | None) -> int | None:
@@ -79,13 +116,9 @@ def exit_status(error: BaseException | None) -> int | None:
 
 
 def _in_words(error: OSError) -> str:
+    if error.strerror is None:
+        return str(error)
     names = [str(name) for name in (error.filename, error.filename2) if name is not None]
     remedy = _REMEDIES.get(error.errno or 0)
     then = f"; {remedy}, then give the same command again" if remedy else ""
     return f"{' -> '.join(names)}{': ' if names else ''}{error.strerror}{then}"
-
-
-def _say(message: str) -> None:
-    rank = os.environ.get("RANK", "0")
-    where = f" (rank {rank} of {os.environ['WORLD_SIZE']})" if "WORLD_SIZE" in os.environ else ""
-    print(f"error{where}: {printable(message)}", file=sys.stderr, flush=True)

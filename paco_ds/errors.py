@@ -73,6 +73,12 @@ class NotFiniteError(TrainingError):
     status = 70
 
 
+class LostProcessError(TrainingError):
+    """A process of the job was killed."""
+
+    status = RESUMABLE
+
+
 class StorageError(UserError):
     """A file cannot be written or read: the disk is full, read-only or broken (EX_IOERR)."""
 

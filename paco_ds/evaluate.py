@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # a checkout need not be installed
 
-from paco_ds.command import Screen, report_user_errors, say
+from paco_ds.command import Screen, one_line_on_interrupt, report_user_errors, say
 from paco_ds.config.plugins import AllowCode
 
 if TYPE_CHECKING:
@@ -39,6 +39,11 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("an ensemble belongs to no run: say with --output FILE.json where its figures go")
     if len(arguments.run) > 1 and arguments.tau_normalize is not None:
         parser.error("--tau-normalize is of one run")
+    with one_line_on_interrupt():
+        return _evaluate(arguments)
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
     # not at the top: loader processes read this file again, and need none of it
     from paco_ds.checkpoint import chosen_checkpoint
     from paco_ds.config.load import load_recipe

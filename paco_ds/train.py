@@ -5,11 +5,13 @@ examples:
   deepspeed --hostfile hosts paco_ds/train.py                    the demo, on the images that ship, into runs/demo
   deepspeed --module paco_ds.train --config imagenet_lt_resnet50 --set data.shards=data/imagenet_lt --output runs/a
   paco-train --config demo --set schedule.epochs=2               one rank, without a launcher
+  paco-train --config demo --ranks 2 --restarts 5                two ranks on this host, started again when one is lost
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,16 +24,21 @@ from paco_ds.command import Screen, report_user_errors, say
 from paco_ds.config.plugins import AllowCode
 from paco_ds.config.shipped import RECIPES, card_with_images
 from paco_ds.errors import RESUMABLE, DataError, UserError
+from paco_ds.training.outcome import Ending, run_directory
 from paco_ds.training.stop_request import StopRequest
 
 if TYPE_CHECKING:
     from paco_ds.config.recipe import Recipe
     from paco_ds.distributed.ranks import Ranks
+    from paco_ds.training.trainer import Trainer
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     arguments = _parser().parse_args(argv)
+    if arguments.restarts is not None or arguments.ranks is not None:
+        with report_user_errors():
+            return _keep_running(arguments, sys.argv[1:] if argv is None else argv)
     stop_request = StopRequest()  # before what takes seconds to load
     # not at the top: loader processes read this file again, and need no DeepSpeed
     from paco_ds.checkpoint import hint_after_storage_errors, resume_hint
@@ -45,8 +52,13 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.replay:
         with report_user_errors():
             return _replay(arguments.replay)
-    output = arguments.output or Path("runs", Path(arguments.config or "demo").stem)
-    with report_user_errors(), hint_after_storage_errors(output), RankWatchdog(lambda: resume_hint(output)):
+    output = run_directory(arguments.output, arguments.config)
+    with (
+        report_user_errors(),
+        hint_after_storage_errors(output),
+        Ending(output) as ending,
+        RankWatchdog(lambda: resume_hint(output), ending.end_process),
+    ):
         recipe = load_recipe(arguments.config, arguments.set) if arguments.config else _demo(arguments.set)
         ranks = engine.start(recipe.step, recipe.engine.threads, arguments.expect_ranks)
         if ranks.first and not arguments.config:
@@ -56,14 +68,45 @@ def main(argv: list[str] | None = None) -> int:
             )
         _build_missing_shards(recipe.data.shards, ranks)
         with sole_writer(output, ranks) as lock:
+            before = ending.begin() if ranks.first else ""
             trainer = Trainer(recipe, output, ranks, arguments.stop_at_step, stop_request, lock)
+            ending.step = lambda: trainer.steps_done
+            if 0 < trainer.steps_done < trainer.total_steps:
+                trainer.logger.restart(trainer.steps_done, before)
             try:
-                accuracy = trainer.run()
+                status, reason = _train(trainer)
             finally:
                 trainer.close()
+            ending.write(status, reason)
         ranks.wait_for_all()
         leave_job()
-    return RESUMABLE if accuracy is None and trainer.stop_agreed else 0
+    return status
+
+
+def _train(trainer: Trainer) -> tuple[int, str]:
+    """Run it; (exit status, how it ended)."""
+    accuracy = trainer.run()
+    if accuracy is None and trainer.stop_agreed:
+        return RESUMABLE, f"asked to stop ({trainer.stop_request.reason or 'another rank was'})"
+    return 0, "finished" if accuracy else f"stopped after step {trainer.steps_done}, as the command says"
+
+
+def _keep_running(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Start the ranks of this command on this host, again when they end early.
+
+    Raises:
+        UserError: this process is itself a rank of a launcher.
+    """
+    from paco_ds.training.keep_running import Keeper, local_ranks
+
+    if "RANK" in os.environ:
+        raise UserError("--restarts and --ranks start ranks on this host: give them without a launcher (see --help)")
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option in ("--restarts", "--ranks"):
+        own.add_argument(option)
+    command = [sys.executable, "-u", __file__, *own.parse_known_args(argv)[1]]
+    run, ranks = run_directory(arguments.output, arguments.config), arguments.ranks or 1
+    return Keeper(run, arguments.restarts or 0, lambda: local_ranks(command, ranks)).run()
 
 
 def _replay(folder: Path) -> int:
@@ -120,6 +163,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a setting")
     parser.add_argument("--allow-code", action=AllowCode)
     parser.add_argument("--expect-ranks", type=int, help="end at once if the job has another number of ranks")
+    parser.add_argument("--ranks", type=int, help="start this many ranks on this host")
+    parser.add_argument(
+        "--restarts",
+        type=int,
+        metavar="N",
+        help="start again after a lost rank, a hang or a kill; end after N starts in a row without a new checkpoint",
+    )
     parser.add_argument("--stop-at-step", type=int, help="write a checkpoint after this many steps and end")
     parser.add_argument(
         "--replay", type=Path, metavar="FOLDER", help="run a skipped step that a run kept again, on one rank, and end"

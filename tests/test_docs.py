@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "shards/README.md", *(ROOT / "docs").glob("*.md")])
 EXAMPLE = re.compile(r"NAME|poly")  # modules that a reader would add
 WRITTEN = {"recipe.yaml", "card.yaml", "manifest.json", "manifest-1.json", "metrics.json", "metrics_targets.json"}
-WRITTEN |= {"state.json", "KEY.json"}  # by builds and runs
+WRITTEN |= {"state.json", "KEY.json", "outcome.json"}  # by builds and runs
 
 
 def _text(page: Path) -> str:

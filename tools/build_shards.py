@@ -6,6 +6,6 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # a checkout need not be installed
-    from paco_ds.data.pack.command import main
+    from paco_ds.data.pack.entry import main
 
     sys.exit(main())

@@ -51,6 +51,9 @@ class MetricsSink(Protocol):
     def checkpoint_blocked(self, seconds: float) -> None:
         """Report the seconds for which a checkpoint blocked training."""
 
+    def restarted(self, times: int) -> None:
+        """Report how often the run was started again so far."""
+
     def close(self) -> None:
         """Stop serving."""
 
@@ -139,6 +142,7 @@ class Exporter:
             ["op"],
             registry=registry,
         )
+        self._restarts = Counter("paco_restarts", "Restarts of the run, before this process too.", registry=registry)
         self._checkpoint = Counter(
             "paco_checkpoint_blocked_seconds", "Time for which checkpoints blocked training.", registry=registry
         )
@@ -220,6 +224,10 @@ class Exporter:
         """Count time lost to a checkpoint."""
         self._checkpoint.inc(seconds)
 
+    def restarted(self, times: int) -> None:
+        """Count the starts of the whole run: this process is the last of them."""
+        self._restarts.inc(times)
+
     def close(self) -> None:
         """Stop the server and its thread, and release the port."""
         if self._server is not None:
@@ -247,6 +255,8 @@ class NullExporter:
     def add_collective_bytes(self, op: str, count: int) -> None: ...
 
     def checkpoint_blocked(self, seconds: float) -> None: ...
+
+    def restarted(self, times: int) -> None: ...
 
     def close(self) -> None: ...
 

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ class MetricsLog:
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._open()
+        self.restarts = 0  # lines {"kind": "restart", ...} that `cut_after` kept, and written since
 
     def _open(self) -> None:
         # unbuffered: after a failed write nothing is left that closing would try to write again
@@ -106,6 +108,13 @@ class MetricsLog:
         """Append {"kind": "changed_setting", ...}: a run resumed with another value after `step` steps."""
         self._append({"kind": "changed_setting", "step": step, "setting": key, "before": before, "now": now})
 
+    def restart(self, step: int, reason: str) -> None:
+        """Append {"kind": "restart", ...}: the run was started again after `step` steps; the reason is how it ended
+        before."""
+        self.restarts += 1
+        time = datetime.now(UTC).isoformat(timespec="seconds")
+        self._append({"kind": "restart", "step": step, "number": self.restarts, "reason": reason, "time": time})
+
     def cut_after(self, step: int) -> None:
         """Remove the lines of later steps, and a last line torn by a crash; a resumed run writes them again.
 
@@ -118,7 +127,10 @@ class MetricsLog:
             return
         self._file.close()
         with whole_file(self._path) as out:
-            out.writelines(raw for raw, line in _lines(self._path) if line["step"] <= step)
+            for raw, line in _lines(self._path):
+                if line["step"] <= step:
+                    out.write(raw)
+                    self.restarts += line["kind"] == "restart"
         self._open()
 
     def evaluation_of(self, step: int) -> dict[str, Any] | None:

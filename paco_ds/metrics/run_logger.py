@@ -70,6 +70,11 @@ class RunLogger:
         self.log.changed_setting(step, key, before, now)
         self.say(f"{key} was {before} until step {step}, and is {now} from here on")
 
+    def restart(self, step: int, reason: str) -> None:
+        """Log that the run was started again after `step` steps, and how it ended before."""
+        self.log.restart(step, reason)
+        self.metrics.restarted(self.log.restarts)
+
     def checkpoint(self, seconds: float) -> None:
         """Log the seconds for which a checkpoint blocked training."""
         self.metrics.checkpoint_blocked(seconds)

@@ -17,8 +17,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from paco_ds.command import Screen, report_user_errors, say
-from paco_ds.config.load import load_recipe
+from paco_ds.command import Screen, one_line_on_interrupt, report_user_errors, say
 from paco_ds.config.plugins import AllowCode
 from paco_ds.errors import UserError
 from paco_ds.planning.sizes import parse_bytes
@@ -32,11 +31,13 @@ def main(argv: list[str] | None = None) -> int:
     chosen = [work for option, work in asked.items() if getattr(arguments, option.strip("-"))]
     if not chosen:
         parser.error(f"say what to do: {', '.join(asked)}, or several of them")
-    with report_user_errors():
+    with one_line_on_interrupt(), report_user_errors():
         return max(work(arguments) for work in chosen)
 
 
 def _plan(arguments: argparse.Namespace) -> int:
+    from paco_ds.config.load import load_recipe
+
     recipe = load_recipe(arguments.recipe, arguments.set)
     if arguments.ranks is None:
         raise UserError("--plan needs --ranks N, the ranks of the job over all hosts")
@@ -62,6 +63,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _workers(arguments: argparse.Namespace) -> int:
     import torch
 
+    from paco_ds.config.load import load_recipe
     from paco_ds.data.manifest import open_data
     from paco_ds.planning.loading import measure_loading, measure_step, plan_loading
 
@@ -94,6 +96,7 @@ def _workers(arguments: argparse.Namespace) -> int:
 
 
 def _views(arguments: argparse.Namespace) -> int:
+    from paco_ds.config.load import load_recipe
     from paco_ds.data.manifest import open_data
     from paco_ds.report.view_sheet import draw_view_sheet
 

@@ -68,6 +68,7 @@ class RunFiles:
         evaluations: the evaluation lines, in order.
         recipe: recipe.yaml as text and as a tree, None when missing.
         final: metrics.json, None when missing.
+        restarts: the restart lines, in order.
     """
 
     steps: Mapping[str, Values]
@@ -76,6 +77,7 @@ class RunFiles:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     final: Mapping[str, Any] | None = None
     parts: Mapping[str, Values] = field(default_factory=dict)
+    restarts: Sequence[Mapping[str, Any]] = ()
 
 
 def write_report(run_dir: Path) -> Path:
@@ -99,10 +101,12 @@ def read_run(run_dir: Path) -> RunFiles:
     names = [*STEP_COLUMNS, *(f"{kind}_{shot}" for kind in BY_SHOT for shot in SHOTS)]
     columns = {name: array("d") for name in names}
     parts: dict[str, array[float]] = {}
-    evaluations = []
+    evaluations, restarts = [], []
     for line in log.read(log_path):
         if line["kind"] == "evaluation":
             evaluations.append(line)
+        if line["kind"] == "restart":
+            restarts.append(line)
         if line["kind"] != "step":
             continue
         for name in STEP_COLUMNS:
@@ -127,7 +131,8 @@ def read_run(run_dir: Path) -> RunFiles:
     except yaml.YAMLError as error:
         raise ValueError(f"{recipe_path} is not YAML: {error}") from error
     steps = {name: np.array(column) for name, column in columns.items()}
-    return RunFiles(steps, evaluations, recipe_text, recipe or {}, final, {k: np.array(v) for k, v in parts.items()})
+    arrays = {name: np.array(values) for name, values in parts.items()}
+    return RunFiles(steps, evaluations, recipe_text, recipe or {}, final, arrays, restarts)
 
 
 def render(template: str, context: Mapping[str, Any]) -> str:
@@ -166,6 +171,7 @@ def _context(name: str, run: RunFiles) -> dict[str, Any]:
         "evaluated": bool(run.evaluations),
         "steps": done,
         "skipped": int(np.nansum(steps["skipped"])),
+        "restarts": run.restarts,
         "bad_samples": int(np.nansum(steps["bad_samples"])),
         "waited": percent(_wait_share(steps)) if done else None,
         "recipe": _sections(run.recipe),

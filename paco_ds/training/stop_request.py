@@ -9,12 +9,11 @@ import stat
 import threading
 from contextlib import suppress
 
+from paco_ds.command import INTERRUPTED
 from paco_ds.distributed.launchers import is_gone, launchers
 from paco_ds.errors import RESUMABLE
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-INTERRUPTED = 130
-"""Exit status after a second Ctrl-C, as shells have it."""
 
 
 class StopRequest:

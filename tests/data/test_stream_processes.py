@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from paco_ds.data.stream import loader_processes
-from paco_ds.data.stream.loader_processes import _raising
-from paco_ds.errors import TrainingError
+from paco_ds.data.stream.loader_processes import _raising, name_semaphores
+from paco_ds.errors import LostProcessError
 
 SCRIPT = """
 import os, signal, sys
@@ -38,7 +38,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize(
     ("what", "message"),
-    [("killed", r"TrainingError: loader process \d+ \(-9\).* died.*lower data.workers"), ("left", "something else")],
+    [("killed", r"LostProcessError: loader process \d+ \(-9\).* died.*lower data.workers"), ("left", "something else")],
 )
 def test_the_rank_ends_whatever_became_of_its_loader_processes(striped_shards, tmp_path, what, message):
     """They do not see SIGTERM; waiting for them at exit would last for ever."""
@@ -70,5 +70,18 @@ def test_a_connection_that_breaks_before_its_process_has_ended_is_laid_to_the_pr
         raise ConnectionResetError("reset by peer")
         yield
 
-    with pytest.raises(TrainingError, match=rf"loader process {process.pid} \(-9\).* died"):
+    with pytest.raises(LostProcessError, match=rf"loader process {process.pid} \(-9\).* died"):
         next(_raising(parts(), [process], lambda: None))
+
+
+def test_semaphores_of_dead_processes_are_removed_and_others_stay(tmp_path, monkeypatch):
+    """Those that are left when a scheduler kills a rank and its resource tracker together."""
+    mark = f"paco-{os.stat('/proc/self/ns/pid').st_ino}"
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for name in (f"{mark}-{dead.pid}-a", f"{mark}-{os.getpid()}-b", f"paco-1-{dead.pid}-c", "mp-d"):
+        (tmp_path / f"sem.{name}").touch()
+    monkeypatch.setitem(multiprocessing.current_process()._config, "semprefix", "/mp")
+    name_semaphores(tmp_path)
+    assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["b", "c", "d"]
+    assert multiprocessing.get_context("spawn").Semaphore()._semlock.name.startswith(f"/{mark}-{os.getpid()}-")

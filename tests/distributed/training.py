@@ -13,6 +13,7 @@ from errno import ENOSPC
 from math import inf
 from os import strerror
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -115,12 +116,10 @@ def leave_evaluation(ranks: Ranks, recipe: Path, run: Path, rank: int) -> list[i
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
-    batches, EvaluationSplit.batches = EvaluationSplit.batches, told
-    try:
-        with _trainer(ranks, recipe, run, ("evaluation.batch=1", "evaluation.every_epochs=1")) as trainer:
-            assert trainer.run() is None
-    finally:
-        EvaluationSplit.batches = batches
+    batches = EvaluationSplit.batches
+    settings = ("evaluation.batch=1", "evaluation.every_epochs=1")
+    with mock.patch.object(EvaluationSplit, "batches", told), _trainer(ranks, recipe, run, settings) as trainer:
+        assert trainer.run() is None
     return [trainer.steps_done, evaluated]
 
 

@@ -60,6 +60,7 @@ EXPECTED = {
     'paco_positive_probability_optimum{shot="many"}': 0.015,
     'paco_collective_bytes_total{op="all_gather"}': 1024,
     "paco_checkpoint_blocked_seconds_total": 1.25,
+    "paco_restarts_total": 3,
     "paco_step": 120,
     "paco_epoch": 3,
     'paco_build_info{version="1"}': 1,
@@ -73,6 +74,7 @@ def _report(sink: MetricsSink) -> None:
     sink.observe_accuracy(ACCURACY)
     sink.add_collective_bytes("all_gather", 1024)
     sink.checkpoint_blocked(1.25)
+    sink.restarted(3)
 
 
 def _values(text: str) -> dict[str, float]:

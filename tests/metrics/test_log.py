@@ -108,6 +108,20 @@ def test_cut_drops_later_lines_and_the_log_goes_on(path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_restarts_are_numbered_over_all_starts(tmp_path: Path) -> None:
+    """Those after a step that is repeated are forgotten with it."""
+    path = tmp_path / "metrics.jsonl"
+    for step, reason in ((0, "rank 1 was lost"), (4, "killed"), (9, "its launcher died")):
+        log = MetricsLog(path)
+        log.cut_after(step)
+        log.restart(step, reason)
+        log.close()
+    assert [(line["number"], line["reason"]) for line in read(path)][1:] == [(2, "killed"), (3, "its launcher died")]
+    log = MetricsLog(path)
+    log.cut_after(4)
+    assert log.restarts == 2
+
+
 @pytest.mark.parametrize("torn", [b'{"kind": "step", "ste', b'{"kind": "step", "step": 5}'])
 def test_torn_last_line_is_dropped(path: Path, torn: bytes) -> None:
     """A crash in mid-line: reading leaves it out, cutting removes it, even if what is there would parse."""

@@ -118,6 +118,15 @@ def test_page_shows_the_run(run_dir: Path) -> None:
     assert page.count("<svg") == 7
 
 
+def test_restarts_are_listed_with_their_reasons(run_dir: Path) -> None:
+    with (run_dir / "metrics.jsonl").open("a") as log:
+        line = {"kind": "restart", "step": 6, "number": 1, "reason": "killed <b>", "time": "2026-01-01T00:00:00+00:00"}
+        log.write(json.dumps(line) + "\n")
+    page = write_report(run_dir).read_text()
+    assert "Started again: 1 times" in page
+    assert "2026-01-01T00:00:00+00:00, after step 6: killed &lt;b&gt;" in page
+
+
 def test_every_class_is_named_and_escaped(run_dir: Path) -> None:
     """Class names stand in chart and table; markup in one is shown, not obeyed."""
     page = _page(run_dir)

@@ -2,12 +2,16 @@
 
 import os
 import signal
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from paco_ds.checkpoint import newest_checkpoint
-from tests.multinode.training import CHECKPOINT_EVERY, EPOCHS, STEPS_PER_EPOCH, TRAIN, steps, write_recipe
+from paco_ds.metrics.log import read
+from tests.multinode.hosts import BIN, Job
+from tests.multinode.training import CHECKPOINT_EVERY, EPOCHS, ROOT, STEPS_PER_EPOCH, TRAIN, steps, write_recipe
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
 
@@ -69,3 +73,50 @@ def test_ctrl_c_on_the_launching_host_stops_all_with_a_checkpoint(two_hosts, job
     checkpoint = newest_checkpoint(two_hosts.folder / "run")
     assert checkpoint.step >= before
     assert "was lost" not in job.said, job.said
+
+
+def _environment(two_hosts):
+    path = f"{two_hosts.folder / 'bin'}:{BIN}:{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
+
+
+def test_torchrun_starts_the_ranks_of_both_hosts_again_after_a_kill(two_hosts, striped_shards, pool, record):
+    """A rank of the second host; the agents meet again, and the run ends bit-equal."""
+    folder, run = two_hosts.folder, two_hosts.folder / "run"
+    config = write_recipe(folder, striped_shards)
+    rendezvous = ("--rdzv_backend", "c10d", "--rdzv_endpoint", "10.77.0.1:29400", "--rdzv_id", "job")
+    torchrun = (BIN / "torchrun", "--nnodes", "1:2", "--nproc_per_node", 1, "--max-restarts", 3, *rendezvous)
+    words = (*torchrun, "--local_addr")
+    jobs = [
+        Job(
+            host.inside(*words, host.address, TRAIN, "--config", config, "--output", "run"),
+            folder,
+            _environment(two_hosts),
+        )
+        for host in two_hosts.hosts
+    ]
+    jobs[0].wait_until(lambda: len(steps(run)) > CHECKPOINT_EVERY, seconds=240)
+    for pid in two_hosts.hosts[1].processes():
+        words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        if str(TRAIN) in words[:3]:
+            os.kill(pid, signal.SIGKILL)
+    assert [job.wait(seconds=240) for job in jobs] == [0, 0], jobs[0].said + jobs[1].said
+    pool(2).run("tests.distributed.training:train", recipe=config, run=folder / "local")
+    assert steps(run) == steps(folder / "local")
+    assert sum(line["kind"] == "restart" for line in read(run / "metrics.jsonl")) == 1
+    record("torchrun on two hosts, a rank killed: started again", "bit-equal", True)
+
+
+def test_a_kept_elastic_job_goes_on_with_the_host_that_is_left(two_hosts, striped_shards, record):
+    """Its cable is pulled; the ranks that are left can share a step."""
+    folder, run = two_hosts.folder, two_hosts.folder / "run"
+    config = write_recipe(folder, striped_shards, epochs=40)
+    launch = ("deepspeed", "--hostfile", "hosts", TRAIN, "--config", config, "--output", "run", "--expect-ranks", 2)
+    keeper = (sys.executable, ROOT / "tools" / "keep_running.py", "--elastic", "--", *launch)
+    job = Job(two_hosts.hosts[0].inside(*keeper), folder, _environment(two_hosts))
+    job.wait_until(lambda: len(steps(run)) > CHECKPOINT_EVERY, seconds=240)
+    two_hosts.hosts[1].cut_off()
+    assert job.wait(seconds=600) == 0, job.said
+    assert (run / "hosts").read_text() == "10.77.0.1 slots=1\n"
+    assert len(steps(run)) == 40 * STEPS_PER_EPOCH
+    record("a host vanishes from a kept elastic job: goes on with the other", f"{len(steps(run))} steps", True)

@@ -10,9 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from paco_ds.command import INTERRUPTED
 from paco_ds.distributed.launchers import KEEPER
 from paco_ds.errors import RESUMABLE
-from paco_ds.training.stop_request import INTERRUPTED, StopRequest
+from paco_ds.training.stop_request import StopRequest
 
 # a rank that says what it was told; the main thread waits in a call that no Python handler interrupts
 RANK = """
@@ -66,7 +67,7 @@ def test_a_signal_asks_and_the_handlers_of_before_come_back(number):
 
 
 def test_before_the_first_step_a_request_ends_the_process_with_one_line(rank):
-    process = rank()
+    process = rank("lingers")
     process.send_signal(signal.SIGUSR1)
     assert process.communicate(timeout=60)[1] == "stopped before its first step (SIGUSR1)\n"
     assert process.returncode == RESUMABLE

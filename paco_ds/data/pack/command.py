@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.table import Table
 
-from paco_ds.command import Screen, exit_status, say
+from paco_ds.command import Screen, exit_status, report_error, report_interrupt, say
 from paco_ds.config.plugins import allow_code, is_plugin
 from paco_ds.config.shipped import find_card
 from paco_ds.data.manifest import SHOTS, Manifest, load_manifest
@@ -25,7 +25,7 @@ from paco_ds.data.pack.card import SPLIT_NAMES, Card, card_of_options, card_type
 from paco_ds.data.pack.check import check_shards
 from paco_ds.data.pack.shards import BAD_IMAGES_FILE, build_share
 from paco_ds.data.pack.suggest import histogram, suggest, write_files
-from paco_ds.errors import DataError, UserError, printable
+from paco_ds.errors import DataError, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,11 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = arguments.command(arguments, Screen())
         return code
     except (UserError, OSError) as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        report_error(error)
         return exit_status(error) or UserError.status
     except KeyboardInterrupt:
-        print("interrupted; give the same command again to resume", file=sys.stderr)
-        return 130
+        return report_interrupt()
 
 
 def _build(arguments: argparse.Namespace, console: Screen) -> int:

@@ -9,17 +9,19 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import connection, resource_tracker
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 import cv2
+import psutil
 import torch
 import webdataset as wds
 from torch.utils.data import DataLoader
 
 from paco_ds.data.stream.load import Part
-from paco_ds.errors import TrainingError, UserError
+from paco_ds.errors import LostProcessError, UserError
 
 _NEWS = 20.0  # seconds to wait for the exit status of a loader process
 
@@ -33,6 +35,7 @@ def start_loading(pipeline: wds.DataPipeline, workers: int, ahead: int = 2) -> I
     if workers:
         # a process that runs threads must not be forked; the fork server has none
         context = multiprocessing.get_context("forkserver")
+        name_semaphores()
         context.set_forkserver_preload(["paco_ds.data.stream.batches"])  # or every worker would import torch
     loader = DataLoader(
         wds.DataPipeline(pipeline, _errors_as_values),
@@ -49,6 +52,20 @@ def start_loading(pipeline: wds.DataPipeline, workers: int, ahead: int = 2) -> I
     end = functools.partial(_kill, processes)
     atexit.register(end)
     return _raising(parts, processes, end)
+
+
+def name_semaphores(folder: Path = Path("/dev/shm")) -> None:
+    """Name this process in its semaphores, and remove those of dead ones.
+
+    The resource tracker removes them after any death of the rank, unless it was killed too, as by a scheduler that
+    kills all processes of a job.
+    """
+    mark = f"paco-{os.stat('/proc/self/ns/pid').st_ino}"  # processes of another container have numbers of their own
+    multiprocessing.current_process()._config["semprefix"] = f"/{mark}-{os.getpid()}"  # type: ignore[attr-defined]
+    for path in folder.glob(f"sem.{mark}-*"):
+        with suppress(OSError, ValueError):  # another rank was faster, or it is another user's
+            if not psutil.pid_exists(int(path.name.split("-")[2])):
+                path.unlink()
 
 
 def _errors_as_values(parts: Iterable[Part]) -> Iterator[Part | UserError]:
@@ -73,7 +90,7 @@ def _raising(
         gone = [f"{process.pid} ({process.exitcode})" for process in processes if process.exitcode]
         if not gone:
             raise
-        raise TrainingError(
+        raise LostProcessError(
             f"loader process {', '.join(gone)} (exit status) of this rank died. -9 mostly means out of memory: "
             f"lower data.workers or data.window, or add memory; then run the same command to resume"
         ) from error

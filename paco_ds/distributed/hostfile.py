@@ -1,0 +1,55 @@
+"""The hosts of a hostfile that are left after a fault, and a `deepspeed` command on them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from paco_ds.errors import UserError
+
+
+def hosts_left(hostfile: Path, micro_batches: int | None, is_up: Callable[[str], bool]) -> dict[str, int]:
+    """Slots of the hosts that answer, in the order of the hostfile, as many as can share a step evenly.
+
+    Args:
+        micro_batches: of a step; None before the first start, which takes all.
+
+    Raises:
+        UserError: no host answers.
+    """
+    from paco_ds.distributed.ranks import legal_world_sizes  # torch: only who asks for it waits
+
+    lines = re.findall(r"^\s*([^\s#]+)\s+slots=(\d+)", hostfile.read_text(), re.MULTILINE)
+    found = {host: int(slots) for host, slots in lines if is_up(host)}
+    if not found:
+        raise UserError(f"no host of {hostfile} answers to ssh: {', '.join(host for host, _ in lines)}")
+    free = sum(found.values())
+    if micro_batches is not None:
+        free = max(size for size in legal_world_sizes(micro_batches) if size <= free)
+    taken = {}
+    for host, slots in found.items():
+        taken[host] = min(slots, free)
+        free -= taken[host]
+    return {host: slots for host, slots in taken.items() if slots}
+
+
+def on_hosts(command: Sequence[str], hostfile: Path, ranks: int) -> list[str]:
+    """A `deepspeed` command with another hostfile and number of ranks; also one host is reached by ssh."""
+    words = [*command]
+    for option, value in (("--hostfile", str(hostfile)), ("-H", str(hostfile)), ("--expect-ranks", str(ranks))):
+        for place, word in enumerate(words):
+            if word == option:
+                words[place + 1] = value
+            elif word.startswith(f"{option}="):
+                words[place] = f"{option}={value}"
+    return [words[0], "--force_multi", *words[1:]]
+
+
+def answers(host: str) -> bool:
+    """Whether ssh reaches a host, with the options that pdsh gives it."""
+    options = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=10", *os.environ.get("PDSH_SSH_ARGS_APPEND", "").split())
+    silent = subprocess.DEVNULL
+    return subprocess.run(["ssh", *options, host, "true"], stdin=silent, stdout=silent, stderr=silent).returncode == 0

@@ -1,0 +1,37 @@
+"""A hundred kills at any time: whoever dies, the run ends bit-equal to one that was never disturbed."""
+
+import random
+import time
+
+import pytest
+
+from tests.endtoend.kills import TRAIN, KilledJob, deepspeed, learnt, write_recipe
+from tests.multinode.hosts import free_port
+
+KILLS, EPOCHS = 10, 30
+STEPS = 4 * EPOCHS
+VICTIMS = ("rank", "rank", "rank", "loader", "launcher", "deepspeed")
+
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(3600)]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_ten_kills_at_any_time_change_nothing(seed, striped_shards, pool, tmp_path, record):
+    """Of a rank, a loader process, the launcher or `deepspeed`; while it starts, in steps, saves and evaluations."""
+    draw, began, kills = random.Random(seed), time.monotonic(), 0
+    run, recipe = tmp_path / "run", write_recipe(tmp_path, striped_shards, epochs=EPOCHS)
+    pool(2).run("tests.distributed.training:train", recipe=recipe, run=tmp_path / "undisturbed")
+    arguments = ("--config", recipe, "--output", run)
+    words = deepspeed(free_port(), *arguments) if seed % 3 == 0 else [TRAIN, "--ranks", 2, "--restarts", 30, *arguments]
+    job = KilledJob(words, run)
+    while kills < KILLS and job.step < STEPS - 8:
+        if draw.random() < 0.5:  # the start is hit, or what comes soon after
+            time.sleep(draw.uniform(0, 12))
+        else:
+            goal = min(job.step + draw.randrange(1, 8), STEPS - 8)
+            job.wait_until(lambda goal=goal: job.step >= goal)
+        kills += job.kill(draw.choice(VICTIMS), draw)
+    assert job.wait() == 0, job.job.said
+    assert learnt(run) == learnt(tmp_path / "undisturbed")
+    assert job.unfinished() == []
+    record(f"{kills} kills, seed {seed}: bit-equal, nothing left", f"{time.monotonic() - began:.0f} s", True)

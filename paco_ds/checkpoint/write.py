@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -43,14 +43,32 @@ LOWERED = ("optimizer.lr", "optimizer.clip_norm")
 PART = ".part"  # ending of what is being written
 
 
+class Writer(Protocol):
+    """Runs the writing of checkpoints, one at a time."""
+
+    def submit(self, write: Callable[[], None]) -> None:
+        """Run it, now or later in another thread."""
+
+    def wait(self) -> None:
+        """Return when nothing is being written; what a write raised is raised here."""
+
+
+class AtOnce:
+    """Writes while the caller waits."""
+
+    def submit(self, write: Callable[[], None]) -> None:
+        write()
+
+    def wait(self) -> None: ...
+
+
 class Checkpoints:
     """The checkpoints of a run directory.
 
     Args:
         run: the run directory; checkpoints are in its folder checkpoints/.
         recipe, manifest_sha256: must be the same in a resumed run.
-        submit: called with the writing of a checkpoint, which may run later and in another thread; by default it is
-            run at once.
+        writer: runs the writing, by default while the caller waits.
     """
 
     def __init__(
@@ -58,10 +76,11 @@ class Checkpoints:
         run: Path,
         recipe: Recipe,
         manifest_sha256: str,
-        submit: Callable[[Callable[[], None]], None] = lambda write: write(),
+        writer: Writer | None = None,
     ) -> None:
         self.folder = run / "checkpoints"
-        self.recipe, self.manifest_sha256, self._submit = recipe, manifest_sha256, submit
+        self.recipe, self.manifest_sha256, self._writer = recipe, manifest_sha256, writer or AtOnce()
+        self._host: dict[tuple[str, str], Tensor] = {}  # copies of the last save by (file, name)
         self.lowered: dict[str, tuple[Any, Any]] = {}  # by setting: (in the checkpoint, now)
 
     def save(
@@ -86,9 +105,10 @@ class Checkpoints:
             NotFiniteError: a value is not finite; nothing is written, and earlier checkpoints stay.
             StorageError: the disk is full and the like; nothing of it is left, and earlier checkpoints stay.
         """
-        files = {MODEL: _copied(model, write), MOMENTUM: _copied(momentum, write)}
+        self._writer.wait()
+        files = {MODEL: self._copied(MODEL, model, write), MOMENTUM: self._copied(MOMENTUM, momentum, write)}
         if queue is not None:
-            files[QUEUE] = _copied(queue.items(), write)
+            files[QUEUE] = self._copied(QUEUE, queue.items(), write)
         if not write:
             return
         state = self._state(step) | dict(about)
@@ -97,7 +117,20 @@ class Checkpoints:
             self._write(f"step-{step:08d}", files, state)
             self._prune(step, epoch_steps)
 
-        self._submit(write_and_prune)
+        self._writer.submit(write_and_prune)
+
+    def _copied(self, file: str, named: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
+        """Iterate over a collective to its end, copying its tensors to the host only if `keep`; training goes on with
+        the originals. The memory of the last save is used again: to be given fresh pages takes longer than to copy."""
+        copies = {}
+        for name, tensor in named:
+            if keep:
+                copy = self._host.get((file, name))
+                if copy is None or (copy.shape, copy.dtype) != (tensor.shape, tensor.dtype):
+                    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                    self._host[file, name] = copy
+                copies[name] = copy.copy_(tensor.detach())
+        return copies
 
     def _state(self, step: int) -> dict[str, Any]:
         return {
@@ -113,10 +146,11 @@ class Checkpoints:
     ) -> None:
         """The weights after `step` steps as the best so far, in place of the previous best. As `save`, without
         momentum and queue, since no run resumes from them."""
-        files = {MODEL: _copied(model, write)}
+        self._writer.wait()
+        files = {MODEL: self._copied(MODEL, model, write)}
         state = self._state(step) | {"criterion": self.recipe.evaluation.checkpoint} | dict(about)
         if write:
-            self._submit(lambda: self._write(BEST, files, state))
+            self._writer.submit(lambda: self._write(BEST, files, state))
 
     def best(self, until: int) -> Checkpoint | None:
         """The best weights among the first `until` steps by the recipe's criterion, or None. Weights of a later step
@@ -277,13 +311,3 @@ def _left_out(key: str, meaning: Mapping[str, Any]) -> bool:
     """Whether a section around the setting `key` was null."""
     parts = key.split(".")
     return any(".".join(parts[:n]) in meaning for n in range(1, len(parts)))
-
-
-def _copied(named: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
-    """Iterate over a collective to its end, copying its tensors to the host only if `keep`; training goes on with
-    the originals."""
-    copies = {}
-    for name, tensor in named:
-        if keep:
-            copies[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-    return copies

@@ -28,18 +28,22 @@ def stage_of(engine: Any) -> int:
 
 
 def whole_model(engine: Any) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every weight, float32, and buffer; a collective: all ranks must iterate over it."""
+    """(name, tensor) of every weight, float32, and buffer; a collective: all ranks must iterate over it.
+
+    Buffers, and at stage 0 weights too, are those that training changes: copy what is to be kept.
+    """
     yield from engine.module.named_buffers()
     for name, parameter in engine.module.named_parameters():
         weight = safe_get_full_fp32_param(parameter) if _partitioned(engine, parameter) else None
-        if weight is None:
-            with deepspeed.zero.GatheredParameters([parameter], enabled=stage_of(engine) == 3):
+        if weight is None and stage_of(engine) == 3:
+            with deepspeed.zero.GatheredParameters([parameter]):
                 weight = parameter.detach().clone()
-        yield name, weight.detach().float()
+        yield name, (parameter if weight is None else weight).detach().float()
 
 
 def whole_momentum(engine: Any) -> Iterator[tuple[str, Tensor]]:
-    """(name, momentum) of every trained parameter; zeros before the first step. A collective."""
+    """(name, momentum) of every trained parameter; zeros before the first step. A collective; copy what is to be kept,
+    as of `whole_model`."""
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:
             continue

@@ -119,7 +119,7 @@ class ShotAccuracy:
     def to_json(self) -> dict[str, Any]:
         """The keys many, medium, few, all, top5 and per_class of metrics.json; with routers experts_used and
         images_by_experts too; left_out where images were."""
-        figures = {**self.top1(), "top5": dict(self.top5), "per_class": list(self.per_class)}
+        figures: dict[str, Any] = {**self.top1(), "top5": dict(self.top5), "per_class": list(self.per_class)}
         if self.left_out:
             figures["left_out"] = list(self.left_out)
         if self.images_by_experts is None:

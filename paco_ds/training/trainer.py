@@ -70,7 +70,7 @@ class Trainer:
         self.manifest = manifest = open_data(recipe.data, set(filter(None, splits)))
         self.layout = MicroBatchLayout(recipe.step.micro_batch, recipe.step.micro_batches, ranks.rank, ranks.world_size)
         config = read_deepspeed_config(recipe.engine.deepspeed)
-        self.checkpoints = Checkpoints(run, recipe, manifest.sha256, self.saver.submit)
+        self.checkpoints = Checkpoints(run, recipe, manifest.sha256, self.saver)
         checkpoint = self._same_on_all_ranks(self.checkpoints.latest())
 
         self.steps_done = checkpoint.step if checkpoint else 0

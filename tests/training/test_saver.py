@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from paco_ds.checkpoint import Checkpoints, newest_checkpoint
+from paco_ds.checkpoint import Checkpoints, newest_checkpoint, read_checkpoint
 from paco_ds.distributed.ranks import Ranks
 from paco_ds.errors import StorageError, UserError
 from paco_ds.training.saver import Saver, sole_writer
@@ -18,6 +18,12 @@ ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 
 def full():
     raise StorageError("the disk is full")
+
+
+def hold_back(saver, event):
+    """Writes begin when the event is set."""
+    submit = saver.submit
+    saver.submit = lambda write: submit(lambda: (event.wait(), write()))
 
 
 @pytest.fixture
@@ -31,10 +37,8 @@ def test_training_goes_on_while_a_checkpoint_is_written(saver, tmp_path):
     """What is written is of the moment of the save, whatever training does to the tensors meanwhile."""
     weight, may_write = torch.zeros(3), threading.Event()
 
-    def slowly(write):
-        saver.submit(lambda: (may_write.wait(), write()))
-
-    checkpoints = Checkpoints(tmp_path, tiny_recipe(), "abc", slowly)
+    checkpoints = Checkpoints(tmp_path, tiny_recipe(), "abc", saver)
+    hold_back(saver, may_write)
     checkpoints.save(1, [("weight", weight)], [("weight", weight)], {"keys": weight}, about={})
     weight += 1  # the next step
     assert not (tmp_path / "checkpoints").exists()
@@ -43,6 +47,15 @@ def test_training_goes_on_while_a_checkpoint_is_written(saver, tmp_path):
     found = newest_checkpoint(tmp_path)
     for tensor in (found.model()["weight"], found.momentum()["weight"], found.queue()["keys"]):
         assert tensor.tolist() == [0, 0, 0]
+    threading.Timer(0.05, may_write.set).start()
+    may_write.clear()
+    for step in (2, 3):  # the third is copied when the second has been written
+        checkpoints.save(step, [("weight", weight)], [], None, about={})
+        weight += 1
+    saver.wait()
+    folder = tmp_path / "checkpoints"
+    assert read_checkpoint(folder / "step-00000002").model()["weight"].tolist() == [1, 1, 1]
+    assert read_checkpoint(folder / "step-00000003").model()["weight"].tolist() == [2, 2, 2]
 
 
 def test_the_next_write_waits_for_the_one_under_way(saver):

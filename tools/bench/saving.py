@@ -17,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -78,17 +78,16 @@ def measure(size: Size, ranks: Ranks, repeats: int, folder: Path) -> Figures:
     set_momentum(step.engine, {name: torch.randn(tensor.shape) for name, tensor in whole_momentum(step.engine)})
     queue = step.contrast.queue.state_dict() if step.contrast else None
     saver = Saver()
+    waiting, not_waiting = Checkpoints(folder, recipe, "random"), Checkpoints(folder, recipe, "random", saver)
 
-    def save(submit: Callable[[Callable[[], None]], None]) -> float:
+    def save(checkpoints: Checkpoints) -> float:
         ranks.wait_for_all()
         began = time.perf_counter()
-        Checkpoints(folder, recipe, "random", submit).save(
-            1, whole_model(step.engine), whole_momentum(step.engine), queue, {}, write=ranks.first
-        )
+        checkpoints.save(1, whole_model(step.engine), whole_momentum(step.engine), queue, {}, write=ranks.first)
         return time.perf_counter() - began
 
     def beside() -> float:
-        seconds = save(saver.submit)
+        seconds = save(not_waiting)
         saver.wait()
         return seconds
 
@@ -99,7 +98,7 @@ def measure(size: Size, ranks: Ranks, repeats: int, folder: Path) -> Figures:
             pass
         return time.perf_counter() - began
 
-    works = {"blocked": beside, "synchronous": lambda: save(lambda write: write()), "gathering": gather}
+    works = {"blocked": beside, "synchronous": lambda: save(waiting), "gathering": gather}
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for number in range(repeats + 1):
         for name, work in (

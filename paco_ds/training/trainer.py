@@ -358,7 +358,7 @@ class Trainer:
         if logged is None:
             self._evaluate_epoch()
         else:
-            self._keep_if_best({"best_all": logged["all"], "best_balanced": logged["balanced"]})
+            self._keep_if_best({"best_all": logged.get("all"), "best_balanced": logged.get("balanced")})
 
     def _keep_if_best(self, scores: Mapping[str, float | None]) -> None:
         """Keep the present weights if their score by the recipe's criterion is the best so far."""

@@ -25,7 +25,9 @@ class RankPool:
 
     def __init__(self, world_size: int, cuda: bool = False) -> None:
         self.world_size = world_size
-        context = multiprocessing.get_context("spawn")
+        # ranks are forked from a server that has imported what they need: half of a short test was imports
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["paco_ds.training.trainer", "paco_ds.report", "tests.distributed.training"])
         port = _free_port()
         self._ranks = []
         for rank in range(world_size):

@@ -27,7 +27,6 @@ class StepRecord:
         loss: mean over the anchors of the global batch.
         lr: learning rate of the step.
         grad_norm: L2 norm before clipping.
-        grad_norm_ratio: the same over its usual value in recent steps; None in the first steps.
         images_per_second: of all ranks together.
         data_wait_seconds: time this rank waited for its images.
         step_seconds: wall time of the step, the wait included.
@@ -40,6 +39,7 @@ class StepRecord:
         parts: parts of the loss by name, for methods with several; means over the global batch.
         skipped: the step changed nothing, since a value was not finite or the gradient norm far off.
         bad_samples: samples replaced in this step because they could not be read.
+        grad_norm_ratio: `grad_norm` over its usual value in recent steps; None in the first steps.
     """
 
     step: int
@@ -50,7 +50,6 @@ class StepRecord:
     images_per_second: float
     data_wait_seconds: float
     step_seconds: float
-    grad_norm_ratio: float | None = None
     queue_fill: float = 0.0
     center_probability: Mapping[str, float | None] = field(default_factory=dict)
     center_probability_optimum: Mapping[str, float | None] = field(default_factory=dict)
@@ -59,6 +58,7 @@ class StepRecord:
     parts: Mapping[str, float] = field(default_factory=dict)
     skipped: bool = False
     bad_samples: int = 0
+    grad_norm_ratio: float | None = None
 
 
 class MetricsLog:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+from deepspeed.runtime import compiler
 
 from paco_ds.config.recipe import EngineSettings, OptimizerSettings, StepSettings
 from paco_ds.distributed.launch import environment_ranks, join_job
@@ -106,6 +108,20 @@ def init_distributed(backend: str) -> None:
     deepspeed.init_distributed(backend)
 
 
+def import_muon_uncompiled() -> None:
+    """Import DeepSpeed's Muon without compiling it, before DeepSpeed does.
+
+    DeepSpeed imports it to ask whether our SGD is it, and decorates three functions with torch.compile on the way, which
+    loads the compiler: 4 s of a core at the start of every rank, for functions that are not called.
+    """
+    compiled = compiler.compile
+    compiler.compile = lambda **options: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = compiled
+
+
 def initialise(
     model: Recogniser,
     settings: OptimizerSettings,
@@ -141,5 +157,6 @@ def initialise(
         # 0 is no clipping; left out, DeepSpeed clips at 1. Without ZeRO the optimizer clips, which knows the norm
         "gradient_clipping": (settings.clip_norm or 0.0) if stage > 0 else 0.0,
     }
+    import_muon_uncompiled()
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=complete)
     return engine, optimizer

@@ -10,11 +10,9 @@ import pickle
 from pathlib import Path
 
 import torch
-import torchvision
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torchvision.models.resnet import ResNet
 
 from paco_ds.checkpoint import open_run
 from paco_ds.config.recipe import ModelSettings
@@ -75,7 +73,7 @@ def freeze(model: Recogniser, settings: ModelSettings) -> None:
         model.freeze_encoder()  # centers that are not trained have no gradient from the start
     elif settings.trained == "last_block":
         network = model.query_encoder.backbone.network
-        if not isinstance(network, ResNet):
+        if not hasattr(network, "layer4"):
             raise RecipeError(f"model.trained last_block needs a ResNet or ResNeXt, not {settings.backbone}")
         last = set(network.layer4[-1].parameters())
         norms = (m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
@@ -144,6 +142,8 @@ def _of_file(path: Path) -> dict[str, Tensor]:
 
 
 def _of_torchvision(settings: ModelSettings, name: str) -> dict[str, Tensor]:
+    import torchvision  # here: its import is 3 s of a core in every rank, and most runs need none of it
+
     try:
         known = [w.name for w in torchvision.models.get_model_weights(settings.backbone)]
     except ValueError:

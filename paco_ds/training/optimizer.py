@@ -39,7 +39,7 @@ class UsualNorm:
             return None
         return norm / math.exp(self.log_mean)
 
-    def state(self) -> dict[str, float]:
+    def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
         return {"log_mean": self.log_mean, "steps": self.steps}
 

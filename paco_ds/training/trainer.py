@@ -28,7 +28,6 @@ from paco_ds.evaluation.split import EvaluationSplit
 from paco_ds.files import replace_text, storage_errors
 from paco_ds.metrics.log import StepRecord
 from paco_ds.metrics.run_logger import BadSamples, RunLogger
-from paco_ds.report import write_report
 from paco_ds.training.agreement import check_replicas_equal
 from paco_ds.training.build import Classes, build_model, build_step, build_stream
 from paco_ds.training.engine import read_deepspeed_config
@@ -432,6 +431,8 @@ class Trainer:
             )
             self.logger.progress.close()
             self.logger.say(accuracy.table(f"{self.recipe.name} on {split}"))
+            from paco_ds.report import write_report  # matplotlib, where something is drawn
+
             self.logger.say(f"report: {write_report(self.run_dir)}")
         return accuracy
 

@@ -111,8 +111,8 @@ def init_distributed(backend: str) -> None:
 def import_muon_uncompiled() -> None:
     """Import DeepSpeed's Muon without compiling it, before DeepSpeed does.
 
-    DeepSpeed imports it to ask whether our SGD is it, and decorates three functions with torch.compile on the way, which
-    loads the compiler: 4 s of a core at the start of every rank, for functions that are not called.
+    DeepSpeed imports it to ask whether our SGD is it, and decorates three functions with torch.compile on the way.
+    That loads the compiler: 4 s of a core at the start of every rank, for functions that are not called.
     """
     compiled = compiler.compile
     compiler.compile = lambda **options: lambda function: function

@@ -87,3 +87,16 @@ def test_commands_find_their_own_checkout_from_anywhere(script, tmp_path):
     assert run.returncode == 0, run.stderr
     assert "this checkout" in run.stdout
     assert "usage:" in run.stdout
+
+
+def test_a_start_does_not_load_torchs_compiler():
+    """Nor torchvision nor matplotlib: seconds of a core in every rank, where the recipe needs none of them."""
+    program = """
+import sys
+from paco_ds.training import engine, trainer
+engine.import_muon_uncompiled()
+print([name for name in ("torch._inductor.compile_fx", "torch._dynamo.eval_frame", "torchvision", "matplotlib")
+       if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -1,4 +1,4 @@
-"""Prometheus metrics of a rank: the /metrics server, and the file that lists the targets.
+"""Prometheus metrics of a rank, and the file that lists the targets.
 
 Counters belong to this process and start at 0 (restoring them would break `rate()`); the job's position is in gauges.
 """
@@ -11,15 +11,14 @@ import logging
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from threading import Thread
 from typing import Protocol
-from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from paco_ds.evaluation.accuracy import ShotAccuracy
 from paco_ds.files import replace_text
 from paco_ds.metrics.log import StepRecord
+from paco_ds.metrics.server import MetricsServer
 
 logger = logging.getLogger(__name__)
 
@@ -59,12 +58,12 @@ class MetricsSink(Protocol):
 
 
 class Exporter:
-    """The metrics of a rank in their own registry, and the thread that serves them."""
+    """The metrics of a rank in their own registry, and the server that shows them."""
 
     def __init__(self) -> None:
         registry = CollectorRegistry()
         self.registry = registry
-        self._server: tuple[WSGIServer, Thread] | None = None
+        self._server: MetricsServer | None = None
         self._samples = Counter("paco_samples", "Training images processed by this rank.", registry=registry)
         self._steps = Counter("paco_steps", "Optimizer steps, skipped ones included.", registry=registry)
         self._skipped = Counter(
@@ -161,16 +160,15 @@ class Exporter:
         first = base_port + local_rank if base_port else 0
         for port in range(first, min(first + PORT_TRIES, 65536)):
             try:
-                server, thread = start_http_server(port, registry=self.registry)
+                self._server = MetricsServer(port, self.registry)
             except OSError as error:
                 if error.errno == errno.EADDRINUSE:
                     continue
                 logger.warning("no /metrics: port %d cannot be served (%s); training continues", port, error)
                 return None
-            self._server = server, thread
             if port != first and first:
-                logger.warning("port %d is taken; /metrics is served on port %d", first, server.server_port)
-            return int(server.server_port)
+                logger.warning("port %d is taken; /metrics is served on port %d", first, self._server.port)
+            return self._server.port
         logger.warning(
             "no /metrics: no free port in %d..%d; training continues. Set metrics.port to another port",
             first,
@@ -231,10 +229,7 @@ class Exporter:
     def close(self) -> None:
         """Stop the server and its thread, and release the port."""
         if self._server is not None:
-            server, thread = self._server
-            server.shutdown()
-            server.server_close()
-            thread.join()
+            self._server.close()
             self._server = None
 
 

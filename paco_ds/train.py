@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         report_user_errors(),
         hint_after_storage_errors(output),
         Ending(output) as ending,
-        RankWatchdog(lambda: resume_hint(output), ending.end_process),
+        RankWatchdog(lambda: resume_hint(output), ending.end_process) as watchdog,
     ):
         recipe = load_recipe(arguments.config, arguments.set) if arguments.config else _demo(arguments.set)
         ranks = engine.start(recipe.step, recipe.engine.threads, arguments.expect_ranks)
@@ -67,9 +67,10 @@ def main(argv: list[str] | None = None) -> int:
                 f"name of one in {RECIPES}"
             )
         _build_missing_shards(recipe.data.shards, ranks)
+        watchdog.heartbeat.hang_seconds = recipe.engine.hang_seconds
         with sole_writer(output, ranks) as lock:
             before = ending.begin() if ranks.first else ""
-            trainer = Trainer(recipe, output, ranks, arguments.stop_at_step, stop_request, lock)
+            trainer = Trainer(recipe, output, ranks, arguments.stop_at_step, stop_request, lock, watchdog.heartbeat)
             ending.step = lambda: trainer.steps_done
             if 0 < trainer.steps_done < trainer.total_steps:
                 trainer.logger.restart(trainer.steps_done, before)

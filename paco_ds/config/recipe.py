@@ -186,6 +186,9 @@ class EngineSettings(Section):
         None, gt=1, description="skip a step whose gradient norm is more than so many times the usual one; null: none"
     )
     digest_every: Natural = Field(100, description="steps between proofs that ranks hold equal queues; 0: never")
+    hang_seconds: Positive | None = Field(
+        300, description="seconds without progress after which ranks print their stacks and end; null: never"
+    )
     channels_last: bool = Field(False, description="keep images and activations as N, H, W, C in memory")
     activation_checkpointing: bool = Field(
         False, description="keep only the inputs of residual blocks for backward and run the blocks again there"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -85,8 +86,10 @@ class Ending:
                 Outcome(status, reason, self.step()).write(self._run)
 
     def end_process(self, status: int) -> None:
-        """For the watchdog: end at once."""
-        self.write(status, "a rank was lost, hung or failed")
+        """For the watchdog: end at once. The disk of the run may be what hangs."""
+        writing = threading.Thread(target=self.write, args=(status, "a rank was lost, hung or failed"), daemon=True)
+        writing.start()
+        writing.join(2.0)
         os._exit(status)
 
     def __enter__(self) -> Ending:

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from paco_ds.data.manifest import open_data
 from paco_ds.data.shard import ShardReader
 from paco_ds.data.stream.batches import MicroBatch
 from paco_ds.distributed.folder_lock import FolderLock
+from paco_ds.distributed.heartbeat import Heartbeat
 from paco_ds.distributed.ranks import MicroBatchLayout, Ranks, SharedFlag
 from paco_ds.distributed.zero import set_momentum, stage_of, whole_model, whole_momentum
 from paco_ds.errors import NotFiniteError, RecipeError, UserError
@@ -49,6 +51,7 @@ class Trainer:
         stop_at_step: write a checkpoint after this many steps and end, as if asked to stop.
         stop_request: of this process, by default one that begins here.
         lock: of the run directory, checked before each save on the rank that has it, see `sole_writer`.
+        heartbeat: marked at each progress.
 
     Raises:
         UserError: recipe, shards or checkpoint do not fit each other.
@@ -62,9 +65,12 @@ class Trainer:
         stop_at_step: int | None = None,
         stop_request: StopRequest | None = None,
         lock: FolderLock | None = None,
+        heartbeat: Heartbeat | None = None,
     ) -> None:
         self.recipe, self.run_dir, self.ranks, self.stop_at_step = recipe, run, ranks, stop_at_step
         self.lock, self.saver, self.started = lock, Saver(), now()
+        self.heartbeat = heartbeat or Heartbeat()
+        self.heartbeat.mark("start", 0, slow=True)
         splits = (recipe.data.train_split, recipe.evaluation.split, recipe.evaluation.test_split)
         self.manifest = manifest = open_data(recipe.data, set(filter(None, splits)))
         self.layout = MicroBatchLayout(recipe.step.micro_batch, recipe.step.micro_batches, ranks.rank, ranks.world_size)
@@ -72,7 +78,7 @@ class Trainer:
         self.checkpoints = Checkpoints(run, recipe, manifest.sha256, self.saver)
         checkpoint = self._same_on_all_ranks(self.checkpoints.latest())
 
-        self.steps_done = checkpoint.step if checkpoint else 0
+        self.steps_done = self.first_step = checkpoint.step if checkpoint else 0
         best = self.checkpoints.best(until=self.steps_done)
         self.best_score = best.state["score"] if best else -1.0
         self.skipped_in_a_row = 0
@@ -164,7 +170,10 @@ class Trainer:
         """One optimizer step: wait for its images, take it, log it."""
         began = time.perf_counter()
         number = self.steps_done
+        compiles = number == self.first_step
+        self.heartbeat.mark("images", number + 1, slow=compiles)
         images = next(self.images)
+        self.heartbeat.mark("training", number + 1, slow=compiles)
         lr = learning_rate(self.recipe.schedule, self.recipe.lr, number, self.steps_per_epoch)
         result = self.step(number, images.micro_batches, lr, images.keys)
         self.steps_done += 1
@@ -200,9 +209,20 @@ class Trainer:
 
     def evaluate(self, split: str) -> ShotAccuracy:
         """Accuracy of the present weights."""
-        leave = SharedFlag(self.ranks, self.stop_request)
         experts = self.recipe.model.experts
-        return evaluate(self.engine, self.engine.module, self._judged(split), self.ranks, experts, leave)
+        return evaluate(self.engine, self.engine.module, self._judged(split), self.ranks, experts, self._leave())
+
+    def _leave(self) -> Callable[[], bool]:
+        """To be asked before each batch of an evaluation: whether to leave it. Marks its progress."""
+        requested, batches = SharedFlag(self.ranks, self.stop_request), itertools.count()
+        self.heartbeat.mark("evaluation", self.steps_done, slow=True)
+
+        def leave() -> bool:
+            compiles = next(batches) == 0
+            self.heartbeat.mark("evaluation", self.steps_done, slow=compiles)
+            return requested()
+
+        return leave
 
     def _judged(self, split: str) -> EvaluationSplit:
         recipe = self.recipe
@@ -217,10 +237,9 @@ class Trainer:
 
     def _evaluate_checkpoint(self, checkpoint: Checkpoint, split: str) -> ShotAccuracy:
         """Accuracy of saved weights, in the precision they were trained with."""
-        device, experts = self.ranks.device, self.recipe.model.experts
+        device, experts, leave = self.ranks.device, self.recipe.model.experts, self._leave()
         model = load_recogniser(checkpoint, self.recipe, self.manifest).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=checkpoint.state["autocast"]):
-            leave = SharedFlag(self.ranks, self.stop_request)
             return evaluate(model, model, self._judged(split), self.ranks, experts, leave)
 
     def save(self) -> None:
@@ -253,6 +272,7 @@ class Trainer:
         Raises:
             UserError: on every rank, what it raised, or that the run directory is another job's by now.
         """
+        self.heartbeat.mark("save", self.steps_done, slow=True)
         failure = None
         try:
             self.saver.wait()
@@ -365,6 +385,7 @@ class Trainer:
         if score is not None and score > self.best_score:
             self._wait_until_saved()
             self.best_score = score
+            self.heartbeat.mark("save", self.steps_done, slow=True)
             autocast = bool(self.engine.torch_autocast_enabled())
             self.checkpoints.save_best(
                 self.steps_done, whole_model(self.engine), {"score": score, "autocast": autocast}, self.ranks.first
@@ -414,6 +435,7 @@ class Trainer:
             step = best.step
             self.logger.say(f"{split} is given the weights of step {step}, the best on {self.recipe.evaluation.split}")
             accuracy = self._evaluate_checkpoint(best, split)
+        self.heartbeat.mark("report", self.steps_done, slow=True)
         self.logger.metrics.observe_accuracy(accuracy)
         if self.ranks.first:
             write_results(

@@ -1,14 +1,17 @@
 """The rank watchdog's talk between ranks, in one process: real sockets and store, ends that are only noted."""
 
 import json
+import os
+import random
 import socket
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from unittest.mock import patch
 
 import pytest
 
-from paco_ds.distributed import watchdog
+from paco_ds.distributed import rendezvous, watchdog
 from paco_ds.distributed.launch import check_gloo_interface, join_job
 from paco_ds.distributed.watchdog import RankWatchdog
 from paco_ds.errors import RESUMABLE, StorageError, UserError
@@ -75,11 +78,12 @@ def test_a_job_that_ends_in_good_order_ends_nobody(monkeypatch, capfd):
     eventually(lambda: threading.active_count() <= threads + 1)  # torch's store
 
 
-def test_one_rank_needs_no_watchdog(monkeypatch):
-    """No thread, no socket."""
+def test_one_rank_listens_to_nobody(monkeypatch):
+    """It watches itself."""
     monkeypatch.setenv("WORLD_SIZE", "1")
     with RankWatchdog() as watchdog:
-        assert watchdog._thread is None
+        assert watchdog._listener is None
+    assert not watchdog._thread.is_alive()
 
 
 def test_a_lost_rank_ends_all_others_and_is_named_once_a_host(monkeypatch, capfd):
@@ -133,22 +137,110 @@ def test_a_collective_that_fails_because_of_a_loss_is_explained_by_it(monkeypatc
     job.close(0, 2)
 
 
-def test_strangers_and_doubles_are_sent_away(monkeypatch, capfd):
-    """A port scanner, or another job on the same port, ends nobody but itself."""
+def test_another_job_on_the_same_port_ends_nobody_but_itself(monkeypatch, capfd):
+    """With the setting to change."""
     job = Job(monkeypatch, world_size=2)
-    port = job.watchdogs[0]._listener.getsockname()[1]
-    for hello in (b"GET / HTTP/1.1\n", b'{"rank": 1, "token": "guessed"}\n{"failed": "ha"}\n', b"[1]\n"):
-        with socket.create_connection(("127.0.0.1", port)) as stranger:
-            stranger.sendall(hello)
-            assert stranger.recv(10) == b""
     monkeypatch.setenv("RANK", "1")
     double = RankWatchdog(end=lambda status: job.ends.append(("double", status))).__enter__()
-    eventually(lambda: job.ends == [("double", 1)])
+    eventually(lambda: job.ends == [("double", UserError.status)])
     assert "has already joined: does another job use --master_port" in capfd.readouterr().err
     double.__exit__(UserError, UserError("sent away"), None)
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match=r"TCP port \d+: give another --master_port if another job uses this one"):
+        listen_for_another_job()
     time.sleep(0.6)
-    assert job.ends == [("double", 1)]
+    assert job.ends == [("double", UserError.status)]
     job.close()
+
+
+def listen_for_another_job():
+    """What rank 0 of another job meets: in this process, torch would share the store of the first."""
+    with patch.object(rendezvous, "TCPStore", side_effect=AssertionError("it listens")):
+        rendezvous.store_of_the_job(0, 2)
+
+
+def strangers(seed, token):
+    """What is sent to the watchdog's port by who does not know the token, or knows nothing else."""
+    rng = random.Random(seed)
+    yield from (
+        b"GET / HTTP/1.1\n",
+        b'{"rank": 1, "token": "guessed"}\n{"failed": "ha", "status": 1}\n',
+        b"[1]\n",
+        b"\n",
+    )
+    yield b"[" * 100_000 + b"\n"
+    yield b'{"rank":' * 100_000
+    yield b'{"token": "' + b"x" * 10_000_000 + b'"}\n'
+    yield b'{"token": "\\ud800", "rank": ' + b"9" * 900 + b"}\n"
+    for rank in (0, 2, -1, True, 1.5, "1", None, [1], 10**300):
+        yield json.dumps({"rank": rank, "token": token}).encode() + b"\n"
+    for _ in range(100):
+        message = {"rank": 1, "token": token, "host": "h"}
+        del message[rng.choice(["rank", "token"])]
+        line = bytearray(json.dumps(message).encode() + b"\n")
+        for _ in range(rng.randrange(4)):
+            line[rng.randrange(len(line))] = rng.randrange(256)
+        yield bytes(line) if rng.random() < 0.5 else rng.randbytes(rng.randrange(1, 2000))
+
+
+def test_strangers_are_sent_away_and_a_loss_is_still_seen(monkeypatch, capfd):
+    """Whatever they send, and though others hold all the connections they can get."""
+    monkeypatch.setattr(watchdog, "STRANGERS", 8)
+    job = Job(monkeypatch, world_size=2)
+    port, thread = job.watchdogs[0]._listener.port, job.watchdogs[0]._thread
+    with ExitStack() as stack:
+        for sent in strangers(3, job.watchdogs[0]._token):
+            with socket.create_connection(("127.0.0.1", port)) as stranger, suppress(OSError):
+                stranger.sendall(sent)
+                stranger.shutdown(socket.SHUT_WR)
+                assert stranger.recv(10) == b""
+        idle = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(50)]
+        idle[0].settimeout(300)
+        assert idle[0].recv(10) == b""
+        assert thread.is_alive()
+        assert job.ends == []
+        job.kill(1)
+        eventually(lambda: (0, RESUMABLE) in job.ends)
+    assert "rank 1 on host" in (said := capfd.readouterr().err)
+    assert "Traceback" not in said
+    job.close(1)
+
+
+@pytest.mark.parametrize("sent", [b"[" * 200_000, b'{"failed": "x"}\n', b'{"where": true}\n', b"\xff\n"])
+def test_a_rank_that_sends_what_no_rank_sends_is_lost(monkeypatch, capfd, sent):
+    """By name; the thread goes on."""
+    job = Job(monkeypatch, world_size=2)
+    with suppress(OSError):
+        job.watchdogs[1]._links[0].socket.setblocking(True)
+        job.watchdogs[1]._links[0].socket.sendall(sent)
+    eventually(lambda: (0, RESUMABLE) in job.ends)
+    assert "was lost: it sent what no rank sends" in capfd.readouterr().err
+    job.close(1)
+
+
+def test_the_ranks_of_one_host_are_not_found_from_others(monkeypatch):
+    """Store and watchdog listen at the address of the job alone."""
+    job = Job(monkeypatch, world_size=2)
+    for port in (int(os.environ["MASTER_PORT"]), job.watchdogs[0]._listener.port):
+        socket.create_connection(("127.0.0.1", port)).close()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.2", port))
+    job.close()
+
+
+@pytest.mark.parametrize(
+    ("address", "on_host", "alone"),
+    [("127.0.0.1", None, True), ("node1", "2", True), ("node1", "1", False), ("node1", None, False)],
+)
+def test_all_ranks_are_on_one_host_if_the_launcher_or_the_address_says_so(monkeypatch, address, on_host, alone):
+    """Otherwise rank 0 listens on all addresses."""
+    monkeypatch.setenv("MASTER_ADDR", address)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    if on_host:
+        monkeypatch.setenv("LOCAL_SIZE", on_host)
+    assert rendezvous.on_one_host() == alone
 
 
 def test_ranks_that_do_not_come_are_named(monkeypatch):
@@ -158,7 +250,7 @@ def test_ranks_that_do_not_come_are_named(monkeypatch):
     def time_out_once_it_was_said(self):
         if self.rank == 0:
             eventually(lambda: "still waiting for ranks 2-8 of 9 to start" in said)
-            monkeypatch.setattr(watchdog, "_start_timeout", lambda: 0.6)
+            monkeypatch.setattr(watchdog, "start_timeout", lambda: 0.6)
         wait_for_all(self)
 
     monkeypatch.setattr(RankWatchdog, "_say", lambda self, line: said.append(line))
@@ -190,8 +282,8 @@ def test_a_thousand_ranks(monkeypatch, capfd):
     """Rank 0 holds a connection to each; the loss of a host of 8 is one line."""
     job = Job(monkeypatch, world_size=1024, started=1, settle=3.0)
     first = job.watchdogs[0]
-    eventually(lambda: first._thread)
-    port = first._listener.getsockname()[1]
+    eventually(lambda: hasattr(first, "_token"))
+    port = first._listener.port
     with ExitStack() as stack:
         others = {}
         for rank in range(1, 1024):

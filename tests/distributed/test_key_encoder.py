@@ -32,14 +32,17 @@ def reference(*overrides: str) -> Outcome:
     return plain_steps(recipe, 3, recipe.lr)
 
 
+SOAK = pytest.mark.soak  # the others have each value once
+
+
 @pytest.mark.parametrize(
     ("world_size", "stage", "autocast", "zero", "overrides"),
     [
         pytest.param(1, 0, False, {}, micro_batches(2), id="one rank"),
-        pytest.param(1, 3, False, PARTITION_ALL, micro_batches(1), id="one rank, stage 3"),
+        pytest.param(1, 3, False, PARTITION_ALL, micro_batches(1), id="one rank, stage 3", marks=SOAK),
         pytest.param(2, 1, True, OFFLOAD, micro_batches(2), id="stage 1, autocast, offload"),
-        pytest.param(2, 2, False, OFFLOAD, micro_batches(4), id="stage 2, offload, accumulation"),
-        pytest.param(2, 3, True, OFFLOAD, micro_batches(4), id="stage 3, autocast, offload, accumulation"),
+        pytest.param(2, 2, False, OFFLOAD, micro_batches(4), id="stage 2, offload, accumulation", marks=SOAK),
+        pytest.param(2, 3, True, OFFLOAD, micro_batches(4), id="stage 3, autocast, offload, accumulation", marks=SOAK),
         pytest.param(
             2,
             3,

@@ -104,7 +104,14 @@ def test_a_bit_that_flips_on_one_rank_ends_the_run(pool, recipe, tmp_path):
 
 @pytest.mark.parametrize(
     ("first", "second"),
-    [((2, 0), (1, 3)), ((2, 1), (4, 0)), ((1, 2), (2, 1)), ((2, 3), (1, 0)), ((4, 3), (2, 2)), ((1, 0), (2, 3))],
+    [
+        ((2, 0), (1, 3)),
+        ((2, 1), (4, 0)),
+        ((1, 2), (2, 1)),
+        ((4, 3), (2, 2)),
+        pytest.param((2, 3), (1, 0), marks=pytest.mark.soak),
+        pytest.param((1, 0), (2, 3), marks=pytest.mark.soak),
+    ],
     ids=lambda ranks_and_stage: "W{}-stage{}".format(*ranks_and_stage),
 )
 def test_a_run_goes_on_at_another_stage_and_number_of_ranks(pool, recipe, tmp_path, first, second):

@@ -1,7 +1,8 @@
-"""Plan a run before it starts, and show its views.
+"""Plan a run before it starts, check its nodes, and show its views.
 
     paco-preflight --plan --recipe R --ranks N --gpu-memory 80GiB    memory, traffic and time
     paco-preflight --workers --recipe R --gpus-per-node 8            loader workers that feed a node's GPUs
+    paco-preflight --launch hosts --recipe R                         every node: versions, devices, shards, network
     paco-preflight --views sheet.png --recipe R                      both views of images from the shards
 
 Without shards on this machine --plan takes `--images N --classes C`. A plan never allocates the model.
@@ -27,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 if all is well, 1 if the plan does not fit or workers are too few."""
     parser = _parser()
     arguments = parser.parse_args(argv)
-    asked = {"--plan": _plan, "--workers": _workers, "--views": _views}
+    asked = {"--plan": _plan, "--workers": _workers, "--launch": _launch, "--views": _views}
     chosen = [work for option, work in asked.items() if getattr(arguments, option.strip("-"))]
     if not chosen:
         parser.error(f"say what to do: {', '.join(asked)}, or several of them")
@@ -95,6 +96,14 @@ def _workers(arguments: argparse.Namespace) -> int:
     return 0 if plan.verdict == "fed" else 1
 
 
+def _launch(arguments: argparse.Namespace) -> int:
+    from paco_ds.config.load import load_recipe
+    from paco_ds.planning.node_check import launch
+
+    load_recipe(arguments.recipe, arguments.set)  # a typing error is told here, once
+    return launch(Path(arguments.launch), arguments.recipe, arguments.set, arguments.output, arguments.master_port)
+
+
 def _views(arguments: argparse.Namespace) -> int:
     from paco_ds.config.load import load_recipe
     from paco_ds.data.manifest import open_data
@@ -113,11 +122,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", action="store_true", help="plan memory, traffic and time of a run")
     parser.add_argument("--workers", action="store_true", help="measure how many loader workers feed a node's GPUs")
+    parser.add_argument(
+        "--launch", metavar="HOSTFILE", help="start one rank for each slot of these hosts, and check every node"
+    )
     parser.add_argument("--views", metavar="SHEET.png", help="draw both views of images from the recipe's shards")
     parser.add_argument("--recipe", required=True, help="recipe, YAML: a path, or the name of a shipped one")
     parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a setting")
     parser.add_argument("--allow-code", action=AllowCode)
     parser.add_argument("--ranks", type=int, help="ranks of the job, over all hosts")
+    parser.add_argument("--output", type=Path, default=Path("runs"), help="for --launch; where the run will be written")
+    parser.add_argument("--master-port", type=int, default=29500, help="for --launch")
     parser.add_argument("--gpus-per-node", type=int, help="for --workers; those of this machine by default")
     parser.add_argument("--gpu-memory", metavar="SIZE", help="of each GPU: 80GiB is 2^30 bytes, 80GB is 10^9")
     parser.add_argument("--images-per-second", type=float, help="of the whole job, as a run of it has shown")

@@ -28,7 +28,7 @@ def launchers() -> list[int]:
     """
     found = []
     if "RANK" in os.environ:
-        found = [parent.pid for parent in psutil.Process().parents() if _is_launcher(parent)]
+        found = [parent.pid for parent in psutil.Process().parents() if is_launcher(parent)]
     if keeper := os.environ.get(KEEPER):
         found.append(int(keeper))
     return found
@@ -42,7 +42,8 @@ def is_gone(pid: int) -> bool:
         return True
 
 
-def _is_launcher(process: psutil.Process) -> bool:
+def is_launcher(process: psutil.Process) -> bool:
+    """Whether a process is DeepSpeed's launcher, the `deepspeed` above it, or torchrun."""
     try:
         words: Sequence[str] = process.cmdline()[:5]  # python -u -m MODULE, or python PROGRAM
     except psutil.Error:

@@ -30,7 +30,7 @@ import yaml
 
 from paco_ds.command import INTERRUPTED, report_user_errors
 from paco_ds.distributed.hostfile import answers, hosts_left, on_hosts
-from paco_ds.distributed.launchers import KEEPER
+from paco_ds.distributed.launchers import KEEPER, is_launcher
 from paco_ds.errors import RESUMABLE, NotFiniteError, StorageError, UserError
 from paco_ds.files import replace_text
 from paco_ds.training.outcome import Outcome, read_outcome, run_directory
@@ -125,8 +125,11 @@ class Keeper:
         return status
 
     def _end_orphans(self) -> None:
-        """Wait for ranks whose launcher was killed: they write a checkpoint, and hold the run directory's lock."""
-        _signal_descendants(signal.SIGTERM)
+        """Wait for ranks whose launcher was killed: they write a checkpoint, and hold the run directory's lock.
+
+        Launchers are not told, since they would kill their ranks after 30 seconds.
+        """
+        _signal_descendants(signal.SIGTERM, lambda process: not is_launcher(process))
         deadline = time.monotonic() + LINGER
         while psutil.Process().children():
             for _ in _ended_children():
@@ -197,8 +200,8 @@ def _ended_children() -> Iterator[tuple[int, int]]:
             yield pid, os.waitstatus_to_exitcode(status)
 
 
-def _signal_descendants(number: int) -> None:
-    for process in psutil.Process().children(recursive=True):
+def _signal_descendants(number: int, which: Callable[[psutil.Process], bool] = lambda process: True) -> None:
+    for process in filter(which, psutil.Process().children(recursive=True)):
         with suppress(psutil.NoSuchProcess):
             process.send_signal(number)
 

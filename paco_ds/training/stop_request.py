@@ -62,6 +62,8 @@ class StopRequest:
         self._woken.close()
 
     def _receive(self, number: int, frame: object) -> None:
+        if number == signal.SIGHUP:  # before the main thread prints again
+            _leave_terminal()
         self._ask(signal.Signals(number).name)
 
     def _ask(self, reason: str) -> None:
@@ -82,8 +84,6 @@ class StopRequest:
         if number not in self._before:
             return
         self._ask(signal.Signals(number).name)
-        if number == signal.SIGHUP:
-            _leave_terminal()
         self._interrupts += number == signal.SIGINT
         if self._interrupts == 2:
             self._end(

@@ -79,12 +79,20 @@ class KilledJob:
         return steps[-1] if steps else 0
 
 
-def write_recipe(folder: Path, shards: Path, epochs: int) -> Path:
-    """A recipe of epochs of 4 steps that saves every 5 steps and evaluates every 12."""
+def write_recipe(folder: Path, shards: Path, epochs: int, evaluate_every: int = 0) -> Path:
+    """A recipe of epochs of 4 steps that saves every 5 steps, and evaluates at the end or every few epochs."""
     path = folder / "tiny.yaml"
     (folder / "zero1.json").write_text(json.dumps({"zero_optimization": {"stage": 1}}))
-    settings = ("engine.deepspeed=zero1.json", f"schedule.epochs={epochs}", "evaluation.every_epochs=3")
-    write_tiny_recipe(path, f"data.shards={shards}", "data.workers=1", "checkpoint.every_steps=5", *settings)
+    evaluation = f"evaluation.every_epochs={evaluate_every}"
+    settings = ("engine.deepspeed=zero1.json", f"schedule.epochs={epochs}", evaluation)
+    write_tiny_recipe(
+        path,
+        f"data.shards={shards}",
+        "data.workers=1",
+        "checkpoint.every_steps=5",
+        *settings,
+        f"evaluation.every_epochs={evaluate_every}",
+    )
     return path
 
 

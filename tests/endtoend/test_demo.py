@@ -1,17 +1,12 @@
 """The main job as a user runs it: shards, training by the launcher, a stop, a resume, evaluation, report."""
 
 import json
-import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 
-from paco_ds.checkpoint import newest_checkpoint
 from paco_ds.metrics.log import read
 
 ROOT = Path(__file__).parents[2]
@@ -111,42 +106,3 @@ def test_a_rank_that_dies_ends_the_job(shards, tmp_path):
     run = train(2, tmp_path / "run", damaged, *more, cwd=tmp_path)
     assert run.returncode != 0
     assert "sample val-00000000 of val-00000.tar cannot be evaluated (crc_mismatch)" in run.stderr
-
-
-def test_a_killed_rank_ends_the_job_and_is_named(shards, tmp_path):
-    """Even the first, as the kernel does when memory runs out; nothing is left behind, and it is said how to go on."""
-    run = tmp_path / "run"
-    overrides = ("metrics.serve=false", f"data.shards={shards}", "data.workers=1", "checkpoint.every_steps=2")
-    launch = (DEEPSPEED, "--num_gpus", 2, "--master_port", 29615, ROOT / "paco_ds" / "train.py", "--config", RECIPE)
-    words = [*launch, "--output", run, *(f"--set={s}" for s in overrides)]
-    job = subprocess.Popen([str(w) for w in words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 12000
-    while not list(run.glob("checkpoints/step-*")):
-        assert time.monotonic() < deadline, "no checkpoint in time"
-        time.sleep(0.2)
-    processes = psutil.Process(job.pid).children(recursive=True)
-    (rank,) = [p for p in processes if "--local_rank=0" in p.cmdline()[:4]]
-    rank.kill()
-    output = job.communicate(timeout=600)[0]
-    assert job.returncode != 0
-    assert f"rank 0 on host {socket.gethostname()} (127.0.0.1) was lost: its process died" in output, output
-    assert f"Run the same command again to resume from step {newest_checkpoint(run).step}" in output
-    assert psutil.wait_procs(processes, timeout=300)[1] == []
-
-
-def test_a_job_told_to_terminate_keeps_what_it_learnt(shards, tmp_path):
-    """The launcher passes SIGTERM on to ranks and loader processes alike; a checkpoint is written first."""
-    run = tmp_path / "run"
-    overrides = ("metrics.port=19400", f"data.shards={shards}", "data.workers=2")
-    launch = (DEEPSPEED, "--num_gpus", 2, "--master_port", 29614, ROOT / "paco_ds" / "train.py", "--config", RECIPE)
-    words = [*launch, "--output", run, *(f"--set={s}" for s in overrides)]
-    job = subprocess.Popen([str(w) for w in words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    log = run / "metrics.jsonl"
-    deadline = time.monotonic() + 1200
-    while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") > 3):
-        time.sleep(0.2)
-    (launcher_of_this_host,) = psutil.Process(job.pid).children()
-    launcher_of_this_host.send_signal(signal.SIGTERM)
-    output = job.communicate(timeout=600)[0]
-    assert "the same command resumes from here" in output, output[-3000:]
-    assert newest_checkpoint(run).step >= 4

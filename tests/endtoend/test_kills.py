@@ -1,6 +1,7 @@
 """Kills of a small job on two ranks: whoever dies, it goes on to the weights and log of an undisturbed run."""
 
 import random
+import re
 import signal
 
 from paco_ds.errors import RESUMABLE
@@ -20,6 +21,7 @@ def test_a_killed_rank_a_killed_keeper_and_a_killed_deepspeed_change_nothing(str
     first.wait_until(lambda: first.step >= draw.randrange(8, 14))
     assert first.kill("rank", draw)
     first.wait_until(lambda: bool(_restarts(run)) and first.step >= draw.randrange(20, 26))
+    assert re.search(r"rank . on host \S+ \(127.0.0.1\) was lost: its process died", first.job.said)
     assert first.kill("keeper", draw)
     assert first.wait() == -signal.SIGKILL
     outcome = read_outcome(run)

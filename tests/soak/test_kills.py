@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.soak, pytest.mark.timeout(3600)]
 def test_ten_kills_at_any_time_change_nothing(seed, striped_shards, pool, tmp_path, record):
     """Of a rank, a loader process, the launcher or `deepspeed`; while it starts, in steps, saves and evaluations."""
     draw, began, kills = random.Random(seed), time.monotonic(), 0
-    run, recipe = tmp_path / "run", write_recipe(tmp_path, striped_shards, epochs=EPOCHS)
+    run, recipe = tmp_path / "run", write_recipe(tmp_path, striped_shards, EPOCHS, evaluate_every=3)
     pool(2).run("tests.distributed.training:train", recipe=recipe, run=tmp_path / "undisturbed")
     arguments = ("--config", recipe, "--output", run)
     words = deepspeed(free_port(), *arguments) if seed % 3 == 0 else [TRAIN, "--ranks", 2, "--restarts", 30, *arguments]

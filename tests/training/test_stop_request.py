@@ -1,6 +1,7 @@
 """Requests to stop, and what they do before and after there is something to save."""
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -88,6 +89,19 @@ def test_under_nohup_a_closed_terminal_is_not_heard(rank):
     time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     assert process.communicate(timeout=60)[0] == "SIGTERM\n"
+
+
+def test_a_closed_terminal_is_a_request_and_to_print_there_is_no_error(tmp_path):
+    """Else the lines before the checkpoint would end the run before it is written."""
+    said = "print('a line of the progress', flush=True); open(sys.argv[1], 'w').write(stop.reason)"
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, "-c", RANK + said, str(tmp_path / "said"), "begun"])
+    while b"ready" not in os.read(terminal, 1000):
+        pass
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert (tmp_path / "said").read_text() == "SIGHUP"
 
 
 @pytest.mark.parametrize("name", ["deepspeed", "torchrun"])

@@ -59,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         Ending(output) as ending,
         RankWatchdog(lambda: resume_hint(output), ending.end_process) as watchdog,
     ):
+        ending.message = lambda: watchdog.message
         recipe = load_recipe(arguments.config, arguments.set) if arguments.config else _demo(arguments.set)
         ranks = engine.start(recipe.step, recipe.engine.threads, arguments.expect_ranks)
         if ranks.first and not arguments.config:

@@ -75,7 +75,7 @@ class RankWatchdog:
         self._over: set[int] = set()  # ranks that left without an error
         self._lost: dict[Link, str] = {}  # links of lost ranks, and the reason
         self._known_at = 0.0  # time of the first loss, then of the verdict
-        self._message, self._status = "", 0  # of the end of the job, once it is known
+        self.message, self._status = "", 0  # of the end of the job, once it is known
         self._verdict, self._closing, self._all_here = threading.Event(), threading.Event(), threading.Event()
 
     def __enter__(self) -> RankWatchdog:
@@ -235,7 +235,7 @@ class RankWatchdog:
         link.rank, link.host = rank, str(message.get("host"))
         self._links[rank] = link
         if self._verdict.is_set():
-            link.send({"end": self._message, "status": self._status})
+            link.send({"end": self.message, "status": self._status})
         if not self._awaited():
             self._all_here.set()
         return True
@@ -252,13 +252,13 @@ class RankWatchdog:
         """End the job; `alone`: print the message, since no other rank of this host may have received it."""
         if self._verdict.is_set():
             return
-        self._message, self._status, self._known_at = message[:_MOST_TEXT], status, time.monotonic()
+        self.message, self._status, self._known_at = message[:_MOST_TEXT], status, time.monotonic()
         if self.rank == 0:
-            self._tell({"end": self._message, "status": status})
+            self._tell({"end": self.message, "status": status})
         if status == HANG:  # the output may be on the disk that hangs
             threading.Thread(target=lambda: (time.sleep(3 * GRACE), self._end(status)), daemon=True).start()
         if self._local_rank == 0 or alone:  # once per host
-            self._say(self._message)
+            self._say(self.message)
         if status == HANG:
             self._say(f"process {os.getpid()} on host {socket.gethostname()}, all threads\n{stacks()}")
         self._verdict.set()

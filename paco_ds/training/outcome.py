@@ -68,6 +68,7 @@ class Ending:
     def __init__(self, run: Path) -> None:
         self._run, self._begun = run, False
         self.step: Callable[[], int | None] = lambda: None
+        self.message: Callable[[], str] = lambda: ""  # of the watchdog that ends the process
 
     def begin(self) -> str:
         """Remove what the last start wrote, so that a start that is killed leaves nothing; returns how it ended.
@@ -87,7 +88,7 @@ class Ending:
 
     def end_process(self, status: int) -> None:
         """For the watchdog: end at once. The disk of the run may be what hangs."""
-        writing = threading.Thread(target=self.write, args=(status, "a rank was lost, hung or failed"), daemon=True)
+        writing = threading.Thread(target=self.write, args=(status, self.message()), daemon=True)
         writing.start()
         writing.join(2.0)
         os._exit(status)

@@ -256,7 +256,9 @@ class RankWatchdog:
         if self.rank == 0:
             self._tell({"end": self.message, "status": status})
         if status == HANG:  # the output may be on the disk that hangs
-            threading.Thread(target=lambda: (time.sleep(3 * GRACE), self._end(status)), daemon=True).start()
+            in_any_case = threading.Timer(3 * GRACE, self._end, [status])
+            in_any_case.daemon = True
+            in_any_case.start()
         if self._local_rank == 0 or alone:  # once per host
             self._say(self.message)
         if status == HANG:

@@ -10,7 +10,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 from paco_ds.config.load import load_recipe
-from paco_ds.distributed import watchdog
+from paco_ds.distributed import hang, watchdog
 from paco_ds.distributed.launch import free_port
 from paco_ds.distributed.ranks import ByteCounter, Ranks
 from paco_ds.distributed.watchdog import RankWatchdog
@@ -19,8 +19,8 @@ from paco_ds.training.trainer import Trainer
 
 
 def train_until_stopped(ranks: Ranks, recipe: Path, run: Path, stopped: int, after: int) -> tuple[int, str]:
-    """Train; rank `stopped` is sent SIGSTOP after `after` steps, and SIGCONT once the watchdog of another rank would
-    have ended its process. Returns the status with which this would be, and what it said."""
+    """Train for `after` + 2 steps. Before the last two rank `stopped` is sent SIGSTOP, and SIGCONT once the watchdog
+    of another rank would have ended its process. Returns the status of that end, and what the watchdog said."""
     pids = ranks.gather_objects(os.getpid())
     port = ranks.gather_objects(free_port())[0]
     ends, said = [], io.StringIO()
@@ -32,10 +32,11 @@ def train_until_stopped(ranks: Ranks, recipe: Path, run: Path, stopped: int, aft
     with (
         patch.dict(os.environ, MASTER_PORT=port),
         patch.multiple(watchdog, SETTLE=0.1, GRACE=0.1),
+        patch.object(hang, "ANSWER", 2.0),
         redirect_stderr(said),
         RankWatchdog(end=end) as watching,
     ):
-        trainer = Trainer(load_recipe(recipe), run, ranks, heartbeat=watching.heartbeat)
+        trainer = Trainer(load_recipe(recipe), run, ranks, stop_at_step=after + 2, heartbeat=watching.heartbeat)
         watching.heartbeat.hang_seconds = trainer.recipe.engine.hang_seconds
         take_step = trainer.train_step
 

@@ -86,11 +86,11 @@ def report_interrupt() -> int:
 def one_line_on_interrupt() -> Iterator[None]:
     """In the block Ctrl-C ends the process at once with one line: in the middle of an import, an exception may be shown
     or swallowed by a library. For what leaves nothing half done."""
-    before = signal.signal(signal.SIGINT, _end_interrupted)
+    signal.signal(signal.SIGINT, _end_interrupted)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a script had no handler before, see its first lines
 
 
 def _end_interrupted(number: int, frame: object) -> None:

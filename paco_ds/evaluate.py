@@ -12,11 +12,13 @@ their probabilities are averaged.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` hears Ctrl-C: no traceback of an import
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # a checkout need not be installed
 
 from paco_ds.command import Screen, one_line_on_interrupt, report_user_errors, say

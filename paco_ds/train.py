@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` hears Ctrl-C: no traceback of an import
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # a checkout need not be installed
 
 from paco_ds.command import Screen, report_user_errors, say

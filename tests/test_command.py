@@ -2,10 +2,13 @@
 
 import errno
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
-from paco_ds.command import report_user_errors
+from paco_ds.command import INTERRUPTED, report_user_errors
 from paco_ds.errors import CheckpointError, NotFiniteError, StorageError
 
 
@@ -36,3 +39,18 @@ def test_an_error_is_one_line_and_a_status(error, status, line, capsys, monkeypa
 def test_a_librarys_own_error_keeps_its_traceback():
     with pytest.raises(OSError, match="truncated"), report_user_errors():
         raise OSError("image file is truncated")
+
+
+def test_ctrl_c_in_an_import_is_one_line():
+    """Whatever an import makes of an exception: here it goes on."""
+    script = (
+        "import time\nfrom paco_ds.command import one_line_on_interrupt\nwith one_line_on_interrupt():\n"
+        "    print('ready', flush=True)\n    while True:\n        try: time.sleep(60)\n        except BaseException: pass"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[0] == "interrupted\n"
+    assert process.returncode == INTERRUPTED

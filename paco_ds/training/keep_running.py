@@ -57,7 +57,6 @@ class Keeper:
     def __init__(self, run: Path, restarts: int, processes: Callable[[], Processes]) -> None:
         self.run_dir, self.restarts, self.processes = run, restarts, processes
         self.asked: int | None = None  # the signal that asked to stop
-        self._signals = 0
         self._job: list[subprocess.Popen[bytes]] = []
 
     def run(self) -> int:
@@ -108,7 +107,7 @@ class Keeper:
             # a session of its own: Ctrl-C reaches it once, through this process
             self._job.append(subprocess.Popen(command, env=environment, start_new_session=True))
         if self.asked is not None:  # a moment ago
-            self._pass_on(self.asked)
+            self._pass_on(signal.SIGTERM)
         running, status, deadline = {process.pid for process in self._job}, 0, float("inf")
         while running:
             for pid, code in _ended_children():

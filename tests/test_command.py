@@ -45,7 +45,8 @@ def test_ctrl_c_in_an_import_is_one_line():
     """Whatever an import makes of an exception: here it goes on."""
     script = (
         "import time\nfrom paco_ds.command import one_line_on_interrupt\nwith one_line_on_interrupt():\n"
-        "    print('ready', flush=True)\n    while True:\n        try: time.sleep(60)\n        except BaseException: pass"
+        "    print('ready', flush=True)\n    while True:\n"
+        "        try: time.sleep(60)\n        except BaseException: pass"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -7,7 +7,9 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+
+import psutil
 
 from paco_ds.distributed.link import Message
 
@@ -73,6 +75,13 @@ def stacks() -> str:
         faulthandler.dump_traceback(file.fileno())
         file.seek(0)
         return file.read().decode(errors="replace")
+
+
+def resume_children() -> None:
+    """Continue processes of this one that are stopped: loader processes end with their rank, but only if they run."""
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # gone
+            child.resume()
 
 
 @contextmanager

@@ -31,7 +31,16 @@ from typing import Any, Literal
 from paco_ds.command import exit_status
 from paco_ds.distributed.hang import HangWatch
 from paco_ds.distributed.heartbeat import Heartbeat
-from paco_ds.distributed.last_words import how_lost, in_time, name_ranks, reason, sigterm_ignored, stacks, status_in
+from paco_ds.distributed.last_words import (
+    how_lost,
+    in_time,
+    name_ranks,
+    reason,
+    resume_children,
+    sigterm_ignored,
+    stacks,
+    status_in,
+)
 from paco_ds.distributed.launch import environment_ranks
 from paco_ds.distributed.link import KEEPALIVE_IDLE, Link, Message
 from paco_ds.distributed.listener import Listener, allow_open_files
@@ -289,5 +298,7 @@ class RankWatchdog:
         for stream in (sys.stdout, sys.stderr):
             with suppress(Exception):
                 stream.flush()
+        if self._status == HANG:
+            resume_children()
         # not sys.exit: destructors of a process group with a lost member may wait for it
         self._end(self._status)

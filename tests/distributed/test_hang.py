@@ -1,15 +1,18 @@
 """Hangs: which rank the others wait for, by numbers alone; then real ranks, one of which is stopped."""
 
 import os
+import signal
+import subprocess
 import threading
 from unittest.mock import Mock
 
+import psutil
 import pytest
 
 from paco_ds.distributed import hang as hang_module
 from paco_ds.distributed.hang import ANSWER, Hang, HangWatch, Pace, Place
 from paco_ds.distributed.heartbeat import SLOW, Heartbeat
-from paco_ds.distributed.last_words import in_time, name_ranks
+from paco_ds.distributed.last_words import in_time, name_ranks, resume_children
 from paco_ds.errors import HANG
 from tests.distributed.test_watchdog import Job, eventually
 from tests.recipes import write_tiny_recipe
@@ -176,6 +179,16 @@ def test_a_remedy_that_fails_is_no_reason_to_say_nothing():
     """Nor to keep its reason."""
     failing = Mock(side_effect=ValueError("no folder"))
     assert in_time(failing, 300) == "Run the same command again (no folder)"
+
+
+def test_stopped_processes_of_a_rank_are_continued_before_it_ends():
+    """Else its loaders would outlive it."""
+    with subprocess.Popen(["sleep", "300"]) as child:
+        child.send_signal(signal.SIGSTOP)
+        eventually(lambda: psutil.Process(child.pid).status() == psutil.STATUS_STOPPED)
+        resume_children()
+        eventually(lambda: psutil.Process(child.pid).status() != psutil.STATUS_STOPPED)
+        child.kill()
 
 
 def test_a_hang_ends_every_rank_with_its_stacks(monkeypatch, capfd):

@@ -9,10 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from paco_ds.config import shipped
+from paco_ds.config.parse import brief, parse_yaml, read_yaml
 from paco_ds.config.recipe import Recipe
 from paco_ds.config.views import TrainView
 from paco_ds.errors import RecipeError
@@ -21,6 +21,8 @@ from paco_ds.files import is_url
 RENAMED = {"engine.max_refused": "engine.max_skipped"}  # {name until 0.8: name}
 PATH_KEYS = ("data.shards", "data.cache.directory", "engine.deepspeed", "model.start_from", "loss.distill.teacher")
 
+
+_MOST_EXPLAINED = 20  # mistakes of a recipe
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
             raise RecipeError(f"{path}: base {base} has a base of its own; recipes share parts by one level")
         tree = _merged(shared, tree)
     elif base is not None:
-        raise RecipeError(f"{path}: base is a recipe, by a path relative to this one or by name, not {base!r}")
+        raise RecipeError(f"{path}: base is a recipe, by a path relative to this one or by name, not {brief(base)}")
     reference = _get(tree, "step.micro_batches")
     origin: dict[str, str] = {}
     for override in overrides:
@@ -60,16 +62,16 @@ def validate_recipe(tree: dict[str, Any], place: str, origin: dict[str, str] | N
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(detail, place, origin or {}) for detail in error.errors()]
+        details = error.errors(include_url=False)
+        lines = [_explain(detail, place, origin or {}) for detail in details[:_MOST_EXPLAINED]]
+        if len(details) > len(lines):
+            lines.append(f"{place}: and {len(details) - len(lines)} more mistakes")
         raise RecipeError("\n".join(lines)) from None
 
 
 def _read(path: Path) -> dict[str, Any]:
     """The tree of one file, its paths made absolute."""
-    try:
-        tree = yaml.load(path.read_text(), _UniqueKeys)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not valid YAML: {error}") from None
+    tree = read_yaml(path, RecipeError)
     if not isinstance(tree, dict):
         raise RecipeError(f"{path} must be a mapping of settings, not {type(tree).__name__}")
     _rename(tree, str(path))
@@ -89,19 +91,6 @@ def _merged(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, of which YAML would silently drop the first."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for i, key in enumerate(keys):
-            if key in keys[:i]:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is given twice; keep one", node.value[i][0].start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
 def _get(tree: Any, key: str) -> Any:
     for part in key.split("."):
         tree = tree.get(part) if isinstance(tree, dict) else None
@@ -112,6 +101,8 @@ def _anchor_path(tree: dict[str, Any], key: str, base: Path) -> None:
     section, _, name = key.rpartition(".")
     value = _get(tree, key)
     if isinstance(value, str) and not is_url(value) and not value.startswith("torchvision:"):
+        if "\0" in value:
+            raise RecipeError(f"{key} {brief(value)} is no path: it has a zero byte in it")
         path = shipped.find_deepspeed(value, base) if key == "engine.deepspeed" else base / value
         _get(tree, section)[name] = str(shipped.outside_package(path.resolve()))
 
@@ -145,10 +136,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> str:
         tree = tree.setdefault(part, {})
         if not isinstance(tree, dict):
             raise RecipeError(f"--set {override}: {part!r} is a setting, not a section{_WITHOUT.get(part, '')}")
-    try:
-        tree[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {override}: the value is not YAML: {' '.join(str(error).split())}") from None
+    tree[last] = parse_yaml(text, f"--set {override}: the value", RecipeError)
     return key
 
 
@@ -165,9 +153,9 @@ def _explain(detail: Any, place: str, origin: dict[str, str]) -> str:
     where = _origin(key, origin) or place
     if detail["type"] == "extra_forbidden":
         valid = list(model.model_fields)
-        near = difflib.get_close_matches(names[-1], valid, n=1, cutoff=0.0)[0]
+        near = difflib.get_close_matches(names[-1][:100], valid, n=1, cutoff=0.0)[0]
         prefix = ".".join([*names[:-1], ""]).lstrip(".")
-        return f"{where}: unknown key {key!r}; nearest valid name: {prefix + near!r} (valid: {', '.join(valid)})"
+        return f"{where}: unknown key {brief(key)}; nearest valid name: {prefix + near!r} (valid: {', '.join(valid)})"
     if detail["type"] == "missing" and names[-1].isdigit():
         return f"{where}: {key.rpartition('.')[0]!r} has only {names[-1]} of its values; give the others"
     if detail["type"] == "missing":
@@ -177,7 +165,7 @@ def _explain(detail: Any, place: str, origin: dict[str, str]) -> str:
         wrong = f"unknown view {tag!r}" if tag else "its 'name' is missing"
         near = f"; nearest valid name: {difflib.get_close_matches(tag, _VIEWS, n=1, cutoff=0.0)[0]!r}" if tag else ""
         return f"{where}: {key!r}: {wrong}{near} (valid: {', '.join(_VIEWS)})"
-    given = "" if isinstance(detail["input"], dict) else f" (given: {detail['input']!r})"
+    given = "" if isinstance(detail["input"], dict) else f" (given: {brief(detail['input'])})"
     return f"{where}: {key!r}: {detail['msg'].removeprefix('Value error, ')}{given}"
 
 

@@ -52,7 +52,7 @@ def find_card(given: str | Path) -> Path:
 def find_deepspeed(given: str, beside: Path) -> Path:
     """The DeepSpeed JSON at a path relative to `beside`, which need not be there, or the shipped one named `zero2`."""
     path, shipped = beside / given, DEEPSPEED / f"{given}.json"
-    return shipped if shipped.is_file() and not path.exists() else path
+    return shipped if _is_file(shipped) and not path.exists() else path
 
 
 def card_with_images(shards: str | Path) -> Path | None:
@@ -68,10 +68,20 @@ def card_with_images(shards: str | Path) -> Path | None:
 
 def _find(what: str, given: str | Path, folder: Path, error: type[UserError], beside: Path = Path()) -> Path:
     path = beside / given
-    if path.exists() and not path.is_dir():
+    if _is_file(path):
         return path
     names = {file.relative_to(folder).with_suffix("").as_posix(): file for file in folder.rglob("*.yaml")}
     if str(given) in names:
         return names[str(given)]
-    near = difflib.get_close_matches(Path(given).stem, sorted(names), n=3, cutoff=0.0)
-    raise error(f"no {what} {given}: there is no such file, nor that name in {folder}; nearest: {', '.join(near)}")
+    near = difflib.get_close_matches(Path(given).stem[:100], sorted(names), n=3, cutoff=0.0)
+    raise error(
+        f"no {what} {str(given)[:500]}: there is no such file, nor that name in {folder}; nearest: {', '.join(near)}"
+    )
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is a file, or a pipe, of that name; no name is too long or too odd to be asked for."""
+    try:
+        return path.exists() and not path.is_dir()
+    except (OSError, ValueError):
+        return False

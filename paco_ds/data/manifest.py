@@ -3,7 +3,6 @@
 import difflib
 import hashlib
 import itertools
-import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from paco_ds.config.parse import brief, parse_json
 from paco_ds.config.recipe import DataSettings
 from paco_ds.config.section import Section
 from paco_ds.data.storage import MissingFile, Storage, as_storage, open_storage
@@ -41,9 +41,9 @@ class StrictModel(Section):
     def _refuse_unknown_keys(cls, data: Any) -> Any:
         for key in data if isinstance(data, dict) else ():
             if key not in cls.model_fields:
-                near = difflib.get_close_matches(str(key), cls.model_fields, n=1)
+                near = difflib.get_close_matches(str(key)[:100], cls.model_fields, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(cls.model_fields)}"
-                raise ValueError(f"unknown key {key!r}; {hint}")
+                raise ValueError(f"unknown key {brief(key)}; {hint}")
         return data
 
 
@@ -245,15 +245,12 @@ def load_manifest(directory: str | Path | Storage) -> Manifest:
         raw = storage.read(file)
     except MissingFile as error:
         raise DataError(f"{storage.url} has no {file}: its build is not finished; make it with {build}") from error
-    try:
-        data = json.loads(raw)
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error}); rebuild it with {build} --overwrite") from error
+    data = parse_json(raw, path, DataError, f"; rebuild it with {build} --overwrite")
     if not isinstance(data, dict) or data.get("format") != "paco_ds shards":
         raise DataError(f"{path} is not a manifest of paco_ds shards; make shards with {build}")
     if data.get("version") != FORMAT_VERSION:
         raise DataError(
-            f"{path} has format version {data.get('version')}, this paco_ds reads version {FORMAT_VERSION}; "
+            f"{path} has format version {brief(data.get('version'))}, this paco_ds reads version {FORMAT_VERSION}; "
             f"rebuild it with {build} --overwrite"
         )
     try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import tarfile
 import threading
@@ -24,6 +23,7 @@ from typing import BinaryIO, Self
 import numpy as np
 import numpy.typing as npt
 
+from paco_ds.config.parse import parse_json
 from paco_ds.data.manifest import Shard, Split, require_size, sample_key
 from paco_ds.data.storage import MissingFile, Storage, as_storage
 from paco_ds.errors import DataError
@@ -121,7 +121,12 @@ def index_shard(path: str | Path) -> np.ndarray:
             file.seek(start)
             stretch = file.read(size)
             label_at = by_ending["json"].offset_data - start
-            label = json.loads(stretch[label_at : label_at + by_ending["json"].size])["label"]
+            about = parse_json(
+                stretch[label_at : label_at + by_ending["json"].size], f"{path}: {pair[0].name}", DataError
+            )
+            if not isinstance(about, dict) or not isinstance(about.get("label"), int):
+                raise DataError(f"{path}: the JSON of {pair[0].name} has no label")
+            label = about["label"]
             image_at = images[0].offset_data - start
             index[number] = (start, size, image_at, images[0].size, label, zlib.crc32(stretch))
     return index

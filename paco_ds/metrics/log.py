@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from paco_ds.evaluation.accuracy import ShotAccuracy
-from paco_ds.files import storage_errors, whole_file
+from paco_ds.files import storage_errors
 
-_LONGEST_END = 2**20  # bytes of what may follow the last step; a line has some hundreds
+logger = logging.getLogger(__name__)
+
+_KINDS = ("step", "evaluation", "changed_setting", "restart")
+_LONGEST = 2**20  # bytes of a line; ours have a few hundred
+_BLOCK = 2**16  # bytes read at a time from the end
 
 
 @dataclass(frozen=True)
@@ -116,36 +122,38 @@ class MetricsLog:
         self._append({"kind": "restart", "step": step, "number": self.restarts, "reason": reason, "time": time})
 
     def cut_after(self, step: int) -> None:
-        """Remove the lines of later steps, and a last line torn by a crash; a resumed run writes them again.
+        """Remove the lines of later steps, and what a crash left after them; a resumed run writes them again.
 
-        The file is replaced atomically. cut_after(-1) empties it, for a run that starts again.
-
-        Raises:
-            ValueError: a line before the last is not JSON.
+        Reads from the end of the file, only what is removed. Damaged lines before stay, and readers pass over them.
+        cut_after(-1) empties the file, for a run that starts again.
         """
         if self._path is None or self._file is None:
             return
         self._file.close()
-        with whole_file(self._path) as out:
-            for raw, line in _lines(self._path):
-                if line["step"] <= step:
-                    out.write(raw)
-                    self.restarts += line["kind"] == "restart"
+        end, damaged = 0, 0
+        with storage_errors(self._path), self._path.open("r+b") as file:
+            for after, line in _from_end(file) if step >= 0 else ():
+                if line is not None and line["step"] <= step:
+                    end = after
+                    break
+                damaged += line is None
+            file.truncate(end)
+            os.fsync(file.fileno())
+            self.restarts = _last_restart(file, end)
+        if damaged:
+            logger.warning("%s: %d damaged lines at its end were removed", self._path, damaged)
         self._open()
 
     def evaluation_of(self, step: int) -> dict[str, Any] | None:
         """The evaluation after `step`, if no later step follows; None otherwise, and on ranks that write nothing."""
         if self._path is None:
             return None
-        with self._path.open("rb") as lines:
-            lines.seek(max(0, self._path.stat().st_size - _LONGEST_END))
-            end = lines.read().splitlines()
-        for line in map(json.loads, reversed(end)):
-            if line["kind"] == "evaluation" and line["step"] == step:
-                found: dict[str, Any] = line
-                return found
-            if line["kind"] == "step":
-                return None
+        with self._path.open("rb") as file:
+            for _, line in _from_end(file):
+                if line is not None and line["kind"] == "evaluation" and line["step"] == step:
+                    return line
+                if line is not None and line["kind"] == "step":
+                    return None
         return None
 
     def close(self) -> None:
@@ -161,31 +169,93 @@ class MetricsLog:
                     rest = rest[self._file.write(rest) :]
 
 
-def read(path: Path) -> Iterator[dict[str, Any]]:
+class Lines:
     """The lines of a metrics.jsonl in order, one at a time, since a long run has many.
 
-    A torn last line, of a run that is writing or was killed, is left out.
+    Damaged lines, such as the zero bytes of a crash, are passed over with one warning. A torn last line, of a run that
+    is writing or was killed, is left out.
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a line before the last is not JSON.
+    Attributes:
+        damaged: lines passed over so far.
     """
-    for _, line in _lines(path):
-        yield line
+
+    def __init__(self, path: Path) -> None:
+        self._path, self.damaged = path, 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        first = 0
+        with self._path.open("rb") as file:
+            for number, raw in enumerate(_bounded_lines(file), 1):
+                if (line := _parsed(raw)) is not None:
+                    yield line
+                else:
+                    self.damaged += 1
+                    first = first or number
+        if self.damaged:
+            logger.warning(
+                "%s: %d damaged lines were passed over, the first is line %d", self._path, self.damaged, first
+            )
 
 
-def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    with path.open("rb") as lines:
-        for number, raw in enumerate(lines, 1):
-            # without its newline a line is torn, even if it parses
-            if not raw.endswith(b"\n"):
+def read(path: Path) -> Lines:
+    """The lines of a metrics.jsonl; FileNotFoundError, once they are read, if there is no such file."""
+    return Lines(path)
+
+
+def _parsed(raw: bytes) -> dict[str, Any] | None:
+    """A line's record; None if it is damaged."""
+    if len(raw) >= _LONGEST:
+        return None
+    try:
+        line = json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
+    known = isinstance(line, dict) and line.get("kind") in _KINDS
+    return line if known and type(line.get("step")) is int and 0 <= line["step"] < 2**53 else None
+
+
+def _bounded_lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines that end in a newline, even if they would parse without; of a longer one its first `_LONGEST` bytes."""
+    while raw := file.readline(_LONGEST):
+        rest = raw
+        while len(rest) == _LONGEST and not rest.endswith(b"\n"):
+            rest = file.readline(_LONGEST)
+        if rest.endswith(b"\n"):
+            yield raw
+
+
+def _from_end(file: BinaryIO) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """(byte after the line, its record or None if it is damaged) of each whole line, the last first."""
+    rest = b""
+    start = after = file.seek(0, os.SEEK_END)  # of the bytes read so far; of the line before that one
+    torn = True  # what follows the last newline
+    while start:
+        block = min(_BLOCK, start)
+        start -= block
+        file.seek(start)
+        text = file.read(block) + rest
+        stop = len(text)
+        while (newline := text.rfind(b"\n", 0, stop)) >= 0 or not start:
+            raw, stop = text[newline + 1 : stop], max(newline, 0)
+            if raw and not torn:
+                yield after, _parsed(raw)
+            torn, after = False, start + newline + 1
+            if newline < 0:
                 return
-            try:
-                line = json.loads(raw)
-            except ValueError as error:
-                remedy = "restore the file, or move it away to start a new log"
-                raise ValueError(f"{path}, line {number} is not JSON ({error}); {remedy}") from error
-            yield raw, line
+        rest = text[: min(stop, _LONGEST)]  # what follows in a longer line is damage
+
+
+def _last_restart(file: BinaryIO, end: int) -> int:
+    """The number of the last restart before byte `end`; 0 without one. Bytes are searched, not parsed."""
+    mark, block = b'{"kind": "restart"', 2**24
+    for start in range(end - block, -block, -block):
+        file.seek(max(start, 0))
+        text = file.read(block + _LONGEST if start > 0 else block + start + _LONGEST)
+        at = text.rfind(mark, 0, block + len(mark))
+        if at >= 0:
+            line = _parsed(text[at:].partition(b"\n")[0])
+            return int(line["number"]) if line is not None and type(line.get("number")) is int else 0
+    return 0
 
 
 def _nan_to_none(value: Any) -> Any:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from paco_ds.config.parse import read_json
 from paco_ds.config.recipe import Recipe
 from paco_ds.errors import UserError
 from paco_ds.files import replace_text
@@ -86,7 +87,7 @@ def read_result(
         UserError: the file is of another recipe, other shards or other options; lists the differences.
     """
     try:
-        kept = json.loads(path.read_text())
+        kept = read_json(path, UserError)
         saved, trained_on, evaluated = kept["recipe"], kept["manifest_sha256"], kept["evaluate"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a kept result ({error!r}): move it away to train that row again") from None

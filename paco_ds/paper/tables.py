@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Self
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from paco_ds.config.load import load_recipe
+from paco_ds.config.parse import read_yaml
 from paco_ds.config.recipe import Recipe
 from paco_ds.config.section import Section
 from paco_ds.config.shipped import SMALL_RECIPES, find_recipe, find_table
@@ -128,8 +128,8 @@ def load_table(name: str | Path) -> Table:
     """
     path = find_table(name)
     try:
-        table = Table.model_validate(yaml.safe_load(path.read_text()))
-    except (yaml.YAMLError, ValidationError) as error:
+        table = Table.model_validate(read_yaml(path, RecipeError))
+    except ValidationError as error:
         raise RecipeError(f"{path}: {error}") from None
 
     def absolute(recipe: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,10 +12,11 @@ from typing import Any
 
 import jinja2
 import numpy as np
-import yaml
 from markupsafe import Markup
 
+from paco_ds.config.parse import brief, one_line, read_json, read_yaml
 from paco_ds.data.manifest import SHOTS
+from paco_ds.errors import DataError, printable
 from paco_ds.evaluation.accuracy import GROUPS, percent
 from paco_ds.files import replace_text
 from paco_ds.metrics import log
@@ -65,6 +65,7 @@ class RunFiles:
         steps: float64 [steps] for each of STEP_COLUMNS and for each of BY_SHOT and shot (own_many, ...); NaN where
             a line has null or lacks the key.
         parts: parts of the loss, float64 [steps] by name; empty for methods with one part.
+        damaged: lines of the log that were passed over.
         evaluations: the evaluation lines, in order.
         recipe: recipe.yaml as text and as a tree, None when missing.
         final: metrics.json, None when missing.
@@ -78,6 +79,7 @@ class RunFiles:
     final: Mapping[str, Any] | None = None
     parts: Mapping[str, Values] = field(default_factory=dict)
     restarts: Sequence[Mapping[str, Any]] = ()
+    damaged: int = 0
 
 
 def write_report(run_dir: Path) -> Path:
@@ -89,7 +91,14 @@ def write_report(run_dir: Path) -> Path:
         FileNotFoundError: there is no metrics.jsonl.
         ValueError: a file is damaged; the message names it.
     """
-    page = render("run.html.j2", _context(run_dir.resolve().name, read_run(run_dir)))
+    run = read_run(run_dir)
+    try:
+        page = render("run.html.j2", _context(run_dir.resolve().name, run))
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise DataError(
+            f"{run_dir}: metrics.json, recipe.yaml or an evaluation in metrics.jsonl is not as a run writes it "
+            f"({type(error).__name__}: {one_line(error)}); evaluate the run again"
+        ) from error
     return replace_text(run_dir / "report.html", page)
 
 
@@ -102,7 +111,8 @@ def read_run(run_dir: Path) -> RunFiles:
     columns = {name: array("d") for name in names}
     parts: dict[str, array[float]] = {}
     evaluations, restarts = [], []
-    for line in log.read(log_path):
+    lines = log.read(log_path)
+    for line in lines:
         if line["kind"] == "evaluation":
             evaluations.append(line)
         if line["kind"] == "restart":
@@ -113,30 +123,36 @@ def read_run(run_dir: Path) -> RunFiles:
             columns[name].append(_float(line.get(name)))
         for kind, key in BY_SHOT.items():
             for shot in SHOTS:
-                columns[f"{kind}_{shot}"].append(_float((line.get(key) or {}).get(shot)))
-        for name in parts.keys() | (line.get("parts") or {}).keys():
+                columns[f"{kind}_{shot}"].append(_float(_section(line, key).get(shot)))
+        of_loss = _section(line, "parts")
+        for name in parts.keys() | of_loss.keys():
             if name not in parts:
                 parts[name] = array("d", [_float(None)] * (len(columns["step"]) - 1))
-            parts[name].append(_float((line.get("parts") or {}).get(name)))
+            parts[name].append(_float(of_loss.get(name)))
     recipe_path, final_path = run_dir / "recipe.yaml", run_dir / "metrics.json"
-    recipe_text = recipe_path.read_text(encoding="utf-8") if recipe_path.exists() else None
-    final = None
+    recipe_text, recipe, final = None, {}, None
+    if recipe_path.exists():
+        recipe = read_yaml(recipe_path, DataError)
+        recipe_text = recipe_path.read_text(encoding="utf-8")
     if final_path.exists():
-        try:
-            final = json.loads(final_path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{final_path} is not JSON ({error}); evaluate the run again") from error
-    try:
-        recipe = yaml.safe_load(recipe_text) if recipe_text else {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{recipe_path} is not YAML: {error}") from error
-    steps = {name: np.array(column) for name, column in columns.items()}
-    arrays = {name: np.array(values) for name, values in parts.items()}
-    return RunFiles(steps, evaluations, recipe_text, recipe or {}, final, arrays, restarts)
+        final = read_json(final_path, DataError, "; evaluate the run again")
+    for path, content in ((recipe_path, recipe), (final_path, final)):
+        if not isinstance(content, dict | None):
+            raise DataError(f"{path} holds {brief(content)}, not the mapping that a run writes")
+    return RunFiles(
+        {name: np.array(column) for name, column in columns.items()},
+        evaluations,
+        recipe_text,
+        recipe or {},
+        final,
+        {name: np.array(part) for name, part in parts.items()},
+        restarts,
+        lines.damaged,
+    )
 
 
 def render(template: str, context: Mapping[str, Any]) -> str:
-    """Render a template of this package; all values are escaped."""
+    """Render a template of this package; all values are escaped, credentials redacted."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -145,7 +161,7 @@ def render(template: str, context: Mapping[str, Any]) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["percent"] = percent
-    return environment.get_template(template).render(context)
+    return printable(environment.get_template(template).render(context))
 
 
 def inline(figure: charts.Figure, name: str, description: str) -> Markup:
@@ -172,6 +188,7 @@ def _context(name: str, run: RunFiles) -> dict[str, Any]:
         "steps": done,
         "skipped": int(np.nansum(steps["skipped"])),
         "restarts": run.restarts,
+        "damaged": run.damaged,
         "bad_samples": int(np.nansum(steps["bad_samples"])),
         "waited": percent(_wait_share(steps)) if done else None,
         "recipe": _sections(run.recipe),
@@ -201,7 +218,7 @@ def _facts(run: RunFiles) -> list[tuple[str, str]]:
         ("Backbone", "model", "backbone"),
         ("Shards", "data", "shards"),
     ):
-        if value := (recipe.get(section) or {}).get(key):
+        if value := _section(recipe, section).get(key):
             facts.append((label, str(value)))
     if len(run.steps["step"]):
         facts.append(("Training", f"{run.steps['epoch'][-1] + 1:,.0f} epochs, {run.steps['step'][-1]:,.0f} steps"))
@@ -301,5 +318,15 @@ def _flat(tree: Any, prefix: str = "") -> list[tuple[str, str]]:
     return [(prefix, "-" if tree is None else str(tree))]
 
 
+def _section(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The values under a key; none where it has another kind of value."""
+    section = values.get(key)
+    return section if isinstance(section, Mapping) else {}
+
+
 def _float(value: Any) -> float:
-    return float("nan") if value is None else float(value)
+    """A figure of the log; NaN for null, and for what is no figure."""
+    try:
+        return float("nan") if value is None else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return float("nan")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import deepspeed
 from deepspeed.runtime import compiler
 
+from paco_ds.config.parse import brief, read_json
 from paco_ds.config.recipe import EngineSettings, OptimizerSettings, StepSettings
 from paco_ds.distributed.launch import environment_ranks, join_job
 from paco_ds.distributed.ranks import MicroBatchLayout, Ranks
@@ -42,12 +42,11 @@ def read_deepspeed_config(path: str | Path) -> dict[str, Any]:
         RecipeError: it is missing, is not JSON, or sets what the recipe decides or what cannot work.
     """
     path = Path(path)
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise RecipeError(f"engine.deepspeed: no file {path}; ds_configs/ holds zero0.json to zero3.json") from None
-    except ValueError as error:
-        raise RecipeError(f"engine.deepspeed: {path} is not JSON: {error}") from None
+    if not path.exists():
+        raise RecipeError(f"engine.deepspeed: no file {path}; ds_configs/ holds zero0.json to zero3.json")
+    config = read_json(path, RecipeError)
+    if not isinstance(config, dict):
+        raise RecipeError(f"engine.deepspeed: {path} is not a DeepSpeed configuration: {brief(config)}")
     for key, setting in _OWNED.items():
         if key in config:
             raise RecipeError(f"engine.deepspeed: {path} sets {key!r}; remove it, the recipe decides it by {setting}")

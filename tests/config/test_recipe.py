@@ -41,7 +41,7 @@ def test_shipped_recipes_are_valid(path):
         ("loss.alpha=-1", r"'loss.alpha': .*greater than 0"),
         ("loss.temperature=.inf", r"'loss.temperature': .*finite"),
         ("step.micro_batches=true", r"'step.micro_batches': a number is expected here, not true or false"),
-        ("views.query.zoom=[0.5", r"--set views.query.zoom=\[0.5: the value is not YAML"),
+        ("views.query.zoom=[0.5", r"--set views.query.zoom=\[0.5: the value is not valid YAML"),
         (
             "loss.method=packo",
             r"'loss.method': unknown method 'packo'; nearest valid name: 'paco' .*, supcon",

@@ -42,7 +42,7 @@ def test_missing_card_points_to_those_that_ship(tmp_path: Path) -> None:
         ("license: MIT", "licence: MIT", "unknown key 'licence'; did you mean 'license'"),
         ("images: train-images", "imges: train-images", r"splits.train: unknown key 'imges'; .*'images'"),
         ("source: idx", "source: idy", "source is 'idy', must be one of cifar, csv, folder, idx"),
-        ("name: tiny", "name: [tiny", "is not YAML"),
+        ("name: tiny", "name: [tiny", "is not valid YAML"),
         ("license: MIT\n", "", "license: Field required"),
         ("std: [0.25, 0.25, 0.25]", "std: [0.25, 0, 0.25]", r"std.1: Input should be greater than 0"),
         ("cat, dog, eel", "cat, dog, cat", "classes names cat more than once"),

@@ -134,17 +134,49 @@ def test_torn_last_line_is_dropped(path: Path, torn: bytes) -> None:
     assert path.read_bytes() == whole
 
 
-def test_damage_before_the_last_line_is_named(path: Path) -> None:
-    """A broken line in the middle is an error with file and line number, and the file stays as it was."""
+@pytest.mark.parametrize("damage", [b"\0" * 70_000, b"\xff{", b"[" * 100_000, b'{"step": 9}', b"{}", b"", b"x" * 2**21])
+def test_damaged_lines_are_passed_over_and_said(path: Path, damage: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    """Anywhere in the file, whatever they are; one warning for all of them."""
     lines = path.read_bytes().splitlines(keepends=True)
-    lines[1] = b"\x00\x00\n"
-    path.write_bytes(b"".join(lines))
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not JSON"):
-        list(read(path))
+    steps = [line["step"] for line in read(path)]
+    path.write_bytes(b"".join([damage + b"\n", lines[0], damage + b"\n", *lines[1:]]))
+    found = read(path)
+    assert [line["step"] for line in found] == steps
+    assert found.damaged == 2
+    assert f"{path}: 2 damaged lines were passed over, the first is line 1" in caplog.text
+
+
+def test_a_resumed_run_cuts_the_zeros_of_a_crash_and_goes_on(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Damage after the last line that is kept goes, damage before it stays."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"\0\n" + b"".join(lines) + b"\0" * 200_000 + b"\n{]\n" + b"\0" * 9)
     log = MetricsLog(path)
-    with pytest.raises(ValueError, match="line 2"):
-        log.cut_after(3)
-    assert path.read_bytes() == b"".join(lines)
+    log.cut_after(2)
+    assert path.read_bytes() == b"\0\n" + b"".join(lines[:3])
+    assert f"{path}: 2 damaged lines at its end were removed" in caplog.text
+    log.step(replace(RECORD, step=3))
+    log.close()
+    assert [line["step"] for line in read(path)][-2:] == [2, 3]
+
+
+def test_a_resume_reads_the_end_of_a_long_log_alone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the lines lie in the blocks that are read; a position is found for every step."""
+    whole = path.read_bytes()
+    ends = {0: 0, 1: whole.index(b"\n") + 1, 9: len(whole)}
+    for block in (1, 7, 100, 2**16):
+        monkeypatch.setattr("paco_ds.metrics.log._BLOCK", block)
+        for step, end in ends.items():
+            path.write_bytes(whole)
+            log = MetricsLog(path)
+            log.cut_after(step)
+            log.close()
+            assert path.stat().st_size == end
+    log = MetricsLog(path)
+    monkeypatch.setattr(
+        "paco_ds.metrics.log._parsed", lambda raw: pytest.fail("read") if b'"step": 1,' in raw else {"step": 4}
+    )
+    log.cut_after(4)
+    log.close()
 
 
 def test_an_evaluation_says_how_many_experts_routers_asked(tmp_path: Path) -> None:

@@ -243,5 +243,5 @@ def test_wrong_directory_and_damaged_files_are_named(run_dir: Path, tmp_path: Pa
         write_report(run_dir)
     (run_dir / "metrics.json").unlink()
     (run_dir / "recipe.yaml").write_text("a: [")
-    with pytest.raises(ValueError, match=r"recipe\.yaml is not YAML"):
+    with pytest.raises(ValueError, match=r"recipe\.yaml is not valid YAML"):
         write_report(run_dir)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
+from paco_ds.config.parse import parse_json
 from paco_ds.data.storage import MissingFile, Storage
 from paco_ds.distributed.folder_lock import FolderLock
 from paco_ds.errors import DataError
@@ -169,7 +170,7 @@ def _put(state: Storage, name: str, content: dict[str, object]) -> None:
 
 def _get(state: Storage, name: str) -> dict[str, object]:
     try:
-        content = json.loads(state.read(name))
+        content = parse_json(state.read(name), name, DataError)
     except (MissingFile, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -15,9 +15,9 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, get_args
 
-import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
+from paco_ds.config.parse import brief, read_yaml
 from paco_ds.config.plugins import is_plugin, load_plugin
 from paco_ds.config.shipped import find_card
 from paco_ds.data.manifest import Name, Shots, StrictModel, Triple, validation_message
@@ -142,7 +142,9 @@ def card_type(source: Any, origin: str) -> type[Card]:
             raise DataError(f"{origin}: source {source} is not a subclass of paco_ds.data.pack.card.Card")
         return kind
     if not isinstance(source, str) or source not in card_types():
-        raise DataError(f"{origin}: source is {source!r}, must be one of {', '.join(card_types())}, or module:Class")
+        raise DataError(
+            f"{origin}: source is {brief(source)}, must be one of {', '.join(card_types())}, or module:Class"
+        )
     return card_types()[source]
 
 
@@ -153,11 +155,7 @@ def load_card(path: str | Path) -> Card:
         DataError: no such card, not YAML, an unknown source, an unknown, missing or ill-typed key.
     """
     path = find_card(path)
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"card {path} is not YAML: {' '.join(str(error).split())}") from error
-    return make_card(data, f"card {path}")
+    return make_card(read_yaml(path, DataError, "card"), f"card {path}")
 
 
 def make_card(data: Any, origin: str) -> Card:

@@ -6,7 +6,6 @@ Tars are scanned once for where each image and label lies; only JSON and numbers
 from __future__ import annotations
 
 import fnmatch
-import json
 import os
 import tarfile
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any, ClassVar, Literal
 import braceexpand
 from pydantic import Field, StrictStr
 
+from paco_ds.config.parse import parse_json
 from paco_ds.data.manifest import Name, StrictModel
 from paco_ds.data.pack.card import CLASSES_FILE, Card, Option
 from paco_ds.data.pack.image_bytes import BadImage, Encoded
@@ -212,7 +212,7 @@ class _Scan:
         name = None
         try:
             if sample.about is not None:
-                about = json.loads(sample.about)
+                about = parse_json(sample.about, where, DataError)
                 label, name = about[self.card.label_key], about.get(self.card.class_key)
             else:
                 label = int(sample.cls or b"")

@@ -16,6 +16,7 @@ from paco_ds.config.loss import LossSettings
 from paco_ds.config.methods import Method
 from paco_ds.config.section import RUNNING, Count, Fraction, Natural, NotNegative, Number, Positive, Section, running
 from paco_ds.config.views import TrainView, ViewSettings
+from paco_ds.errors import redacted
 
 
 class StorageSettings(Section):
@@ -23,6 +24,7 @@ class StorageSettings(Section):
 
     tries: Count = Field(8, description="of each request, with waits that double from half a second to 30 s")
     timeout: Positive = Field(30.0, description="seconds of a try; a second more for each MiB that it moves")
+    redirects: bool = Field(False, description="follow a web server's redirects to other hosts, by https")
 
 
 class CacheSettings(Section):
@@ -331,7 +333,16 @@ class Recipe(Section):
         return list(value) if isinstance(value, tuple) else value
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        """The recipe as a file, with `***` for the credentials of URLs; who reads it has those of the environment."""
+        return yaml.safe_dump(_without_credentials(self.model_dump(mode="json")), sort_keys=False)
+
+
+def _without_credentials(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_credentials(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_credentials(each) for each in value]
+    return redacted(value) if isinstance(value, str) else value
 
 
 def _leaves(section: BaseModel, prefix: str) -> Iterator[tuple[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import shlex
 import subprocess
+import tempfile
 import threading
 import uuid
 from collections.abc import Callable
@@ -20,6 +21,9 @@ T = TypeVar("T")
 _IN_PLACE = ("sftp", "ssh", "ftp", "smb", "hdfs", "webhdfs", "arrow_hdfs")
 
 
+_MOST_SAID, _MOST_OUTPUT = 2**16, 2**40  # bytes of a command's errors, and of its output when only counted
+
+
 def refuse_unknown_service(url: str, scheme: str) -> None:
     """Raise DataError, with common services, unless fsspec supports this kind of URL."""
     known = {*fsspec.available_protocols()}
@@ -28,10 +32,17 @@ def refuse_unknown_service(url: str, scheme: str) -> None:
         raise DataError(f"{url}: fsspec does not support {scheme!r}; it supports {', '.join(common)} and more")
 
 
+def inside(place: str, name: str) -> str:
+    """The path or URL of a file or folder in another; a query, such as a signature of the folder, stays at the end."""
+    folder, mark, query = place.partition("?") if "://" in place else (place, "", "")
+    return f"{folder.rstrip('/')}/{name}{mark}{query}"
+
+
 class Remote(Protocol):
     """One try of each request, at most `limit` seconds long."""
 
-    def read(self, name: str, span: tuple[int, int] | None, limit: float) -> bytes: ...
+    def read(self, name: str, span: tuple[int, int] | None, limit: float, most: int) -> bytes:
+        """A file's bytes or a range of them; of an answer longer than `most`, at least one byte more."""
 
     def about(self, name: str, limit: float) -> tuple[int, str]:
         """Bytes of a file, and an identifier of its version."""
@@ -50,9 +61,9 @@ class Fsspec:
         # a shared instance would bring the options and cached listings of other users in the process
         self.fs, self.root = fsspec.core.url_to_fs(url, skip_instance_cache=True)
         protocols = {self.fs.protocol} if isinstance(self.fs.protocol, str) else {*self.fs.protocol}
-        self.in_place, self.is_web = bool(protocols & {*_IN_PLACE}), bool(protocols & {"http", "https"})
+        self.in_place = bool(protocols & {*_IN_PLACE})
 
-    def read(self, name: str, span: tuple[int, int] | None, limit: float) -> bytes:
+    def read(self, name: str, span: tuple[int, int] | None, limit: float, most: int) -> bytes:
         start, end = span or (None, None)
         return bytes(self._call(limit, "cat_file", self._path(name), start=start, end=end))
 
@@ -67,8 +78,6 @@ class Fsspec:
         return int(info["size"]), version
 
     def sizes(self, limit: float) -> dict[str, int] | None:
-        if self.is_web:
-            return None  # a web page may list names, but no sizes
         self.fs.invalidate_cache()
         try:
             entries = self._call(limit, "ls", self.root, detail=True)
@@ -93,8 +102,6 @@ class Fsspec:
             raise
 
     def find(self, folder: str, limit: float) -> dict[str, int]:
-        if self.is_web:
-            raise DataError("a web server does not list files with sizes: copy the folder first")
         self.fs.invalidate_cache()
         start = self._path(folder).rstrip("/")
         found = self._call(limit, "find", start, detail=True)
@@ -104,7 +111,7 @@ class Fsspec:
         self._call(limit, "rm_file", self._path(name))
 
     def _path(self, name: str) -> str:
-        return f"{self.root.rstrip('/')}/{name}"
+        return inside(self.root, name)
 
     def _call(self, limit: float, method: str, *args: Any, **kwargs: Any) -> Any:
         own = getattr(self.fs, f"_{method}", None)
@@ -119,18 +126,28 @@ class Pipe:
     def __init__(self, url: str) -> None:
         self.command = shlex.split(url.removeprefix("pipe:"))
 
-    def read(self, name: str, span: tuple[int, int] | None, limit: float) -> bytes:
+    def read(self, name: str, span: tuple[int, int] | None, limit: float, most: int) -> bytes:
         if span is not None:
             raise DataError("a pipe: command gives whole files, not ranges: set data.cache")
         command = [part.replace("{name}", name) for part in self.command]
-        done = subprocess.run(command, capture_output=True, timeout=limit)
-        if done.returncode:
-            said = done.stderr.decode(errors="replace").strip().splitlines()
-            raise OSError(f"the command ended with {done.returncode}" + (f": {said[-1]}" if said else ""))
-        return done.stdout
+        with (
+            tempfile.TemporaryFile() as errors,
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors) as run,
+        ):
+            output = run.stdout
+            assert output is not None
+            try:
+                found = _within(limit, lambda: output.read(most + 1))
+                if len(found) <= most and run.wait(limit):
+                    errors.seek(0)
+                    said = errors.read(_MOST_SAID).decode(errors="replace").strip().splitlines()
+                    raise OSError(f"the command ended with {run.returncode}" + (f": {said[-1]}" if said else ""))
+                return found
+            finally:
+                run.kill()
 
     def about(self, name: str, limit: float) -> tuple[int, str]:
-        return len(self.read(name, None, limit)), ""
+        return len(self.read(name, None, limit, _MOST_OUTPUT)), ""
 
     def sizes(self, limit: float) -> dict[str, int] | None:
         return None

@@ -19,12 +19,14 @@ from typing import Any, BinaryIO, TypeVar
 
 from paco_ds.config.recipe import DataSettings, StorageSettings
 from paco_ds.data.cache import FileCache
-from paco_ds.data.remote import Fsspec, Pipe, Remote, refuse_unknown_service
-from paco_ds.errors import DataError
+from paco_ds.data.remote import Fsspec, Pipe, Remote, inside, refuse_unknown_service
+from paco_ds.errors import DataError, redacted
 from paco_ds.files import is_url, storage_errors, whole_file
 
 T = TypeVar("T")
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds between tries
+_LONGEST_ASKED = 60.0  # seconds that a server may ask to wait
+_MOST_WHOLE = 2**30  # bytes of a file of unknown size: a manifest of a million shards has 300 MB
 _MIB = 2**20
 _LISTING = 60  # times the limit of a request, for listing a million files
 _PIECE = 16 * _MIB  # of a whole file, so that a lost connection costs no more than this
@@ -40,6 +42,8 @@ class MissingFile(DataError):  # noqa: N818 (some callers expect it)
 
 class Storage:
     """A directory of files. `url` is a local path or any fsspec URL; files are named relative to it.
+
+    Its attribute `url` has no credentials: it is for messages and files.
 
     It can be pickled: each process opens its connections at its first request. Thread-safe.
 
@@ -59,15 +63,17 @@ class Storage:
         cache: FileCache | None = None,
         allow_pipe_urls: bool = False,
     ) -> None:
-        self.url, self.settings, self.cache = str(url).removeprefix("file://"), settings or StorageSettings(), cache
+        self._address = _without_masks(str(url).removeprefix("file://"))
+        self.settings, self.cache = settings or StorageSettings(), cache
         self.allow_pipe_urls = allow_pipe_urls
-        self.is_local = not is_url(self.url)
+        self.is_local = not is_url(self._address)
+        self.url = self._address if self.is_local else redacted(self._address)
         self._lock = threading.Lock()
         self._remote: tuple[int, Remote] | None = None
         self._refuse_what_would_execute()
 
     def __reduce__(self) -> tuple[Callable[..., Storage], tuple[Any, ...]]:
-        return _restore, (self.url, self.settings, self.cache, self.allow_pipe_urls)
+        return _restore, (self._address, self.settings, self.cache, self.allow_pipe_urls)
 
     def __repr__(self) -> str:
         return f"Storage({self.url!r})"
@@ -75,7 +81,7 @@ class Storage:
     @property
     def is_pipe(self) -> bool:
         """Whether files are outputs of a command: read whole, of unknown size until then."""
-        return self.url.startswith("pipe:")
+        return self._address.startswith("pipe:")
 
     @property
     def local_directory(self) -> Path:
@@ -86,20 +92,26 @@ class Storage:
 
     def place(self, name: str) -> str:
         """Path or URL of a file, for messages."""
-        return f"{self.url.rstrip('/')}/{name}" if not self.is_pipe else self.url.replace("{name}", name)
+        return inside(self.url, name) if not self.is_pipe else self.url.replace("{name}", name)
 
     def read(self, name: str, expected: int = 0) -> bytes:
-        """All bytes of a file. The `expected` number, if known, extends the time limit of a large file.
+        """All bytes of a file, but no more than one beyond the `expected` number, if that is known.
 
         Raises:
             MissingFile: there is no such file.
-            DataError: it cannot be read in `data.storage.tries` tries.
+            DataError: it cannot be read in `data.storage.tries` tries, or is too large to be read whole.
         """
+        most = expected or _MOST_WHOLE
         if self.is_local:
-            return self._locally(name, lambda path: path.read_bytes())
-        return self._ask(
-            f"read {self.place(name)}", lambda remote, limit: remote.read(name, None, limit + expected / _MIB)
-        )
+            found = self._locally(name, lambda path: _read_regular(path, most))
+        else:
+            found = self._ask(
+                f"read {self.place(name)}",
+                lambda remote, limit: remote.read(name, None, limit + expected / _MIB, most),
+            )
+        if len(found) > _MOST_WHOLE > expected:
+            raise DataError(f"{self.place(name)} has more than {_MOST_WHOLE} bytes: is it the right file?")
+        return found[: most + 1]
 
     def read_range(self, name: str, start: int, size: int) -> bytes:
         """`size` bytes of a file from byte `start` on; fewer only if a local file ends before.
@@ -113,7 +125,7 @@ class Storage:
         what = f"read bytes {start} to {start + size} of {self.place(name)}"
 
         def one_range(remote: Remote, limit: float) -> bytes:
-            found = remote.read(name, (start, start + size), limit + size / _MIB)
+            found = remote.read(name, (start, start + size), limit + size / _MIB, size)
             if len(found) > size:
                 raise DataError(f"cannot {what}: the server sends the whole file instead of a range")
             if len(found) < size:
@@ -193,13 +205,15 @@ class Storage:
 
     def parent(self) -> tuple[Storage, str]:
         """For a URL of a file: the storage of its directory, and the file's name."""
-        folder, _, name = self.url.rpartition("/")
+        folder, _, name = self._address.rpartition("/")
         place = folder or ("/" if self.url.startswith("/") else ".")
         return Storage(place, self.settings, cache=self.cache, allow_pipe_urls=self.allow_pipe_urls), name
 
     def inside(self, folder: str) -> Storage:
         """The storage of a folder in this directory."""
-        return Storage(self.place(folder), self.settings, cache=self.cache, allow_pipe_urls=self.allow_pipe_urls)
+        return Storage(
+            inside(self._address, folder), self.settings, cache=self.cache, allow_pipe_urls=self.allow_pipe_urls
+        )
 
     def open_whole(self, name: str, size: int) -> BinaryIO:
         """Open a local file with all bytes: the file itself, or its copy in the cache.
@@ -241,11 +255,11 @@ class Storage:
 
     def _ask(self, what: str, request: Callable[[Remote, float], T]) -> T:
         """Repeat a request until it succeeds, its error is final, or the tries are used up."""
-        began, last = time.monotonic(), ""
+        began, last, asked = time.monotonic(), "", 0.0
         for number in range(self.settings.tries):
             if number:
                 wait = min(_FIRST_WAIT * 2 ** (number - 1), _LONGEST_WAIT)
-                time.sleep(wait * random.SystemRandom().uniform(0.5, 1))
+                time.sleep(max(wait * random.SystemRandom().uniform(0.5, 1), min(asked, _LONGEST_ASKED)))
             try:
                 return request(self._connected(), self.settings.timeout)
             except DataError:
@@ -255,7 +269,7 @@ class Storage:
             except _FINAL as error:
                 raise DataError(f"cannot {what}: {_reason(error)}") from error
             except Exception as error:  # each service raises its own errors
-                last = _reason(error)
+                last, asked = _reason(error), getattr(error, "retry_after", 0.0)
                 if type(error).__name__ in _FINAL_NAMES:
                     raise DataError(
                         f"cannot {what}: {last}; set the credentials of the service in the environment"
@@ -270,8 +284,17 @@ class Storage:
         """This process's connection: a fork cannot use sockets and threads of its parent."""
         with self._lock:
             if self._remote is None or self._remote[0] != os.getpid():
-                self._remote = os.getpid(), Pipe(self.url) if self.is_pipe else Fsspec(self.url)
+                self._remote = os.getpid(), self._connect()
             return self._remote[1]
+
+    def _connect(self) -> Remote:
+        if self.is_pipe:
+            return Pipe(self._address)
+        if self._address.startswith(("http://", "https://")):
+            from paco_ds.data.web import Web  # aiohttp takes a while to import
+
+            return Web(self._address, self.settings.redirects)
+        return Fsspec(self._address)
 
     def _refuse_what_would_execute(self) -> None:
         if self.is_local:
@@ -280,6 +303,8 @@ class Storage:
             raise DataError(f"{self.url} chains file systems with '::'; give the inner URL (data.cache keeps copies)")
         scheme = self.url.partition(":")[0].lower()
         if scheme == "pipe" and self.allow_pipe_urls:
+            if "***" in self._address:
+                raise DataError(f"{self.url} had credentials that are not kept in files: give data.shards again")
             if "{name}" not in self.url:
                 raise DataError(f"{self.url} lacks {{name}}: write it in the command where the name of a file goes")
             return
@@ -309,3 +334,20 @@ def _restore(url: str, settings: StorageSettings, cache: FileCache | None, allow
 def _reason(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _without_masks(url: str) -> str:
+    """A URL from a file that was written without its credentials, `***` for each: those of the environment are used."""
+    if "***" not in url or url.startswith("pipe:"):
+        return url
+    place, _, query = url.replace("://***@", "://").partition("?")
+    kept = "&".join(part for part in query.split("&") if not part.endswith("=***"))
+    return f"{place}?{kept}" if kept else place
+
+
+def _read_regular(path: Path, most: int) -> bytes:
+    """At most one byte more than `most`; a device may be endless, and a pipe never answer."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise DataError(f"{path} is not a file")
+    with path.open("rb") as file:
+        return file.read(most + 1)

@@ -34,7 +34,7 @@ from paco_ds.config.recipe import Recipe
 from paco_ds.config.shipped import PACKAGE, data_folder, find_card
 from paco_ds.data.manifest import MANIFEST_FILE
 from paco_ds.data.pack.card import load_card
-from paco_ds.errors import RecipeError, UserError
+from paco_ds.errors import RecipeError, UserError, redacted
 from paco_ds.files import is_url, sha256_file
 from paco_ds.paper.results import Identity, keep_result, read_result
 from paco_ds.paper.tables import Row, Table, load_table, small_recipe
@@ -313,14 +313,19 @@ def write_commands(jobs: Sequence[Job], path: Path) -> None:
         if job is None or job.run in trained:
             continue
         trained.add(job.run)
-        lines += ["", f"# {job.row.name}, seed {job.seed}"]
+        lines += ["", _comment(f"{job.row.name}, seed {job.seed}")]
         if job.row.inferred:
-            lines.append(f"# inferred: {job.row.inferred}")
+            lines.append(_comment(f"inferred: {job.row.inferred}"))
         lines.append(shlex.join(job.training(["deepspeed", "--hostfile", "hosts"])))
         if (evaluation := job.evaluation()) is not None:
             lines.append(shlex.join(["python", *evaluation[1:]]))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text(redacted("\n".join(lines)) + "\n")
+
+
+def _comment(text: str) -> str:
+    """A comment of a script: on one line, so that a name of a table is no command."""
+    return f"# {' '.join(text.split())}"
 
 
 def build_shards(card: Path, shards: Path) -> None:

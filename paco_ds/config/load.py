@@ -49,7 +49,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     origin: dict[str, str] = {}
     for override in overrides:
         key = _apply_override(tree, override)
-        origin[key] = f"--set {override}"
+        origin[key] = _place_of(override)
     for key in PATH_KEYS:  # those of the file are absolute by now
         _anchor_path(tree, key, Path.cwd())
     if isinstance(tree.get("step"), dict):
@@ -127,17 +127,23 @@ def _rename(tree: dict[str, Any], place: str) -> None:
 def _apply_override(tree: dict[str, Any], override: str) -> str:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise RecipeError(f"--set {override}: write key.path=value, for example --set optimizer.lr=0.05")
+        raise RecipeError(f"{_place_of(override)}: write key.path=value, for example --set optimizer.lr=0.05")
     if key in RENAMED:
-        log.warning("--set %s: %s is called %s now; rename it", override, key, RENAMED[key])
+        log.warning("%s: %s is called %s now; rename it", _place_of(override), key, RENAMED[key])
         key = RENAMED[key]
     *sections, last = key.split(".")
     for part in sections:
         tree = tree.setdefault(part, {})
         if not isinstance(tree, dict):
-            raise RecipeError(f"--set {override}: {part!r} is a setting, not a section{_WITHOUT.get(part, '')}")
-    tree[last] = parse_yaml(text, f"--set {override}: the value", RecipeError)
+            raise RecipeError(f"{_place_of(override)}: {part!r} is a setting, not a section{_WITHOUT.get(part, '')}")
+    tree[last] = parse_yaml(text, f"{_place_of(override)}: the value", RecipeError)
     return key
+
+
+def _place_of(override: str) -> str:
+    """An override in messages: on one line, cut after 200 characters."""
+    text = " ".join(override.split())
+    return f"--set {text}" if len(text) <= 200 else f"--set {text[:200]}..."
 
 
 def _explain(detail: Any, place: str, origin: dict[str, str]) -> str:

@@ -31,6 +31,8 @@ MANIFEST_FILE = "manifest.json"
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Triple = tuple[float, float, float]
+Size = Annotated[int, Field(gt=0, lt=2**48)]  # bytes or samples; sums stay within an int64
+Amount = Annotated[int, Field(ge=0, lt=2**48)]
 
 
 class StrictModel(Section):
@@ -86,12 +88,12 @@ class Shard(StrictModel):
     """One tar and its index: sizes in bytes, digests of the whole files."""
 
     name: Name
-    samples: PositiveInt
-    bytes: PositiveInt
+    samples: Size
+    bytes: Size
     sha256: Sha256
-    index_bytes: PositiveInt
+    index_bytes: Size
     index_sha256: Sha256
-    first_key: NonNegativeInt | None = None  # number in the first sample's key, if it differs from its id
+    first_key: Amount | None = None  # number in the first sample's key, if it differs from its id
 
     @property
     def file(self) -> str:
@@ -113,9 +115,9 @@ class Split(StrictModel):
     """The samples of one split; ids 0 .. samples-1 follow the order of its shards."""
 
     name: Name
-    samples: PositiveInt
-    class_counts: tuple[NonNegativeInt, ...]
-    bytes: PositiveInt
+    samples: Size
+    class_counts: tuple[Amount, ...]
+    bytes: Size
     shards: tuple[Shard, ...]
 
     def starts(self) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from typing import BinaryIO, Self
 import numpy as np
 import numpy.typing as npt
 
-from paco_ds.config.parse import parse_json
+from paco_ds.config.parse import one_line, parse_json
 from paco_ds.data.manifest import Shard, Split, require_size, sample_key
 from paco_ds.data.storage import MissingFile, Storage, as_storage
 from paco_ds.errors import DataError
@@ -149,13 +149,21 @@ def load_index(place: Storage | str | Path, shard: Shard) -> np.ndarray:
     require_size(storage, shard.index_file, shard.index_bytes, len(raw))
     if hashlib.sha256(raw).hexdigest() != shard.index_sha256:
         raise DataError(f"{path} is damaged, its SHA-256 differs from the manifest's: copy it again or rebuild it")
+    if len(raw) < shard.samples * INDEX_DTYPE.itemsize:
+        raise DataError(f"{path} is not an index of {shard.samples} samples: rebuild the shards")
+    file = io.BytesIO(raw)
     try:
         with _PARSING:
-            index = np.load(io.BytesIO(raw), allow_pickle=False)
-    except ValueError as error:
-        raise DataError(f"{path} is not an index ({error}): rebuild the shards") from error
-    if index.dtype != INDEX_DTYPE or index.shape != (shard.samples,):
-        raise DataError(f"{path} is not an index of {shard.samples} samples: rebuild the shards")
+            version = np.lib.format.read_magic(file)
+            about = np.lib.format.read_array_header_1_0(file) if version == (1, 0) else None
+            file.seek(0)
+            if about != ((shard.samples,), False, INDEX_DTYPE):  # before memory is allocated for what it asks
+                raise DataError(f"{path} is not an index of {shard.samples} samples: rebuild the shards")
+            index = np.load(file, allow_pickle=False)
+    except DataError:
+        raise
+    except (ValueError, SyntaxError, RecursionError) as error:
+        raise DataError(f"{path} is not an index ({one_line(error)}): rebuild the shards") from error
     if not _within_shard(index, shard):
         raise DataError(f"{path} has ranges outside {shard.file}: rebuild the shards")
     return index

@@ -25,6 +25,7 @@ from paco_ds.config.parse import read_yaml
 from paco_ds.config.recipe import Recipe
 from paco_ds.config.section import Section
 from paco_ds.config.shipped import SMALL_RECIPES, find_recipe, find_table
+from paco_ds.data.manifest import validation_message
 from paco_ds.errors import RecipeError
 
 
@@ -130,7 +131,7 @@ def load_table(name: str | Path) -> Table:
     try:
         table = Table.model_validate(read_yaml(path, RecipeError))
     except ValidationError as error:
-        raise RecipeError(f"{path}: {error}") from None
+        raise RecipeError(f"{path}: {validation_message(error)}") from None
 
     def absolute(recipe: str) -> str:
         return str(find_recipe(recipe, path.parent).resolve())

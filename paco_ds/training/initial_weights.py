@@ -6,15 +6,14 @@ Nothing is unpickled but tensors: .pth files are read with torch's `weights_only
 from __future__ import annotations
 
 import difflib
-import pickle
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from paco_ds.checkpoint import open_run
+from paco_ds.config.parse import one_line
 from paco_ds.config.recipe import ModelSettings
 from paco_ds.errors import RecipeError
 from paco_ds.models.recogniser import Recogniser
@@ -134,8 +133,10 @@ def _of_file(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise RecipeError(f"model.start_from {path} holds no weights that can be read safely: {error}") from error
+    except Exception as error:  # a damaged file, or one that asks for code, raises nearly anything
+        raise RecipeError(
+            f"model.start_from {path} holds no weights that can be read safely: {one_line(error)}"
+        ) from error
     if not isinstance(weights, dict) or not all(isinstance(t, Tensor) for t in weights.values()):
         raise RecipeError(f"model.start_from {path} is not a state dict of tensors by name")
     return weights

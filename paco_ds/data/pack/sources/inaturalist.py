@@ -5,6 +5,7 @@ The JSON of 2021 has 2.7 million images, so files are parsed as streams and kept
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,6 +23,10 @@ from paco_ds.data.pack.samples import Names, Samples, SamplesBuilder
 from paco_ds.data.pack.source import Files, Source, add_images, some
 from paco_ds.errors import DataError
 
+_DEEPEST, _LONGEST_TEXT = 100, 2**20
+_TEXT = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+_STEPS = bytes.maketrans(b"[{]}", b"\1\1\xff\xff")  # as int8: 1 into a list or object, -1 out of it
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[{]}"))
 _CHUNK = 1 << 20
 
 
@@ -169,8 +174,11 @@ def _parse(root: Root, file: str, takers: dict[str, Callable[[Any], None]]) -> N
         parsers = [
             ijson.items_coro(queues[part], f"{part}.item" if part else "item", use_float=True) for part in takers
         ]
+        nesting = _Nesting()
         try:
             for chunk in iter(lambda: stream.read(_CHUNK), b""):
+                if nesting.too_deep(chunk):
+                    raise DataError(f"{root}/{file} is not JSON of images: nested deep, or a text without end")
                 for parser in parsers:
                     parser.send(chunk)
                 _drain(queues, takers)
@@ -180,6 +188,23 @@ def _parse(root: Root, file: str, takers: dict[str, Callable[[Any], None]]) -> N
         except ijson.JSONError as error:
             reason = " ".join(str(error).split())[:120]
             raise DataError(f"{root}/{file} is not JSON ({reason}): copy it again") from error
+
+
+class _Nesting:
+    """Bounds nesting and texts before ijson sees them: its memory grows with the square of the depth."""
+
+    def __init__(self) -> None:
+        self._depth, self._rest = 0, b""
+
+    def too_deep(self, chunk: bytes) -> bool:
+        """Whether the JSON is nested more than 100 deep up to here, or has a text of more than 1 MiB."""
+        text = _TEXT.sub(b"", self._rest + chunk)
+        text, quote, begun = text.partition(b'"')  # a text that the next chunk ends
+        self._rest = quote + begun
+        steps = np.frombuffer(text.translate(_STEPS, _NO_BRACKETS), np.int8).cumsum(dtype=np.int64)
+        deepest = self._depth + int(steps.max(initial=0))
+        self._depth += int(steps[-1]) if len(steps) else 0
+        return deepest > _DEEPEST or len(self._rest) > _LONGEST_TEXT
 
 
 def _drain(queues: dict[str, Any], takers: dict[str, Callable[[Any], None]]) -> None:

@@ -105,8 +105,11 @@ def index_shard(path: str | Path) -> np.ndarray:
     Raises:
         DataError: a member is not half of an image and JSON pair with one key.
     """
-    with tarfile.open(path, "r:") as tar:
-        members = tar.getmembers()
+    try:
+        with tarfile.open(path, "r:") as tar:
+            members = tar.getmembers()
+    except (tarfile.TarError, ValueError) as error:
+        raise DataError(f"{path} is not a whole tar: {one_line(error)}") from error
     if len(members) % 2:
         raise DataError(f"{path} has {len(members)} members; a shard has an image and a JSON for each sample")
     index = np.zeros(len(members) // 2, INDEX_DTYPE)
@@ -124,7 +127,7 @@ def index_shard(path: str | Path) -> np.ndarray:
             about = parse_json(
                 stretch[label_at : label_at + by_ending["json"].size], f"{path}: {pair[0].name}", DataError
             )
-            if not isinstance(about, dict) or not isinstance(about.get("label"), int):
+            if not isinstance(about, dict) or type(about.get("label")) is not int or not 0 <= about["label"] < 2**32:
                 raise DataError(f"{path}: the JSON of {pair[0].name} has no label")
             label = about["label"]
             image_at = images[0].offset_data - start
@@ -162,7 +165,7 @@ def load_index(place: Storage | str | Path, shard: Shard) -> np.ndarray:
             index = np.load(file, allow_pickle=False)
     except DataError:
         raise
-    except (ValueError, SyntaxError, RecursionError) as error:
+    except Exception as error:  # numpy evaluates the header, in which a flipped byte raises nearly anything
         raise DataError(f"{path} is not an index ({one_line(error)}): rebuild the shards") from error
     if not _within_shard(index, shard):
         raise DataError(f"{path} has ranges outside {shard.file}: rebuild the shards")

@@ -239,8 +239,8 @@ YAML_ATTACKS = [
 ]
 
 
-def manifest(folder: Path, raw: str | None = None, index: bytes = b"", samples: int = 1, **shard: Any) -> Path:
-    """A folder with a manifest of one shard, and its index."""
+def manifest_of(index: bytes = b"", samples: int = 1, **shard: Any) -> dict[str, Any]:
+    """The content of a manifest of one shard with this index."""
     about = {
         "name": "train-00000",
         "samples": samples,
@@ -256,7 +256,7 @@ def manifest(folder: Path, raw: str | None = None, index: bytes = b"", samples: 
         "bytes": about["bytes"],
         "shards": [about],
     }
-    content = {
+    return {
         "format": "paco_ds shards",
         "version": 1,
         "name": "x",
@@ -269,7 +269,11 @@ def manifest(folder: Path, raw: str | None = None, index: bytes = b"", samples: 
         "shots": {},
         "splits": {"train": split},
     }
-    write(folder / "manifest.json", json.dumps(content) if raw is None else raw)
+
+
+def manifest(folder: Path, raw: str | None = None, index: bytes = b"", **about: Any) -> Path:
+    """A folder with a manifest of one shard, and its index."""
+    write(folder / "manifest.json", json.dumps(manifest_of(index, **about)) if raw is None else raw)
     write(folder / "train-00000.index.npy", index)
     return folder
 
@@ -369,7 +373,7 @@ JSON_ATTACKS = [
     Attack(
         "a mean that is no number",
         lambda d: bool(np.isnan(json.loads("NaN"))),
-        lambda d: load_manifest(manifest(d, mean_of_nan(d))),
+        lambda d: load_manifest(manifest(d, json.dumps(manifest_of() | {"mean": [float("nan"), 0.5, 0.5]}))),
         "mean",
     ),
     Attack(
@@ -391,11 +395,6 @@ JSON_ATTACKS = [
         "is not an index of 9 samples",
     ),
 ]
-
-
-def mean_of_nan(folder: Path) -> str:
-    """The text of a manifest whose mean has a NaN, which Python's JSON reads."""
-    return (manifest(folder) / "manifest.json").read_text().replace("[0.5, 0.5, 0.5]", "[NaN, 0.5, 0.5]", 1)
 
 
 def cifar(folder: Path, batch: Any) -> Path:

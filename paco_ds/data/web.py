@@ -124,15 +124,18 @@ class Web(Fsspec):
             DataError: to another host, if that is not allowed; to another scheme but https.
         """
         target = place.join(URL(location))
-        same_host = target.host == place.host
-        if target.scheme not in {place.scheme, "https"} or not (same_host or self.redirects):
+        if target.scheme not in {place.scheme, "https"}:
+            raise DataError(f"{place} is redirected to {target}, another scheme: give an address without a redirect")
+        if target.host == place.host:
+            return target.with_user(place.user).with_password(place.password)
+        if not self.redirects:
             raise DataError(
-                f"{place} is redirected to {target}, another {'scheme' if same_host else 'host'}: give that address, "
-                "or set data.storage.redirects to follow redirects to other hosts by https"
+                f"{place} is redirected to {target}, another host: give that address, or set data.storage.redirects "
+                "to follow redirects to other hosts by https"
             )
-        if not same_host and target.scheme != "https":
+        if target.scheme != "https":
             raise DataError(f"{place} is redirected to {target}, another host without https: give that address")
-        return target.with_user(place.user).with_password(place.password) if same_host else target
+        return target
 
 
 def _seconds(retry_after: str) -> float:

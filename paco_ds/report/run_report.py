@@ -130,7 +130,9 @@ def read_run(run_dir: Path) -> RunFiles:
                 parts[name] = array("d", [_float(None)] * (len(columns["step"]) - 1))
             parts[name].append(_float(of_loss.get(name)))
     recipe_path, final_path = run_dir / "recipe.yaml", run_dir / "metrics.json"
-    recipe_text, recipe, final = None, {}, None
+    recipe_text: str | None = None
+    recipe: Any = {}
+    final: Any = None
     if recipe_path.exists():
         recipe = read_yaml(recipe_path, DataError)
         recipe_text = recipe_path.read_text(encoding="utf-8")

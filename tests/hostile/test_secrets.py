@@ -1,0 +1,77 @@
+"""A secret in a URL is in no file of a run and nowhere in its output; a resumed run takes it from the environment."""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+
+from paco_ds.config.load import load_recipe
+from paco_ds.report import write_report
+from tests.hostile.web import send, send_file, serving
+from tests.recipes import write_tiny_recipe
+
+SECRETS = ("S3CRET", "S1GNED")
+
+
+def trained(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`paco-train` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "paco_ds.train", *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def found_in(text: str) -> list[str]:
+    return [secret for secret in SECRETS if secret in text]
+
+
+def test_a_secret_in_a_url_is_nowhere(striped_shards, tmp_path):
+    """Trained from a web server that wants a password, then resumed by the run's own recipe."""
+    password = base64.b64encode(b"me:S3CRET").decode()
+    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 1}}))
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password S3CRET\n")
+    (tmp_path / "netrc").chmod(0o600)
+    run, recipe = tmp_path / "run", tmp_path / "recipe.yaml"
+
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        path = Path(striped_shards, request.path.partition("?")[0].rpartition("/")[2])
+        if request.headers.get("Authorization") != f"Basic {password}":
+            send(request, 401)
+        elif not path.is_file():
+            send(request, 404)
+        else:
+            send_file(request, path.read_bytes())
+
+    write_tiny_recipe(recipe, "engine.deepspeed=zero.json", "schedule.epochs=1", "evaluation.every_epochs=1")
+    with serving(answer) as url:
+        address = url.replace("//", "//me:S3CRET@") + "?X-Amz-Signature=S1GNED"
+        given = ("--output", str(run), "--set", f"data.shards={address}")
+        refused = trained("--config", str(recipe), *given, "--set", "data.classes=9")
+        first = trained("--config", str(recipe), *given, "--stop-at-step", "2")
+        environment = {"NETRC": str(tmp_path / "netrc"), "FSSPEC_HTTP_CLIENT_KWARGS": '{"trust_env": true}'}
+        again = trained("--config", str(run / "recipe.yaml"), "--output", str(run), **environment)
+    assert (refused.returncode, first.returncode, again.returncode) == (2, 0, 0), (
+        refused.stderr + first.stderr + again.stderr
+    )
+    assert "https://***@" in refused.stderr.replace("http://", "https://")
+    for done in (refused, first, again):
+        assert found_in(done.stdout + done.stderr) == []
+    assert load_recipe(run / "recipe.yaml").data.shards == url.replace("//", "//***@") + "?X-Amz-Signature=***"
+    assert (run / "report.html").is_file()
+    for path in run.rglob("*"):
+        assert path.is_dir() or found_in(path.read_bytes().decode("latin-1")) == [], path
+
+
+def test_a_page_of_an_older_run_shows_none(tmp_path):
+    """Whose recipe.yaml still has it."""
+    (tmp_path / "metrics.jsonl").write_text("")
+    (tmp_path / "recipe.yaml").write_text("data: {shards: 'https://me:S3CRET@host/d?sig=S1GNED'}\n")
+    page = write_report(tmp_path).read_text()
+    assert page.count("https://***@host/d?sig=***") == 3
+    assert found_in(page) == []

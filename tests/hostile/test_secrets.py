@@ -56,9 +56,8 @@ def test_a_secret_in_a_url_is_nowhere(striped_shards, tmp_path):
         first = trained("--config", str(recipe), *given, "--stop-at-step", "2")
         environment = {"NETRC": str(tmp_path / "netrc"), "FSSPEC_HTTP_CLIENT_KWARGS": '{"trust_env": true}'}
         again = trained("--config", str(run / "recipe.yaml"), "--output", str(run), **environment)
-    assert (refused.returncode, first.returncode, again.returncode) == (2, 0, 0), (
-        refused.stderr + first.stderr + again.stderr
-    )
+    said = refused.stderr + first.stderr + again.stderr
+    assert (refused.returncode, first.returncode, again.returncode) == (2, 0, 0), said
     assert "https://***@" in refused.stderr.replace("http://", "https://")
     for done in (refused, first, again):
         assert found_in(done.stdout + done.stderr) == []

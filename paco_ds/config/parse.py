@@ -108,7 +108,7 @@ class _BoundedLoader(yaml.SafeLoader):
     def fetch_flow_collection_start(self, token: type[yaml.Token]) -> None:  # where "[[[[..." takes seconds otherwise
         if self.flow_level >= _DEEPEST:
             raise yaml.YAMLError(f"it is nested more than {_DEEPEST} deep")
-        super().fetch_flow_collection_start(token)  # type: ignore[arg-type]
+        super().fetch_flow_collection_start(token)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Hashable] = set()

@@ -11,6 +11,22 @@ from pathlib import Path
 from paco_ds.errors import UserError
 
 
+def read_hostfile(hostfile: Path) -> list[tuple[str, int]]:
+    """(host, slots) of each line `host slots=N`.
+
+    Raises:
+        UserError: it cannot be read, or a host is no name: `-oProxyCommand=...` is an option of ssh, which runs it.
+    """
+    try:
+        lines = re.findall(r"^\s*([^\s#]+)\s+slots=(\d{1,6})\b", hostfile.read_text(encoding="utf-8"), re.MULTILINE)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"hostfile {hostfile} cannot be read: {error}") from None
+    for host, _ in lines:
+        if not re.fullmatch(r"[A-Za-z0-9_\[][A-Za-z0-9_.:@\[\]-]*", host):
+            raise UserError(f"hostfile {hostfile}: {host!r} is no name of a host")
+    return [(host, int(slots)) for host, slots in lines]
+
+
 def hosts_left(hostfile: Path, micro_batches: int | None, is_up: Callable[[str], bool]) -> dict[str, int]:
     """Slots of the hosts that answer, in the order of the hostfile, as many as can share a step evenly.
 
@@ -22,8 +38,8 @@ def hosts_left(hostfile: Path, micro_batches: int | None, is_up: Callable[[str],
     """
     from paco_ds.distributed.ranks import legal_world_sizes  # torch: only who asks for it waits
 
-    lines = re.findall(r"^\s*([^\s#]+)\s+slots=(\d+)", hostfile.read_text(), re.MULTILINE)
-    found = {host: int(slots) for host, slots in lines if is_up(host)}
+    lines = read_hostfile(hostfile)
+    found = {host: slots for host, slots in lines if is_up(host)}
     if not found:
         raise UserError(f"no host of {hostfile} answers to ssh: {', '.join(host for host, _ in lines)}")
     free = sum(found.values())

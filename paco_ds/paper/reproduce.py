@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import shlex
 import subprocess
@@ -29,6 +28,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from paco_ds.command import report_user_errors, say
+from paco_ds.config.parse import read_json
 from paco_ds.config.plugins import AllowCode, code_is_allowed
 from paco_ds.config.recipe import Recipe
 from paco_ds.config.shipped import PACKAGE, data_folder, find_card
@@ -146,7 +146,7 @@ class Job:
             UserError: the kept result belongs to another training.
         """
         if self.kept is None:
-            return dict(json.loads(self.results.read_text()))
+            return dict(read_json(self.results, UserError))
         identity, before = Identity.of(self.recipe), self._first_identity
         return read_result(self.kept, identity, before, self.row.evaluate, self._manifest_sha256())
 
@@ -163,11 +163,11 @@ class Job:
             return
         from paco_ds.metrics.log import read as read_log
 
-        trained = json.loads((self.run / "metrics.json").read_text())
+        trained = read_json(self.run / "metrics.json", UserError)
         steps = (line for line in read_log(self.run / "metrics.jsonl") if line["kind"] == "step")
         keep_result(
             self.kept,
-            json.loads(self.results.read_text()),
+            read_json(self.results, UserError),
             Identity.of(self.recipe),
             self._first_identity,
             self.row.evaluate,

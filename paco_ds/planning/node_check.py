@@ -27,6 +27,7 @@ from paco_ds.config.load import load_recipe
 from paco_ds.config.recipe import Recipe
 from paco_ds.data.manifest import Manifest, open_data
 from paco_ds.data.shard import sha256_stored
+from paco_ds.distributed.hostfile import read_hostfile
 from paco_ds.distributed.launch import leave_job
 from paco_ds.distributed.ranks import Ranks
 from paco_ds.distributed.watchdog import RankWatchdog
@@ -71,6 +72,7 @@ def launch(hostfile: Path, recipe: str, overrides: Sequence[str], output: Path, 
     """
     if not hostfile.is_file():
         raise UserError(f"no hostfile {hostfile}: one line for each host, as `node1 slots=8`")
+    read_hostfile(hostfile)
     deepspeed = shutil.which("deepspeed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     if deepspeed is None:
         raise UserError("no command `deepspeed` on PATH: activate the environment that paco_ds is installed in")

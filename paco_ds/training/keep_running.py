@@ -26,9 +26,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
-import yaml
 
 from paco_ds.command import INTERRUPTED, report_user_errors
+from paco_ds.config.load import load_recipe
 from paco_ds.distributed.hostfile import answers, hosts_left, on_hosts
 from paco_ds.distributed.launchers import KEEPER, is_launcher
 from paco_ds.errors import RESUMABLE, NotFiniteError, StorageError, UserError
@@ -218,7 +218,7 @@ def _elastic(command: Sequence[str], run: Path) -> Callable[[], Processes]:
 
     def processes() -> Processes:
         recipe = run / "recipe.yaml"
-        micro_batches = yaml.safe_load(recipe.read_text())["step"]["micro_batches"] if recipe.exists() else None
+        micro_batches = load_recipe(recipe).step.micro_batches if recipe.exists() else None
         left = hosts_left(hostfile, micro_batches, answers)
         run.mkdir(parents=True, exist_ok=True)
         reduced = replace_text(run / "hosts", "".join(f"{host} slots={slots}\n" for host, slots in left.items()))

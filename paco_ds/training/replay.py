@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from paco_ds.checkpoint import MODEL, MOMENTUM, QUEUE, write_tensors
 from paco_ds.config.load import load_recipe
+from paco_ds.config.parse import read_json
 from paco_ds.config.recipe import Recipe
 from paco_ds.data.manifest import open_data
 from paco_ds.data.shard import ShardReader
@@ -142,7 +143,7 @@ def read_kept_step(folder: Path) -> KeptStep:
         CheckpointError: a file is missing or damaged.
     """
     try:
-        about = json.loads((folder / ABOUT).read_text())
+        about = read_json(folder / ABOUT, CheckpointError)
         recipe = load_recipe(folder / RECIPE)
         paths = [folder / f"micro-batch-{j:05d}.safetensors" for j in range(recipe.step.micro_batches)]
         batches = [_micro_batch(load_file(path)) for path in paths]

@@ -32,6 +32,7 @@ from paco_ds.data.pack.card import card_of_options, load_card
 from paco_ds.data.pack.read import read_source
 from paco_ds.data.shard import INDEX_DTYPE, load_index
 from paco_ds.data.storage import Storage
+from paco_ds.distributed.hostfile import read_hostfile
 from paco_ds.paper.reproduce import Job, write_commands
 from paco_ds.paper.tables import load_table
 from paco_ds.report import write_report
@@ -694,4 +695,18 @@ CODE_ATTACKS = [
     ),
 ]
 
+
+def hostfile(folder: Path) -> Path:
+    """A host whose name is an option of ssh, which runs it."""
+    return write(folder / "hosts", f"-oProxyCommand=mkdir${{IFS}}{folder / FLAG} slots=2\n")
+
+
+CODE_ATTACKS.append(
+    Attack(
+        "a host that is an option of ssh",
+        lambda d: not subprocess.run(["sh", "-c", hostfile(d).read_text().split()[0].partition("=")[2]]).returncode,
+        lambda d: read_hostfile(hostfile(d)),
+        "is no name of a host",
+    )
+)
 ATTACKS = [*YAML_ATTACKS, *JSON_ATTACKS, *PICKLE_ATTACKS, *TAR_ATTACKS, *CODE_ATTACKS]

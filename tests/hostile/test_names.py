@@ -9,7 +9,10 @@ from rich.errors import MarkupError
 from rich.table import Table
 
 from paco_ds.command import Screen, say
+from paco_ds.data.pack.card import name_of
+from paco_ds.data.pack.image_bytes import BadImage
 from paco_ds.data.pack.read import list_source
+from paco_ds.data.pack.source import some
 from paco_ds.data.pack.sources.folder import FolderCard
 from paco_ds.errors import DataError, printable, redacted
 
@@ -76,6 +79,13 @@ def test_what_would_move_the_terminal_is_an_escape(name, capsys):
 def test_credentials_of_a_url_are_redacted(text, safe):
     """And once redacted, text stays as it is."""
     assert redacted(text) == safe == redacted(safe) == str(DataError(text))
+
+
+def test_a_file_name_is_one_line_of_the_list_of_bad_images():
+    """And no command to who prints the list; a data set behind a signed URL is not called by its signature."""
+    assert str(BadImage("empty", "a\nb.jpg: good\x1b[2J")) == r"a\nb.jpg: good\x1b[2J: empty"
+    assert some(["a\nb"]) == r"a\nb"
+    assert name_of("https://host/birds/?sig=S1GNED") == "birds"
 
 
 def test_a_class_folder_whose_name_is_not_utf8_is_taken(tmp_path):

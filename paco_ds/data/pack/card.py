@@ -205,4 +205,6 @@ def folder_card(root: str | Path) -> Card:
 
 def name_of(root: str | Path) -> str:
     """The default name of a data set: its folder's."""
-    return str(root).rstrip("/").rpartition("/")[2] if "://" in str(root) else Path(root).resolve().name
+    if "://" in str(root):  # without its query, which may be a signature
+        return str(root).partition("?")[0].rstrip("/").rpartition("/")[2]
+    return Path(root).resolve().name

@@ -12,6 +12,7 @@ import simplejpeg
 from PIL import Image, ImageOps
 
 from paco_ds.data.image_costs import MOST_SCANNED, MOST_SCANS, too_costly, webp_sides, without_texts
+from paco_ds.errors import printable
 
 # Largest image that is decoded, in pixels: a decompression bomb is a small file that fills memory.
 MAX_PIXELS = 178_956_970
@@ -27,7 +28,9 @@ class BadImage(Exception):  # noqa: N818 (the builder counts and lists them; onl
         self.reason, self.where, self.detail = reason, where, detail
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+        """One line, whatever the file is called."""
+        text = f"{self.where}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+        return printable(text).replace("\n", "\\n")
 
 
 def ending_of(data: Encoded) -> str:

@@ -173,4 +173,4 @@ def some(names: Iterable[str]) -> str:
     """The first few of names, and how many more there are."""
     listed: Sequence[str] = list(names)
     more = len(listed) - _SHOWN
-    return (", ".join(listed[:_SHOWN]) or "none") + (f" and {more} more" if more > 0 else "")
+    return (", ".join(listed[:_SHOWN]).replace("\n", "\\n") or "none") + (f" and {more} more" if more > 0 else "")

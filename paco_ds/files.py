@@ -9,11 +9,12 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from paco_ds.errors import StorageError
 
 PARTIAL = ".partial"  # ending of a file that is being written
+_PIECE = 2**20  # bytes read at a time
 
 _IN_THE_WAY = "a file is in the way: move it, or choose another folder"
 _REMEDIES = {
@@ -34,6 +35,15 @@ _REMEDIES = {
 def is_url(place: str) -> bool:
     """Whether a place is a URL (`s3://...`, `pipe:...`) and not a path; a single letter is a drive."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", place) is not None
+
+
+def read_at_most(file: IO[bytes], most: int) -> bytes:
+    """The bytes of a file from where it is, but no more than one beyond `most`, and no memory for more than it has."""
+    parts, left = [], most + 1
+    while left > 0 and (part := file.read(min(left, _PIECE))):
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
 
 
 @contextmanager

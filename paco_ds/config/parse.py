@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from paco_ds.errors import UserError
+from paco_ds.files import read_at_most
 
 MOST_YAML = 2 * 2**20  # bytes; a card that lists 100,000 classes has 2 MB
 MOST_JSON = 2**30  # bytes; a manifest of a million shards has 300 MB
@@ -88,7 +89,7 @@ def _read(path: Path, most: int, error: type[UserError]) -> bytes:
     """At most one byte more than allowed: the file may be endless, as a device is."""
     try:
         with path.open("rb") as file:
-            raw = file.read(most + 1)
+            raw = read_at_most(file, most)
     except (OSError, ValueError) as mistake:  # ValueError: a zero byte in the name
         raise error(f"{path} cannot be read: {getattr(mistake, 'strerror', None) or mistake}") from None
     if len(raw) > most:

@@ -9,19 +9,21 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import IO, Any, Protocol, TypeVar
 
 import fsspec
 from fsspec.asyn import AsyncFileSystem, sync
 
 from paco_ds.errors import DataError
+from paco_ds.files import read_at_most
 
 T = TypeVar("T")
 # their files are visible while they are written; object stores show an upload only when it is complete
 _IN_PLACE = ("sftp", "ssh", "ftp", "smb", "hdfs", "webhdfs", "arrow_hdfs")
 
 
-_MOST_SAID, _MOST_OUTPUT = 2**16, 2**40  # bytes of a command's errors, and of its output when only counted
+_MOST_SAID = 2**16  # bytes of a command's errors
+_PIECE = 2**20
 
 
 def refuse_unknown_service(url: str, scheme: str) -> None:
@@ -129,25 +131,30 @@ class Pipe:
     def read(self, name: str, span: tuple[int, int] | None, limit: float, most: int) -> bytes:
         if span is not None:
             raise DataError("a pipe: command gives whole files, not ranges: set data.cache")
+        return self._run(name, limit, lambda output: read_at_most(output, most))
+
+    def about(self, name: str, limit: float) -> tuple[int, str]:
+        return self._run(name, limit, lambda output: sum(map(len, iter(lambda: output.read(_PIECE), b"")))), ""
+
+    def _run(self, name: str, limit: float, take: Callable[[IO[bytes]], T]) -> T:
+        """What `take` makes of the command's output; a command that has more to say is ended."""
         command = [part.replace("{name}", name) for part in self.command]
+        pipe = subprocess.PIPE
         with (
             tempfile.TemporaryFile() as errors,
-            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors) as run,
+            subprocess.Popen(command, stdout=pipe, stderr=errors, bufsize=0) as run,  # so that closing waits for none
         ):
             output = run.stdout
             assert output is not None
             try:
-                found = _within(limit, lambda: output.read(most + 1))
-                if len(found) <= most and run.wait(limit):
+                taken, more = _within(limit, lambda: (take(output), output.read(1)))
+                if not more and run.wait(limit):
                     errors.seek(0)
                     said = errors.read(_MOST_SAID).decode(errors="replace").strip().splitlines()
                     raise OSError(f"the command ended with {run.returncode}" + (f": {said[-1]}" if said else ""))
-                return found
+                return taken
             finally:
                 run.kill()
-
-    def about(self, name: str, limit: float) -> tuple[int, str]:
-        return len(self.read(name, None, limit, _MOST_OUTPUT)), ""
 
     def sizes(self, limit: float) -> dict[str, int] | None:
         return None

@@ -21,7 +21,7 @@ from paco_ds.config.recipe import DataSettings, StorageSettings
 from paco_ds.data.cache import FileCache
 from paco_ds.data.remote import Fsspec, Pipe, Remote, inside, refuse_unknown_service
 from paco_ds.errors import DataError, redacted
-from paco_ds.files import is_url, storage_errors, whole_file
+from paco_ds.files import is_url, read_at_most, storage_errors, whole_file
 
 T = TypeVar("T")
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds between tries
@@ -350,4 +350,4 @@ def _read_regular(path: Path, most: int) -> bytes:
     if path.exists() and not path.is_file() and not path.is_dir():
         raise DataError(f"{path} is not a file")
     with path.open("rb") as file:
-        return file.read(most + 1)
+        return read_at_most(file, most)

@@ -87,9 +87,10 @@ def has_surplus(png: bytes) -> bool:
     inflate = isal_zlib.decompressobj()
     try:
         for part in parts:
-            while part and not inflate.eof:
-                left -= len(inflate.decompress(part, _PIECE))
-                part = inflate.unconsumed_tail
+            rest: bytes | memoryview = part
+            while rest and not inflate.eof:
+                left -= len(inflate.decompress(rest, _PIECE))
+                rest = inflate.unconsumed_tail
                 if left < 0:
                     return True
     except isal_zlib.error:

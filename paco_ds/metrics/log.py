@@ -132,7 +132,9 @@ class MetricsLog:
         self._file.close()
         end, damaged = 0, 0
         with storage_errors(self._path), self._path.open("r+b") as file:
-            for after, line in _from_end(file) if step >= 0 else ():
+            for after, line in _from_end(file):
+                if step < 0:
+                    break  # damage does not matter in a file that is emptied
                 if line is not None and line["step"] <= step:
                     end = after
                     break

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import signal
+import threading
 from contextlib import redirect_stderr
 from pathlib import Path
 from unittest.mock import patch
@@ -25,9 +26,15 @@ def train_until_stopped(ranks: Ranks, recipe: Path, run: Path, stopped: int, aft
     port = ranks.gather_objects(free_port())[0]
     ends, said = [], io.StringIO()
 
+    finished = threading.Event()
+
+    def go_on() -> None:
+        while not finished.wait(0.2):  # on a busy machine it may come before the stop
+            os.kill(pids[stopped], signal.SIGCONT)
+
     def end(status: int) -> None:
         ends.append(status)
-        os.kill(pids[stopped], signal.SIGCONT)
+        threading.Thread(target=go_on, daemon=True).start()
 
     with (
         patch.dict(os.environ, MASTER_PORT=port),
@@ -37,19 +44,21 @@ def train_until_stopped(ranks: Ranks, recipe: Path, run: Path, stopped: int, aft
         RankWatchdog(end=end) as watching,
     ):
         trainer = Trainer(load_recipe(recipe), run, ranks, stop_at_step=after + 2, heartbeat=watching.heartbeat)
-        watching.heartbeat.hang_seconds = trainer.recipe.engine.hang_seconds
         take_step = trainer.train_step
 
         def step_then_stop() -> StepResult:
             result = take_step()
-            if trainer.steps_done == after and ranks.rank == stopped:
-                os.kill(os.getpid(), signal.SIGSTOP)
+            if trainer.steps_done == after:
+                watching.heartbeat.hang_seconds = trainer.recipe.engine.hang_seconds
+                if ranks.rank == stopped:
+                    os.kill(os.getpid(), signal.SIGSTOP)
             return result
 
         trainer.train_step = step_then_stop
         try:
             trainer.run()
         finally:
+            finished.set()
             trainer.close()
             trainer.engine.destroy()
             ranks.on_bytes = ByteCounter()

@@ -51,7 +51,7 @@ class Launched:
         launcher = psutil.Process(self.process.pid)
         return [launcher, *launcher.children(recursive=True)]
 
-    def wait_until(self, condition: Callable[[], object], seconds: float = 120) -> None:
+    def wait_until(self, condition: Callable[[], object], seconds: float = 400) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert self.process.poll() is None, self.said

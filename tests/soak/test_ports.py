@@ -21,7 +21,7 @@ from paco_ds.metrics.log import read
 from tests.multinode.training import steps
 from tests.soak.launched import Launched
 
-pytestmark = [pytest.mark.soak, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
 CONNECTIONS = 2000
 
 

@@ -85,16 +85,13 @@ def test_torchrun_starts_the_ranks_of_both_hosts_again_after_a_kill(two_hosts, s
     folder, run = two_hosts.folder, two_hosts.folder / "run"
     config = write_recipe(folder, striped_shards)
     rendezvous = ("--rdzv_backend", "c10d", "--rdzv_endpoint", "10.77.0.1:29400", "--rdzv_id", "job")
-    torchrun = (BIN / "torchrun", "--nnodes", "1:2", "--nproc_per_node", 1, "--max-restarts", 3, *rendezvous)
-    words = (*torchrun, "--local_addr")
-    jobs = [
-        Job(
-            host.inside(*words, host.address, TRAIN, "--config", config, "--output", "run"),
-            folder,
-            _environment(two_hosts),
-        )
-        for host in two_hosts.hosts
-    ]
+    torchrun = (BIN / "torchrun", "--nnodes", 2, "--nproc_per_node", 1, "--max-restarts", 3, *rendezvous)
+    jobs = []
+    for number, host in enumerate(two_hosts.hosts):
+        # their names cannot be looked up here
+        of_host = ("--local_addr", host.address, "--rdzv_conf", f"is_host={int(number == 0)}")
+        train = (TRAIN, "--config", config, "--output", "run")
+        jobs.append(Job(host.inside(*torchrun, *of_host, *train), folder, _environment(two_hosts)))
     jobs[0].wait_until(lambda: len(steps(run)) > CHECKPOINT_EVERY, seconds=240)
     for pid in two_hosts.hosts[1].processes():
         words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")

@@ -247,6 +247,17 @@ def save_best(run, step, score):
     return checkpoints
 
 
+def test_a_run_is_not_lost_with_damaged_best_weights(tmp_path, caplog):
+    """Training goes on without them, and says so; an evaluation that was to use them refuses."""
+    checkpoints = save_best(tmp_path, 5, 0.5)
+    save(tmp_path, 6)
+    (tmp_path / "checkpoints" / "best" / "model.safetensors").write_bytes(b"x")
+    assert checkpoints.best(until=6) is None
+    assert "best is damaged: SHA-256 of model.safetensors" in caplog.text
+    with pytest.raises(CheckpointError, match="best is damaged"):
+        chosen_checkpoint(tmp_path, "best_all")
+
+
 @pytest.mark.parametrize("what", ["best", "step"])
 def test_killed_between_any_two_system_calls_one_is_whole(tmp_path, what):
     """The one before or the new one, never none; the next start removes what was left, and the save succeeds."""

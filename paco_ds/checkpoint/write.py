@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -36,6 +37,8 @@ from paco_ds.checkpoint.read import (
 from paco_ds.config.recipe import Recipe
 from paco_ds.errors import CheckpointError, NotFiniteError
 from paco_ds.files import fsync, remove_partial, sha256_file, storage_errors
+
+logger = logging.getLogger(__name__)
 
 LOWERED = ("optimizer.lr", "optimizer.clip_norm")
 """Settings that a resumed run may have lower, as the remedy for steps that are skipped."""
@@ -155,12 +158,16 @@ class Checkpoints:
     def best(self, until: int) -> Checkpoint | None:
         """The best weights among the first `until` steps by the recipe's criterion, or None. Weights of a later step
         belong to steps that the resumed run repeats. The criterion may change on resume: weights of another one are
-        ignored.
+        ignored, and so are damaged ones, with a warning: a run is not lost with them.
 
         Raises:
-            CheckpointError: damaged, or of another recipe or other data.
+            CheckpointError: of another recipe or other data.
         """
-        checkpoint = read_best(self.folder, self.recipe.evaluation.checkpoint)
+        try:
+            checkpoint = read_best(self.folder, self.recipe.evaluation.checkpoint)
+        except CheckpointError as error:
+            logger.warning("%s; the best weights are those of later evaluations", error)
+            return None
         if checkpoint is None or checkpoint.step > until:
             return None
         self._check_resume_identity(checkpoint)

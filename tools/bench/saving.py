@@ -5,11 +5,13 @@
 blocked      copying all that a checkpoint holds; it is written by a thread while training goes on
 synchronous  the same, and training waits until it is written, flushed, read back and renamed
 
-Weights and momentum are random and nothing is trained. Stage 0 on one rank; stage 3 on two ranks of this machine, which
-gather every weight and momentum buffer from both before the first can copy it. Medians of saves in turn.
+Weights and momentum are random and nothing is trained. Stage 0 on one rank; stages 1 and 3 on two ranks of this
+machine, whose parts of momentum, and at stage 3 of weights, are gathered before they are copied. Medians of saves in
+turn.
 """
 
 import argparse
+import itertools
 import json
 import os
 import socket
@@ -55,7 +57,9 @@ class Size:
 SIZES = (
     Size("ResNet-50, stage 0", "imagenet_lt_resnet50", 1000, 0, 1),
     Size("ResNet-152, stage 0", "inaturalist2018_resnet152", 8142, 0, 1),
+    Size("ResNet-50, stage 1, 2 ranks", "imagenet_lt_resnet50", 1000, 1, 2),
     Size("ResNet-50, stage 3, 2 ranks", "imagenet_lt_resnet50", 1000, 3, 2),
+    Size("ResNet-152, stage 3, 2 ranks", "inaturalist2018_resnet152", 8142, 3, 2),
 )
 
 
@@ -94,18 +98,14 @@ def measure(size: Size, ranks: Ranks, repeats: int, folder: Path) -> Figures:
     def gather() -> float:
         ranks.wait_for_all()
         began = time.perf_counter()
-        for _ in (*whole_model(step.engine), *whole_momentum(step.engine)):
+        for _ in itertools.chain(whole_model(step.engine), whole_momentum(step.engine)):
             pass
         return time.perf_counter() - began
 
     works = {"blocked": beside, "synchronous": lambda: save(waiting), "gathering": gather}
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for number in range(repeats + 1):
-        for name, work in (
-            ("blocked", beside),
-            ("synchronous", lambda: save(lambda write: write())),
-            ("gathering", gather),
-        ):
+        for name, work in works.items():
             taken = work()
             if number:  # the first of each warms up
                 seconds[name].append(taken)

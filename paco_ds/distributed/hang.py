@@ -53,10 +53,11 @@ class Pace:
 
     def tick(self, now: float) -> Place:
         """Where this rank is; called about once a second."""
-        mark, limit = self._heartbeat.last, self._heartbeat.hang_seconds
+        mark = self._heartbeat.last
         self._stood = 0.0 if mark is not self._mark else self._stood + min(now - self._ticked, _LONGEST_TICK)
         self._mark, self._ticked = mark, now
-        overdue = limit is not None and 0 < mark.patience * limit < self._stood
+        allowed = self._heartbeat.allowed(mark)
+        overdue = allowed is not None and self._stood > allowed
         return Place(mark.count, mark.phase, mark.step, int(self._stood), overdue)
 
 

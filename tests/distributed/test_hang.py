@@ -11,7 +11,7 @@ import pytest
 
 from paco_ds.distributed import hang as hang_module
 from paco_ds.distributed.hang import ANSWER, Hang, HangWatch, Pace, Place
-from paco_ds.distributed.heartbeat import SLOW, Heartbeat
+from paco_ds.distributed.heartbeat import SLOW, SLOW_SECONDS, Heartbeat
 from paco_ds.distributed.last_words import in_time, name_ranks, resume_children
 from paco_ds.errors import HANG
 from tests.distributed.test_watchdog import Job, eventually
@@ -33,7 +33,8 @@ def stand(pace, seconds, start=0.0):
 
 
 @pytest.mark.parametrize(
-    ("hang_seconds", "slow", "overdue_after"), [(10.0, False, 10), (10.0, True, 10 * SLOW), (None, False, None)]
+    ("hang_seconds", "slow", "overdue_after"),
+    [(10.0, False, 10), (10.0, True, int(SLOW_SECONDS)), (100.0, True, 100 * SLOW), (None, False, None)],
 )
 def test_a_mark_may_stand_for_so_long(hang_seconds, slow, overdue_after):
     """A slow phase for longer, and for ever where the search is off."""
@@ -128,7 +129,7 @@ def test_a_rank_in_a_slow_phase_is_waited_for():
     for rank in (0, 2):
         ranks.beats[rank].mark("save", 1, slow=True)
         ranks.beats[rank].mark("training", 2)
-    ranks.run(10 * SLOW)
+    ranks.run(int(SLOW_SECONDS))
     assert ranks.found == {}
     ranks.run(3)
     assert ranks.found[0].late == [1]

@@ -84,4 +84,4 @@ def test_semaphores_of_dead_processes_are_removed_and_others_stay(tmp_path, monk
     monkeypatch.setitem(multiprocessing.current_process()._config, "semprefix", "/mp")
     name_semaphores(tmp_path)
     assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["b", "c", "d"]
-    assert multiprocessing.get_context("spawn").Semaphore()._semlock.name.startswith(f"/{mark}-{os.getpid()}-")
+    assert multiprocessing.current_process()._config["semprefix"] == f"/{mark}-{os.getpid()}"

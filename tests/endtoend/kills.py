@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -34,7 +35,7 @@ class KilledJob:
     """
 
     def __init__(self, words: Sequence[object], run: Path) -> None:
-        self.run, self._shared_before = run, set(os.listdir(SHARED_MEMORY))
+        self.run = run
         environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
         self.job = Job([sys.executable, *words], run.parent, {**environment, "OMP_NUM_THREADS": "1"})
         self._seen: set[psutil.Process] = set()
@@ -61,8 +62,9 @@ class KilledJob:
         """Exit status; fail if a process, a semaphore, shared memory or an unfinished file is left."""
         status = self.job.wait(seconds)
         assert psutil.wait_procs(self._seen, timeout=120)[1] == []
+        own = {str(process.pid) for process in self._seen}  # semaphores and tensors have it in their names
         deadline = time.monotonic() + 30  # what a dead process held, its resource tracker removes
-        while left := set(os.listdir(SHARED_MEMORY)) - self._shared_before:
+        while left := [name for name in os.listdir(SHARED_MEMORY) if own & set(re.findall(r"\d+", name))]:
             assert time.monotonic() < deadline, f"left in {SHARED_MEMORY}: {left}"
             time.sleep(0.1)
         return status

@@ -58,7 +58,7 @@ def test_a_hang_ends_the_job_with_its_status_and_stacks(
     try:
         job.wait_until(lambda: len(steps(job.run)) > 30)
         family, named, began = job.family(), stop(job), time.monotonic()
-        status = job.process.wait(timeout=180)
+        status = job.process.wait(timeout=300)
         seconds = time.monotonic() - began
     finally:
         job.close()

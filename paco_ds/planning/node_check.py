@@ -24,7 +24,7 @@ from rich.table import Table
 
 from paco_ds.command import Screen, report_user_errors, say
 from paco_ds.config.load import load_recipe
-from paco_ds.config.recipe import Recipe
+from paco_ds.config.recipe import DataSettings
 from paco_ds.data.manifest import Manifest, open_data
 from paco_ds.data.shard import sha256_stored
 from paco_ds.distributed.hostfile import read_hostfile
@@ -38,7 +38,6 @@ from paco_ds.training import engine
 CLOCK = 2.0  # seconds between clocks, beyond which logs of several hosts cannot be read together
 FREE = 5 << 30  # bytes: a dozen checkpoints of a ResNet-152
 _SENT = 64 << 20  # bytes of the all_reduce that is timed
-_SAMPLED = 2  # shards of each split whose digest is computed
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def launch(hostfile: Path, recipe: str, overrides: Sequence[str], output: Path, 
     return subprocess.run([*words, "--recipe", recipe, "--output", str(output), *options]).returncode
 
 
-def check_node(ranks: Ranks, recipe: Recipe, output: Path) -> NodeReport:
+def check_node(ranks: Ranks, data: DataSettings, splits: Sequence[str], output: Path) -> NodeReport:
     """Report of this rank; a collective. Disk and shards are looked at by the first rank of each host."""
     ranks.wait_for_all()
     clock, problems = time.time(), []
@@ -89,8 +88,7 @@ def check_node(ranks: Ranks, recipe: Recipe, output: Path) -> NodeReport:
     free = None
     if ranks.local_rank == 0:
         try:
-            manifest = open_data(recipe.data, _splits(recipe))
-            digests, damaged = _sample(manifest, recipe)
+            digests, damaged = _sample(open_data(data, splits), splits)
             problems += damaged
         except (UserError, OSError) as error:
             problems.append(str(error))
@@ -151,7 +149,9 @@ def main(argv: list[str] | None = None) -> int:
     with report_user_errors(), RankWatchdog(lambda: "Mend that host, then run the check again"):
         recipe = load_recipe(arguments.recipe, arguments.set)
         ranks = engine.start(recipe.step, recipe.engine.threads)
-        reports = ranks.gather_objects(check_node(ranks, recipe, arguments.output))
+        evaluated = (recipe.evaluation.split, recipe.evaluation.test_split)
+        splits = [recipe.data.train_split, *(split for split in evaluated if split)]
+        reports = ranks.gather_objects(check_node(ranks, recipe.data, splits, arguments.output))
         seconds = _time_sum(ranks)
         lines = problems_of(reports)
         if ranks.first:
@@ -162,17 +162,12 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if lines else 0
 
 
-def _splits(recipe: Recipe) -> set[str]:
-    names = (recipe.data.train_split, recipe.evaluation.split, recipe.evaluation.test_split)
-    return {name for name in names if name is not None}
-
-
-def _sample(manifest: Manifest, recipe: Recipe) -> tuple[dict[str, str], list[str]]:
+def _sample(manifest: Manifest, splits: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Digests of the first and the last shard of each split, and those that are not the manifest's."""
     digests, damaged = {}, []
-    for name in sorted(_splits(recipe)):
+    for name in splits:
         shards = manifest.split(name).shards
-        for shard in {s.file: s for s in (shards[0], shards[-1])[:_SAMPLED]}.values():
+        for shard in (shards[0], shards[-1]):
             digests[shard.file] = sha256_stored(manifest.storage, shard.file, shard.bytes)
             if digests[shard.file] != shard.sha256:
                 damaged.append(f"shard {shard.file} is not what the manifest says: copy it again")

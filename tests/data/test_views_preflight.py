@@ -92,7 +92,7 @@ def test_the_command_says_how_many_workers(recipe_file, capsys):
 
 
 def test_something_must_be_asked_for(recipe_file, capsys):
-    """The three things that it does are named."""
+    """The things that it does are named."""
     with pytest.raises(SystemExit):
         main(["--recipe", str(recipe_file)])
-    assert "--plan, --workers, --views" in capsys.readouterr().err
+    assert "--plan, --workers, --launch, --views" in capsys.readouterr().err

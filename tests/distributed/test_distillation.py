@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from paco_ds.checkpoint import newest_checkpoint
+from paco_ds.checkpoint.read import STATE_DIGEST, state_digest
 from paco_ds.config.load import load_recipe
 from paco_ds.data.manifest import open_data
 from paco_ds.errors import RecipeError
@@ -105,7 +106,8 @@ def test_a_teacher_that_does_not_fit_is_refused_in_words(recipe, teacher, tmp_pa
             (checkpoint / file.name).write_bytes(file.read_bytes())
         (run / "recipe.yaml").write_bytes((teacher / "recipe.yaml").read_bytes())
         state = json.loads((checkpoint / "state.json").read_text())
-        (checkpoint / "state.json").write_text(json.dumps(state | {"manifest_sha256": "0" * 64}))
+        state["manifest_sha256"] = "0" * 64
+        (checkpoint / "state.json").write_text(json.dumps(state | {STATE_DIGEST: state_digest(state)}))
     settings = load_recipe(recipe, taught(recipe, run))
     assert settings.loss.distill
     with pytest.raises(RecipeError, match=f"loss.distill.teacher {run} {message}"):

@@ -1,0 +1,33 @@
+"""The check of every node before a job, by the launcher."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.recipes import write_tiny_recipe
+
+PREFLIGHT = Path(__file__).parents[2] / "tools" / "preflight.py"
+
+
+def test_every_node_is_started_and_a_damaged_shard_is_named(striped_shards, tmp_path):
+    """Two ranks of this host: joined, their all_reduce adds up; a shard that differs from the manifest is one line."""
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for file in striped_shards.iterdir():
+        (shards / file.name).write_bytes(file.read_bytes())
+    damaged = bytearray((shards / "val-00000.tar").read_bytes())
+    damaged[700] ^= 1
+    (shards / "val-00000.tar").write_bytes(damaged)
+    (tmp_path / "zero1.json").write_text(json.dumps({"zero_optimization": {"stage": 1}}))
+    write_tiny_recipe(tmp_path / "tiny.yaml", f"data.shards={shards}", "engine.deepspeed=zero1.json")
+    (tmp_path / "hosts").write_text("localhost slots=2\n")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = (sys.executable, PREFLIGHT, "--launch", "hosts", "--recipe", "tiny.yaml", "--master-port", port)
+    done = subprocess.run([str(word) for word in words], cwd=tmp_path, capture_output=True, text=True)
+    assert "2 ranks; all_reduce of 64 MiB in" in done.stdout, done.stdout + done.stderr
+    assert f"{socket.gethostname()}: shard val-00000.tar is not what the manifest says: copy it again" in done.stdout
+    assert done.returncode == 1

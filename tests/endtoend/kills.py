@@ -60,7 +60,11 @@ class KilledJob:
 
     def wait(self, seconds: float = 600) -> int:
         """Exit status; fail if a process, a semaphore, shared memory or an unfinished file is left."""
-        status = self.job.wait(seconds)
+        deadline = time.monotonic() + seconds
+        while self.job.process.poll() is None and time.monotonic() < deadline:
+            self.processes("rank")  # those of later starts are to be gone too
+            time.sleep(0.2)
+        status = self.job.wait(1)
         assert psutil.wait_procs(self._seen, timeout=120)[1] == []
         own = {str(process.pid) for process in self._seen}  # semaphores and tensors have it in their names
         deadline = time.monotonic() + 30  # what a dead process held, its resource tracker removes

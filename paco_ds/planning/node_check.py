@@ -76,7 +76,11 @@ def launch(hostfile: Path, recipe: str, overrides: Sequence[str], output: Path, 
     if deepspeed is None:
         raise UserError("no command `deepspeed` on PATH: activate the environment that paco_ds is installed in")
     options = [word for override in overrides for word in ("--set", override)]
-    words = [deepspeed, "--hostfile", str(hostfile), "--master_port", str(port), "--module", __name__]
+    words = [deepspeed, "--hostfile", str(hostfile), "--master_port", str(port)]
+    hosts = [line.split()[0] for line in hostfile.read_text().splitlines() if line.split("#")[0].strip()]
+    if set(hosts) == {"localhost"}:
+        words += ["--no_ssh_check", "--master_addr", "127.0.0.1"]  # nothing to reach by ssh
+    words += ["--module", __spec__.name]
     return subprocess.run([*words, "--recipe", recipe, "--output", str(output), *options]).returncode
 
 

@@ -4,12 +4,10 @@ import os
 import signal
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from paco_ds.checkpoint import newest_checkpoint
-from paco_ds.metrics.log import read
 from tests.multinode.hosts import BIN, Job
 from tests.multinode.training import CHECKPOINT_EVERY, EPOCHS, ROOT, STEPS_PER_EPOCH, TRAIN, steps, write_recipe
 
@@ -78,30 +76,6 @@ def test_ctrl_c_on_the_launching_host_stops_all_with_a_checkpoint(two_hosts, job
 def _environment(two_hosts):
     path = f"{two_hosts.folder / 'bin'}:{BIN}:{os.environ['PATH']}"
     return {**os.environ, "PATH": path, "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
-
-
-def test_torchrun_starts_the_ranks_of_both_hosts_again_after_a_kill(two_hosts, striped_shards, pool, record):
-    """A rank of the second host; the agents meet again, and the run ends bit-equal."""
-    folder, run = two_hosts.folder, two_hosts.folder / "run"
-    config = write_recipe(folder, striped_shards)
-    rendezvous = ("--rdzv_backend", "c10d", "--rdzv_endpoint", "10.77.0.1:29400", "--rdzv_id", "job")
-    torchrun = (BIN / "torchrun", "--nnodes", 2, "--nproc_per_node", 1, "--max-restarts", 3, *rendezvous)
-    jobs = []
-    for number, host in enumerate(two_hosts.hosts):
-        # their names cannot be looked up here
-        of_host = ("--local_addr", host.address, "--rdzv_conf", f"is_host={int(number == 0)}")
-        train = (TRAIN, "--config", config, "--output", "run")
-        jobs.append(Job(host.inside(*torchrun, *of_host, *train), folder, _environment(two_hosts)))
-    jobs[0].wait_until(lambda: len(steps(run)) > CHECKPOINT_EVERY, seconds=240)
-    for pid in two_hosts.hosts[1].processes():
-        words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-        if str(TRAIN) in words[:3]:
-            os.kill(pid, signal.SIGKILL)
-    assert [job.wait(seconds=240) for job in jobs] == [0, 0], jobs[0].said + jobs[1].said
-    pool(2).run("tests.distributed.training:train", recipe=config, run=folder / "local")
-    assert steps(run) == steps(folder / "local")
-    assert sum(line["kind"] == "restart" for line in read(run / "metrics.jsonl")) == 1
-    record("torchrun on two hosts, a rank killed: started again", "bit-equal", True)
 
 
 def test_a_kept_elastic_job_goes_on_with_the_host_that_is_left(two_hosts, striped_shards, record):

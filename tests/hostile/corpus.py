@@ -675,7 +675,7 @@ CODE_ATTACKS = [
     ),
     Attack(
         "--set without a value",
-        lambda d: raises(ValueError, lambda: dict([("name",)])),
+        lambda d: raises(ValueError, lambda: dict([("name",)])),  # type: ignore[list-item]
         lambda d: overridden(d, "name"),
         "write key.path=value",
     ),

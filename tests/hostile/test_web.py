@@ -1,6 +1,7 @@
 """Web servers that are busy, never stop, or send a client elsewhere; credentials that are needed but never shown."""
 
 import base64
+import functools
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler
@@ -18,6 +19,10 @@ from tests.hostile.web import send, send_file, serving
 
 QUICK = StorageSettings(tries=3, timeout=60.0)
 CONTENT = bytes(range(256)) * 4
+
+
+def redirect(request: BaseHTTPRequestHandler, to: str) -> None:
+    send(request, 302, Location=to)
 
 
 @pytest.fixture
@@ -124,7 +129,7 @@ def test_redirects_to_other_places_are_refused(waits):
         ("ftp://127.0.0.1/x", "another scheme"),
         ("https://elsewhere.example/x", "another host"),
     ):
-        with serving(lambda request, to=location: send(request, 302, Location=to)) as url:
+        with serving(functools.partial(redirect, to=location)) as url:
             for ask in (Storage(url, QUICK).size, Storage(url, QUICK).read):
                 with pytest.raises(DataError, match=f"is redirected to .*{message}"):
                     ask("a.tar")

@@ -1,5 +1,6 @@
 """A hundred kills at any time: whoever dies, the run ends bit-equal to one that was never disturbed."""
 
+import functools
 import random
 import time
 
@@ -13,6 +14,10 @@ STEPS = 4 * EPOCHS
 VICTIMS = ("rank", "rank", "rank", "loader", "launcher", "deepspeed")
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(3600)]
+
+
+def _reached(job: KilledJob, goal: int) -> bool:
+    return job.step >= goal
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -29,7 +34,7 @@ def test_ten_kills_at_any_time_change_nothing(seed, striped_shards, pool, tmp_pa
             time.sleep(draw.uniform(0, 12))
         else:
             goal = min(job.step + draw.randrange(1, 8), STEPS - 8)
-            job.wait_until(lambda goal=goal: job.step >= goal)
+            job.wait_until(functools.partial(_reached, job, goal))
         kills += job.kill(draw.choice(VICTIMS), draw)
     assert job.wait() == 0, job.job.said
     assert learnt(run) == learnt(tmp_path / "undisturbed")

@@ -47,6 +47,7 @@ test: $(INSTALLED)
 soak: $(INSTALLED) $(SHARDS)
 	mkdir -p docs/results
 	$(BIN)/python -m pytest -m soak tests
+	cp runs/soak.md docs/soak.md
 
 same: $(INSTALLED)
 	$(BIN)/python tools/compare_versions.py --old $(OLD)

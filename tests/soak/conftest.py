@@ -1,4 +1,4 @@
-"""The record of a soak: what was run and what came out, in docs/soak.md."""
+"""The record of a soak: what was run and what came out, in runs/soak.md; `make soak` puts a whole one into docs/."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="session")
 def record() -> Iterator[Callable[[str, str, bool], None]]:
-    """`record(what, figure, holds)`: one line of the table in docs/soak.md, which is written anew with each: a soak
+    """`record(what, figure, holds)`: one line of the table in runs/soak.md, which is written anew with each: a soak
     that was cut off leaves what it has seen, and says that it did not end."""
     lines: list[tuple[str, str, bool]] = []
     started = now()
@@ -32,7 +32,9 @@ def record() -> Iterator[Callable[[str, str, bool], None]]:
 def _write(lines: list[tuple[str, str, bool]], started: str, ended: str) -> None:
     found = ", ".join(f"{name} {version}" for name, version in versions().items())
     rows = "\n".join(f"| {what} | {figure} | {'yes' if holds else '**no**'} |" for what, figure, holds in lines)
-    (ROOT / "docs" / "soak.md").write_text(
+    path = ROOT / "runs" / "soak.md"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(
         f"# Last soak\n\nWritten by `make soak`; started {started}, {ended}, {os.cpu_count()} cores "
         f"({platform.machine()}), {found}.\n\n| what | figure | holds |\n|---|---|---|\n{rows}\n"
     )

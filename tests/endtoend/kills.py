@@ -91,14 +91,7 @@ def write_recipe(folder: Path, shards: Path, epochs: int, evaluate_every: int = 
     (folder / "zero1.json").write_text(json.dumps({"zero_optimization": {"stage": 1}}))
     evaluation = f"evaluation.every_epochs={evaluate_every}"
     settings = ("engine.deepspeed=zero1.json", f"schedule.epochs={epochs}", evaluation)
-    write_tiny_recipe(
-        path,
-        f"data.shards={shards}",
-        "data.workers=1",
-        "checkpoint.every_steps=5",
-        *settings,
-        f"evaluation.every_epochs={evaluate_every}",
-    )
+    write_tiny_recipe(path, f"data.shards={shards}", "checkpoint.every_steps=5", *settings)
     return path
 
 

@@ -17,7 +17,7 @@ def test_a_killed_rank_a_killed_keeper_and_a_killed_deepspeed_change_nothing(str
     run, recipe = tmp_path / "run", write_recipe(tmp_path, striped_shards, epochs=15)
     pool(2).run("tests.distributed.training:train", recipe=recipe, run=tmp_path / "undisturbed")
     arguments = ("--config", recipe, "--output", run)
-    first = KilledJob([TRAIN, "--ranks", 2, "--restarts", 3, *arguments], run)
+    first = KilledJob([TRAIN, "--ranks", 2, "--restarts", 3, "--set=data.workers=1", *arguments], run)
     first.wait_until(lambda: first.step >= draw.randrange(8, 14))
     assert first.kill("rank", draw)
     first.wait_until(lambda: bool(_restarts(run)) and first.step >= draw.randrange(20, 26))

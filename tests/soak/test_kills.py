@@ -26,7 +26,7 @@ def test_ten_kills_at_any_time_change_nothing(seed, striped_shards, pool, tmp_pa
     draw, began, kills = random.Random(seed), time.monotonic(), 0
     run, recipe = tmp_path / "run", write_recipe(tmp_path, striped_shards, EPOCHS, evaluate_every=3)
     pool(2).run("tests.distributed.training:train", recipe=recipe, run=tmp_path / "undisturbed")
-    arguments = ("--config", recipe, "--output", run)
+    arguments = ("--config", recipe, "--output", run, "--set=data.workers=1")
     words = deepspeed(free_port(), *arguments) if seed % 3 == 0 else [TRAIN, "--ranks", 2, "--restarts", 30, *arguments]
     job = KilledJob(words, run)
     while kills < KILLS and job.step < STEPS - 8:

@@ -50,8 +50,10 @@ class StrictModel(Section):
 
 
 def validation_message(error: ValidationError) -> str:
-    """The first problem of a validation as one line, ``place.in.the.file: what is wrong``."""
-    problem = error.errors(include_url=False)[0]
+    """The first problem of a validation as one line, ``place.in.the.file: what is wrong``; an unknown key before one that
+    is missing, since it is most often the same one, mistyped."""
+    problems = error.errors(include_url=False)
+    problem = next((each for each in problems if each["type"] == "extra_forbidden"), problems[0])
     place = ".".join(str(part) for part in problem["loc"])
     reason = problem["msg"].removeprefix("Value error, ")
     return f"{place}: {reason}" if place else reason

@@ -153,7 +153,7 @@ def test_missing_empty_and_repeated_images_are_counted(tmp_path: Path) -> None:
         "empty.jpg: empty",
         "folder.jpg: missing",
         "gone.jpg: missing",
-        "n\0l: missing",
+        "n\\x00l: missing",
     ]
     assert list(source.splits["train"].names) == ["a.jpg"]
 

@@ -50,8 +50,8 @@ class StrictModel(Section):
 
 
 def validation_message(error: ValidationError) -> str:
-    """The first problem of a validation as one line, ``place.in.the.file: what is wrong``; an unknown key before one that
-    is missing, since it is most often the same one, mistyped."""
+    """The first problem of a validation as one line, ``place.in.the.file: what is wrong``; an unknown key before a
+    missing one, which is most often the same, mistyped."""
     problems = error.errors(include_url=False)
     problem = next((each for each in problems if each["type"] == "extra_forbidden"), problems[0])
     place = ".".join(str(part) for part in problem["loc"])

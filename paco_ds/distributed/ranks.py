@@ -17,7 +17,7 @@ from torch import Tensor
 from paco_ds.errors import RecipeError
 
 # torch 2.14 renamed it
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Pending:
@@ -71,7 +71,7 @@ class Ranks:
         if self.world_size == 1:
             return Pending(rows[None])
         out = torch.empty((self.world_size * rows.numel(),), dtype=rows.dtype, device=rows.device)
-        work = all_gather(out, rows.contiguous().view(-1), group=self.group, async_op=True)
+        work = _all_gather(out, rows.contiguous().view(-1), group=self.group, async_op=True)
         self.on_bytes("all_gather", rows.nbytes * (self.world_size - 1))
         return Pending(out.view(self.world_size, *rows.shape), work)
 

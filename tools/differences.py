@@ -16,7 +16,8 @@ from safetensors.numpy import load_file
 
 STATE = Path("state.json")
 WALL_TIMES = ("images_per_second", "data_wait_seconds", "step_seconds")  # of metrics.jsonl
-VERSION_FIELDS = ("versions", "version", "state_sha256")  # of state.json; the digest is of all others
+NEW_FIELDS = ("grad_norm_ratio",)  # of metrics.jsonl, younger than the older version
+VERSION_FIELDS = ("versions", "version", "state_sha256", "usual_norm")  # of state.json; the digest is of all others
 NEW_SETTINGS: dict[str, Any] = {}  # younger than the older version: dotted key in state.json's "meaning" -> its default
 
 
@@ -45,13 +46,13 @@ def difference_of_files(old: Path, new: Path) -> str:
 
 
 def difference_of_logs(old: Path, new: Path, steps: int) -> str:
-    """The first value that differs between two runs' metrics.jsonl, wall times aside; empty if none does."""
+    """The first value that differs between two runs' metrics.jsonl, wall times and NEW_FIELDS aside; empty if none does."""
     before, after = log_lines(old), log_lines(new)
     for lines, version in ((before, "older"), (after, "newer")):
         if (logged := sum(line["kind"] == "step" for line in lines)) != steps:
             return f"metrics.jsonl of the {version} version has {logged} steps, not {steps}"
     for a, b in zip(before, after, strict=False):
-        if found := difference_of_values(a, b, WALL_TIMES):
+        if found := difference_of_values(a, b, (*WALL_TIMES, *NEW_FIELDS)):
             return f"{a['kind']} {a['step']}: {found}"
     return "" if len(before) == len(after) else f"metrics.jsonl: {len(before)} lines are now {len(after)}"
 

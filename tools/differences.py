@@ -46,7 +46,7 @@ def difference_of_files(old: Path, new: Path) -> str:
 
 
 def difference_of_logs(old: Path, new: Path, steps: int) -> str:
-    """The first value that differs between two runs' metrics.jsonl, wall times and NEW_FIELDS aside; empty if none does."""
+    """The first value that differs between two runs' metrics.jsonl, but for WALL_TIMES and NEW_FIELDS; or ''."""
     before, after = log_lines(old), log_lines(new)
     for lines, version in ((before, "older"), (after, "newer")):
         if (logged := sum(line["kind"] == "step" for line in lines)) != steps:

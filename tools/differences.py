@@ -58,7 +58,9 @@ def difference_of_logs(old: Path, new: Path, steps: int) -> str:
 
 
 def log_lines(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """Without the lines that say when a run was started again, which versions before 0.10 do not write."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] != "restart"]
 
 
 def difference_of_checkpoints(old: Path, new: Path) -> str:

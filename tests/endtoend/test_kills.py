@@ -25,7 +25,9 @@ def test_a_killed_rank_a_killed_keeper_and_a_killed_deepspeed_change_nothing(str
     assert first.kill("keeper", draw)
     assert first.wait() == -signal.SIGKILL
     outcome = read_outcome(run)
-    assert (outcome.status, outcome.reason) == (RESUMABLE, "asked to stop (its launcher died)")
+    assert outcome.status == RESUMABLE
+    # the first rank's own words, or those of another that noticed it a step earlier
+    assert outcome.reason in ("asked to stop (its launcher died)", "asked to stop (another rank was)")
 
     assert outcome.step is not None
     began = outcome.step

@@ -121,7 +121,8 @@ def _replay(folder: Path) -> int:
 
     kept = read_kept_step(folder)
     ranks = engine.start(kept.recipe.step, kept.recipe.engine.threads, expect_ranks=1)
-    print("\n".join(replay(kept, ranks).lines()))
+    for line in replay(kept, ranks).lines():
+        say(line)
     leave_job()
     return 0
 

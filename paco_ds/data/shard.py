@@ -299,6 +299,10 @@ class ShardReader:
             sample = bytes(stretch[first : first + int(row["size"])])
             yield Stored(int(sample_id), self._key(number, int(sample_id)), shard, row, sample)
 
+    def key_of(self, sample_id: int) -> str:
+        """The key of a sample, by which messages name it; nothing is read."""
+        return self._key(int(np.searchsorted(self._starts, sample_id, side="right")) - 1, sample_id)
+
     def _key(self, number: int, sample_id: int) -> str:
         """The key of a sample: computed from its id, unless bad images were left out of the build."""
         first = self.split.shards[number].first_key

@@ -138,12 +138,12 @@ class Web(Fsspec):
         return target
 
 
-def _seconds(retry_after: str) -> float:
-    """Seconds of a Retry-After header, a number or a date."""
+def _seconds(retry_after: str, now: datetime | None = None) -> float:
+    """Seconds of a Retry-After header, a number or a date, counted from `now`."""
     if retry_after.isdecimal():
         return float(retry_after[:9])
     try:
         then = parsedate_to_datetime(retry_after)
     except ValueError:
         return 0.0
-    return (then - datetime.now(UTC)).total_seconds() if then.tzinfo else 0.0
+    return (then - (now or datetime.now(UTC))).total_seconds() if then.tzinfo else 0.0

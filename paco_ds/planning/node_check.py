@@ -69,16 +69,15 @@ def launch(hostfile: Path, recipe: str, overrides: Sequence[str], output: Path, 
     Raises:
         UserError: there is no such hostfile, or no `deepspeed`.
     """
-    if not hostfile.is_file():
-        raise UserError(f"no hostfile {hostfile}: one line for each host, as `node1 slots=8`")
-    read_hostfile(hostfile)
+    hosts = {host for host, _ in read_hostfile(hostfile)}
+    if not hosts:
+        raise UserError(f"hostfile {hostfile} names no host: one line for each, as `node1 slots=8`")
     deepspeed = shutil.which("deepspeed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     if deepspeed is None:
         raise UserError("no command `deepspeed` on PATH: activate the environment that paco_ds is installed in")
     options = [word for override in overrides for word in ("--set", override)]
     words = [deepspeed, "--hostfile", str(hostfile), "--master_port", str(port)]
-    hosts = [line.split()[0] for line in hostfile.read_text().splitlines() if line.split("#")[0].strip()]
-    if set(hosts) == {"localhost"}:
+    if hosts == {"localhost"}:
         words += ["--no_ssh_check", "--master_addr", "127.0.0.1"]  # nothing to reach by ssh
     words += ["--module", __spec__.name]
     return subprocess.run([*words, "--recipe", recipe, "--output", str(output), *options]).returncode

@@ -100,7 +100,7 @@ def _launch(arguments: argparse.Namespace) -> int:
     from paco_ds.config.load import load_recipe
     from paco_ds.planning.node_check import launch
 
-    load_recipe(arguments.recipe, arguments.set)  # a typing error is told here, once
+    load_recipe(arguments.recipe, arguments.set)  # a mistake in it is reported here, once
     return launch(Path(arguments.launch), arguments.recipe, arguments.set, arguments.output, arguments.master_port)
 
 

@@ -76,12 +76,12 @@ def keep_step(
         whole = {key: tensor.detach().cpu().contiguous() for key, tensor in named}
         if ranks.first:
             write_tensors(folder / name, whole)
-    keys = [[reader.read(int(i)).key for i in batch.ids] for batch in micro_batches]
+    keys = [[reader.key_of(int(i)) for i in batch.ids] for batch in micro_batches]
     of_ranks = ranks.gather_objects(dict(zip(step.layout.own, keys, strict=True)))
     if ranks.first:
         replace_text(folder / RECIPE, recipe)
         samples = {str(j): names for j, names in sorted(pair for of_rank in of_ranks for pair in of_rank.items())}
-        digests = {name: sha256_file(folder / name) for name in files}
+        digests = {path.name: sha256_file(path) for path in sorted(folder.glob("*.safetensors"))}
         replace_text(folder / ABOUT, json.dumps({**about, "sha256": digests, "samples": samples}, indent=1))
     ranks.wait_for_all()
 
@@ -147,8 +147,10 @@ def read_kept_step(folder: Path) -> KeptStep:
         recipe = load_recipe(folder / RECIPE)
         paths = [folder / f"micro-batch-{j:05d}.safetensors" for j in range(recipe.step.micro_batches)]
         batches = [_micro_batch(load_file(path)) for path in paths]
-        state = {name: load_file(folder / name) for name in about["sha256"]}
-        damaged = [name for name, digest in about["sha256"].items() if sha256_file(folder / name) != digest]
+        digests = about["sha256"]
+        state = {name: load_file(folder / name) for name in (MODEL, MOMENTUM, QUEUE) if name in digests}
+        read = [*state, *(path.name for path in paths)]
+        damaged = [name for name in read if sha256_file(folder / name) != digests.get(name)]
     except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder} is not a whole kept step ({error}): give the folder that the run named"

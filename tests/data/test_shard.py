@@ -37,6 +37,7 @@ def test_ids_run_through_the_shards_in_order(tiny_shards: Manifest) -> None:
                 label = json.load(content)["label"]
                 expected.append((member.name.split(".")[0], label, shard.file))
     samples = [reader.read(i) for i in range(split.samples)]
+    assert [reader.key_of(i) for i in range(split.samples)] == [sample.key for sample in samples]
     assert [(s.key, s.label, s.shard) for s in samples] == expected
     assert expected[0][0] == "train-00000000"
     assert reader.counts == tuple(s.samples for s in split.shards)

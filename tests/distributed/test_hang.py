@@ -212,7 +212,7 @@ def test_a_hang_ends_every_rank_with_its_stacks(monkeypatch, capfd):
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_a_stopped_rank_ends_the_others_in_a_step(pool, striped_shards, tmp_path, stage):
-    """Real ranks at a collective; continued, they would go on, for nothing was sent in their place."""
+    """Real ranks in a collective; they would continue if the stopped rank did, since no message replaces its part."""
     recipe = tmp_path / "tiny.yaml"
     (tmp_path / "zero.json").write_text(f'{{"zero_optimization": {{"stage": {stage}}}}}')
     write_tiny_recipe(recipe, f"data.shards={striped_shards}", "engine.deepspeed=zero.json", "engine.hang_seconds=3")

@@ -171,9 +171,12 @@ def test_a_run_that_can_only_refuse_ends(pool, recipe, tmp_path):
     assert "skipped by 2 ranks" in lines[0]
     assert any("not finite" in line for line in lines[1:])
     assert "here the step is skipped" in lines[-1]
-    (kept / "model.safetensors").write_bytes((kept / "model.safetensors").read_bytes()[:-1] + b"?")
-    with pytest.raises(CheckpointError, match="is damaged: its digest"):
-        read_kept_step(kept)
+    for name in ("model", "micro-batch-00003"):
+        whole = (kept / f"{name}.safetensors").read_bytes()
+        (kept / f"{name}.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        with pytest.raises(CheckpointError, match=f"{name}.safetensors is damaged: its digest"):
+            read_kept_step(kept)
+        (kept / f"{name}.safetensors").write_bytes(whole)
 
 
 def test_the_log_is_cut_at_the_checkpoint_a_run_goes_on_from(pool, recipe, tmp_path):

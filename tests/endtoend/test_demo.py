@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from paco_ds.metrics.log import read
+from tests.damaged import copy_with_damage
 
 ROOT = Path(__file__).parents[2]
 DEEPSPEED = Path(sys.executable).with_name("deepspeed")
@@ -95,13 +96,7 @@ def test_missing_shards_end_the_job_with_the_remedy(tmp_path):
 
 def test_a_rank_that_dies_ends_the_job(shards, tmp_path):
     """A damaged evaluation image is seen by one rank only; the other does not wait for ever."""
-    damaged = tmp_path / "damaged"
-    damaged.mkdir()
-    for file in shards.iterdir():
-        (damaged / file.name).write_bytes(file.read_bytes())
-    val = bytearray((damaged / "val-00000.tar").read_bytes())
-    val[700] ^= 1
-    (damaged / "val-00000.tar").write_bytes(val)
+    damaged = copy_with_damage(shards, tmp_path / "damaged", "val-00000.tar")
     more = ("--set=schedule.epochs=1", "--set=schedule.warmup_epochs=0", "--set=evaluation.every_epochs=1")
     run = train(2, tmp_path / "run", damaged, *more, cwd=tmp_path)
     assert run.returncode != 0

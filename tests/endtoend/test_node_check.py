@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.damaged import copy_with_damage
 from tests.recipes import write_tiny_recipe
 
 PREFLIGHT = Path(__file__).parents[2] / "tools" / "preflight.py"
@@ -13,13 +14,7 @@ PREFLIGHT = Path(__file__).parents[2] / "tools" / "preflight.py"
 
 def test_every_node_is_started_and_a_damaged_shard_is_named(striped_shards, tmp_path):
     """Two ranks of this host: joined, their all_reduce adds up; a shard that differs from the manifest is one line."""
-    shards = tmp_path / "shards"
-    shards.mkdir()
-    for file in striped_shards.iterdir():
-        (shards / file.name).write_bytes(file.read_bytes())
-    damaged = bytearray((shards / "val-00000.tar").read_bytes())
-    damaged[700] ^= 1
-    (shards / "val-00000.tar").write_bytes(damaged)
+    shards = copy_with_damage(striped_shards, tmp_path / "shards", "val-00000.tar")
     (tmp_path / "zero1.json").write_text(json.dumps({"zero_optimization": {"stage": 1}}))
     write_tiny_recipe(tmp_path / "tiny.yaml", f"data.shards={shards}", "engine.deepspeed=zero1.json")
     (tmp_path / "hosts").write_text("localhost slots=2\n")

@@ -1,4 +1,4 @@
-"""Two thousand connections on every port of a job that trains: it takes no notice, and a lost rank is still seen."""
+"""Two thousand connections on every port of a training job: steps are no slower, a lost rank is still noticed."""
 
 from __future__ import annotations
 

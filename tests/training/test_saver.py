@@ -1,4 +1,4 @@
-"""Writing beside training: one at a time, and an error is told once, soon."""
+"""Background writes: one at a time; an error is raised once, at the next step."""
 
 import logging
 import threading

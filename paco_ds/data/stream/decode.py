@@ -95,7 +95,7 @@ def _open_png(sample: RawSample, max_pixels: int) -> EncodedImage:
     data = sample.image
     width, height = struct.unpack(">II", data[16:24])
     _check_costs(height, width, sample, max_pixels)
-    # OpenCV prints errors of damaged files to the terminal, may return half an image, and inflates texts for nothing
+    # OpenCV prints errors of damaged files to the terminal, may return half an image, and inflates unused texts
     if _is_whole_png(data) and not has_surplus(data):
         image = cv2.imdecode(np.frombuffer(without_texts(data, longest=0), np.uint8), cv2.IMREAD_COLOR_RGB)
     else:

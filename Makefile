@@ -42,7 +42,7 @@ demo-compare: $(INSTALLED) $(SHARDS)
 	$(BIN)/python tools/reproduce.py --table ds_configs/tables/demo.yaml --output runs/demo-compare --seeds 3
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadscope
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 soak: $(INSTALLED) $(SHARDS)
 	mkdir -p docs/results

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,11 +12,18 @@ import numpy as np
 import pytest
 
 from tests.multinode.hosts import TwoHosts, why_not
-from tests.pool import RankPool
+from tests.pool import RankPool, start_fork_server
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and tests of it would wait for ever
 
 TINY_COUNTS = {"train": (80, 40, 20, 8), "val": (6, 6, 6, 6), "test": (5, 5, 5, 5)}
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Where ranks will be needed, what they are forked from starts while the first tests run."""
+    if any("pool" in getattr(item, "fixturenames", ()) for item in session.items):
+        start_fork_server()
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import os
 import socket
 import time
 import traceback
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -20,14 +21,23 @@ class RankError(AssertionError):
     """One or more ranks raised, died or hung."""
 
 
+def start_fork_server() -> None:
+    """Start what ranks are forked from: a server that has imported all they need, or half of a short test is imports.
+
+    A process has one such server. Called first, it is this one, and not one that a build of shards starts.
+    """
+    multiprocessing.set_forkserver_preload(
+        ["paco_ds.training.trainer", "paco_ds.report", "tests.distributed.training", "torch._dynamo"]
+    )
+    forkserver.ensure_running()
+
+
 class RankPool:
     """W processes joined in one group through DeepSpeed, as a launcher would start them; gloo unless `cuda`."""
 
     def __init__(self, world_size: int, cuda: bool = False) -> None:
         self.world_size = world_size
-        # ranks are forked from a server that has imported what they need: half of a short test was imports
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["paco_ds.training.trainer", "paco_ds.report", "tests.distributed.training"])
         port = _free_port()
         self._ranks = []
         for rank in range(world_size):

@@ -21,7 +21,7 @@ views:
   query: {name: small, size: 12, cutout: 4, shift: 1}
   key: {name: small, size: 12, cutout: 0, shift: 1}
   evaluation: {name: eval, size: 12, resize: 12}
-model: {backbone: cifar_resnet20, width: 4, projection_dim: 8}
+model: {backbone: cifar_resnet8, width: 4, projection_dim: 8}
 loss: {method: paco, alpha: 0.05, temperature: 0.2}
 key_encoder: {momentum: 0.9}
 queue: {length: 80}

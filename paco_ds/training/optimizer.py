@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -44,6 +45,11 @@ class UsualNorm:
         return {"log_mean": self.log_mean, "steps": self.steps}
 
 
+# Torch wraps both to say that they are not compiled, and loads its compiler for that: 3 s of a core in every rank.
+_add_param_group = inspect.unwrap(torch.optim.SGD.add_param_group)
+_step = inspect.unwrap(torch.optim.SGD.step)
+
+
 class GuardedSGD(torch.optim.SGD):
     """SGD with momentum whose `step` does nothing where `guard` says so.
 
@@ -68,6 +74,9 @@ class GuardedSGD(torch.optim.SGD):
         self.skipped = False
         self.grad_norm: float | None = None
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        _add_param_group(self, param_group)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         self.skipped = self.guard()
@@ -76,7 +85,7 @@ class GuardedSGD(torch.optim.SGD):
             self.skipped = not math.isfinite(self.grad_norm)
         self.skipped = self.skipped or self.norm_guard()
         if not self.skipped:
-            super().step(closure)
+            _step(self, closure)
 
     def _clip(self) -> float:
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]

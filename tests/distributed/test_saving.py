@@ -25,7 +25,6 @@ def recipe(striped_shards, tmp_path_factory):
         path,
         f"data.shards={striped_shards}",
         "engine.deepspeed=zero.json",
-        "model.backbone=cifar_resnet8",
         "evaluation.checkpoint=best_balanced",
     )
     return path

@@ -109,7 +109,7 @@ def test_the_second_stage_resumes_bit_equal_on_two_ranks(pool, recipe, first_sta
     [
         ("model.start_from=/nowhere/run", "is no trained run"),
         ("model.width=6", "trained with another network: width 4 there, 6 here"),
-        ("model.backbone=cifar_resnet32", "backbone 'cifar_resnet20' there, 'cifar_resnet32' here"),
+        ("model.backbone=cifar_resnet32", "backbone 'cifar_resnet8' there, 'cifar_resnet32' here"),
     ],
 )
 def test_a_first_stage_that_does_not_fit_is_refused_in_words(pool, recipe, first_stage, tmp_path, override, message):

@@ -94,6 +94,7 @@ def test_missing_shards_end_the_job_with_the_remedy(tmp_path):
     assert "Traceback" not in run.stderr.split("error (rank")[1].split("subprocess")[0]
 
 
+@pytest.mark.soak  # the same without `deepspeed`: tests/distributed/test_saving.py, tests/endtoend/test_kills.py
 def test_a_rank_that_dies_ends_the_job(shards, tmp_path):
     """A damaged evaluation image is seen by one rank only; the other does not wait for ever."""
     damaged = copy_with_damage(shards, tmp_path / "damaged", "val-00000.tar")

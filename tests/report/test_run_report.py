@@ -52,8 +52,22 @@ FINAL: dict[str, Any] = {
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
+    """A run that a test may change."""
+    return _write_run(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The page of the run as it is written here, drawn once."""
+    run = _write_run(tmp_path_factory.mktemp("unchanged"))
+    page = _page(run)
+    assert [path.name for path in run.iterdir() if path.suffix == ".partial"] == []
+    return page
+
+
+def _write_run(folder: Path) -> Path:
     """Two epochs of three steps, one refused, each epoch evaluated; recipe and final metrics."""
-    run = tmp_path / "a-run"
+    run = folder / "a-run"
     run.mkdir()
     log = MetricsLog(run / "metrics.jsonl")
     for step in range(1, 7):
@@ -74,34 +88,31 @@ def _page(run: Path) -> str:
     return write_report(run).read_text(encoding="utf-8")
 
 
-def test_page_is_self_contained(run_dir: Path) -> None:
+def test_page_is_self_contained(page: str) -> None:
     """Nothing is fetched: no addresses, no scripts, no outside styles, images or fonts."""
-    page = _page(run_dir)
     assert not re.search(r"https?://|<script|<iframe|@import|@font-face", page)
     for reference in re.findall(r'(?:src|href)="([^"]*)"', page) + re.findall(r"url\(([^)]*)\)", page):
         assert reference.startswith(("#", "data:"))
-    assert [path.name for path in run_dir.iterdir() if path.suffix == ".partial"] == []
 
 
-def test_the_final_test_evaluation_does_not_replace_the_watched_curve(run_dir: Path) -> None:
+def test_the_final_test_evaluation_does_not_replace_the_watched_curve(run_dir: Path, page: str) -> None:
     """The accuracy chart keeps drawing the split evaluated in every epoch."""
-    before = _page(run_dir).split('id="accuracy')[1].split("</svg>")[0]
+    before = page.split('id="accuracy')[1].split("</svg>")[0]
     log = MetricsLog(run_dir / "metrics.jsonl")
     log.evaluation(6, 2, "test", ShotAccuracy(0.9, 0.9, None, 0.9, {}, []))
     log.close()
     assert _page(run_dir).split('id="accuracy')[1].split("</svg>")[0] == before
 
 
-def test_a_scaled_run_says_so(run_dir: Path) -> None:
+def test_a_scaled_run_says_so(run_dir: Path, page: str) -> None:
     """More micro-batches a step than the recipe has make another model."""
-    assert "Scaled" not in _page(run_dir)
+    assert "Scaled" not in page
     (run_dir / "metrics.json").write_text(json.dumps({**FINAL, "scale": 2.0}))
     assert "2 times the recipe&#39;s micro-batches a step" in _page(run_dir)
 
 
-def test_page_shows_the_run(run_dir: Path) -> None:
+def test_page_shows_the_run(page: str) -> None:
     """Headline figures, refused updates, recipe, versions, digest and seven charts are there."""
-    page = _page(run_dir)
     for text in (
         ">a-run<",
         "90.0",
@@ -127,25 +138,23 @@ def test_restarts_are_listed_with_their_reasons(run_dir: Path) -> None:
     assert "2026-01-01T00:00:00+00:00, after step 6: killed &lt;b&gt;" in page
 
 
-def test_every_class_is_named_and_escaped(run_dir: Path) -> None:
+def test_every_class_is_named_and_escaped(page: str) -> None:
     """Class names stand in chart and table; markup in one is shown, not obeyed."""
-    page = _page(run_dir)
     assert "<b>Bag</b>" not in page
     for name in ("T-shirt/top", "&lt;b&gt;Bag&lt;/b&gt;", "Ankle $boot", "Coat &amp; hat"):
         assert page.count(name) >= 2
 
 
-def test_ids_of_charts_do_not_clash(run_dir: Path) -> None:
+def test_ids_of_charts_do_not_clash(page: str) -> None:
     """Every id is used once on the page, and every reference has its id."""
-    page = _page(run_dir)
     ids = re.findall(r' id="([^"]*)"', page)
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'(?:url\(#|href="#)([^)"]+)', page)) <= set(ids)
 
 
-def test_same_files_give_the_same_page(run_dir: Path) -> None:
+def test_same_files_give_the_same_page(run_dir: Path, page: str) -> None:
     """Nothing of the time of writing gets in."""
-    assert _page(run_dir) == _page(run_dir)
+    assert _page(run_dir) == page
 
 
 def test_missing_files_are_said_on_the_page(run_dir: Path) -> None:
@@ -205,9 +214,9 @@ def test_without_contrast_the_page_says_why(run_dir: Path) -> None:
     assert "Probability of each positive, p+" in page
 
 
-def test_parts_of_the_loss_are_drawn_where_a_method_says_them(run_dir: Path) -> None:
+def test_parts_of_the_loss_are_drawn_where_a_method_says_them(run_dir: Path, page: str) -> None:
     """Seven charts become eight; lines without a part, before it was there or refused, are gaps."""
-    assert "What the loss is made of" not in _page(run_dir)
+    assert "What the loss is made of" not in page
     log = MetricsLog(run_dir / "metrics.jsonl")
     log.step(replace(RECORD, step=7, epoch=2, parts={"softmax": 1.5, "contrast": float("nan")}))
     log.step(replace(RECORD, step=8, epoch=2, parts={"softmax": 1.25, "contrast": 3.0}))
@@ -217,10 +226,10 @@ def test_parts_of_the_loss_are_drawn_where_a_method_says_them(run_dir: Path) -> 
     gap = pytest.approx(float("nan"), nan_ok=True)
     assert parts["softmax"].tolist() == [*[gap] * 6, 1.5, 1.25, gap]
     assert parts["contrast"].tolist() == [*[gap] * 6, gap, 3.0, gap]
-    page = _page(run_dir)
-    assert page.count("<svg") == 8
-    assert "What the loss is made of" in page
-    assert ">contrast<" in page
+    of_parts = _page(run_dir)
+    assert of_parts.count("<svg") == 8
+    assert "What the loss is made of" in of_parts
+    assert ">contrast<" in of_parts
 
 
 def test_log_columns_are_read_in_order(run_dir: Path) -> None:

@@ -92,10 +92,15 @@ def test_commands_find_their_own_checkout_from_anywhere(script, tmp_path):
 def test_a_start_does_not_load_torchs_compiler():
     """Nor torchvision nor matplotlib: seconds of a core in every rank, where the recipe needs none of them."""
     program = """
-import sys
-from paco_ds.training import engine, trainer
+import sys, torch
+from paco_ds.training import engine, optimizer, trainer
 engine.import_muon_uncompiled()
-print([name for name in ("torch._inductor.compile_fx", "torch._dynamo.eval_frame", "torchvision", "matplotlib")
+weight = torch.nn.Parameter(torch.ones(2))
+weight.grad = torch.ones(2)
+sgd = optimizer.GuardedSGD([weight], 0.25, clip_norm=None, whole=True)
+sgd.step()
+assert weight.tolist() == [0.75, 0.75]
+print([name for name in ("torch._inductor.compile_fx", "torch._dynamo", "torchvision", "matplotlib")
        if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

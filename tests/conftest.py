@@ -20,9 +20,10 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and t
 TINY_COUNTS = {"train": (80, 40, 20, 8), "val": (6, 6, 6, 6), "test": (5, 5, 5, 5)}
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def fork_server(request: pytest.FixtureRequest) -> None:
     """Where ranks will be needed, what they are forked from starts while the first tests run."""
-    if any("pool" in getattr(item, "fixturenames", ()) for item in session.items):
+    if any("pool" in getattr(item, "fixturenames", ()) for item in request.session.items):
         start_fork_server()
 
 

@@ -10,19 +10,22 @@ from pathlib import Path
 
 from paco_ds.errors import UserError
 
+HOST = r"[A-Za-z0-9_\[][A-Za-z0-9_.:@\[\]-]*"
+"""Names of hosts: `-oProxyCommand=...` would be an option of ssh, which runs it."""
+
 
 def read_hostfile(hostfile: Path) -> list[tuple[str, int]]:
     """(host, slots) of each line `host slots=N`.
 
     Raises:
-        UserError: it cannot be read, or a host is no name: `-oProxyCommand=...` is an option of ssh, which runs it.
+        UserError: it cannot be read, or a host is no name.
     """
     try:
         lines = re.findall(r"^\s*([^\s#]+)\s+slots=(\d{1,6})\b", hostfile.read_text(encoding="utf-8"), re.MULTILINE)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"hostfile {hostfile} cannot be read: {error}") from None
     for host, _ in lines:
-        if not re.fullmatch(r"[A-Za-z0-9_\[][A-Za-z0-9_.:@\[\]-]*", host):
+        if not re.fullmatch(HOST, host):
             raise UserError(f"hostfile {hostfile}: {host!r} is no name of a host")
     return [(host, int(slots)) for host, slots in lines]
 

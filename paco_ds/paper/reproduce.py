@@ -230,13 +230,10 @@ class Trainings:
 
 
 def _launch(job: Job, ranks: int, quiet: bool) -> None:
-    """Launch its training and its evaluation, as a user would. A finished run is launched too: it checks that it was
+    """Run its training and its evaluation, as a user would. A finished run is run too: it checks that it was
     trained with this row's recipe, and evaluates."""
-    from paco_ds.distributed.launch import free_port
-
-    launcher = str(Path(sys.executable).with_name("deepspeed"))
-    # a free port: a second training on this host would find the launcher's default port taken
-    training = job.training([launcher, "--num_gpus", str(ranks), "--master_port", free_port()])
+    # ranks of this host need no launcher, whose two processes load torch for each row
+    training = [*job.training([sys.executable]), "--ranks", str(ranks), "--restarts", "0"]
     job.run.mkdir(parents=True, exist_ok=True)
     log = job.run / "run.log"
     for command in (training, job.evaluation()):

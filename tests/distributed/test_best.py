@@ -74,6 +74,7 @@ def test_an_ensemble_of_two_runs_averages_their_probabilities(pool, striped_shar
         f"data.shards={striped_shards}",
         f"engine.deepspeed={tmp_path / 'zero.json'}",
         "loss.method=cross_entropy",
+        "model.backbone=cifar_resnet20",
         "evaluation.checkpoint=last",
     )
     runs, of_each = [tmp_path / "first", tmp_path / "second"], []

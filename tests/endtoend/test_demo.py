@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 DEEPSPEED = Path(sys.executable).with_name("deepspeed")
 RECIPE = ROOT / "ds_configs" / "recipes" / "demo.yaml"
 EPOCHS, STEPS_PER_EPOCH = 4, 38
-STOP = 2 * STEPS_PER_EPOCH + 17  # in mid-epoch
+STOP = 3 * STEPS_PER_EPOCH + 17  # in mid-epoch
 
 
 def command(*arguments, cwd):
@@ -25,7 +25,8 @@ def command(*arguments, cwd):
 def train(ranks, run, shards, *more, cwd, hostfile=None):
     settings = (
         f"schedule.epochs={EPOCHS}",
-        "model.width=8",
+        "model.backbone=cifar_resnet8",
+        "model.width=16",
         "schedule.warmup_epochs=1",
         "evaluation.every_epochs=2",
         f"data.shards={shards}",
@@ -51,7 +52,7 @@ def shards(tmp_path_factory):
 
 
 def test_from_images_to_report_with_a_stop_and_a_resume(shards, tmp_path):
-    """Two ranks by a hostfile, stopped in mid-epoch, resumed on one, evaluated on two: far above the chance of 10 %."""
+    """Two ranks by a hostfile, stopped in mid-epoch, resumed on one, evaluated on two: far above the chance of 10 % (top-5: 50 %)."""
     run = tmp_path / "run"
     (tmp_path / "hosts").write_text("localhost slots=2\n")
     stop = ("--stop-at-step", STOP, "--expect-ranks", 2)
@@ -69,7 +70,7 @@ def test_from_images_to_report_with_a_stop_and_a_resume(shards, tmp_path):
     assert not any(line["skipped"] or line["bad_samples"] for line in lines if line["kind"] == "step")
     trained = json.loads((run / "metrics.json").read_text())
     assert trained["all"] > 0.5
-    assert trained["top5"]["all"] > 0.9
+    assert trained["top5"]["all"] > 0.8
     assert len(trained["per_class"]) == 10
     page = (run / "report.html").read_text()
     assert all(name in page for name in ("Ankle boot", "T-shirt/top"))

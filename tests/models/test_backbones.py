@@ -54,7 +54,7 @@ def resnet50_stages(third, fourth):
 @pytest.mark.parametrize(
     ("width", "planes", "feature_dim"), [("full", (256, 512), 2048), ("reduced", (192, 384), 1536)]
 )
-@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("count", [1, 4])
 def test_experts_share_all_but_the_last_two_stages(count, width, planes, feature_dim):
     """RIDE ResNet-50: stem and two stages once, two stages for each expert."""
     shared = parameters(made("resnet50")) - resnet50_stages(256, 512)
@@ -75,7 +75,7 @@ def resnext_stage(channels, planes, blocks):
     ("width", "planes", "feature_dim"), [("full", (256, 512), 2048), ("reduced", (192, 384), 1536)]
 )
 @pytest.mark.parametrize(("name", "third_blocks"), [("resnext50_32x4d", 6), ("resnext101_32x4d", 23)])
-@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("count", [1, 3])
 def test_experts_of_a_resnext_keep_its_groups(name, third_blocks, count, width, planes, feature_dim):
     """RIDE ResNeXt-50 and -101: reduced width divides among 32 groups as well, and parameters are those on paper."""
     experts = made(name, experts=count, expert_width=width)
@@ -94,7 +94,7 @@ def cifar_stage(channels, out):
 
 
 @pytest.mark.parametrize(("width", "second", "third"), [("full", 32, 64), ("reduced", 24, 48)])
-@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("count", [1, 2, 4])
 def test_experts_of_a_cifar_resnet_share_its_first_stage(count, width, second, third):
     """RIDE ResNet-32: the stem and 16 channels once, two stages for each expert, reduced to 24 and 48 channels."""
     experts = made("cifar_resnet32", experts=count, expert_width=width)

@@ -22,6 +22,7 @@ from paco_ds.planning.traffic import plan_traffic
 from paco_ds.training.forward import Forward
 from tests.recipes import model_of, tiny_recipe, write_tiny_recipe
 
+DEEP = "model.backbone=cifar_resnet20"  # enough blocks for what is not saved of them
 COUNTS = (80, 40, 20, 8)
 GIB = 2**30
 
@@ -117,8 +118,8 @@ def test_activations_grow_with_the_micro_batch_and_autocast_halves_most_of_them(
 
 def test_activation_checkpointing_is_planned():
     """Less is saved; a block is computed again in backward, beside what is saved."""
-    plain = trace_step(tiny_recipe(), COUNTS, False)
-    recomputed = trace_step(tiny_recipe("engine.activation_checkpointing=true"), COUNTS, False)
+    plain = trace_step(tiny_recipe(DEEP), COUNTS, False)
+    recomputed = trace_step(tiny_recipe(DEEP, "engine.activation_checkpointing=true"), COUNTS, False)
     assert recomputed.saved < 0.5 * plain.saved
     assert recomputed.peak < 0.7 * plain.peak
     assert recomputed.peak - recomputed.saved > plain.peak - plain.saved
@@ -241,7 +242,7 @@ def test_activation_checkpointing_is_offered_where_it_makes_a_plan_fit(tmp_path)
     """Beside autocast, which fits too; compiled encoders must give way, and are never offered stage 3."""
     path = tmp_path / "zero1.json"
     path.write_text('{"zero_optimization": {"stage": 1, "reduce_bucket_size": 100000}}')
-    settings = (f"engine.deepspeed={path}", "step.micro_batch=128", "views.query.size=96", "views.key.size=96")
+    settings = (DEEP, f"engine.deepspeed={path}", "step.micro_batch=128", "views.query.size=96", "views.key.size=96")
     data = find_data(tiny_recipe().data, 1000, 10)
     recipe = tiny_recipe(*settings, "engine.compile=true")
     needed = make_plan(recipe, 1, data).memory[1].total

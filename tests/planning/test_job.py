@@ -1,0 +1,148 @@
+"""Files that start a job: valid for bash, sbatch and Kubernetes, and the same ranks from each."""
+
+import base64
+import json
+import re
+import subprocess
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from paco_ds.planning.job import main
+
+SHARDS = "data.shards=/shared/it's here"
+JOB = {
+    "name": "a-job",
+    "recipe": "imagenet_lt_resnet50",
+    "output": "runs/my run",
+    "set": [SHARDS, "step.micro_batches=16"],
+    "hosts": ["node1", "node2"],
+    "ranks_per_host": 8,
+    "restarts": 3,
+    "environment": {"NCCL_SOCKET_IFNAME": "eth0"},
+    "directory": "/shared/my work",
+    "slurm": {"partition": "gpu"},
+    "image": "registry/paco_ds:1",
+    "claim": "shared",
+}
+ARGUMENTS = [
+    *("--config", "imagenet_lt_resnet50", "--output", "runs/my run", "--set", SHARDS),
+    *("--set", "step.micro_batches=16", "--expect-ranks", "16"),
+]
+
+
+@pytest.fixture
+def rendered(tmp_path, capsys):
+    """`rendered(kind, key=value, ...)`: the file for a kind of cluster, by the command."""
+
+    def render(kind, **changes):
+        path = tmp_path / "job.yaml"
+        path.write_text(yaml.safe_dump({**JOB, **changes}))
+        assert main([str(path), "--for", kind]) == 0
+        return capsys.readouterr().out
+
+    return render
+
+
+@pytest.mark.parametrize("kind", ["hostfile", "slurm"])
+def test_scripts_pass_shellcheck(rendered, kind, tmp_path):
+    """With names that a shell would expand or split."""
+    (tmp_path / "job.sh").write_text(rendered(kind))
+    done = subprocess.run(["shellcheck", tmp_path / "job.sh"], capture_output=True, text=True)
+    assert done.stdout + done.stderr == ""
+
+
+def test_a_hostfile_script_keeps_deepspeed_running_on_the_hosts(rendered, tmp_path):
+    """What it starts is read from commands that say how they were called."""
+    (tmp_path / "work").mkdir()
+    called = tmp_path / "paco-keep-running"
+    called.write_text('#!/bin/bash\nprintf "%s\\0" "$DS_ENV_FILE" "$@"\n')
+    called.chmod(0o755)
+    script = rendered("hostfile", directory=str(tmp_path / "work"))
+    done = subprocess.run(
+        ["bash", "-c", script], env={"PATH": f"{tmp_path}:/bin:/usr/bin"}, capture_output=True, text=True
+    )
+    assert done.stderr == ""
+    environment, *words = done.stdout.split("\0")[:-1]
+    launch = ["--restarts", "3", "--", "deepspeed", "--hostfile", "a-job.hosts", "--master_port", "29500"]
+    assert words == [*launch, "--module", "paco_ds.train", *ARGUMENTS]
+    assert (tmp_path / "work" / environment).read_text() == "NCCL_SOCKET_IFNAME=eth0\n"
+    assert (tmp_path / "work" / "a-job.hosts").read_text() == "node1 slots=8\nnode2 slots=8\n"
+
+
+@pytest.mark.parametrize(
+    ("status", "restarts", "requeued"),
+    [(0, 0, False), (75, 0, True), (76, 2, True), (137, 0, True), (75, 3, False), (2, 0, False), (70, 0, False)],
+)
+def test_a_batch_script_is_queued_again_after_what_a_restart_mends(rendered, tmp_path, status, restarts, requeued):
+    """And not more often than asked; each task has the environment of a rank."""
+    commands = {
+        "scontrol": '[ "$1" = show ] && echo node1 || echo "$@" >> requeued',
+        "srun": 'shift; export SLURM_PROCID=9 SLURM_LOCALID=1 SLURM_NTASKS=16; exec "$@"',
+        "paco-train": f'printf "%s\\0" "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_SIZE $MASTER_ADDR" "$@"; exit {status}',
+    }
+    for name, body in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_RESTART_COUNT": str(restarts)}
+    script = rendered("slurm", directory=str(tmp_path))
+    done = subprocess.run(
+        ["bash", "-c", script], env={"PATH": f"{tmp_path}:/bin:/usr/bin", **variables}, capture_output=True, text=True
+    )
+    assert done.returncode == status, done.stderr
+    assert done.stdout.split("\0")[:-1] == ["9 1 16 8 node1", *ARGUMENTS]
+    assert (tmp_path / "requeued").exists() == requeued
+
+
+def test_a_batch_script_asks_for_the_ranks_and_for_the_warning(rendered):
+    options = re.findall("^#SBATCH --(.*)$", rendered("slurm", hosts=[], nodes=2), re.MULTILINE)
+    asked = {"nodes=2", "ntasks-per-node=8", "gpus-per-node=8", "signal=USR1@120", "requeue", "partition=gpu"}
+    assert asked <= set(options)
+    assert not any(option.startswith("nodelist") for option in options)
+
+
+def test_a_jobset_starts_a_pod_a_host_and_ends_for_good_after_a_mistake(rendered):
+    """Its jobs are valid for Kubernetes; the schema of the JobSet around them is not in a package."""
+    jobset = yaml.safe_load(rendered("jobset", gpus=False))
+    (group,) = jobset["spec"]["replicatedJobs"]
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "ranks"}, "spec": group["template"]["spec"]}
+    kubernetes_validate.validate(job, kubernetes_validate.latest_version(), strict=True)
+    assert (job["spec"]["parallelism"], job["spec"]["completions"]) == (2, 2)
+    assert job["spec"]["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2, 70, 74]
+    assert jobset["spec"]["failurePolicy"]["maxRestarts"] == 3
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    options = dict(word.removeprefix("--").split("=", 1) for word in container["command"] if "=" in word)
+    world = json.loads(base64.urlsafe_b64decode(options["world_info"]))
+    assert list(world.values()) == [list(range(8))] * 2
+    assert options["master_addr"] == "a-job-ranks-0-0.a-job"
+    assert container["args"] == ARGUMENTS
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("slurm", {"hots": 2}, "hots"),
+        ("slurm", {"name": "A job"}, "lower-case letters"),
+        ("slurm", {"hosts": ["-oProxyCommand=x"]}, "no name of a host"),
+        ("slurm", {"hosts": [], "nodes": 3}, "24 ranks cannot share step.micro_batches = 16 evenly"),
+        ("slurm", {"recipe": "imagenet"}, "imagenet"),
+        ("slurm", {"slurm": {"wrap=x y": "z"}}, "slurm"),
+        ("slurm", {"slurm": {"comment": "a\nrm -r b"}}, "slurm"),
+        ("slurm", {"environment": {"A B": "1"}}, "environment"),
+        ("hostfile", {"environment": {"A": "1\nEND\nrm"}}, "environment"),
+        ("hostfile", {"hosts": [], "nodes": 2}, "needs the hosts' names"),
+        ("slurm", {"nodes": 2}, "give hosts, their names, or nodes"),
+        ("jobset", {"image": None}, "image"),
+    ],
+)
+def test_a_mistake_is_one_line(tmp_path, capsys, kind, changes, message):
+    """Also what would add a line to a script."""
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump({**JOB, **changes}))
+    with pytest.raises(SystemExit) as ended:
+        main([str(path), "--for", kind])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.startswith("error")

@@ -1,3 +1,3 @@
 """Long-tailed image recognition with PaCo at cluster scale."""
 
-__version__ = "0.10.0"
+__version__ = "0.11.0"

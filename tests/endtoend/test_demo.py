@@ -52,7 +52,7 @@ def shards(tmp_path_factory):
 
 
 def test_from_images_to_report_with_a_stop_and_a_resume(shards, tmp_path):
-    """Two ranks by a hostfile, stopped in mid-epoch, resumed on one, evaluated on two: far above the chance of 10 % (top-5: 50 %)."""
+    """Two ranks by a hostfile, stopped in mid-epoch, resumed on one, evaluated on two: far above chance."""
     run = tmp_path / "run"
     (tmp_path / "hosts").write_text("localhost slots=2\n")
     stop = ("--stop-at-step", STOP, "--expect-ranks", 2)

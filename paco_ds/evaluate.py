@@ -3,10 +3,12 @@
 examples:
   paco-evaluate --run runs/demo
   deepspeed --module paco_ds.evaluate --run runs/demo
+  paco-evaluate --run runs/demo --data data/another-test-set
 
 Prints Many / Medium / Few / All, top-1 and top-5, and writes RUN/metrics.json. Reads the portable checkpoint; no
 DeepSpeed engine is needed, and every image is counted once on any number of ranks. Several --run are an ensemble:
-their probabilities are averaged.
+their probabilities are averaged. --data takes the images from other shards of the same classes, or of some of them;
+shots are still those of the run.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from paco_ds.config.plugins import AllowCode
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from paco_ds.config.recipe import EvaluationSettings
+    from paco_ds.config.recipe import DataSettings, EvaluationSettings
+    from paco_ds.data.manifest import Manifest
     from paco_ds.distributed.ranks import Ranks
     from paco_ds.evaluation.split import EvaluationSplit
     from paco_ds.models.recogniser import Recogniser
@@ -62,9 +65,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         recipes = [load_recipe(run / "recipe.yaml", arguments.set) for run in runs]
         recipe = recipes[0]
         split = arguments.split or recipe.evaluation.test_split
-        manifest = open_data(recipe.data, [split])
+        manifest = open_data(recipe.data, [] if arguments.data else [split])
+        other = _other_shards(arguments.data, recipe.data, split, manifest) if arguments.data else None
 
-        def judged(split: str) -> EvaluationSplit:
+        def judged(split: str, images: Manifest | None = None) -> EvaluationSplit:
             return EvaluationSplit(
                 manifest,
                 split,
@@ -72,25 +76,32 @@ def _evaluate(arguments: argparse.Namespace) -> int:
                 recipe.views.evaluation,
                 recipe.evaluation.batch,
                 recipe.evaluation.max_bad_share,
+                images,
             )
 
         members, steps = [], []
         for run, its_recipe in zip(runs, recipes, strict=True):
             checkpoint = chosen_checkpoint(run, its_recipe.evaluation.checkpoint)
-            checkpoint.check_data(manifest.sha256)
+            checkpoint.check_data(manifest.sha256, "and give another test set of the same classes with --data")
             members.append((load_recogniser(checkpoint, its_recipe, manifest), checkpoint.state["autocast"]))
             steps.append(checkpoint.step)
         ranks = join_job(recipe.engine.threads)
         about: dict[str, Any] = {"ensemble": [str(run) for run in runs]} if len(runs) > 1 else {}
+        if other is not None:
+            about |= {"data": {"manifest_sha256": other.sha256, "classes": len(other.classes)}}
         if arguments.tau_normalize is not None:
             tau, member = _normalized(arguments.tau_normalize, members[0], recipe.evaluation, judged, ranks)
-            members, about = [member], {"tau_normalization": tau}
+            members, about = [member], about | {"tau_normalization": tau}
         model = Ensemble(members).to(ranks.device)
-        accuracy = evaluate(model, model, judged(split), ranks, experts=recipe.model.experts)
+        accuracy = evaluate(model, model, judged(split, other), ranks, experts=recipe.model.experts)
         if ranks.first:
+            if other is not None and len(other.classes) < (classes := len(manifest.classes)):
+                of_all = f"{len(other.classes)} of the {classes} classes"
+                say(f"{arguments.data} has {of_all}; predictions are among all of them")
             what = f"{recipe.name}, step {steps[0]}" if len(runs) == 1 else f"ensemble of {len(runs)} runs"
             Screen().print(accuracy.table(f"{what}, on {split}"))
-            name = "metrics.json" if split == recipe.evaluation.test_split else f"metrics-{split}.json"
+            own = split == recipe.evaluation.test_split and other is None
+            name = "metrics.json" if own else f"metrics-{Path(arguments.data).name if other else split}.json"
             target = arguments.output or runs[0] / name
             write_results(
                 target,
@@ -109,6 +120,20 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             say(f"written: {target}")
         leave_job()
     return 0
+
+
+def _other_shards(shards: str, settings: DataSettings, split: str, trained: Manifest) -> Manifest:
+    """The manifest of other shards with this split, all of whose classes were trained.
+
+    Raises:
+        DataError: there are no such shards, or a class is not the run's.
+    """
+    from paco_ds.data.manifest import open_data
+    from paco_ds.evaluation.split import class_index
+
+    other = open_data(settings.model_copy(update={"shards": shards, "classes": None}), [split])
+    class_index(other, trained)
+    return other
 
 
 def _normalized(
@@ -156,6 +181,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TAU",
         type=_tau,
         help="normalise the centers of a trained run with this tau, 0 to 1, or `auto`: the best on evaluation.split",
+    )
+    parser.add_argument(
+        "--data", metavar="SHARDS", help="other shards whose images are evaluated, of the run's classes"
     )
     parser.add_argument("--split", help="split to evaluate; the recipe's evaluation.test_split by default")
     parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a setting")

@@ -17,7 +17,13 @@ from safetensors.numpy import load_file
 STATE = Path("state.json")
 WALL_TIMES = ("images_per_second", "data_wait_seconds", "step_seconds")  # of metrics.jsonl
 NEW_FIELDS = ("grad_norm_ratio",)  # of metrics.jsonl, younger than the older version
-VERSION_FIELDS = ("versions", "version", "state_sha256", "usual_norm")  # of state.json; the digest is of all others
+VERSION_FIELDS = (
+    "versions",
+    "version",
+    "state_sha256",
+    "usual_norm",
+    "data",
+)  # of state.json; the digest is of all others
 NEW_SETTINGS: dict[str, Any] = {}  # younger than the older version: dotted key in state.json's "meaning" -> its default
 
 

@@ -62,8 +62,11 @@ class Checkpoint:
         """The state of a `KeyQueue`; only for methods with a queue."""
         return load_file(self.path / QUEUE)
 
-    def check_data(self, manifest_sha256: str) -> None:
+    def check_data(self, manifest_sha256: str, remedy: str = "or give another --output") -> None:
         """Check that the shards are those it was trained on.
+
+        Args:
+            remedy: what else to do than to point data.shards at those, for the message.
 
         Raises:
             CheckpointError: the manifest is another.
@@ -72,7 +75,7 @@ class Checkpoint:
         if trained_on != manifest_sha256:
             raise CheckpointError(
                 f"{self.path} was trained on other shards (manifest {trained_on[:12]}, now {manifest_sha256[:12]}): "
-                f"point data.shards at those, or give another --output"
+                f"point data.shards at those, {remedy}"
             )
 
 

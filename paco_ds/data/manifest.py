@@ -3,8 +3,9 @@
 import difflib
 import hashlib
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -141,6 +142,22 @@ class Split(StrictModel):
         return self
 
 
+@dataclass(frozen=True)
+class TrainedData:
+    """What a model has to know of the shards that it was trained on, to predict without them.
+
+    Attributes:
+        classes: their names, in the order of the logits.
+        class_counts: training images of each.
+        mean, std: of the channels of its pixels, in the 0-1 range.
+    """
+
+    classes: Sequence[str]
+    class_counts: Sequence[int]
+    mean: Sequence[float]
+    std: Sequence[float]
+
+
 class Manifest(StrictModel):
     """The content of manifest.json; it is written last, so a directory that has one is complete.
 
@@ -201,6 +218,10 @@ class Manifest(StrictModel):
     def shots_of_classes(self, train_split: str = "train") -> tuple[str, ...]:
         """Per class "many", "medium" or "few", by its number of images in ``train_split``."""
         return tuple(self.shots.of(count) for count in self.split(train_split).class_counts)
+
+    def trained_data(self, train_split: str = "train") -> TrainedData:
+        """What a checkpoint keeps of these shards."""
+        return TrainedData(self.classes, self.split(train_split).class_counts, self.mean, self.std)
 
     def check_files(self, split_name: str) -> None:
         """Raise DataError unless every shard and index of the split exists in full size, by one listing.

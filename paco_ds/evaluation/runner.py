@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from paco_ds.checkpoint import Checkpoint
 from paco_ds.config.recipe import Recipe
-from paco_ds.data.manifest import Manifest
+from paco_ds.data.manifest import Manifest, TrainedData
 from paco_ds.data.stream.load import Replaced
 from paco_ds.distributed.ranks import Ranks
 from paco_ds.evaluation.accuracy import ClassCounts, ShotAccuracy, shot_accuracy
@@ -70,14 +70,14 @@ def evaluate(
     return replace(accuracy, detail=figures, images_by_experts=by_experts, left_out=left_out)
 
 
-def load_recogniser(checkpoint: Checkpoint, recipe: Recipe, manifest: Manifest) -> Recogniser:
+def load_recogniser(checkpoint: Checkpoint, recipe: Recipe, data: Manifest | TrainedData) -> Recogniser:
     """The model of a recipe with the weights of a checkpoint, on the CPU."""
     model = make_recogniser(
         recipe.model,
         recipe.method,
-        len(manifest.classes),
-        manifest.mean,
-        manifest.std,
+        len(data.classes),
+        data.mean,
+        data.std,
         with_key_encoder=recipe.keys_from == "key_encoder",
         seed=recipe.seed,
     )

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
 
 from paco_ds.config.recipe import DataSettings
 from paco_ds.config.views import EvalView
@@ -26,6 +29,7 @@ class EvaluationSplit:
         data: how shards are read, and the split whose counts make the shots.
         batch: images of a batch.
         max_bad_share: share of its images that may be unreadable, and are left out by name.
+        images: shards of the images where they are not those of training; of the same classes, or of some of them.
     """
 
     manifest: Manifest
@@ -34,19 +38,25 @@ class EvaluationSplit:
     view: EvalView
     batch: int
     max_bad_share: float = 0.0
+    images: Manifest | None = None
 
     def batches(self, ranks: Ranks) -> Iterator[MicroBatch]:
-        """This rank's batches: every image once over all ranks, equally many batches on each."""
-        return evaluation_stream(
+        """This rank's batches: every image once over all ranks, equally many batches on each; labels are of the classes
+        of training."""
+        batches = evaluation_stream(
             self.data,
             self.view,
-            self.manifest,
+            self.images or self.manifest,
             self.name,
             self.batch,
             ranks.rank,
             ranks.world_size,
             leave_out_bad=self.max_bad_share > 0,
         )
+        if self.images is None:
+            return batches
+        index = class_index(self.images, self.manifest)
+        return (replace(batch, labels=index[batch.labels]) for batch in batches)
 
     def left_out(self, mine: Sequence[Replaced], ranks: Ranks) -> tuple[str, ...]:
         """Names of the images of all ranks that could not be read, given those of this rank. A collective.
@@ -60,7 +70,7 @@ class EvaluationSplit:
         for name in names:
             logger.warning("image %s was left out of the evaluation of %s", name, self.name)
         found = [name for of_rank in ranks.gather_objects(names) for name in of_rank]
-        samples = self.manifest.split(self.name).samples
+        samples = (self.images or self.manifest).split(self.name).samples
         if len(found) > self.max_bad_share * samples:
             raise DataError(
                 f"{len(found)} of {samples} images of {self.name} cannot be read, more than evaluation.max_bad_share = "
@@ -78,3 +88,20 @@ class EvaluationSplit:
     def shots(self) -> Sequence[str]:
         """Shot of each class, by its training images."""
         return self.manifest.shots_of_classes(self.data.train_split)
+
+
+def class_index(images: Manifest, trained: Manifest) -> Tensor:
+    """Class of training, by name, of each class of other shards: int64 [C of the other shards].
+
+    Raises:
+        DataError: a class that was not trained.
+    """
+    number = {name: index for index, name in enumerate(trained.classes)}
+    unknown = [name for name in images.classes if name not in number]
+    if unknown:
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        raise DataError(
+            f"{images.storage.url} has the class {unknown[0]!r}{more}, which the run was not trained on; classes are "
+            f"compared by name: build these shards with the class list of the run's (--classes)"
+        )
+    return torch.tensor([number[name] for name in images.classes])

@@ -8,7 +8,9 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -242,6 +244,10 @@ class Trainer:
         with torch.autocast(device.type, torch.bfloat16, enabled=checkpoint.state["autocast"]):
             return evaluate(model, model, self._judged(split), self.ranks, experts, leave)
 
+    @property
+    def _trained_data(self) -> dict[str, Any]:
+        return asdict(self.manifest.trained_data(self.recipe.data.train_split))
+
     def save(self) -> None:
         """Copy all that a checkpoint holds; it is written while training goes on."""
         began = time.perf_counter()
@@ -260,6 +266,7 @@ class Trainer:
                 "epoch": self.steps_done / self.steps_per_epoch,
                 "versions": versions(),
                 "teacher_sha256": self.teacher.sha256 if self.teacher else None,
+                "data": self._trained_data,
             },
             write=self.ranks.first,
             epoch_steps=self.steps_per_epoch,
@@ -386,10 +393,8 @@ class Trainer:
             self._wait_until_saved()
             self.best_score = score
             self.heartbeat.mark("save", self.steps_done, slow=True)
-            autocast = bool(self.engine.torch_autocast_enabled())
-            self.checkpoints.save_best(
-                self.steps_done, whole_model(self.engine), {"score": score, "autocast": autocast}, self.ranks.first
-            )
+            about = {"score": score, "autocast": bool(self.engine.torch_autocast_enabled()), "data": self._trained_data}
+            self.checkpoints.save_best(self.steps_done, whole_model(self.engine), about, self.ranks.first)
 
     def _abort_after_repeated_skips(self, result: StepResult, micro_batches: Sequence[MicroBatch]) -> None:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0

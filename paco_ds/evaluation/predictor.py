@@ -1,0 +1,218 @@
+"""A trained run as an object that takes images: without shards, DeepSpeed or ranks.
+
+    import paco_ds
+
+    model = paco_ds.load("runs/demo")
+    model.predict(["a.jpg", "b.png"], top=5)
+
+Shapes: N images, C classes, F the width of the features, E experts.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from paco_ds.checkpoint import Checkpoint, chosen_checkpoint
+from paco_ds.config.load import load_recipe
+from paco_ds.config.recipe import DataSettings
+from paco_ds.config.views import EvalView
+from paco_ds.data.manifest import Manifest, TrainedData, open_data
+from paco_ds.data.shard import BadSample, RawSample
+from paco_ds.data.stream.views import MakeViews, make_view
+from paco_ds.errors import DataError
+from paco_ds.evaluation.runner import Ensemble, load_recogniser
+from paco_ds.models.recogniser import Recogniser, concat_experts
+
+T = TypeVar("T")
+Picture = str | os.PathLike[str] | bytes | npt.NDArray[np.uint8] | Image.Image
+"""An image: the path of a file, the bytes of one, uint8 [H, W, 3] of RGB, or PIL's."""
+View = npt.NDArray[np.uint8]  # [size, size, 3]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A class by name, and its probability."""
+
+    name: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """An image that cannot be read, and why, as in `truncated` or `unknown_format`."""
+
+    name: str
+    reason: str
+
+
+class Predictor:
+    """A trained model, the view that it was evaluated with, and the names of its classes.
+
+    Images are resized and cropped as in the run's evaluations, and the weights are those that gave its results.
+
+    Args:
+        view: of evaluations.
+        max_pixels: of an image; more are refused.
+        batch: images that are run at a time.
+        autocast: whether the model runs under bfloat16 autocast, as it was trained.
+
+    Attributes:
+        class_names: the C classes, in the order of `probabilities`.
+    """
+
+    def __init__(
+        self,
+        model: Recogniser,
+        class_names: Sequence[str],
+        view: EvalView,
+        max_pixels: int,
+        batch: int,
+        autocast: bool,
+    ) -> None:
+        self.class_names, self._batch = tuple(class_names), batch
+        self._recogniser, self._autocast = model.eval(), autocast
+        self._answer = Ensemble([(model, autocast)])
+        self._make_views = MakeViews((make_view(view),), max_pixels)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self._recogniser.parameters()).device
+
+    def to(self, device: str | torch.device) -> Predictor:
+        """Itself, with the weights on a device."""
+        self._answer.to(device)
+        return self
+
+    def predict(self, images: Iterable[Picture], top: int = 1) -> list[tuple[Prediction, ...]]:
+        """The `top` most probable classes of each image, the most probable first.
+
+        Raises:
+            DataError: an image cannot be read; it is named by its path or its number.
+        """
+        return [_or_raise(answer) for answer in self.stream(images, top)]
+
+    def stream(self, images: Iterable[Picture], top: int = 1) -> Iterator[tuple[Prediction, ...] | Unreadable]:
+        """As `predict`, a batch at a time as images come, and without an end at one that cannot be read."""
+        for views in self._views(images):
+            readable = [view for view in views if not isinstance(view, Unreadable)]
+            answers = iter(self._named(self._probabilities(readable), top) if readable else ())
+            yield from (view if isinstance(view, Unreadable) else next(answers) for view in views)
+
+    def probabilities(self, images: Iterable[Picture]) -> Tensor:
+        """float32 [N, C] on the CPU; raises as `predict`."""
+        return self._of_all(images, self._probabilities, len(self.class_names))
+
+    def embed(self, images: Iterable[Picture]) -> Tensor:
+        """Features before the classifier, float32 [N, F] on the CPU, of experts one after the other [N, E F]; raises as
+        `predict`."""
+        return self._of_all(images, self._features, 0)
+
+    def _of_all(self, images: Iterable[Picture], run: Callable[[Sequence[View]], Tensor], width: int) -> Tensor:
+        rows = [run([_or_raise(view) for view in views]) for views in self._views(images)]
+        return torch.cat(rows) if rows else torch.zeros(0, width)
+
+    @torch.no_grad()
+    def _probabilities(self, views: Sequence[View]) -> Tensor:
+        return self._answer(_stacked(views).to(self.device)).mean_logits().softmax(1).cpu()
+
+    @torch.no_grad()
+    def _features(self, views: Sequence[View]) -> Tensor:
+        images = self._recogniser.normalize(_stacked(views).to(self.device))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+            feature, _ = self._recogniser.query_encoder(images)
+        return concat_experts(feature.float()).cpu()
+
+    def _named(self, probabilities_NC: Tensor, top: int) -> list[tuple[Prediction, ...]]:
+        best = probabilities_NC.topk(min(top, len(self.class_names)))
+        return [
+            tuple(Prediction(self.class_names[c], p) for c, p in zip(classes, probabilities, strict=True))
+            for classes, probabilities in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+
+    def _views(self, images: Iterable[Picture]) -> Iterator[list[View | Unreadable]]:
+        """Batches of views, decoded by threads: decoders release Python's lock."""
+        numbered = enumerate(images)
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+            while batch := list(islice(numbered, self._batch)):
+                yield list(threads.map(self._view, batch))
+
+    def _view(self, numbered: tuple[int, Picture]) -> View | Unreadable:
+        number, image = numbered
+        name = os.fspath(image) if isinstance(image, str | os.PathLike) else f"image {number}"
+        try:
+            (view,) = self._make_views(RawSample(name, 0, "", _encoded(image)), np.random.default_rng(0))
+        except BadSample as bad:
+            return Unreadable(name, bad.reason)
+        except OSError as error:
+            return Unreadable(name, error.strerror or str(error))
+        return view
+
+
+def load(run: str | os.PathLike[str], device: str | torch.device = "cpu") -> Predictor:
+    """The model of a run's results: its best weights if `evaluation.checkpoint` keeps them, else the newest.
+
+    Class names and the mean and deviation of pixels come from the checkpoint; of runs before 0.11, which do not have
+    them there, from the shards.
+
+    Raises:
+        CheckpointError, RecipeError: there is no such run, or its checkpoints are damaged.
+        DataError: a run of before 0.11 whose shards are not there.
+    """
+    run = Path(run)
+    recipe = load_recipe(run / "recipe.yaml")
+    checkpoint = chosen_checkpoint(run, recipe.evaluation.checkpoint)
+    data = _trained_data(checkpoint, recipe.data)
+    model = load_recogniser(checkpoint, recipe, data)
+    return Predictor(
+        model,
+        data.classes,
+        recipe.views.evaluation,
+        recipe.data.max_pixels,
+        recipe.evaluation.batch,
+        checkpoint.state["autocast"],
+    ).to(device)
+
+
+def _trained_data(checkpoint: Checkpoint, settings: DataSettings) -> Manifest | TrainedData:
+    if "data" in checkpoint.state:
+        return TrainedData(**checkpoint.state["data"])
+    manifest = open_data(settings, [])
+    checkpoint.check_data(manifest.sha256)
+    return manifest
+
+
+def _stacked(views: Sequence[View]) -> Tensor:
+    """uint8 [N, 3, size, size]."""
+    return torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).contiguous()
+
+
+def _encoded(image: Picture) -> bytes:
+    """The bytes of an image file."""
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, str | os.PathLike):
+        return Path(image).read_bytes()
+    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    output = io.BytesIO()
+    picture.save(output, "PNG", compress_level=0)
+    return output.getvalue()
+
+
+def _or_raise(answer: T | Unreadable) -> T:
+    if isinstance(answer, Unreadable):
+        raise DataError(f"{answer.name} cannot be read ({answer.reason}): leave it out, or use stream()")
+    return answer

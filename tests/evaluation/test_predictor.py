@@ -1,0 +1,148 @@
+"""A trained model away from its shards: the answers of the run's own evaluation, from files, bytes and arrays."""
+
+import io
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import paco_ds
+from paco_ds.checkpoint import chosen_checkpoint
+from paco_ds.config.load import load_recipe
+from paco_ds.data.manifest import open_data
+from paco_ds.errors import CheckpointError, DataError, RecipeError
+from paco_ds.evaluation.predict import main
+from paco_ds.evaluation.runner import load_recogniser
+from tests.recipes import evaluation_batches, write_tiny_recipe
+
+
+@pytest.fixture(scope="module")
+def trained(pool, striped_shards, tmp_path_factory):
+    """A run of 2 ranks on shards that are gone since, its test images, and its probabilities for them."""
+    folder = tmp_path_factory.mktemp("trained")
+    shutil.copytree(striped_shards, folder / "shards")
+    (folder / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 1}}))
+    settings = ("engine.deepspeed=zero.json", "schedule.epochs=3", "evaluation.checkpoint=best_balanced")
+    write_tiny_recipe(folder / "tiny.yaml", f"data.shards={folder / 'shards'}", *settings)
+    pool(2).run("tests.distributed.training:train", recipe=folder / "tiny.yaml", run=folder / "run")
+    recipe = load_recipe(folder / "run" / "recipe.yaml")
+    manifest = open_data(recipe.data, ["test"])
+    checkpoint = chosen_checkpoint(folder / "run", recipe.evaluation.checkpoint)
+    model = load_recogniser(checkpoint, recipe, manifest).eval()
+    with torch.no_grad():
+        batches = list(evaluation_batches(recipe, manifest, "test"))
+        answers = torch.cat([model(batch.query).mean_logits().softmax(1)[batch.valid] for batch in batches])
+        labels = torch.cat([batch.labels[batch.valid] for batch in batches])
+    shutil.rmtree(folder / "shards")
+    images = sorted((striped_shards.parent / "images" / "test").glob("*/*.png"))
+    return folder / "run", images, answers, labels
+
+
+@pytest.fixture(scope="module")
+def model(trained):
+    return paco_ds.load(trained[0])
+
+
+def test_probabilities_are_those_of_the_runs_evaluation(model, trained):
+    """Of each image, whatever its place; without shards."""
+    _, images, answers, labels = trained
+    assert model.class_names == ("class0", "class1", "class2", "class3")
+    ours = dict(zip(images, model.probabilities(images), strict=True))
+    for label, name in enumerate(model.class_names):
+        of_class = torch.stack([row for path, row in ours.items() if path.parent.name == name])
+        theirs = answers[labels == label]
+        order = [rows[:, 0].argsort() for rows in (of_class, theirs)]
+        torch.testing.assert_close(of_class[order[0]], theirs[order[1]], rtol=1e-5, atol=1e-6)
+
+
+def test_an_image_may_be_a_path_its_bytes_an_array_or_pils(model, trained):
+    path = trained[1][0]
+    picture = Image.open(path).convert("RGB")
+    rows = model.probabilities([path, str(path), path.read_bytes(), np.asarray(picture), picture])
+    assert all(torch.equal(row, rows[0]) for row in rows)
+
+
+def test_predictions_are_named_and_the_most_probable_first(model, trained):
+    (two,) = model.predict(trained[1][:1], top=2)
+    row = model.probabilities(trained[1][:1])[0]
+    assert two[0].name == model.class_names[int(row.argmax())]
+    assert two[0].probability == pytest.approx(float(row.max()))
+    assert two[0].probability >= two[1].probability
+    assert len(model.predict(trained[1][:1], top=9)[0]) == 4
+    assert model.predict([]) == []
+
+
+def test_features_are_what_the_centers_take(model, trained):
+    features = model.embed(trained[1][:3])
+    weights = chosen_checkpoint(trained[0], "best_balanced").model()
+    assert features.shape == (3, 16)
+    logits = features @ weights["centers.weight"].T + weights["centers.bias"]
+    torch.testing.assert_close(logits.softmax(1), model.probabilities(trained[1][:3]))
+
+
+def test_an_image_that_cannot_be_read_is_named(model, trained, tmp_path):
+    """By predict as an error, by stream in its place."""
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(trained[1][0].read_bytes()[:50])
+    with pytest.raises(DataError, match=r"bad\.png cannot be read \(truncated\)"):
+        model.predict([bad])
+    answers = list(model.stream([bad, trained[1][0], tmp_path / "none.png", b"text"]))
+    assert [type(answer).__name__ for answer in answers] == ["Unreadable", "tuple", "Unreadable", "Unreadable"]
+    assert answers[2].reason == "No such file or directory"
+    assert answers[3] == type(answers[3])("image 3", "unknown_format")
+
+
+def test_what_is_no_run_is_named(tmp_path):
+    with pytest.raises((RecipeError, CheckpointError), match=str(tmp_path)):
+        paco_ds.load(tmp_path)
+
+
+@pytest.mark.parametrize("ending", [".csv", ".jsonl"])
+def test_the_command_writes_a_row_for_each_image_of_folders_and_lists(
+    trained, model, tmp_path, monkeypatch, capsys, ending
+):
+    """One that cannot be read is an empty row and a line."""
+    run, images, *_ = trained
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "notes.txt").write_text("no image")
+    (tmp_path / "some" / "bad.JPG").write_text("no image either")
+    shutil.copy(images[0], tmp_path / "some" / "a, b.png")
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{images[7]}\n\n"))
+    output = tmp_path / f"out{ending}"
+    assert main([str(run), str(tmp_path / "some"), "-", "--top", "2", "--output", str(output), "--device", "cpu"]) == 0
+    said = capsys.readouterr().err
+    assert "bad.JPG cannot be read (unknown_format)" in said
+    assert "2 images" in said
+    assert "1 unreadable" in said
+    lines = output.read_text().splitlines()
+    (first, second) = model.predict([images[7]], top=2)[0]
+    if ending == ".csv":
+        assert lines[0] == "path,class_1,probability_1,class_2,probability_2"
+        assert lines[1].startswith(f'"{tmp_path}/some/a, b.png",class')
+        assert lines[2] == f"{tmp_path}/some/bad.JPG"
+        assert lines[3] == f"{images[7]},{first.name},{first.probability:.6f},{second.name},{second.probability:.6f}"
+    else:
+        rows = [json.loads(line) for line in lines]
+        assert rows[1] == {"path": f"{tmp_path}/some/bad.JPG", "predictions": None}
+        assert [each["class"] for each in rows[2]["predictions"]] == [first.name, second.name]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"out{ending}", "some"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere is not there"),
+        (["EMPTY"], "no image was given"),
+        (["EMPTY", "--output", "a.xlsx"], "neither .csv nor .jsonl"),
+    ],
+)
+def test_a_mistake_is_one_line(trained, tmp_path, capsys, arguments, message):
+    words = [str(tmp_path) if word == "EMPTY" else word for word in arguments]
+    with pytest.raises(SystemExit) as ended:
+        main([str(trained[0]), *words, "--device", "cpu"])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -101,7 +101,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             what = f"{recipe.name}, step {steps[0]}" if len(runs) == 1 else f"ensemble of {len(runs)} runs"
             Screen().print(accuracy.table(f"{what}, on {split}"))
             own = split == recipe.evaluation.test_split and other is None
-            name = "metrics.json" if own else f"metrics-{Path(arguments.data).name if other else split}.json"
+            judged_on = Path(arguments.data.partition("?")[0]).name if other else split  # a query may hold a secret
+            name = "metrics.json" if own else f"metrics-{judged_on}.json"
             target = arguments.output or runs[0] / name
             write_results(
                 target,

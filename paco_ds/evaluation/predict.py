@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import tee
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -48,15 +49,21 @@ def _predict(arguments: argparse.Namespace) -> int:
     ending = arguments.output.suffix if arguments.output else ".csv"
     if ending not in FORMATS:
         raise UserError(f"--output {arguments.output} ends in neither .csv nor .jsonl, which say the format")
+    if arguments.top < 1:
+        raise UserError(f"--top {arguments.top} names no class: give 1 or more")
     import torch
 
     from paco_ds.evaluation.predictor import load
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load(arguments.run, device)
+    model = load(arguments.run)
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:  # what torch raises for a device that is none, or is not there
+        raise UserError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
     partial = arguments.output and arguments.output.with_name(f".{arguments.output.name}.partial")
     try:
-        with partial.open("w", newline="", encoding="utf-8") if partial else nullcontext(sys.stdout) as file:
+        with _opened(partial) as file:
             read, unreadable, seconds = _write(model, arguments, WRITERS[ending], file)
         if partial:
             partial.replace(arguments.output)
@@ -66,6 +73,15 @@ def _predict(arguments: argparse.Namespace) -> int:
         if partial:
             partial.unlink(missing_ok=True)
     return 0 if read else 1
+
+
+def _opened(path: Path | None) -> AbstractContextManager[IO[str]]:
+    """A file to write, or standard output; names that are not UTF-8 are written as they are."""
+    if path is not None:
+        return path.open("w", newline="", encoding="utf-8", errors="surrogateescape")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")
+    return nullcontext(sys.stdout)
 
 
 def _write(model: Predictor, arguments: argparse.Namespace, writer: Any, file: IO[str]) -> tuple[int, int, float]:

@@ -159,6 +159,8 @@ class Predictor:
             return Unreadable(name, bad.reason)
         except OSError as error:
             return Unreadable(name, error.strerror or str(error))
+        except ValueError as error:  # a path that no file can have
+            return Unreadable(name, str(error))
         return view
 
 
@@ -208,7 +210,7 @@ def _encoded(image: Picture) -> bytes:
         return Path(image).read_bytes()
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
     output = io.BytesIO()
-    picture.save(output, "PNG", compress_level=0)
+    picture.convert("RGB").save(output, "PNG", compress_level=0)
     return output.getvalue()
 
 

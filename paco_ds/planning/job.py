@@ -19,7 +19,7 @@ import base64
 import json
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -141,9 +141,7 @@ def hostfile_script(job: Job) -> str:
         [],
         [
             *_here_document(hosts, lines),
-            "# the launcher forwards these variables to every rank",
-            *_here_document(environment, [f"{name}={value}" for name, value in job.environment.items()]),
-            f"export DS_ENV_FILE={environment}",
+            *(_forwarded(environment, job.environment) if job.environment else ()),
             "exec " + _continued(["paco-keep-running", "--restarts", str(job.restarts), "--"], launch, job.training()),
         ],
         job,
@@ -261,6 +259,14 @@ def _script(head: list[str], body: list[str], job: Job, strict: str = "set -euo 
     """A bash script in the job's directory."""
     lines = ["#!/bin/bash", *head, strict, f"cd {shlex.quote(job.directory)} || exit {UserError.status}", "", *body]
     return "\n".join(lines) + "\n"
+
+
+def _forwarded(file: str, environment: Mapping[str, str]) -> list[str]:
+    """Commands by which the launcher forwards variables to every rank, from this file in place of .deepspeed_env."""
+    return [
+        *_here_document(file, [f"{name}={value}" for name, value in environment.items()]),
+        f"export DS_ENV_FILE={file}",
+    ]
 
 
 def _here_document(file: str, lines: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 
 import numpy as np
@@ -89,8 +90,8 @@ def test_an_image_that_cannot_be_read_is_named(model, trained, tmp_path):
     bad.write_bytes(trained[1][0].read_bytes()[:50])
     with pytest.raises(DataError, match=r"bad\.png cannot be read \(truncated\)"):
         model.predict([bad])
-    answers = list(model.stream([bad, trained[1][0], tmp_path / "none.png", b"text"]))
-    assert [type(answer).__name__ for answer in answers] == ["Unreadable", "tuple", "Unreadable", "Unreadable"]
+    answers = list(model.stream([bad, trained[1][0], tmp_path / "none.png", b"text", "a\0b"]))
+    assert [type(answer).__name__ for answer in answers] == ["Unreadable", "tuple", *["Unreadable"] * 3]
     assert answers[2].reason == "No such file or directory"
     assert answers[3] == type(answers[3])("image 3", "unknown_format")
 
@@ -98,6 +99,13 @@ def test_an_image_that_cannot_be_read_is_named(model, trained, tmp_path):
 def test_what_is_no_run_is_named(tmp_path):
     with pytest.raises((RecipeError, CheckpointError), match=str(tmp_path)):
         paco_ds.load(tmp_path)
+
+
+def test_names_that_are_not_utf_8_are_written_as_they_are(trained, tmp_path):
+    name = os.fsdecode(b"\xff.png")
+    shutil.copy(trained[1][0], tmp_path / name)
+    assert main([str(trained[0]), str(tmp_path), "--device", "cpu", "--output", str(tmp_path / "o.csv")]) == 0
+    assert b"/\xff.png,class" in (tmp_path / "o.csv").read_bytes()
 
 
 @pytest.mark.parametrize("ending", [".csv", ".jsonl"])
@@ -137,12 +145,14 @@ def test_the_command_writes_a_row_for_each_image_of_folders_and_lists(
         (["nowhere"], "nowhere is not there"),
         (["EMPTY"], "no image was given"),
         (["EMPTY", "--output", "a.xlsx"], "neither .csv nor .jsonl"),
+        (["EMPTY", "--top", "-1"], "--top -1 names no class"),
+        (["EMPTY", "--device", "gpu"], "--device gpu cannot be used"),
     ],
 )
 def test_a_mistake_is_one_line(trained, tmp_path, capsys, arguments, message):
     words = [str(tmp_path) if word == "EMPTY" else word for word in arguments]
     with pytest.raises(SystemExit) as ended:
-        main([str(trained[0]), *words, "--device", "cpu"])
+        main([str(trained[0]), "--device", "cpu", *words])
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -21,7 +21,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from itertools import tee
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ from typing import IO, TYPE_CHECKING, Any
 from paco_ds.command import one_line_on_interrupt, report_user_errors
 from paco_ds.config.plugins import AllowCode
 from paco_ds.errors import UserError, printable
+from paco_ds.files import whole_file
 
 if TYPE_CHECKING:
     from paco_ds.evaluation.predictor import Predictor
@@ -61,27 +62,26 @@ def _predict(arguments: argparse.Namespace) -> int:
         model.to(device)
     except (RuntimeError, AssertionError) as error:  # what torch raises for a device that is none, or is not there
         raise UserError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
-    partial = arguments.output and arguments.output.with_name(f".{arguments.output.name}.partial")
-    try:
-        with _opened(partial) as file:
-            read, unreadable, seconds = _write(model, arguments, WRITERS[ending], file)
-        if partial:
-            partial.replace(arguments.output)
-            figures = f"{read} images ({read / seconds:.0f} a second), {unreadable} unreadable"
-            print(printable(f"written: {arguments.output}: {figures}"), file=sys.stderr)
-    finally:
-        if partial:
-            partial.unlink(missing_ok=True)
+    with _opened(arguments.output) as file:
+        read, unreadable, seconds = _write(model, arguments, WRITERS[ending], file)
+    if arguments.output:
+        figures = f"{read} images ({read / seconds:.0f} a second), {unreadable} unreadable"
+        print(printable(f"written: {arguments.output}: {figures}"), file=sys.stderr)
     return 0 if read else 1
 
 
-def _opened(path: Path | None) -> AbstractContextManager[IO[str]]:
-    """A file to write, or standard output; names that are not UTF-8 are written as they are."""
-    if path is not None:
-        return path.open("w", newline="", encoding="utf-8", errors="surrogateescape")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")
-    return nullcontext(sys.stdout)
+@contextmanager
+def _opened(path: Path | None) -> Iterator[IO[str]]:
+    """A file to write whole or not at all, or standard output; names that are not UTF-8 are written as they are."""
+    if path is None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="surrogateescape")
+        yield sys.stdout
+        return
+    with whole_file(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
+        yield text
+        text.detach()  # flushes, and leaves the file open
 
 
 def _write(model: Predictor, arguments: argparse.Namespace, writer: Any, file: IO[str]) -> tuple[int, int, float]:

@@ -48,7 +48,7 @@ from paco_ds.distributed.rendezvous import listen_for_ranks, start_timeout, stor
 from paco_ds.errors import HANG, RESUMABLE, UserError, printable
 
 SETTLE = 1.0  # seconds to collect the ranks of one host, which die one after another, into one message
-HEARSAY = 3.0  # seconds that a rank with a failed collective waits for the name of the lost rank; more than SETTLE
+HEARSAY = 5.0  # seconds that a rank with a failed collective waits to be told of a loss: rank 0 may take 3 SETTLE
 GRACE = 5.0  # seconds for a rank to exit after it learned of the end of the job
 PATIENCE = 60.0  # seconds between messages about ranks that have not connected
 STRANGERS = 64  # connections that have not shown the token, beside those of awaited ranks
@@ -111,7 +111,8 @@ class RankWatchdog:
         unexplained = isinstance(error, Exception) and not isinstance(error, UserError)
         if unexplained and self._links:  # most likely a collective failed because a rank was lost
             with sigterm_ignored():  # sent by the launcher of the host, while this rank is about to print the reason
-                if self._verdict.wait(HEARSAY):
+                # a loss that is known is about to be told, on a busy machine too
+                if self._verdict.wait(HEARSAY) or (self._lost and self._verdict.wait(PATIENCE)):
                     self._end_process()
         status = exit_status(error) or 1
         if in_good_order:

@@ -38,15 +38,20 @@ def tiny_shards(tiny_card: Path, tmp_path_factory: pytest.TempPathFactory) -> Ma
     return build_shards(load_card(tiny_card), tiny_card.parent / "images", directory, BuildOptions(shard_bytes=20_000))
 
 
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between tries. For each test, not with `s3`, which a test may ask for while this is set already."""
+    monkeypatch.setattr(storage_module, "_FIRST_WAIT", 0.01)
+
+
 @pytest.fixture(scope="module")
 def s3() -> Iterator[Proxy]:
-    """An S3 server that storage of this module finds, and that can be told to fail; waits between tries are short."""
+    """An S3 server that storage of this module finds, and that can be told to fail."""
     with pytest.MonkeyPatch.context() as patch, s3_server() as proxy:
         patch.setenv("AWS_ACCESS_KEY_ID", "test")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        patch.setattr(storage_module, "_FIRST_WAIT", 0.01)
         yield proxy
 
 

@@ -29,11 +29,6 @@ from tests.recipes import tiny_recipe, write_tiny_recipe
 QUICK = StorageSettings(tries=3, timeout=60.0)  # a busy machine may be slow, and a server that stalls is not among them
 
 
-@pytest.fixture(autouse=True)
-def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage_module, "_FIRST_WAIT", 0.01)
-
-
 @pytest.fixture(params=["local", "memory", "s3"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     """An empty storage of each kind."""

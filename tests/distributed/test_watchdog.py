@@ -137,6 +137,19 @@ def test_a_collective_that_fails_because_of_a_loss_is_explained_by_it(monkeypatc
     job.close(0, 2)
 
 
+def test_a_loss_that_is_known_is_waited_for(monkeypatch):
+    """However late on a busy machine: the rank that saw it has no one else to hear it from."""
+    job = Job(monkeypatch, world_size=2, settle=2.0)
+    monkeypatch.setattr(watchdog, "GRACE", 60.0)
+    monkeypatch.setattr(watchdog, "HEARSAY", 0.01)
+    job.kill(1)
+    eventually(lambda: job.watchdogs[0]._lost)
+    error = RuntimeError("Connection closed by peer")
+    job.watchdogs[0].__exit__(RuntimeError, error, None)
+    assert job.ends == [(0, RESUMABLE)]
+    job.close(1)
+
+
 def test_another_job_on_the_same_port_ends_nobody_but_itself(monkeypatch, capfd):
     """With the setting to change."""
     job = Job(monkeypatch, world_size=2)

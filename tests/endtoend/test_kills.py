@@ -14,14 +14,15 @@ from tests.multinode.hosts import free_port
 def test_a_killed_rank_a_killed_keeper_and_a_killed_deepspeed_change_nothing(striped_shards, pool, tmp_path):
     """A rank is lost and started again, its keeper is killed, and the job goes on under `deepspeed`, killed too."""
     draw = random.Random(1019)
+    rank_at, keeper_at, launcher_after = draw.randrange(8, 14), draw.randrange(20, 26), draw.randrange(4, 10)
     run, recipe = tmp_path / "run", write_recipe(tmp_path, striped_shards, epochs=15)
     pool(2).run("tests.distributed.training:train", recipe=recipe, run=tmp_path / "undisturbed")
     arguments = ("--config", recipe, "--output", run)
     first = KilledJob([TRAIN, "--ranks", 2, "--restarts", 3, "--set=data.workers=1", *arguments], run)
-    first.wait_until(lambda: first.step >= draw.randrange(8, 14))
+    first.wait_until(lambda: first.step >= rank_at)
     assert first.kill("rank", draw)
-    first.wait_until(lambda: bool(_restarts(run)) and first.step >= draw.randrange(20, 26))
-    assert re.search(r"rank . on host \S+ \(127.0.0.1\) was lost: its process died", first.job.said)
+    first.wait_until(lambda: bool(_restarts(run)) and first.step >= keeper_at)
+    assert re.search(r"rank . on host \S+ \(127.0.0.1\) was lost: its process died", first.job.said), first.job.said
     assert first.kill("keeper", draw)
     assert first.wait() == -signal.SIGKILL
     outcome = read_outcome(run)
@@ -32,7 +33,7 @@ def test_a_killed_rank_a_killed_keeper_and_a_killed_deepspeed_change_nothing(str
     assert outcome.step is not None
     began = outcome.step
     second = KilledJob(deepspeed(free_port(), *arguments), run)
-    second.wait_until(lambda: second.step >= began + draw.randrange(4, 10))
+    second.wait_until(lambda: second.step >= began + launcher_after)
     assert second.kill("deepspeed", draw)
     assert second.wait() == 0
     assert learnt(run) == learnt(tmp_path / "undisturbed")

@@ -15,6 +15,10 @@ from rich.text import Text
 
 from paco_ds.errors import RESUMABLE, StorageError, UserError, printable
 
+# Threads of torch wait for each other by sleeping. By spinning, as is the default, two of them that share two cores
+# with other processes train at a twentieth of their rate. Read when torch is loaded, which is later than this.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 _REMEDIES = {

@@ -6,6 +6,7 @@ raises, dies or hangs fails the test with what it said, and the pool is replaced
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -109,6 +110,7 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int, cuda: bool) 
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
     }
+    gc.freeze()  # what the fork server imported is no garbage: DeepSpeed collects at every start of stage 3
     if not cuda:  # ranks of one test share a machine, but cannot share its GPU
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from paco_ds.distributed.launch import leave_job

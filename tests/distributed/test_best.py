@@ -1,9 +1,6 @@
 """The weights that were best on the validation split are what the test split is given."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +13,10 @@ from paco_ds.data.manifest import open_data
 from paco_ds.evaluate import main as evaluate
 from paco_ds.evaluation.runner import load_recogniser
 from paco_ds.metrics.log import read
+from tests.commands import run_command
 from tests.recipes import evaluation_batches, write_tiny_recipe
 
-EVALUATE = Path(__file__).parents[2] / "paco_ds" / "evaluate.py"
+EVALUATE = "paco_ds.evaluate"
 TRAIN = "tests.distributed.training:train"
 
 
@@ -59,7 +57,7 @@ def test_an_ensemble_of_a_run_with_itself_is_the_run(finished, tmp_path):
     """From the command line, on one rank; the figures are those of the training's end."""
     trained = json.loads((finished / "metrics.json").read_text())
     runs, output = [f"--run={finished}"] * 2, tmp_path / "again.json"
-    subprocess.run([sys.executable, EVALUATE, *runs, f"--output={output}"], check=True)
+    run_command(EVALUATE, *runs, f"--output={output}")
     again = json.loads(output.read_text())
     for name in ("all", "balanced", "macro_f1", "calibration_error"):
         assert again[name] == pytest.approx(trained[name], abs=2e-3), name
@@ -84,8 +82,7 @@ def test_an_ensemble_of_two_runs_averages_their_probabilities(pool, striped_shar
         labels, logits = logits_on_test(run)
         of_each.append(logits)
     output = tmp_path / "ensemble.json"
-    arguments = [*(f"--run={run}" for run in runs), f"--output={output}"]
-    subprocess.run([sys.executable, EVALUATE, *arguments], check=True)
+    run_command(EVALUATE, *(f"--run={run}" for run in runs), f"--output={output}")
     written = json.loads(output.read_text())
     assert written["ensemble"] == [str(run) for run in runs]
     expected = figures(labels, torch.stack([logits.softmax(1) for logits in of_each]).mean(0))

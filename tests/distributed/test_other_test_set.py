@@ -1,9 +1,6 @@
 """A run is measured on images of other shards: classes are compared by name, shots are those of the run."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -11,9 +8,8 @@ from paco_ds.data.manifest import load_manifest, open_data
 from paco_ds.data.pack.command import main as build
 from paco_ds.errors import DataError
 from paco_ds.evaluation.split import class_index
+from tests.commands import run_command
 from tests.recipes import tiny_recipe, write_tiny_recipe
-
-EVALUATE = Path(__file__).parents[2] / "paco_ds" / "evaluate.py"
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +41,7 @@ def test_some_of_the_classes_in_another_order_have_the_figures_of_the_run(pool, 
     assert len(set(trained["per_class"])) > 1
 
     other = other_shards("class3", "class0")
-    command = [sys.executable, EVALUATE, "--run", run, "--data", other, "--output", tmp_path / "other.json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = run_command("paco_ds.evaluate", "--run", run, "--data", other, "--output", tmp_path / "other.json")
     assert "2 of the 4 classes" in done.stdout
     figures = json.loads((tmp_path / "other.json").read_text())
     own = trained["per_class"]

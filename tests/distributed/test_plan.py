@@ -89,7 +89,7 @@ def test_planned_bytes_of_deepspeed_are_those_it_sends(pool, stage):
                 assert count <= sent[op] <= count + 64, (op, planned, sent)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_planned_memory_is_within_15_percent_of_a_real_run(pool, world_size):
     """ZeRO-1; growth of resident memory over the start of a rank whose allocator gives back what is freed."""
     check_memory(pool(world_size), stage=1, overrides=LARGE)

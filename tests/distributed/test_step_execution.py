@@ -67,7 +67,7 @@ def test_the_step_is_that_of_one_process(pool, setting, stage):
     check_one_step(pool, setting, stage)
 
 
-@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.soak), 1, 2])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.soak), 1, pytest.param(2, marks=pytest.mark.soak)])
 def test_compiled_encoders_take_the_step_of_one_process(pool, stage):
     """Their sums run in another order on every kind of CPU; running statistics, keys and all stay within rounding."""
     check_one_step(pool, "compile", stage)

@@ -1,9 +1,6 @@
 """A classifier trained anew, or scaled, on the frozen backbone of a first stage; and normalised without training."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +13,11 @@ from paco_ds.evaluation.runner import load_recogniser
 from paco_ds.evaluation.tau_normalization import TAUS
 from paco_ds.metrics.log import read
 from paco_ds.training.initial_weights import freeze, load_initial_weights
+from tests.commands import run_command
 from tests.pool import RankError
 from tests.recipes import evaluation_batches, model_of, write_tiny_recipe
 
-EVALUATE = Path(__file__).parents[2] / "paco_ds" / "evaluate.py"
+EVALUATE = "paco_ds.evaluate"
 TRAIN = "tests.distributed.training:train"
 
 
@@ -139,8 +137,7 @@ def test_tau_is_chosen_on_validation_and_normalises_the_centers(pool, long_cente
     """From the command line: every balanced accuracy that it chose by is that of an evaluation of the validation split
     at this tau, the figures of the test split are those at the chosen one, and 2 ranks choose as one."""
     output = tmp_path / "tau.json"
-    command = [sys.executable, str(EVALUATE), f"--run={long_centers}", f"--output={output}", "--tau-normalize=auto"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = run_command(EVALUATE, f"--run={long_centers}", f"--output={output}", "--tau-normalize=auto")
     assert "balanced accuracy on val 0.0: " in done.stdout
     chosen = float(done.stdout.split("tau ")[1].split(":")[0])
     printed = {
@@ -191,9 +188,8 @@ def routing(experts, stage=1):
 def at_threshold(run, tmp_path, threshold):
     """(what evaluate.py writes on one rank, what it prints)."""
     output = tmp_path / f"at-{threshold}.json"
-    command = [sys.executable, str(EVALUATE), f"--run={run}", f"--output={output}"]
-    command.append(f"--set=model.routers.threshold={threshold!r}")
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    override = f"--set=model.routers.threshold={threshold!r}"
+    done = run_command(EVALUATE, f"--run={run}", f"--output={output}", override)
     return json.loads(output.read_text()), done.stdout
 
 

@@ -1,16 +1,13 @@
 """A table as a user makes it: rows trained by the launcher, a second stage among them, kept, and drawn elsewhere."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import torch
 
 from paco_ds.checkpoint import newest_checkpoint
+from tests.commands import run_command
 from tests.recipes import write_tiny_recipe
 
-REPRODUCE = Path(__file__).parents[2] / "tools" / "reproduce.py"
 TABLE = """
 title: Two rows
 recipe: tiny.yaml
@@ -34,8 +31,8 @@ def test_a_table_is_trained_kept_and_drawn_elsewhere(striped_shards, tmp_path):
     (tmp_path / "table.yaml").write_text(TABLE)
 
     def reproduce(output, *more):
-        options = ("--table", "table.yaml", "--seeds", "1", "--ranks", "1", "--keep", "kept", "--output", output, *more)
-        done = subprocess.run([sys.executable, REPRODUCE, *options], cwd=tmp_path, capture_output=True, text=True)
+        options = ("--table", tmp_path / "table.yaml", "--seeds", 1, "--ranks", 1, "--keep", tmp_path / "kept")
+        done = run_command("paco_ds.paper.reproduce", *options, "--output", tmp_path / output, *more, check=False)
         assert done.returncode == 0, done.stderr + "".join(p.read_text() for p in tmp_path.glob("*/*/run.log"))
         return done.stdout
 

@@ -14,21 +14,12 @@ from paco_ds.config.load import load_recipe
 from paco_ds.data.manifest import open_data
 from paco_ds.errors import DataError
 from paco_ds.report import write_report
+from tests.commands import run_command
 from tests.hostile.web import send, send_file, serving
 from tests.recipes import write_tiny_recipe
 
+TRAIN = "paco_ds.train"
 SECRETS = ("S3CRET", "S1GNED")
-
-
-def trained(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`paco-train` in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "paco_ds.train", *arguments],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
 
 
 def found_in(text: str) -> list[str]:
@@ -57,12 +48,16 @@ def test_a_secret_in_a_url_is_nowhere(striped_shards, tmp_path):
         address = url.replace("//", "//me:S3CRET@") + "?X-Amz-Signature=S1GNED"
         with pytest.raises(DataError, match=r"but http://\*\*\*@127.* has 4 classes"):
             open_data(load_recipe(recipe, [f"data.shards={address}", "data.classes=9"]).data, [])
-        first = trained(
-            "--config", str(recipe), "--set", f"data.shards={address}", "--output", str(run), "--stop-at-step", "2"
-        )
-        environment = {"NETRC": str(tmp_path / "netrc"), "FSSPEC_HTTP_CLIENT_KWARGS": '{"trust_env": true}'}
-        again = trained("--config", str(run / "recipe.yaml"), "--output", str(run), **environment)
-    assert (first.returncode, again.returncode) == (0, 0), first.stderr + again.stderr
+        stop = ("--stop-at-step", 2)
+        first = run_command(TRAIN, "--config", recipe, "--set", f"data.shards={address}", "--output", run, *stop)
+        # a process that imports for itself: fsspec reads its variables when it is imported
+        environment = os.environ | {
+            "NETRC": str(tmp_path / "netrc"),
+            "FSSPEC_HTTP_CLIENT_KWARGS": '{"trust_env": true}',
+        }
+        command = [sys.executable, "-m", TRAIN, "--config", str(run / "recipe.yaml"), "--output", str(run)]
+        again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert again.returncode == 0, again.stderr
     for done in (first, again):
         assert found_in(done.stdout + done.stderr) == []
     assert load_recipe(run / "recipe.yaml").data.shards == url.replace("//", "//***@") + "?X-Amz-Signature=***"

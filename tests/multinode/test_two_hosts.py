@@ -4,6 +4,8 @@ import os
 import re
 import signal
 
+import pytest
+
 from paco_ds.checkpoint import newest_checkpoint
 from tests.multinode.training import CHECKPOINT_EVERY, EPOCHS, STEPS_PER_EPOCH, TRAIN, steps, write_recipe
 
@@ -41,6 +43,7 @@ def test_a_job_on_two_hosts_has_the_losses_of_local_ranks_though_a_rank_was_kill
     assert steps(run) == steps(local)
 
 
+@pytest.mark.soak  # the refusal itself: tests/distributed/test_watchdog.py
 def test_hosts_that_would_not_find_each_other_are_told_the_setting(two_hosts, striped_shards):
     """Without an interface gloo announces 127.0.0.1, and every host waits for itself."""
     config = write_recipe(two_hosts.folder, striped_shards)

@@ -34,7 +34,7 @@ def run_command(
             process.join()
         said = [Path(file).read_text() for file in files]
     assert not hung, f"{module} did not end:\n{said[0]}{said[1]}"
-    done = subprocess.CompletedProcess([module, *words], process.exitcode, *said)
+    done = subprocess.CompletedProcess([module, *words], process.exitcode or 0, *said)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 

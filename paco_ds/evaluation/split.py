@@ -12,6 +12,7 @@ from torch import Tensor
 from paco_ds.config.recipe import DataSettings
 from paco_ds.config.views import EvalView
 from paco_ds.data.manifest import Manifest
+from paco_ds.data.names import same_name
 from paco_ds.data.stream.batches import MicroBatch, evaluation_stream
 from paco_ds.data.stream.load import Replaced
 from paco_ds.distributed.ranks import Ranks
@@ -96,12 +97,12 @@ def class_index(images: Manifest, trained: Manifest) -> Tensor:
     Raises:
         DataError: a class that was not trained.
     """
-    number = {name: index for index, name in enumerate(trained.classes)}
-    unknown = [name for name in images.classes if name not in number]
+    number = {same_name(name): index for index, name in enumerate(trained.classes)}
+    unknown = [name for name in images.classes if same_name(name) not in number]
     if unknown:
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise DataError(
             f"{images.storage.url} has the class {unknown[0]!r}{more}, which the run was not trained on; classes are "
             f"compared by name: build these shards with the class list of the run's (--classes)"
         )
-    return torch.tensor([number[name] for name in images.classes])
+    return torch.tensor([number[same_name(name)] for name in images.classes])

@@ -9,7 +9,7 @@ from paco_ds.data.manifest import Manifest, load_manifest
 from paco_ds.data.pack import add as add_module
 from paco_ds.data.pack.add import add_images
 from paco_ds.data.pack.build_plan import BuildOptions
-from paco_ds.data.pack.card import changed, folder_card
+from paco_ds.data.pack.card import card_of_options, changed, folder_card
 from paco_ds.data.pack.check import check_shards
 from paco_ds.data.pack.command import main
 from paco_ds.data.pack.shards import build_shards
@@ -111,7 +111,7 @@ def test_new_class_needs_a_training_image(first: Manifest, tmp_path: Path) -> No
     """A class that only val has cannot be learnt."""
     images(tmp_path / "second", ant=4)
     (tmp_path / "second" / "train").rename(tmp_path / "second" / "val")
-    card = changed(folder_card(tmp_path / "second"), splits={"val": {"folder": "val"}})
+    card = card_of_options({"source": "folder", "root": str(tmp_path / "second"), "val": "val"})
     with pytest.raises(DataError, match="no training image of the new class ant"):
         add_images(first.directory, card, tmp_path / "second", SMALL)
     assert load_manifest(first.directory).sha256 == first.sha256

@@ -62,7 +62,7 @@ def test_mistakes_are_named(tmp_path: Path, old: str, new: str, message: str) ->
 
 
 def test_folders_without_a_card(tmp_path: Path) -> None:
-    """root/train, root/val, root/test where they are; else the root is the training split."""
+    """The root's folders with the names of splits, where there are any; else the root is the training split."""
     assert {n: s.folder for n, s in folder_card(tmp_path).splits.items()} == {"train": "."}
     for name in ("train", "test"):
         (tmp_path / name).mkdir()

@@ -188,7 +188,7 @@ def test_shards_of_others_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("about", "message"),
     [
-        ({"other": 1}, r"z.tar#a has no label: neither .json with 'label' \(label_key\) nor .cls"),
+        ({"other": 1}, r"z.tar#a has no label: its .json has no 'label' \(label_key\), no .cls"),
         ({"label": "cat"}, "label 'cat' is no number from 0"),
         ({"label": -1}, "label -1 is no number from 0"),
     ],

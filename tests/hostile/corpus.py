@@ -537,7 +537,7 @@ TAR_ATTACKS = [
         "a sample's JSON that is deep",
         lambda d: raises(RecursionError, lambda: json.loads(DEEP_JSON)),
         lambda d: listed(deep_sample(d), "webdataset", train="train-*.tar"),
-        "has no label",
+        "nested too deep",
     ),
     Attack(
         "a list that climbs out",

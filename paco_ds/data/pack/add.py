@@ -9,6 +9,7 @@ import numpy as np
 
 from paco_ds.command import Screen
 from paco_ds.data.manifest import MANIFEST_FILE, Manifest, Split, load_manifest
+from paco_ds.data.names import same_name
 from paco_ds.data.pack.build_plan import BuildOptions, BuildPlan, plan_of, select
 from paco_ds.data.pack.build_ranks import BuildRank
 from paco_ds.data.pack.card import Card
@@ -83,9 +84,9 @@ def _plan(
     if card.imbalance is not None:
         raise DataError("imbalance selects from a whole train split, not from added images: leave it out")
     source = select(card, read_source(card, root, workers.map), options.seed)
-    known = {name: label for label, name in enumerate(before.classes)}
+    known = {same_name(name) for name in before.classes}
     classes = (*before.classes, *(name for name in source.classes if name not in known))
-    label_of = {name: label for label, name in enumerate(classes)}
+    label_of = {same_name(name): label for label, name in enumerate(classes)}
     relabel = np.array([label_of[name] for name in source.classes], np.int32)
     splits = {name: replace(samples, labels=relabel[samples.labels]) for name, samples in source.splits.items()}
     first_shards, first_keys = {}, {}

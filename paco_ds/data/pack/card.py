@@ -185,7 +185,12 @@ def card_of_options(options: Mapping[str, str | None]) -> Card:
     for key in given:
         if key not in shared | set(kind.options):
             raise DataError(f"--source {source} does not take --{key.replace('_', '-')}")
-    keys = kind.keys_of_root(root)
+    try:
+        keys = kind.keys_of_root(root)
+    except DataError:
+        if not any(split in given for split in SPLIT_NAMES):
+            raise
+        keys = {}  # what the root leaves open is given
     if pages := {split: given[split] for split in SPLIT_NAMES if split in given}:
         keys["splits"] = {split: kind.split_of(page) for split, page in pages.items()}
     if "splits" not in keys:

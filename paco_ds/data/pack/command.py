@@ -29,7 +29,7 @@ from paco_ds.errors import DataError, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 success, 1 damage found, 130 interrupted, or that of the error."""
+    """Exit status: 0 success, 1 damage or duplicates found, 130 interrupted, or that of the error."""
     try:
         arguments = _parser(_known_sources(argv)).parse_args(argv)
         code: int = arguments.command(arguments, Screen())
@@ -71,7 +71,23 @@ def _check(arguments: argparse.Namespace, console: Screen) -> int:
     samples = sum(split.samples for split in manifest.splits.values())
     shards = sum(len(split.shards) for split in manifest.splits.values())
     say(f"{arguments.directory}: no damage, {samples} samples in {shards} shards")
-    return 0
+    return _say_duplicates(manifest, arguments.workers, console) if arguments.duplicates else 0
+
+
+def _say_duplicates(manifest: Manifest, workers: int, console: Screen) -> int:
+    """Print pictures that are in the shards more than once; status 1 if there are any."""
+    from paco_ds.data.pack.duplicates import describe, find_duplicates  # Pillow: only who asks for it waits
+
+    found = [
+        line
+        for pairs in find_duplicates(manifest, workers=workers, console=console)
+        for line in describe(manifest, pairs)
+    ]
+    for line in found:
+        say(line)
+    if not found:
+        say(f"{manifest.storage.url}: no picture twice")
+    return 1 if found else 0
 
 
 def _suggest(arguments: argparse.Namespace, console: Screen) -> int:
@@ -192,6 +208,11 @@ def _parser(sources: Mapping[str, type[Card]]) -> argparse.ArgumentParser:
     add.set_defaults(command=_build, overwrite=False)
     check = commands.add_parser("check", help="verify every byte of a directory of shards")
     check.add_argument("directory", help="path or URL of the shards")
+    check.add_argument(
+        "--duplicates",
+        action="store_true",
+        help="name pictures that are in a split twice or in two, also nearly the same",
+    )
     check.set_defaults(command=_check)
     ask = commands.add_parser(
         "suggest", help="show class counts and shots; suggest settings; write a card and a recipe"

@@ -6,7 +6,9 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+from paco_ds.data.names import same_name
 from paco_ds.data.pack.card import Card
+from paco_ds.data.pack.overlap import overlaps
 from paco_ds.data.pack.root import MapOver, Root
 from paco_ds.data.pack.source import Source, some
 from paco_ds.errors import DataError
@@ -30,6 +32,7 @@ def read_source(card: Card, root: str | Path | Root, look_up: MapOver = map) -> 
         raise DataError(f"{some(repeated)} of {card.name} is the name of more than one class: give them other names")
     source.require_training_images()
     source = source.checked(look_up)
+    source.notes.extend(overlaps(source))
     for name, samples in source.splits.items():
         if not len(samples) and not source.bad:
             raise DataError(f"split {name} of {card.name} has no image under {root}")
@@ -47,7 +50,7 @@ def list_source(card: Card, root: str | Path | Root) -> Source:
         raise DataError(f"there is no folder {root} with the images of {card.name}; give it as --root")
     source = card.list_images(root)
     # a folder's name may be bytes of another encoding, a JSON's text half a surrogate pair: neither can be written
-    names = tuple(name.encode("utf-8", "backslashreplace").decode() for name in source.classes)
+    names = tuple(same_name(name.encode("utf-8", "backslashreplace").decode()) for name in source.classes)
     return replace(source, classes=names)
 
 

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from paco_ds.data.names import is_hidden
 from paco_ds.data.pack.image_bytes import Encoded
 from paco_ds.data.pack.samples import MISSING, Names
 from paco_ds.data.storage import MissingFile, Storage, as_storage
@@ -100,28 +101,97 @@ class Root:
         return np.stack((np.array(sizes, np.int64), np.array(stamps, np.int64)))
 
     def folders(self, folder: str) -> list[str]:
-        """Names of the folders in a folder, sorted; DataError if there is none."""
+        """As `folders_in`; DataError if there is none."""
+        if not (found := self.folders_in(folder)):
+            raise DataError(f"{self.storage.place(folder)} has no folder: images must lie in one folder per class")
+        return found
+
+    def folders_in(self, folder: str) -> list[str]:
+        """Names of the folders in a folder, sorted, without hidden ones; DataError if there is no such folder."""
         if self.storage.is_local:
             place = self.path / folder
             if not place.is_dir():
                 raise DataError(f"there is no folder {place}")
             names = {entry.name for entry in os.scandir(place) if entry.is_dir()}
         else:
-            names = {name.partition("/")[0] for name in self.storage.find(folder) if "/" in name}
-        found = sorted(name for name in names if not name.startswith("."))
-        if not found:
-            raise DataError(f"{self.storage.place(folder)} has no folder: images must lie in one folder per class")
-        return found
+            names = {name.partition("/")[0] for name in self._find(folder) if "/" in name}
+        return sorted(name for name in names if not is_hidden(name))
 
-    def files(self, folder: str) -> Iterator[str]:
-        """Names, relative to the root, of all files below a folder; links to folders are followed."""
+    def files(self, folder: str, walk: Walk | None = None) -> Iterator[str]:
+        """Names, relative to the root, of all files below a folder, without hidden ones.
+
+        Args:
+            walk: which folders are entered, if several listings belong together; links to folders are followed once.
+
+        Raises:
+            DataError: a folder cannot be read.
+        """
+        walk = Walk() if walk is None else walk
         if not self.storage.is_local:
-            yield from (str(PurePosixPath(folder, name)) for name in self.storage.find(folder))
+            yield from (str(PurePosixPath(folder, name)) for name in self._find(folder) if walk.takes(name))
             return
         start = str(self.path / folder)
-        for parent, _, files in os.walk(start, followlinks=True):
+        for parent, inner, files in os.walk(start, followlinks=True, onerror=_unreadable):
+            inner[:] = [name for name in sorted(inner) if walk.enters(os.path.join(parent, name))]
             inside = str(PurePosixPath(folder, os.path.relpath(parent, start)))
-            yield from files if inside == "." else (f"{inside}/{file}" for file in files)
+            taken = filter(walk.takes, files)
+            yield from taken if inside == "." else (f"{inside}/{file}" for file in taken)
+
+    def _find(self, folder: str) -> dict[str, int]:
+        """`Storage.find`, of a URL, where `.` is the root as well."""
+        return self.storage.find("" if folder == "." else folder)
+
+    def files_in(self, folder: str) -> list[str]:
+        """Names of the files directly in a folder, without hidden ones."""
+        if self.storage.is_local:
+            names = [entry.name for entry in os.scandir(self.path / folder) if not entry.is_dir()]
+        else:
+            names = [name for name in self._find(folder) if "/" not in name]
+        return sorted(name for name in names if not is_hidden(name))
+
+
+class Walk:
+    """Which folders listings enter: each once, by device and inode, none that is hidden, and no link that leads back.
+
+    Args:
+        start: a local folder whose own folders are listed one by one; a link to anything in it, or to a folder above
+            it, is not followed, since its images are found where they are.
+
+    Attributes:
+        hidden: number of hidden files and folders that were left out.
+        left_out: folders that were left out because their images are listed elsewhere.
+    """
+
+    def __init__(self, start: Path | None = None) -> None:
+        self._start = None if start is None else start.resolve()
+        self._known: set[tuple[int, int]] = set()
+        self.hidden, self.left_out = 0, list[str]()
+
+    def takes(self, name: str) -> bool:
+        """Whether a file is none of the hidden ones; counts those."""
+        hidden = is_hidden(name)
+        self.hidden += hidden
+        return not hidden
+
+    def enters(self, folder: str, class_folder: bool = False) -> bool:
+        """Whether to list what lies in a folder, which is remembered; a class folder may be a link within `start`."""
+        if not self.takes(os.path.basename(folder)):
+            return False
+        back = False
+        if self._start is not None and not class_folder and os.path.islink(folder):
+            to = Path(folder).resolve()
+            back = to.is_relative_to(self._start) or self._start.is_relative_to(to)
+        about = os.stat(folder)
+        identity = about.st_dev, about.st_ino
+        if back or identity in self._known:
+            self.left_out.append(folder)
+            return False
+        self._known.add(identity)
+        return True
+
+
+def _unreadable(error: OSError) -> None:
+    raise DataError(f"folder {error.filename} cannot be read: {error.strerror}") from error
 
 
 class _Ranges(io.RawIOBase):

@@ -12,14 +12,15 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from paco_ds.data.names import same_name
 from paco_ds.data.pack.image_bytes import BadImage, Encoded
-from paco_ds.data.pack.root import MapOver, Root
+from paco_ds.data.pack.root import MapOver, Root, Walk
 from paco_ds.data.pack.samples import MISSING, Samples, SamplesBuilder
 from paco_ds.data.storage import MissingFile
 from paco_ds.errors import DataError
 
 # Endings of image files; other files in folders are left out. The format itself is decided by content.
-ENDINGS = frozenset(("jpg", "jpeg", "png", "webp"))
+ENDINGS = frozenset(("jpg", "jpeg", "jfif", "png", "webp"))
 _SHOWN = 5
 Pixels = npt.NDArray[np.uint8]
 
@@ -85,10 +86,12 @@ def add_array(rows: SamplesBuilder, file: str, labels: npt.NDArray[np.integer], 
         rows.add(f"{file}#{place}", label, place=place, size=image_bytes)
 
 
-def add_images(rows: SamplesBuilder, root: Root, folder: str, label: int, ignored: Counter[str]) -> None:
+def add_images(
+    rows: SamplesBuilder, root: Root, folder: str, label: int, ignored: Counter[str], walk: Walk | None = None
+) -> None:
     """Add a row for each image file anywhere below a folder, sorted by name; count other files in `ignored`."""
     names = []
-    for name in root.files(folder):
+    for name in root.files(folder, walk):
         if ending(name) in ENDINGS:
             names.append(name)
         else:
@@ -106,6 +109,7 @@ class Source:
         splits: the images of each split.
         images: reads them.
         ignored: number of files left out, by ending.
+        notes: what else a user should know of the listing, a line each.
         bad: listed images that cannot be used, each with its reason.
     """
 
@@ -114,6 +118,7 @@ class Source:
     images: Images
     ignored: Counter[str] = field(default_factory=Counter)
     bad: list[BadImage] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def require_training_images(self) -> None:
         """Raise DataError unless every class has a training image: a loss cannot learn a class that it never sees."""
@@ -155,6 +160,7 @@ def class_names(given: tuple[str, ...] | str | None, root: Root) -> tuple[str, .
             names = tuple(line.strip() for line in file.read().decode("utf-8").splitlines())
         except UnicodeDecodeError as error:
             raise DataError(f"{root}/{given} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    names = tuple(map(same_name, names))
     if not names or "" in names:
         raise DataError(f"{root}/{given} must have a class name on each line and no empty line")
     repeated = [name for name, count in Counter(names).items() if count > 1]

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from paco_ds.data.manifest import Name, StrictModel
-from paco_ds.data.pack.card import SPLIT_NAMES, Card
-from paco_ds.data.pack.root import Root
+from paco_ds.data.names import same_name, split_called
+from paco_ds.data.pack.card import Card
+from paco_ds.data.pack.root import Root, Walk
 from paco_ds.data.pack.samples import SamplesBuilder
-from paco_ds.data.pack.source import Files, Source, add_images, some
+from paco_ds.data.pack.source import ENDINGS, Files, Source, add_images, ending, some
 from paco_ds.errors import DataError
 
 
@@ -37,30 +38,88 @@ class FolderCard(Card):
 
     @classmethod
     def keys_of_root(cls, root: str) -> dict[str, Any]:
-        """The root's folders train, val and test as splits; without a train, the root itself is train."""
-        found = [name for name in SPLIT_NAMES if Path(root, name).is_dir()]
-        return {
-            "splits": {name: {"folder": name} for name in found} if "train" in found else {"train": {"folder": "."}}
-        }
+        """The root's folders with usual names of splits, in any case; without one, the root itself is train."""
+        place, found = Root(root), dict[str, str]()
+        for folder in place.folders_in(".") if place.exists() else ():
+            if (split := split_called(folder)) is None:
+                continue
+            if split in found:
+                raise DataError(
+                    f"{root} has {found[split]} and {folder}, both called like {split}: name the folders of the splits "
+                    "with --train, --val and --test"
+                )
+            found[split] = folder
+        if found and "train" not in found:
+            raise DataError(
+                f"{root} has {some(found.values())} and no folder of training images: name it with --train, or give as "
+                "--root the folder above; a class of that name has to stand in a card's `classes`"
+            )
+        return {"splits": {name: {"folder": folder} for name, folder in (found or {"train": "."}).items()}}
 
     def list_images(self, root: Root) -> Source:
-        """List the images of class folders; DataError if the splits do not have the same class folders."""
-        found = {name: root.folders(split.folder) for name, split in self.splits.items()}
-        first = next(iter(found))
-        classes = self.classes or tuple(found[first])
+        """List the images of class folders; DataError if a split has a class folder that train has not."""
+        found = {name: self._class_folders(root, split.folder) for name, split in self.splits.items()}
+        first = "train" if "train" in found else next(iter(found))
+        classes = tuple(map(same_name, self.classes or found[first]))
         origin = "the card" if self.classes else f"split {first}"
+        notes = []
         for name, folders in found.items():
             missing, extra = set(classes) - set(folders), set(folders) - set(classes)
-            if missing or extra:
+            if extra or (missing and name == first):
                 raise DataError(
                     f"split {name} ({root}/{self.splits[name].folder}) does not have the classes of {origin}: "
                     f"missing {some(sorted(missing))}; not known {some(sorted(extra))}"
                 )
+            if missing:
+                notes.append(f"split {name} has no folder of {some(sorted(missing))}, and so no image of them")
         ignored: Counter[str] = Counter()
         splits = {}
         for name, split in self.splits.items():
-            rows = SamplesBuilder()
-            for label, folder in enumerate(classes):
-                add_images(rows, root, f"{split.folder}/{folder}", label, ignored)
+            rows, walk = SamplesBuilder(), Walk(root.path / split.folder if root.storage.is_local else None)
+            for label, class_name in enumerate(classes):
+                if (folder := found[name].get(class_name)) is not None:
+                    place = f"{split.folder}/{folder}"
+                    if root.storage.is_local and not walk.enters(str(root.path / place), class_folder=True):
+                        raise DataError(f"{root}/{place} is the folder of another class too: remove one of the two")
+                    add_images(rows, root, place, label, ignored, walk)
             splits[name] = rows.build()
-        return Source(classes, splits, Files(root), ignored)
+            notes += _left_out(root, split.folder, walk)
+        return Source(classes, splits, Files(root), ignored, notes=notes + self._beside(root))
+
+    def _class_folders(self, root: Root, folder: str) -> dict[str, str]:
+        """The class folders of a split by the names of their classes, sorted; DataError if they look like splits."""
+        found: dict[str, str] = {}
+        for name in root.folders(folder):
+            if same_name(name) in found:
+                raise DataError(f"{root}/{folder} has two folders called {name!r}, in two Unicode forms: rename one")
+            found[same_name(name)] = name
+        if self.classes is None:
+            if called := [name for name in found if split_called(name)]:
+                raise DataError(
+                    f"{root}/{folder} holds {some(called)}, called like splits and not like classes: give them as "
+                    "--train, --val and --test, or name the classes in a card"
+                )
+            inner = root.path / folder / next(iter(found.values())) if root.storage.is_local else None
+            if len(found) == 1 and inner and any(split_called(each.name) for each in inner.iterdir() if each.is_dir()):
+                raise DataError(f"{inner} holds splits, and would be the only class: give it as --root")
+        return dict(sorted(found.items()))
+
+    def _beside(self, root: Root) -> list[str]:
+        """A line on folders that lie beside those of the splits, if there are any."""
+        used = [PurePosixPath(split.folder) for split in self.splits.values()]
+        if not root.storage.is_local or any(len(folder.parts) != 1 for folder in used):
+            return []
+        others = [name for name in root.folders_in(".") if PurePosixPath(name) not in used]
+        return [f"left out, folders beside those of the splits: {some(others)}"] if others else []
+
+
+def _left_out(root: Root, folder: str, walk: Walk) -> list[str]:
+    """Lines on what lies in the folder of a split and is not used."""
+    notes = []
+    if loose := sum(ending(name) in ENDINGS for name in root.files_in(folder)):
+        notes.append(f"left out, images directly in {folder} and in no class folder: {loose}")
+    if walk.hidden:
+        notes.append(f"left out, hidden files and folders in {folder}: {walk.hidden}")
+    if walk.left_out:
+        notes.append(f"left out, since their images are listed elsewhere: {some(walk.left_out)}")
+    return notes

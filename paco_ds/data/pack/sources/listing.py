@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import Field, StrictStr
 
 from paco_ds.data.manifest import Name, StrictModel
+from paco_ds.data.names import same_name, same_path
 from paco_ds.data.pack.card import CLASSES_FILE, Card, Option
 from paco_ds.data.pack.root import Root, require_inside
 from paco_ds.data.pack.samples import Samples, SamplesBuilder
@@ -111,7 +112,7 @@ def _read_list(root: Root, file: str, limit: int) -> Samples:
             if int(label) >= limit:
                 raise DataError(f"{where}: label {label} is out of range, the labels are 0 to {limit - 1}")
             require_inside(where, path.strip())
-            rows.add(path.strip(), int(label))
+            rows.add(same_path(path.strip()), int(label))
     if not len(rows):
         raise DataError(f"{root}/{file} names no image")
     return rows.build()
@@ -170,7 +171,7 @@ def _read_rows(
                 if not path or not label:
                     raise DataError(f"{where}: {card.label_column if path else card.path_column} is empty")
                 group = None if group_at is None else groups.setdefault(row[group_at], len(groups))
-                rows.add(path, labels.find(label, where, may_add), group=group)
+                rows.add(same_path(path), labels.find(same_name(label), where, may_add), group=group)
         except csv.Error as error:
             raise DataError(f"{place}, line {reader.line_num}: no CSV, {error}") from error
     if not len(rows):

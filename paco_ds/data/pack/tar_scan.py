@@ -1,0 +1,194 @@
+"""Scanning the tars of others for where each image and label lies. What is not whole or not one thing is refused."""
+
+from __future__ import annotations
+
+import tarfile
+from dataclasses import dataclass, field
+
+from paco_ds.config.parse import parse_json
+from paco_ds.data.names import is_hidden, same_name, same_path
+from paco_ds.data.pack.image_bytes import BadImage
+from paco_ds.data.pack.root import Root
+from paco_ds.data.pack.samples import SamplesBuilder
+from paco_ds.data.pack.source import ENDINGS, ending, some
+from paco_ds.data.storage import Storage
+from paco_ds.errors import DataError
+
+_MOST_ABOUT = 1 << 20  # bytes of a JSON member
+_TAIL = 1 << 20  # bytes read at a time of what follows the last member
+_SORT = "pack it sorted by name, so that the members of a sample lie beside each other (tar --sort=name)"
+_PACKED = (
+    (b"\x1f\x8b", "compressed by gzip", "unpack it with gunzip"),
+    (b"BZh", "compressed by bzip2", "unpack it with bunzip2"),
+    (b"\xfd7zXZ", "compressed by xz", "unpack it with unxz"),
+    (b"\x28\xb5\x2f\xfd", "compressed by zstd", "unpack it with unzstd"),
+    (b"PK\x03\x04", "a zip archive", "unpack it and pack its files as a tar"),
+)
+
+
+@dataclass
+class _Sample:
+    """The members of one key that matter: images and what says their label, by ending."""
+
+    images: dict[str, tuple[str, int, int]] = field(default_factory=dict)
+    about: bytes | None = None
+    cls: bytes | None = None
+
+
+@dataclass
+class TarScan:
+    """Reads tars one after another into a table.
+
+    Attributes:
+        label_key, class_key: of the label and its class name in a sample's `.json`.
+        image_ending: of the image to take, from the first dot on; None where samples have one.
+        rows: a row for each sample.
+        names: class names by label, as far as the tars give them.
+        bad: samples without an image.
+        hidden: number of hidden members, which are left out.
+    """
+
+    root: Root
+    label_key: str
+    class_key: str
+    image_ending: str | None
+    names: dict[int, str]
+    bad: list[BadImage]
+    rows: SamplesBuilder = field(default_factory=SamplesBuilder)
+    hidden: int = 0
+
+    def tar(self, tar: str) -> None:
+        """Add the samples of a tar; DataError if it is damaged, since a reader would end at the place silently."""
+        place, local = self.root.storage.place(tar), self.root.storage.is_local
+        key, sample, end = "", _Sample(), 0
+        keys: set[str] = set()
+        self._refuse_packed(tar)
+        try:
+            # what lies behind a URL comes as a stream from end to end, since a request a member would take longer
+            with (
+                self.root.open(tar, "tar") as file,
+                tarfile.open(fileobj=file, mode="r:" if local else "r|") as archive,
+            ):
+                while (member := archive.next()) is not None:
+                    archive.members = []  # type: ignore[attr-defined]  # it would keep every member
+                    end = member.offset_data + member.size
+                    if not member.isreg():
+                        continue
+                    if member.issparse():
+                        raise DataError(f"{place}: {member.name} is stored as a sparse file: pack it as a plain one")
+                    if is_hidden(member.name):
+                        self.hidden += 1
+                        continue
+                    folder, _, base = same_path(member.name).rpartition("/")
+                    stem, _, suffix = base.partition(".")
+                    if f"{folder}/{stem}" != key:
+                        self._take(tar, key, sample)
+                        key, sample = f"{folder}/{stem}", _Sample()
+                        if key in keys:
+                            raise DataError(f"{place} has members of {key.lstrip('/')} in two places: {_SORT}")
+                        keys.add(key)
+                    self._member(archive, member, suffix.lower(), sample, place)
+        except (tarfile.TarError, OSError, EOFError) as error:
+            raise DataError(f"{place} is damaged or no tar ({error}): copy it again") from error
+        self._take(tar, key, sample)
+        _require_whole(self.root.storage, tar, end)
+
+    def _refuse_packed(self, tar: str) -> None:
+        """Raise DataError for a compressed tar or another archive, by its first bytes."""
+        storage = self.root.storage
+        begin = storage.read_range(tar, 0, min(6, storage.size(tar)))
+        for magic, kind, remedy in _PACKED:
+            if begin.startswith(magic):
+                raise DataError(
+                    f"{storage.place(tar)} is {kind}, and images are read by their place in a tar: {remedy}"
+                )
+
+    def _member(
+        self, archive: tarfile.TarFile, member: tarfile.TarInfo, suffix: str, sample: _Sample, place: str
+    ) -> None:
+        """Note an image or what says a label; DataError if it is there already."""
+        twice = False
+        if ending(member.name) in ENDINGS:
+            twice = suffix in sample.images
+            sample.images[suffix] = (member.name, member.offset_data, member.size)
+        elif suffix in ("json", "cls"):
+            twice = (sample.about if suffix == "json" else sample.cls) is not None
+            self._label_of(archive, member, suffix, sample)
+        if twice:
+            raise DataError(f"{place} has {member.name} twice, and one of them would be lost: remove one")
+
+    def _label_of(self, archive: tarfile.TarFile, member: tarfile.TarInfo, suffix: str, sample: _Sample) -> None:
+        if member.size > _MOST_ABOUT:
+            raise DataError(f"{archive.name!s}: {member.name} has {member.size} bytes, too many to say a label")
+        file = archive.extractfile(member)
+        assert file is not None  # a regular file
+        if suffix == "json":
+            sample.about = file.read()
+        else:
+            sample.cls = file.read()
+
+    def _take(self, tar: str, key: str, sample: _Sample) -> None:
+        """One sample into the table, or among the bad ones."""
+        if sample == _Sample():
+            return
+        where = f"{tar}#{key.lstrip('/')}"
+        if (image := self._image(sample, f"{self.root}/{where}")) is None:
+            self.bad.append(BadImage("no_image", where))
+            return
+        member, offset, size = image
+        label, name = self._label(sample, f"{self.root}/{where}")
+        if name is not None and self.names.setdefault(label, name) != name:
+            raise DataError(
+                f"{self.root}/{where}: label {label} is called {name!r}, and {self.names[label]!r} before it"
+            )
+        self.rows.add(f"{tar}#{member}", label, place=offset, size=size)
+
+    def _image(self, sample: _Sample, where: str) -> tuple[str, int, int] | None:
+        if self.image_ending is not None:
+            return sample.images.get(self.image_ending.lower().lstrip("."))
+        if len(sample.images) > 1:
+            raise DataError(
+                f"{where} has several images, {some(f'.{each}' for each in sample.images)}: choose one with "
+                "--image-ending (image_ending in a card)"
+            )
+        return next(iter(sample.images.values()), None)
+
+    def _label(self, sample: _Sample, where: str) -> tuple[int, str | None]:
+        """(label, class name if there is one) by the JSON or, where that has none, by `.cls`."""
+        about = None if sample.about is None else parse_json(sample.about, where, DataError)
+        if about is not None and not isinstance(about, dict):
+            raise DataError(f"{where}: its .json is no object with keys, but {about!r:.60}")
+        label, name = (about or {}).get(self.label_key), (about or {}).get(self.class_key)
+        written = None if sample.cls is None else sample.cls.decode("utf-8", "replace").strip()
+        if written is not None and not written.isdecimal():
+            raise DataError(f"{where}: .cls holds {written!r:.60}, which is no number from 0")
+        if label is None and written is not None:
+            label = int(written)
+        if label is None:
+            lacks = f"its .json has no {self.label_key!r} (label_key)" if about is not None else "no .json"
+            raise DataError(f"{where} has no label: {lacks}, no .cls; if it lies elsewhere in the tar, {_SORT}")
+        if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < 2**31:
+            raise DataError(f"{where}: label {label!r:.60} is no number from 0")
+        if written is not None and int(written) != label:
+            raise DataError(f"{where}: label {label} by its .json, and {written} by its .cls: remove one of the two")
+        return label, None if name is None else same_name(str(name))
+
+
+def _require_whole(storage: Storage, tar: str, end: int) -> None:
+    """tarfile, like webdataset, ends silently at a damaged header or another archive: after the last member there must
+    be zeros, two blocks at least, and nothing else."""
+    start, size = -(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE, storage.size(tar)
+    if size < start + 2 * tarfile.BLOCKSIZE:
+        raise DataError(f"{storage.place(tar)} is damaged after byte {end}: no end of a tar there; copy it again")
+    for at in range(start, size, _TAIL):
+        tail = storage.read_range(tar, at, min(_TAIL, size - at))
+        if not any(tail):
+            continue
+        place = storage.place(tar)
+        if any(tail[: 2 * tarfile.BLOCKSIZE]) and at == start:
+            raise DataError(f"{place} is damaged after byte {end}: no end of a tar there; copy it again")
+        first = at + next(number for number, byte in enumerate(tail) if byte)
+        raise DataError(
+            f"{place} goes on after its end, at byte {first}: tars joined by `cat`? All that follows would be lost: "
+            "give them as files of their own, or join them with `tar --concatenate`"
+        )

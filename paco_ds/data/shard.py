@@ -1,8 +1,8 @@
 """Shards: the index of a tar, reading a sample by its id, and detecting damage.
 
-A shard is a plain tar of ``KEY.jpg`` (or .png, .webp) and ``KEY.json`` members, two adjacent ones per sample. Its index
-has the byte range of each sample, so that a sample is one read, and a CRC-32 of that range: webdataset alone stops
-silently at a damaged header and does not detect damaged data.
+A shard is a plain tar of ``KEY.jpg`` (or another of `IMAGE_ENDINGS`) and ``KEY.json`` members, two adjacent ones per
+sample. Its index has the byte range of each sample, so that a sample is one read, and a CRC-32 of that range:
+webdataset alone stops silently at a damaged header and does not detect damaged data.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from paco_ds.data.storage import MissingFile, Storage, as_storage
 from paco_ds.errors import DataError
 from paco_ds.files import sha256_file
 
-IMAGE_ENDINGS = ("jpg", "png", "webp")
+IMAGE_ENDINGS = ("jpg", "png", "webp", "gif", "bmp")
 
 # One row per sample. offset: first byte of the sample's first tar header; size: of its byte range, headers and padding
 # included; image_offset: from the start of the range; crc32: of the whole range, so that damaged headers are detected.

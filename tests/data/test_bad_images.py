@@ -80,9 +80,9 @@ def test_names_of_any_kind_are_kept_in_the_json_alone(tmp_path: Path) -> None:
 
 CUT = encoded(".jpg", 64)[:-400]
 BAD = {
-    "gif.jpg": (
-        b"GIF89a" + bytes(20),
-        "unknown_format (begins with 47 49 46 38 39 61 00 00, neither JPEG, PNG nor WebP)",
+    "tiff.jpg": (
+        b"II*\0" + bytes(8),
+        "unknown_format (begins with 49 49 2a 00 00 00 00 00, no JPEG, PNG, WebP, GIF or BMP)",
     ),
     "html.jpg": (b"<html>404</html>", "unknown_format"),
     "none.jpg": (b"", "empty"),
@@ -99,7 +99,7 @@ def test_images_that_cannot_be_taken_end_the_build_with_the_list(
     assert main(command) == 2
     message = capsys.readouterr().err
     assert "2 bad images (2 unknown_format), at most 0 may be left out" in message
-    for name in ("gif.jpg", "html.jpg"):
+    for name in ("tiff.jpg", "html.jpg"):
         assert f"c/{name}: {BAD[name][1]}" in message
     assert len((out / "bad-images.txt").read_text().splitlines()) == 2
     assert not (out / "manifest.json").exists()

@@ -5,7 +5,7 @@ import pytest
 
 from paco_ds.data.pack.card import Imbalance
 from paco_ds.data.pack.samples import Samples, SamplesBuilder
-from paco_ds.data.pack.selection import long_tailed_counts, make_long_tailed, split_validation
+from paco_ds.data.pack.selection import long_tailed_counts, make_long_tailed, split_off
 
 
 def samples(counts: list[int], groups: list[int] | None = None) -> Samples:
@@ -61,25 +61,34 @@ def test_long_tailed_part_is_drawn_by_seed() -> None:
 
 def test_validation_share_is_taken_of_each_class() -> None:
     """Rounded, never the last image of a class, nothing on both sides."""
-    train, val = split_validation(samples([100, 15, 2, 1]), 4, 0.1, 0)
+    train, val = split_off("val", samples([100, 15, 2, 1]), 4, 0.1, 0)
     assert val.counts(4).tolist() == [10, 2, 0, 0]
     assert train.counts(4).tolist() == [90, 13, 2, 1]
     assert not set(train.names) & set(val.names)
-    _, all_but_one = split_validation(samples([3, 1]), 2, 0.99, 0)
+    _, all_but_one = split_off("val", samples([3, 1]), 2, 0.99, 0)
     assert all_but_one.counts(2).tolist() == [2, 0]
+
+
+def test_test_and_validation_are_two_draws() -> None:
+    """Of one seed, from what the one before left."""
+    rest, test = split_off("test", samples([100, 20]), 2, 0.2, 0)
+    train, val = split_off("val", rest, 2, 0.2, 0)
+    assert (test.counts(2).tolist(), val.counts(2).tolist()) == ([20, 4], [16, 3])
+    assert len(set(train.names) | set(val.names) | set(test.names)) == 120
+    assert set(split_off("val", samples([100, 20]), 2, 0.2, 0)[1].names) != set(test.names)
 
 
 def test_groups_stay_on_one_side() -> None:
     """No product is in both; the share is met as far as whole groups allow, and not passed."""
     groups = [number // 4 for number in range(120)]
-    train, val = split_validation(samples([100, 20], groups), 2, 0.2, 0)
+    train, val = split_off("val", samples([100, 20], groups), 2, 0.2, 0)
     assert not set(train.groups.tolist()) & set(val.groups.tolist())
     assert val.counts(2).tolist() == [20, 4]
 
 
 def test_group_larger_than_the_share_stays_in_train() -> None:
     """One product that is half of its class."""
-    train, val = split_validation(samples([10], [0] * 5 + [1, 2, 3, 4, 5]), 1, 0.2, 0)
+    train, val = split_off("val", samples([10], [0] * 5 + [1, 2, 3, 4, 5]), 1, 0.2, 0)
     assert len(val) == 2
     assert 0 in train.groups.tolist()
     assert 0 not in val.groups.tolist()

@@ -12,7 +12,11 @@ from paco_ds.data.pack import suggest as suggest_module
 from paco_ds.data.pack.card import Imbalance, load_card
 from paco_ds.data.pack.command import main
 from paco_ds.data.pack.selection import long_tailed_counts
-from paco_ds.data.pack.suggest import histogram, suggest
+from paco_ds.data.pack.suggest import WEIGHTS, Sampled, command_of, histogram, suggest
+from paco_ds.data.shard import ShardReader
+from paco_ds.data.stream.decode import decode
+
+PHOTOGRAPHS = Sampled(300, (0.4, 0.4, 0.4), (0.2, 0.2, 0.2))
 
 
 def manifest_of(counts: Any) -> Manifest:
@@ -28,7 +32,7 @@ def manifest_of(counts: Any) -> Manifest:
 @pytest.fixture(autouse=True)
 def _no_images(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     if "damaged" not in request.fixturenames:
-        monkeypatch.setattr(suggest_module, "shorter_side", lambda *_: (300, []))
+        monkeypatch.setattr(suggest_module, "sample_images", lambda *_: PHOTOGRAPHS)
 
 
 def test_published_settings_come_out_for_the_published_sets() -> None:
@@ -57,6 +61,43 @@ def test_a_very_small_set_still_has_steps_in_an_epoch() -> None:
     assert (found.micro_batches, found.micro_batch) == (2, 4)
     assert "7 steps an epoch" in found.reasons[0]
     assert suggest(manifest_of([400, 100, 20])).micro_batch == 32
+
+
+def test_few_photographs_are_offered_pretrained_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not ImageNet-LT's number, and not small pictures; loader processes leave a core of each rank's to itself."""
+    monkeypatch.setattr(suggest_module.os, "sched_getaffinity", lambda _: range(24))
+    monkeypatch.setattr(suggest_module, "accelerators", lambda: 4)
+    few = suggest(manifest_of([400, 100, 20]))
+    assert (few.start_from, few.workers) == (WEIGHTS, 5)
+    assert any(f"--set model.start_from={WEIGHTS}" in line for line in few.reasons)
+    assert suggest(manifest_of([100_000, 10_000])).start_from is None
+    monkeypatch.setattr(suggest_module, "sample_images", lambda *_: Sampled(32, (0.5,) * 3, (0.2,) * 3))
+    assert suggest(manifest_of([400, 100, 20])).start_from is None
+
+
+def test_the_command_is_one_of_this_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many ranks as GPUs; the checkout's script where nothing is installed."""
+    found = suggest(manifest_of([400, 100, 20]))
+    monkeypatch.setattr(suggest_module, "accelerators", lambda: 2)
+    monkeypatch.setattr(suggest_module.shutil, "which", lambda _: "/bin/paco-train")
+    assert command_of(Path("my sets/recipe.yaml"), found) == (
+        f"paco-train --ranks 2 --config 'my sets/recipe.yaml' --set model.start_from={WEIGHTS} --output runs/suggested"
+    )
+    monkeypatch.setattr(suggest_module, "accelerators", lambda: 0)
+    monkeypatch.setattr(suggest_module.shutil, "which", lambda _: None)
+    script = command_of(Path("r.yaml"), found).split()[1]
+    assert Path(script).name == "train.py"
+    assert Path(script).is_file()
+
+
+def test_mean_and_deviation_are_those_of_the_pixels(damaged: Manifest) -> None:
+    """Of every channel, by hand."""
+    reader = ShardReader(damaged.storage, damaged.split("train"))
+    pixels = np.stack([decode(reader.read(number), 10**6) for number in range(len(reader))]).reshape(-1, 3) / 255
+    sampled = suggest_module.sample_images(damaged, "train")
+    assert sampled.shorter_side == 8
+    assert sampled.mean == pytest.approx(pixels.mean(0), abs=1e-3)
+    assert sampled.std == pytest.approx(pixels.std(0), abs=1e-3)
 
 
 def test_histogram_counts_every_class_once() -> None:
@@ -97,7 +138,7 @@ def test_command_writes_a_card_and_a_recipe_that_load(
 
 def test_recipe_for_photographs_loads(damaged: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ResNet-50 with the published views."""
-    monkeypatch.setattr(suggest_module, "shorter_side", lambda *_: (300, []))
+    monkeypatch.setattr(suggest_module, "sample_images", lambda *_: PHOTOGRAPHS)
     assert main(["suggest", str(damaged.directory), "--output", str(tmp_path / "out")]) == 0
     recipe = load_recipe(tmp_path / "out" / "recipe.yaml")
     assert (recipe.model.backbone, recipe.views.query.name, recipe.views.key.name) == ("resnet50", "randcls", "sim")

@@ -15,7 +15,7 @@ from paco_ds.data.pack.build_ranks import BuildRank
 from paco_ds.data.pack.card import Card
 from paco_ds.data.pack.read import read_source
 from paco_ds.data.pack.root import MapOver
-from paco_ds.data.pack.selection import make_long_tailed, split_validation
+from paco_ds.data.pack.selection import make_long_tailed, split_off
 from paco_ds.data.pack.source import Source
 from paco_ds.data.pack.write import ShardJob, WriteSettings, plan_shards
 from paco_ds.data.storage import Storage
@@ -83,16 +83,16 @@ def plan_build(
 
 
 def select(card: Card, source: Source, seed: int) -> Source:
-    """Apply the card's selection: a long-tailed subset of train, and a validation split taken from train."""
+    """Apply the card's selection: a long-tailed subset of train, then test and validation splits taken from it."""
     splits, classes = dict(source.splits), len(source.classes)
     if card.imbalance is not None:
         splits["train"] = make_long_tailed(splits["train"], classes, card.imbalance, seed)
-    if card.validation_share is not None:
-        splits["train"], splits["val"] = split_validation(splits["train"], classes, card.validation_share, seed)
-        if not len(splits["val"]):
-            raise DataError(
-                f"validation_share {card.validation_share} selects no image of these classes: raise it, or add images"
-            )
+    for name, option in (("test", "test_share"), ("val", "validation_share")):
+        if (share := getattr(card, option)) is None:
+            continue
+        splits["train"], splits[name] = split_off(name, splits["train"], classes, share, seed)
+        if not len(splits[name]):
+            raise DataError(f"{option} {share} selects no image of these classes: raise it, or add images")
     return replace(source, splits=splits)
 
 
@@ -105,7 +105,7 @@ def plan_of(
     first_keys: Mapping[str, int],
 ) -> BuildPlan:
     """Divide a source into shards; `first_shards` and `first_keys` give the first numbers per split."""
-    settings = WriteSettings(output, source.images, source.classes, card.resize, options.verify)
+    settings = WriteSettings(output, source.images, source.classes, card.resize, card.background_color, options.verify)
     shards = []
     for split, samples in source.splits.items():
         if not len(samples):
@@ -118,6 +118,7 @@ def plan_of(
     about = {
         "classes": source.classes,
         "resize": card.resize.model_dump() if card.resize else None,
+        "background": card.background_color,
         "verify": options.verify,
         "shards": [(split, name, key) for split, name, key, _ in shards],
     }

@@ -32,6 +32,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 SPLIT_NAMES = ("train", "val", "test")
 
 
+Share = Annotated[float, Field(gt=0, lt=1)]  # of the images of each class
+
+
 class Option(NamedTuple):
     """A card's key as a command line option: `--key METAVAR`, with its help."""
 
@@ -78,8 +81,10 @@ class Card(StrictModel):
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = IMAGENET_STD
     shots: Shots = Shots()
     imbalance: Imbalance | None = None
-    validation_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    test_share: Share | None = None
+    validation_share: Share | None = None
     resize: Resize | None = None
+    background: Annotated[str, Field(pattern=r"^(white|black|mean|#[0-9a-fA-F]{6})$")] | None = None
     splits: Mapping[Name, Any]
 
     @abstractmethod
@@ -109,12 +114,25 @@ class Card(StrictModel):
         repeated = [name for name, n in Counter(classes).items() if n > 1] if isinstance(classes, tuple) else []
         if repeated:
             raise ValueError(f"classes names {', '.join(repeated)} more than once")
-        for option in ("imbalance", "validation_share"):
+        for option in ("imbalance", "test_share", "validation_share"):
             if getattr(self, option) is not None and "train" not in self.splits:
                 raise ValueError(f"{option} needs a split train; the card has only: {', '.join(self.splits)}")
-        if self.validation_share is not None and "val" in self.splits:
-            raise ValueError("validation_share makes a split val out of train, but the card has a val already")
+        for option, split in (("validation_share", "val"), ("test_share", "test")):
+            if getattr(self, option) is not None and split in self.splits:
+                raise ValueError(f"{option} makes a split {split} out of train, but the card has a {split} already")
         return self
+
+    @property
+    def background_color(self) -> tuple[int, int, int] | None:
+        """What transparent parts are filled with, of 255; None leaves them as they are."""
+        if self.background is None:
+            return None
+        if self.background == "mean":
+            red, green, blue = (round(255 * value) for value in self.mean)
+            return red, green, blue
+        named = {"white": "#ffffff", "black": "#000000"}
+        value = bytes.fromhex(named.get(self.background, self.background)[1:])
+        return value[0], value[1], value[2]
 
 
 @cache

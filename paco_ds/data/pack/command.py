@@ -24,7 +24,7 @@ from paco_ds.data.pack.build_ranks import rank_of_environment
 from paco_ds.data.pack.card import SPLIT_NAMES, Card, card_of_options, card_type, card_types, changed, load_card
 from paco_ds.data.pack.check import check_shards
 from paco_ds.data.pack.shards import BAD_IMAGES_FILE, build_share
-from paco_ds.data.pack.suggest import histogram, suggest, write_files
+from paco_ds.data.pack.suggest import command_of, histogram, suggest, write_files
 from paco_ds.errors import DataError, UserError
 
 
@@ -108,7 +108,7 @@ def _suggest(arguments: argparse.Namespace, console: Screen) -> int:
         say(f"- {line}")
     card, recipe = write_files(manifest, suggestion, arguments.output, arguments.overwrite)
     say(f"written: {card}, {recipe}")
-    say(f"train: deepspeed --module paco_ds.train --config {recipe} --output runs/suggested")
+    say(f"train: {command_of(recipe, suggestion)}")
     missing = [split for split in ("val", "test") if split not in manifest.splits]
     if missing:
         say(
@@ -139,8 +139,9 @@ def card_and_root(arguments: argparse.Namespace) -> tuple[Card, str]:
         changes["imbalance"] = {"factor": arguments.imbalance_factor, "profile": arguments.imbalance_profile or "exp"}
     elif arguments.imbalance_profile is not None:
         raise DataError("--imbalance-profile needs --imbalance-factor")
-    if arguments.validation_share is not None:
-        changes["validation_share"] = arguments.validation_share
+    for key in ("validation_share", "test_share", "background"):
+        if getattr(arguments, key) is not None:
+            changes[key] = getattr(arguments, key)
     if arguments.resize_short is not None:
         changes["resize"] = {"short": arguments.resize_short} | (
             {"quality": arguments.quality} if arguments.quality is not None else {}
@@ -250,7 +251,10 @@ def _add_source_options(command: argparse.ArgumentParser, sources: Mapping[str, 
     )
     select.add_argument("--imbalance-profile", choices=("exp", "pareto"), help="shape of the tail (exp)")
     select.add_argument("--validation-share", type=float, metavar="SHARE", help="of each class of train, moved to val")
-    stored = command.add_argument_group("images (the first two are also keys of a card)")
+    select.add_argument(
+        "--test-share", type=float, metavar="SHARE", help="of each class of train, moved to test before that of val"
+    )
+    stored = command.add_argument_group("images (the first three are also keys of a card)")
     stored.add_argument(
         "--resize-short",
         type=_at_least_1,
@@ -258,6 +262,9 @@ def _add_source_options(command: argparse.ArgumentParser, sources: Mapping[str, 
         help="shorter side at most N pixels, as JPEG",
     )
     stored.add_argument("--quality", type=int, metavar="Q", help="of the JPEG, with --resize-short (90)")
+    stored.add_argument(
+        "--background", metavar="COLOR", help="white, black, mean or #rrggbb under transparent parts, stored as PNG"
+    )
     stored.add_argument("--verify", action="store_true", help="decode every image")
     stored.add_argument("--max-bad", type=_at_least_0, default=0, metavar="N", help="images that may be left out (0)")
     command.add_argument("--seed", type=_at_least_0, default=0, help="of the order in the shards and of the selection")

@@ -1,4 +1,4 @@
-"""Encoded images in the builder: detect the format by content, verify that they decode, resize."""
+"""Encoded images in the builder: detect the format by content, verify, resize, fill transparent parts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from paco_ds.errors import printable
 # Largest image that is decoded, in pixels: a decompression bomb is a small file that fills memory.
 MAX_PIXELS = 178_956_970
 Encoded = bytes | memoryview
-_PIL_FORMAT = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
+_PIL_FORMAT = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP"}
+Color = tuple[int, int, int]  # red, green, blue, of 255
 
 
 class BadImage(Exception):  # noqa: N818 (the builder counts and lists them; only too many are an error)
@@ -34,7 +35,7 @@ class BadImage(Exception):  # noqa: N818 (the builder counts and lists them; onl
 
 
 def ending_of(data: Encoded) -> str:
-    """jpg, png or webp, by the first bytes and not by the file's name.
+    """jpg, png, webp, gif or bmp, by the first bytes and not by the file's name.
 
     Raises:
         BadImage: `empty`, or `unknown_format`.
@@ -45,9 +46,13 @@ def ending_of(data: Encoded) -> str:
         return "png"
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
+    if data[:6] in (b"GIF87a", b"GIF89a"):
+        return "gif"
+    if data[:2] == b"BM" and data[6:10] == bytes(4):
+        return "bmp"
     if not data:
         raise BadImage("empty")
-    raise BadImage("unknown_format", detail=f"begins with {data[:8].hex(' ')}, neither JPEG, PNG nor WebP")
+    raise BadImage("unknown_format", detail=f"begins with {data[:8].hex(' ')}, no JPEG, PNG, WebP, GIF or BMP")
 
 
 def verify(data: Encoded, ending: str) -> None:
@@ -75,6 +80,16 @@ def size_of(data: Encoded) -> tuple[int, int]:
     return image.width, image.height
 
 
+def colors_of(data: Encoded) -> np.ndarray:
+    """Pixels of an image made small, uint8 [h, w, 3], at most 64 a side; BadImage as `verify`."""
+    image = _opened(data, ending_of(data))
+    with _as_bad_image():
+        image.draft("RGB", (64, 64))
+        small = _eight_bits(image)
+        small.thumbnail((64, 64), Image.Resampling.BOX)
+    return np.asarray(small)
+
+
 def resized(data: Encoded, ending: str, short: int, quality: int) -> tuple[Encoded, str]:
     """Shrink the shorter side to ``short`` pixels, as upright JPEG; the same bytes if it is not longer.
 
@@ -92,6 +107,25 @@ def resized(data: Encoded, ending: str, short: int, quality: int) -> tuple[Encod
         out = io.BytesIO()
         upright.save(out, "JPEG", quality=quality)
     return out.getvalue(), "jpg"
+
+
+def on_background(data: Encoded, ending: str, color: Color) -> tuple[Encoded, str]:
+    """An image with transparent parts on a background of that color, as upright PNG; the same bytes if it has none.
+
+    Returns the bytes and their ending. Raises BadImage as `verify`.
+    """
+    image = _opened(data, ending)
+    if not (image.mode.endswith(("A", "a")) or "transparency" in image.info):
+        return data, ending
+    with _as_bad_image():
+        picture = ImageOps.exif_transpose(image).convert("RGBA")
+        if picture.getchannel("A").getextrema()[0] == 255:
+            return data, ending
+        whole = Image.new("RGBA", picture.size, (*color, 255))
+        whole.alpha_composite(picture)
+        out = io.BytesIO()
+        whole.convert("RGB").save(out, "PNG")
+    return out.getvalue(), "png"
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

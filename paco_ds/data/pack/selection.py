@@ -1,4 +1,4 @@
-"""Selection from a source: a long-tailed subset of train, and a validation split taken from train."""
+"""Selection from a source: a long-tailed subset of train, and validation and test splits taken from train."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from paco_ds.data.pack.card import Imbalance
 from paco_ds.data.pack.samples import Samples
 
 _PARETO_POWER = 3  # 1,000 classes of 1280 to 5 images then have 116,600 in total; ImageNet-LT has 115,846
-_IMBALANCE_STREAM, _VALIDATION_STREAM = 1, 2  # makes the two draws of one seed independent
+_IMBALANCE_STREAM = 1  # makes this draw and those of split_off independent
+STREAMS = {"val": 2, "test": 3}
 
 
 def long_tailed_counts(available: npt.NDArray[np.int64], imbalance: Imbalance) -> npt.NDArray[np.int64]:
@@ -43,29 +44,31 @@ def make_long_tailed(samples: Samples, classes: int, imbalance: Imbalance, seed:
     return samples.take(np.sort(order[_place_in_class(samples.labels[order]) < counts[samples.labels[order]]]))
 
 
-def split_validation(samples: Samples, classes: int, share: float, seed: int) -> tuple[Samples, Samples]:
-    """(train, val) of a split: `share` of each class, rounded; at least one image of a class stays in train.
+def split_off(name: str, samples: Samples, classes: int, share: float, seed: int) -> tuple[Samples, Samples]:
+    """(train, val or test, as named) of a split: `share` of each class, rounded; at least one image of a class stays in
+    train.
 
-    With groups, whole groups move to val in random order, as long as no class exceeds its share.
+    With groups, whole groups move in random order, as long as no class exceeds its share.
     """
+    stream = STREAMS[name]
     available = samples.counts(classes)
     wanted = np.minimum(np.floor(available * share + 0.5).astype(np.int64), np.maximum(available - 1, 0))
     if len(samples.groups):
-        taken = _whole_groups(samples, wanted, seed)
+        taken = _whole_groups(samples, wanted, seed, stream)
     else:
-        order = _drawn_by_class(samples, seed, _VALIDATION_STREAM)
+        order = _drawn_by_class(samples, seed, stream)
         taken = np.zeros(len(samples), bool)
         taken[order[_place_in_class(samples.labels[order]) < wanted[samples.labels[order]]]] = True
     return samples.take(np.flatnonzero(~taken)), samples.take(np.flatnonzero(taken))
 
 
-def _whole_groups(samples: Samples, wanted: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.bool_]:
+def _whole_groups(samples: Samples, wanted: npt.NDArray[np.int64], seed: int, stream: int) -> npt.NDArray[np.bool_]:
     by_group = np.argsort(samples.groups, kind="stable")
     cuts = np.flatnonzero(np.diff(samples.groups[by_group])) + 1
     members = np.split(by_group, cuts)
     left = wanted.copy()
     taken = np.zeros(len(samples), bool)
-    for number in np.argsort(_bits(len(members), seed, _VALIDATION_STREAM), kind="stable").tolist():
+    for number in np.argsort(_bits(len(members), seed, stream), kind="stable").tolist():
         labels = samples.labels[members[number]]
         found, images = np.unique(labels, return_counts=True)
         if (images <= left[found]).all():

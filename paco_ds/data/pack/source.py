@@ -20,7 +20,7 @@ from paco_ds.data.storage import MissingFile
 from paco_ds.errors import DataError
 
 # Endings of image files; other files in folders are left out. The format itself is decided by content.
-ENDINGS = frozenset(("jpg", "jpeg", "jfif", "png", "webp"))
+ENDINGS = frozenset(("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp"))
 _SHOWN = 5
 Pixels = npt.NDArray[np.uint8]
 

@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import shlex
+import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +21,10 @@ from typing import Any
 import numpy as np
 import yaml
 
+import paco_ds
 from paco_ds.config.shipped import DEEPSPEED
 from paco_ds.data.manifest import Manifest
-from paco_ds.data.pack.image_bytes import BadImage, size_of
+from paco_ds.data.pack.image_bytes import BadImage, colors_of, size_of
 from paco_ds.data.shard import BadSample, ShardReader
 from paco_ds.errors import DataError
 
@@ -28,8 +33,28 @@ ALPHA_K_OF_HEAD = 4.5  # of ImageNet-LT: alpha .05, its largest class has K = 90
 _LONGEST_QUEUE = 8192  # of the published runs
 _QUEUE_SHARE = 1 / 14  # of an epoch's images: ImageNet-LT's 8192 of 115,846
 _LEAST_MICRO_BATCH, _FEWEST_STEPS = 4, 8  # BatchNorm needs some images, an epoch some steps
+_SMALL_SIDE = 64  # pixels; larger images are photographs
+WEIGHTS = "torchvision:IMAGENET1K_V2"
+_FEW_FOR_SCRATCH = 100_000  # images; ImageNet-LT, trained from scratch in the paper, has 115,846
 _SMALL_SET = 20_000  # images; below this a batch of 128 leaves few steps in an epoch
-_SAMPLED = 64  # images sampled for their size
+_TRAIN = Path(paco_ds.__file__).with_name("train.py")
+_SAMPLED = 64  # images sampled for their size and colors
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What a sample of images shows.
+
+    Attributes:
+        shorter_side: pixels of the median image's shorter side.
+        mean, std: of the pixels of each channel, of 1.
+        unread: images that cannot be used, and why.
+    """
+
+    shorter_side: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -37,7 +62,9 @@ class Suggestion:
     """Suggested settings, with reasons.
 
     Attributes:
-        shorter_side: pixels of the median image's shorter side.
+        images: what a sample of them shows.
+        workers: loader processes of a rank on this host.
+        start_from: weights to start from, None for those of a recipe from scratch.
         reasons: a line per setting.
     """
 
@@ -47,7 +74,9 @@ class Suggestion:
     micro_batch: int
     micro_batches: int
     key_momentum: float
-    shorter_side: int
+    images: Sampled
+    workers: int
+    start_from: str | None
     reasons: tuple[str, ...]
 
 
@@ -68,7 +97,10 @@ def suggest(manifest: Manifest, train_split: str = "train") -> Suggestion:
     p_head = 1 / (1 + alpha * k_head)
     steps = samples // batch
     momentum = 0.999 if steps >= 300 else 0.99
-    side, unread = shorter_side(manifest, train_split)
+    images = sample_images(manifest, train_split)
+    cores, ranks = len(os.sched_getaffinity(0)), accelerators() or 1
+    workers = max(1, cores // ranks - 1)
+    start_from = WEIGHTS if samples < _FEW_FOR_SCRATCH and images.shorter_side > _SMALL_SIDE else None
     temperature = 0.2 if samples >= _SMALL_SET else 0.3
     reasons = (
         f"step {micro_batches} x {micro_batch}: "
@@ -85,9 +117,39 @@ def suggest(manifest: Manifest, train_split: str = "train") -> Suggestion:
         f"temperature {temperature:g}: " + ("published" if temperature == 0.2 else "did better than 0.2 on small sets"),
         f"key momentum {momentum:g}: an average over {1 / (1 - momentum):.0f} steps, "
         + ("as published" if momentum == 0.999 else "since an epoch has few"),
-        *(f"of {_SAMPLED} images sampled for their size, {len(unread)} cannot be read: {name}" for name in unread[:1]),
+        f"{workers} loader processes a rank: this host has {cores} cores for {ranks} "
+        + ("rank" if ranks == 1 else "ranks"),
+        f"mean {_short(images.mean)}, deviation {_short(images.std)} of the pixels of {_SAMPLED} images; the shards "
+        f"normalise by {_short(manifest.mean)} and {_short(manifest.std)}: build them again from card.yaml to have the "
+        "first, keep the second with weights from ImageNet",
+        *(
+            f"weights: {samples:,} images are few to train from scratch: --set model.start_from={name} downloads those "
+            "of ImageNet once, or give a file of weights"
+            for name in [start_from] * (start_from is not None)
+        ),
+        *(f"of {_SAMPLED} images sampled, {len(images.unread)} cannot be read: {name}" for name in images.unread[:1]),
     )
-    return Suggestion(alpha, temperature, queue, micro_batch, micro_batches, momentum, side, reasons)
+    return Suggestion(
+        alpha, temperature, queue, micro_batch, micro_batches, momentum, images, workers, start_from, reasons
+    )
+
+
+def accelerators() -> int:
+    """GPUs of this host that NVIDIA's driver shows, without loading torch."""
+    return len([name for name in os.listdir("/dev") if re.fullmatch(r"nvidia\d+", name)])
+
+
+def command_of(recipe: Path, suggestion: Suggestion) -> str:
+    """A command that trains the recipe on this host, from this folder."""
+    ranks = accelerators()
+    script = "paco-train" if shutil.which("paco-train") else f"{sys.executable} {_TRAIN}"
+    start = ["--ranks", str(ranks)] if ranks > 1 else []
+    weights = ["--set", f"model.start_from={suggestion.start_from}"] if suggestion.start_from else []
+    return " ".join([script, *start, "--config", shlex.quote(str(recipe)), *weights, "--output", "runs/suggested"])
+
+
+def _short(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.3f}" for value in values)
 
 
 def _rounded_down(value: float) -> float:
@@ -110,17 +172,19 @@ def histogram(counts: Sequence[int]) -> list[tuple[str, int, int]]:
     return rows
 
 
-def shorter_side(manifest: Manifest, split: str) -> tuple[int, list[str]]:
-    """Median shorter side of a sample of images, in pixels, read from their headers; and those that cannot be used.
+def sample_images(manifest: Manifest, split: str) -> Sampled:
+    """Sizes and colors of a sample of images that lie evenly in a split.
 
     Raises:
         DataError: none of them can be read.
     """
     reader = ShardReader(manifest.storage, manifest.split(split))
-    sides, unread = [], []
+    sides, unread, moments = [], [], []
     for sample_id in np.unique(np.linspace(0, len(reader) - 1, _SAMPLED).astype(int)).tolist():
         try:
             sample = reader.read(sample_id)
+            pixels = colors_of(sample.image).reshape(-1, 3) / 255
+            moments.append((pixels.mean(0), (pixels**2).mean(0)))
             sides.append(min(size_of(sample.image)))
         except BadSample as error:
             unread.append(str(error))
@@ -131,18 +195,20 @@ def shorter_side(manifest: Manifest, split: str) -> tuple[int, list[str]]:
             f"none of the images of {manifest.storage.url} could be read, the first: {unread[0]}; "
             "paco-build-shards check lists the damage"
         )
-    return int(np.median(sides)), unread
+    mean, square = np.mean(moments, axis=0)
+    std = np.sqrt(np.maximum(square - mean**2, 1e-6))
+    return Sampled(int(np.median(sides)), tuple(mean.round(4).tolist()), tuple(std.round(4).tolist()), tuple(unread))
 
 
-def card_of(manifest: Manifest) -> dict[str, Any]:
+def card_of(manifest: Manifest, suggestion: Suggestion) -> dict[str, Any]:
     """A card for repacking these shards, or a long-tailed subset of them."""
     return {
         "name": manifest.name,
         "license": manifest.license,
         "source": "webdataset",
         "root": manifest.storage.url if not manifest.storage.is_local else str(manifest.directory.resolve()),
-        "mean": list(manifest.mean),
-        "std": list(manifest.std),
+        "mean": list(suggestion.images.mean),
+        "std": list(suggestion.images.std),
         "shots": manifest.shots.model_dump(),
         "splits": {name: {"tars": f"{name}-*.tar"} for name in manifest.splits},
     }
@@ -150,14 +216,18 @@ def card_of(manifest: Manifest) -> dict[str, Any]:
 
 def recipe_of(manifest: Manifest, suggestion: Suggestion, folder: Path) -> dict[str, Any]:
     """A recipe for these shards, with paths relative to its folder."""
-    small = suggestion.shorter_side <= 64
-    side = suggestion.shorter_side if small else 224
+    small = suggestion.images.shorter_side <= _SMALL_SIDE
+    side = suggestion.images.shorter_side if small else 224
     small_view = {"name": "small", "size": side, "cutout": 0}
     splits = manifest.splits
     steps = manifest.split("train").samples // (suggestion.micro_batch * suggestion.micro_batches)
     return {
         "name": "".join(c if c.isalnum() else "_" for c in manifest.name.lower()),
-        "data": {"shards": _path(manifest.storage.url, folder), "classes": len(manifest.classes), "workers": 4},
+        "data": {
+            "shards": _path(manifest.storage.url, folder),
+            "classes": len(manifest.classes),
+            "workers": suggestion.workers,
+        },
         "views": {
             "query": small_view if small else {"name": "randcls"},
             "key": dict(small_view) if small else {"name": "sim"},
@@ -191,7 +261,7 @@ def write_files(manifest: Manifest, suggestion: Suggestion, folder: Path, overwr
         DataError: one exists, and `overwrite` is off.
     """
     content = {
-        "card.yaml": (f"# The shards of {manifest.name} as a source.\n", card_of(manifest)),
+        "card.yaml": (f"# The shards of {manifest.name} as a source.\n", card_of(manifest, suggestion)),
         "recipe.yaml": (
             "".join(f"# {line}\n" for line in ("Suggested by paco-build-shards suggest:", *suggestion.reasons)),
             recipe_of(manifest, suggestion, folder),

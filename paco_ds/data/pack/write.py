@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from paco_ds.data.manifest import Name, Shard, StrictModel, sample_key
 from paco_ds.data.pack.card import Resize
-from paco_ds.data.pack.image_bytes import BadImage, Encoded, ending_of, resized, verify
+from paco_ds.data.pack.image_bytes import BadImage, Color, Encoded, ending_of, on_background, resized, verify
 from paco_ds.data.pack.samples import Samples
 from paco_ds.data.pack.source import Images
 from paco_ds.data.pack.tar import BLOCK, SampleTar
@@ -36,6 +36,7 @@ class WriteSettings:
     images: Images
     classes: tuple[str, ...]
     resize: Resize | None
+    background: Color | None
     verify: bool
 
 
@@ -158,6 +159,8 @@ def _image(settings: WriteSettings, samples: Samples, row: int, room: memoryview
     ending = ending_of(data)
     if settings.verify:
         verify(data, ending)
+    if settings.background is not None:
+        data, ending = on_background(data, ending, settings.background)
     if settings.resize is not None:
         return resized(data, ending, settings.resize.short, settings.resize.quality)
     return data, ending

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
+from typing import Any
 
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -159,7 +161,24 @@ def _of_torchvision(settings: ModelSettings, name: str) -> dict[str, Tensor]:
             f"model.start_from {TORCHVISION}{name}: {settings.backbone} has {', '.join(known)}"
             + (f"; did you mean {near[0]}?" if near else "")
         )
-    weights: dict[str, Tensor] = torchvision.models.get_model_weights(settings.backbone)[name].get_state_dict(
-        progress=False, check_hash=True
-    )
-    return weights
+    return _downloaded(torchvision.models.get_model_weights(settings.backbone)[name])
+
+
+def _downloaded(weights: Any) -> dict[str, Tensor]:
+    """The tensors of one of torchvision's weights, from torch's folder of downloads; one rank of a host fetches them.
+
+    Raises:
+        RecipeError: they are not there and cannot be fetched, with their URL and the place for a copy.
+    """
+    folder = Path(torch.hub.get_dir(), "checkpoints")
+    file = folder / weights.url.rpartition("/")[2]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{file}.lock"):
+            tensors: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: of another digest
+        raise RecipeError(
+            f"cannot fetch {weights.url} ({one_line(error)}): where there is no network, put that file to {file}, or "
+            "name it by model.start_from"
+        ) from error
+    return tensors

@@ -1,7 +1,10 @@
 """Where training starts from: files and torchvision, what does not fit, and what stays frozen."""
 
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -79,8 +82,9 @@ def test_networks_that_torchvision_has_no_weights_of_are_named(backbone):
         load_initial_weights(model, recipe.model)
 
 
-def test_weights_that_torchvision_fetches_fill_both_encoders(monkeypatch):
+def test_weights_that_torchvision_fetches_fill_both_encoders(monkeypatch, tmp_path):
     """Every tensor of the backbone, fetched with its hash checked; centers stay as they were drawn."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     theirs, asked = torchvision.models.resnet18().state_dict(), []
 
     def fetched(weights, **options):
@@ -99,6 +103,42 @@ def test_weights_that_torchvision_fetches_fill_both_encoders(monkeypatch):
         for name, tensor in ours.items():
             assert torch.equal(tensor, theirs[name]), name
     assert all(torch.equal(tensor, centers[name]) for name, tensor in model.centers.state_dict().items())
+
+
+@pytest.mark.parametrize("error", [URLError("Name or service not known"), RuntimeError("invalid hash value")])
+def test_without_a_network_the_url_and_the_place_for_a_copy_are_named(monkeypatch, tmp_path, error):
+    """Nor is a damaged download used."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    def offline(weights, **options):
+        raise error
+
+    monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", offline)
+    model, recipe = resnet18("model.start_from=torchvision:IMAGENET1K_V1")
+    with pytest.raises(RecipeError) as caught:
+        load_initial_weights(model, recipe.model)
+    assert "cannot fetch https://download.pytorch.org/models/resnet18-f37072fd.pth (" in str(caught.value)
+    assert f"put that file to {tmp_path}/hub/checkpoints/resnet18-f37072fd.pth, or name it" in str(caught.value)
+
+
+def test_ranks_of_a_host_fetch_weights_once(monkeypatch, tmp_path):
+    """One after another; who comes later finds them."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    theirs, fetches = torchvision.models.resnet18().state_dict(), []
+
+    def fetched(weights, **options):
+        file = tmp_path / "hub" / "checkpoints" / "there"
+        if not file.exists():
+            fetches.append(weights.name)
+            time.sleep(0.05)
+            file.touch()
+        return theirs
+
+    monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", fetched)
+    made_for_ranks = [resnet18("model.start_from=torchvision:IMAGENET1K_V1") for _ in range(4)]
+    with ThreadPoolExecutor(4) as ranks:
+        list(ranks.map(lambda each: load_initial_weights(each[0], each[1].model), made_for_ranks))
+    assert fetches == ["IMAGENET1K_V1"]
 
 
 def test_scaled_centers_scale_the_frozen_classifiers_logits():

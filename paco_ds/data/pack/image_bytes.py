@@ -160,7 +160,7 @@ def _as_bad_image() -> Iterator[None]:
     """Turn any error that Pillow raises for damaged bytes into BadImage; it raises more than it documents."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS decides
+            warnings.simplefilter("ignore")  # one an image: of size, where MAX_PIXELS decides, and of palettes
             yield
     except Image.DecompressionBombError as error:
         raise BadImage("too_many_pixels", detail=str(error)) from error

@@ -71,26 +71,29 @@ class Predictor:
 
     Attributes:
         class_names: the C classes, in the order of `probabilities`.
+        backbone: name of the network, as in a recipe.
+        recogniser: the model itself.
     """
 
     def __init__(
         self,
         model: Recogniser,
+        backbone: str,
         class_names: Sequence[str],
         view: EvalView,
         max_pixels: int,
         batch: int,
         autocast: bool,
     ) -> None:
-        self.class_names, self._batch = tuple(class_names), batch
-        self._recogniser, self._autocast = model.eval(), autocast
+        self.backbone, self.class_names, self.view, self._batch = backbone, tuple(class_names), view, batch
+        self.recogniser, self._autocast = model.eval(), autocast
         self._answer = Ensemble([(model, autocast)])
         self._make_views = MakeViews((make_view(view),), max_pixels)
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self._recogniser.parameters()).device
+        return next(self.recogniser.parameters()).device
 
     def to(self, device: str | torch.device) -> Predictor:
         """Itself, with the weights on a device."""
@@ -131,9 +134,9 @@ class Predictor:
 
     @torch.no_grad()
     def _features(self, views: Sequence[View]) -> Tensor:
-        images = self._recogniser.normalize(_stacked(views).to(self.device))
+        images = self.recogniser.normalize(_stacked(views).to(self.device))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
-            feature, _ = self._recogniser.query_encoder(images)
+            feature, _ = self.recogniser.query_encoder(images)
         return concat_experts(feature.float()).cpu()
 
     def _named(self, probabilities_NC: Tensor, top: int) -> list[tuple[Prediction, ...]]:
@@ -181,6 +184,7 @@ def load(run: str | os.PathLike[str], device: str | torch.device = "cpu") -> Pre
     model = load_recogniser(checkpoint, recipe, data)
     return Predictor(
         model,
+        recipe.model.backbone,
         data.classes,
         recipe.views.evaluation,
         recipe.data.max_pixels,

@@ -1,0 +1,254 @@
+"""A trained model in the formats of other programs, each checked against ours before it is kept.
+
+Shapes: N images, C classes, S the side of an image.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from paco_ds.errors import UserError
+from paco_ds.evaluation.hub_folder import channels, write_hub_folder
+from paco_ds.evaluation.predictor import Predictor
+from paco_ds.files import whole_file
+from paco_ds.models.experts import Experts
+
+TOLERANCE = 1e-5
+"""Of logits, absolute and relative: that of a written model beside ours, in float32."""
+_CHECKED = 3  # random images; another number than the one exported with shows that the batch is free
+
+
+def export(model: Predictor, to: str, output: Path, run: Path | None = None) -> None:
+    """Write a model in one of `FORMATS`, whole or not at all.
+
+    Args:
+        run: whose `metrics.json` the model card of `hf` is made from.
+
+    Raises:
+        UserError: the format cannot hold this model, or a package is missing; the message names it.
+        AssertionError: what was written does not answer as the model.
+    """
+    write = {
+        "safetensors": _safetensors,
+        "torchvision": _torchvision,
+        "timm": _timm,
+        "onnx": _onnx,
+        "torch-export": _torch_export,
+        "hf": _hub_folder,
+    }[to]
+    write(model, output, run)
+
+
+class _Answers(nn.Module):
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, backbone: nn.Module, centers: nn.Module, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.backbone, self.centers = backbone, centers
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.centers(self.backbone((images.to(torch.float32) - self.mean) / self.std))
+        return logits.mean(0) if logits.ndim == 3 else logits
+
+
+def answers(model: Predictor) -> nn.Module:
+    """The model as one module: uint8 RGB images [N, 3, S, S], as the view of evaluations gives them, to logits [N, C].
+
+    Of experts the mean of their logits, in float32.
+    """
+    ours = model.recogniser
+    return _Answers(ours.query_encoder.backbone.network, ours.centers, ours.normalize.mean, ours.normalize.std).eval()
+
+
+def _safetensors(model: Predictor, output: Path, run: Path | None) -> None:
+    """Tensors of `answers`, with class names and the view as metadata."""
+    tensors = {name: tensor.contiguous() for name, tensor in answers(model).state_dict().items()}
+    with whole_file(output) as file:
+        file.write(save(tensors, {key: json.dumps(value) for key, value in _about(model).items()}))
+    again = load_file(output)
+    assert again.keys() == tensors.keys()
+
+
+def _torchvision(model: Predictor, output: Path, run: Path | None) -> None:
+    """A state dict that torchvision's own model of C classes loads with `strict`."""
+    name = model.backbone
+    if name not in torchvision.models.list_models(module=torchvision.models):
+        raise UserError(f"--to torchvision: {name} is no network of torchvision's; give --to onnx or safetensors")
+    theirs = torchvision.models.get_model(name, weights=None, num_classes=len(model.class_names))
+    tensors = _with_classifier(model, theirs, "torchvision")
+    _require_equal(model, theirs)
+    with whole_file(output) as file:
+        torch.save(tensors, file)
+
+
+def _timm(model: Predictor, output: Path, run: Path | None) -> None:
+    """A safetensors file for `timm.create_model(NAME, num_classes=C, checkpoint_path=FILE)`."""
+    tensors = _timm_tensors(model)
+    with whole_file(output) as file:
+        file.write(save(tensors, {"architecture": _timm_name(model)}))
+
+
+def _timm_tensors(model: Predictor) -> dict[str, Tensor]:
+    timm = _needed("timm", "timm")
+    name = _timm_name(model)
+    if name not in timm.list_models():
+        raise UserError(f"--to timm: {model.backbone} is no network of timm's; give --to onnx or safetensors")
+    theirs = timm.create_model(name, pretrained=False, num_classes=len(model.class_names))
+    tensors = _with_classifier(model, theirs, "timm")
+    _require_equal(model, theirs)
+    return tensors
+
+
+def _timm_name(model: Predictor) -> str:
+    return model.backbone.removeprefix("timm:")
+
+
+def _with_classifier(model: Predictor, theirs: nn.Module, to: str) -> dict[str, Tensor]:
+    """The backbone's tensors and the centers as the classifier of another library's network, which then has them.
+
+    Raises:
+        UserError: experts or cosine centers, for which that network has no place, or other names.
+    """
+    ours = model.recogniser
+    if isinstance(ours.query_encoder.backbone.network, Experts):
+        raise UserError(f"--to {to} has no place for experts: give --to onnx, torch-export or safetensors")
+    if not isinstance(ours.centers, nn.Linear):
+        raise UserError(
+            f"--to {to}: its classifier is linear, and these are {type(ours.centers).__name__}: give --to onnx, "
+            "torch-export or safetensors"
+        )
+    tensors = {name: t.contiguous() for name, t in ours.query_encoder.backbone.network.state_dict().items()}
+    missing = sorted(theirs.state_dict().keys() - tensors.keys())
+    head = {name.rpartition(".")[0] for name in missing}
+    if len(head) != 1 or not isinstance(theirs.get_submodule(next(iter(head))), nn.Linear):
+        raise UserError(f"--to {to}: its {model.backbone} has tensors that ours has not, such as {missing[:1]}")
+    classifier = head.pop()
+    bias = ours.centers.bias if ours.centers.bias is not None else torch.zeros(len(model.class_names))
+    tensors |= {f"{classifier}.weight": ours.centers.weight.detach(), f"{classifier}.bias": bias.detach()}
+    try:
+        theirs.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        raise UserError(
+            f"--to {to}: its {model.backbone} has other tensors: {str(error).splitlines()[-1].strip()}"
+        ) from None
+    return {name: tensors[name] for name in theirs.state_dict()}
+
+
+def _require_equal(model: Predictor, theirs: nn.Module) -> None:
+    """AssertionError unless another library's network, given normalised images, answers as the model."""
+    images, expected = _checked_images(model)
+    normalize = model.recogniser.normalize
+    with torch.no_grad():
+        got = theirs.eval()((images.float() - normalize.mean) / normalize.std)
+    torch.testing.assert_close(got, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def _checked_images(model: Predictor) -> tuple[Tensor, Tensor]:
+    """(random images, our logits for them)."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (_CHECKED, 3, model.view.size, model.view.size)
+    images = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+    with torch.no_grad():
+        return images, answers(model)(images)
+
+
+def _traceable(model: Predictor, to: str) -> tuple[nn.Module, Tensor, Any]:
+    """(module, an example of two images, which dimension is free); UserError for routers, which branch on what they
+    see."""
+    if model.recogniser.routers is not None:
+        raise UserError(
+            f"--to {to}: routers ask one expert after another, by what they see; give --to safetensors, or export the "
+            "first stage, which asks all"
+        )
+    return answers(model), _checked_images(model)[0][:2], {0: torch.export.Dim("batch", min=1)}
+
+
+def _torch_export(model: Predictor, output: Path, run: Path | None) -> None:
+    """A program for `torch.export.load(FILE).module()`, of any number of images."""
+    module, example, free = _traceable(model, "torch-export")
+    program = torch.export.export(module, (example,), dynamic_shapes=(free,))
+    with _beside(output) as part:
+        torch.export.save(program, part)
+        images, expected = _checked_images(model)
+        got = torch.export.load(part).module()(images)
+        torch.testing.assert_close(got, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def _onnx(model: Predictor, output: Path, run: Path | None) -> None:
+    """An ONNX file: `images` uint8 [N, 3, S, S] to `logits` float32 [N, C], with class names as metadata."""
+    onnx, _, onnxruntime = (_needed(package, "onnx") for package in ("onnx", "onnxscript", "onnxruntime"))
+    module, example, free = _traceable(model, "onnx")
+    with _beside(output) as part:
+        torch.onnx.export(
+            module,
+            (example,),
+            part,
+            dynamo=True,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=(free,),
+            external_data=False,
+            verbose=False,
+        )
+        written = onnx.load(part)
+        for key, value in _about(model).items():
+            written.metadata_props.add(key=key, value=json.dumps(value))
+        onnx.save(written, part)
+        session = onnxruntime.InferenceSession(part, providers=["CPUExecutionProvider"])
+        images, expected = _checked_images(model)
+        (got,) = session.run(["logits"], {"images": images.numpy()})
+        # another library sums in another order
+        torch.testing.assert_close(torch.from_numpy(got), expected, rtol=1e-4, atol=1e-4)
+
+
+def _hub_folder(model: Predictor, output: Path, run: Path | None) -> None:
+    """A folder as on the HuggingFace hub, see `hub_folder`."""
+    tensors = _timm_tensors(model)
+    with _beside(output, folder=True) as part:
+        write_hub_folder(model, tensors, _timm_name(model), Path(part), run)
+
+
+def _about(model: Predictor) -> dict[str, Any]:
+    """What a program needs beside the weights."""
+    return {
+        "class_names": list(model.class_names),
+        "backbone": model.backbone,
+        "resize": model.view.resize,
+        "size": model.view.size,
+        "mean": channels(model, "mean"),
+        "std": channels(model, "std"),
+    }
+
+
+@contextmanager
+def _beside(output: Path, folder: bool = False) -> Iterator[str]:
+    """A file or folder beside the output, which takes its name at the end; removed after an error."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as place:
+        part = Path(place, f"part{output.suffix}")
+        if folder:
+            part.mkdir()
+        yield str(part)
+        shutil.move(part, output)
+
+
+def _needed(package: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise UserError(f"this needs the package {package}: pip install 'paco_ds[{extra}]'") from None

@@ -1,0 +1,100 @@
+"""A folder as on the HuggingFace hub: weights as timm names them, `id2label`, preprocessing and a model card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from paco_ds.evaluation.predictor import Predictor
+
+
+def write_hub_folder(
+    model: Predictor, tensors: dict[str, Tensor], architecture: str, folder: Path, run: Path | None
+) -> None:
+    """Fill an empty folder.
+
+    Args:
+        tensors: the weights by timm's names.
+        architecture: timm's name of the network.
+        run: whose `metrics.json` the model card is made from.
+    """
+    save_file(tensors, folder / "model.safetensors")
+    size, mean, std = model.view.size, channels(model, "mean"), channels(model, "std")
+    pretrained = {
+        "input_size": [3, size, size],
+        "mean": mean,
+        "std": std,
+        "interpolation": "bicubic",
+        "crop_pct": round(size / max(model.view.resize, size), 4),
+        "crop_mode": "center",
+        "num_classes": len(model.class_names),
+    }
+    names = dict(enumerate(model.class_names))
+    config = {
+        "architecture": architecture,
+        "num_classes": len(names),
+        "num_features": model.recogniser.query_encoder.backbone.feature_dim,
+        "label_names": list(model.class_names),
+        "id2label": names,
+        "label2id": {name: number for number, name in names.items()},
+        "pretrained_cfg": pretrained,
+    }
+    preprocessing = {
+        "do_resize": True,
+        "size": {"shortest_edge": model.view.resize},
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": mean,
+        "image_std": std,
+    }
+    for name, content in (("config.json", config), ("preprocessor_config.json", preprocessing)):
+        (folder / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(_card(model, run), encoding="utf-8")
+
+
+def _card(model: Predictor, run: Path | None) -> str:
+    """A model card from what the run measured."""
+    metrics_file = None if run is None else run / "metrics.json"
+    metrics = json.loads(metrics_file.read_text()) if metrics_file is not None and metrics_file.is_file() else {}
+    shots = [(name, metrics[name]) for name in ("many", "medium", "few", "all") if metrics.get(name) is not None]
+    rows = "".join(f"| {name.capitalize()} | {100 * value:.1f} |\n" for name, value in shots)
+    figures = f"| classes | accuracy, % |\n|---|---|\n{rows}" if rows else "The run has no figures on a test set yet.\n"
+    return f"""---
+license: other
+license_name: {json.dumps(metrics.get("license", "not stated"))}
+library_name: timm
+pipeline_tag: image-classification
+tags: [long-tailed, paco]
+---
+
+# {model.backbone} for {len(model.class_names):,} classes, trained with paco_ds
+
+## Figures
+
+{figures}
+Shots are by the training images of a class. The split is `{metrics.get("split", "not evaluated")}`.
+
+## Limits
+
+The model names one of its {len(model.class_names):,} classes for any image, also for one that shows none of them.
+Accuracy is lower for classes with few training images. Its probabilities are not calibrated.
+
+## Use
+
+    import timm
+    model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
+
+Images: RGB, shorter side {model.view.resize}, center {model.view.size} x {model.view.size}; mean and deviation stand in
+`preprocessor_config.json`.
+"""
+
+
+def channels(model: Predictor, name: str) -> list[float]:
+    values = getattr(model.recogniser.normalize, name).flatten() / 255
+    return [round(value, 6) for value in values.tolist()]

@@ -1,0 +1,207 @@
+"""A trained model in other programs answers as it does here; what a format has no place for is refused by name."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from safetensors import safe_open
+
+from paco_ds.config.views import EvalView
+from paco_ds.errors import UserError
+from paco_ds.evaluation import export as command
+from paco_ds.evaluation import predictor as predictor_module
+from paco_ds.evaluation.export import FORMATS
+from paco_ds.evaluation.exporter import answers, export
+from paco_ds.evaluation.predictor import Predictor
+from tests.recipes import model_of, tiny_recipe
+
+NAMES = ("owl", "café", "eel", "fox", "gnu")
+SIZE = 64
+
+
+def made(backbone="resnet18", *overrides, method="balanced_softmax"):
+    """A model whose weights and running statistics are drawn, as if it were trained."""
+    torch.manual_seed(0)
+    recipe = tiny_recipe(f"model.backbone={backbone}", f"loss.method={method}", *overrides)
+    model = model_of(recipe, len(NAMES), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name.endswith(("running_mean", ".bias")):
+                tensor.normal_(0, 0.1)
+            elif name.endswith("running_var"):
+                tensor.uniform_(0.5, 1.5)
+    return Predictor(model, backbone, NAMES, EvalView(size=SIZE, resize=SIZE + 8), 10**6, 4, False)
+
+
+@pytest.fixture(scope="module")
+def resnet18():
+    return made()
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randint(256, (5, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def normalised(images):
+    return (images / 255 - torch.tensor((0.5, 0.4, 0.3)).view(3, 1, 1)) / torch.tensor((0.2, 0.3, 0.4)).view(3, 1, 1)
+
+
+@pytest.fixture(scope="module")
+def expected(resnet18, images):
+    """By the model's own forward, which knows nothing of formats."""
+    with torch.no_grad():
+        return resnet18.recogniser(images).mean_logits()
+
+
+def same(got, expected, tolerance=1e-5):
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_torchvisions_own_model_takes_it_strictly(resnet18, images, expected, tmp_path):
+    export(resnet18, "torchvision", tmp_path / "model.pth")
+    theirs = torchvision.models.resnet18(num_classes=5).eval()
+    theirs.load_state_dict(torch.load(tmp_path / "model.pth", weights_only=True), strict=True)
+    with torch.no_grad():
+        same(theirs(normalised(images)), expected)
+
+
+def test_timms_own_model_takes_it_by_its_path(resnet18, images, expected, tmp_path):
+    export(resnet18, "timm", tmp_path / "model.safetensors")
+    theirs = timm.create_model("resnet18", num_classes=5, checkpoint_path=str(tmp_path / "model.safetensors")).eval()
+    with torch.no_grad():
+        same(theirs(normalised(images)), expected)
+
+
+def test_a_network_of_timm_is_one_there(images, tmp_path):
+    """A ViT, whose classifier has another name."""
+    model = made("timm:test_vit", "views.evaluation.size=160", "views.evaluation.resize=160")
+    model.view = EvalView(size=160, resize=160)
+    export(model, "timm", tmp_path / "model.safetensors")
+    theirs = timm.create_model("test_vit", num_classes=5, checkpoint_path=str(tmp_path / "model.safetensors")).eval()
+    larger = torch.randint(256, (2, 3, 160, 160), dtype=torch.uint8)
+    with torch.no_grad():
+        same(theirs(normalised(larger)), model.recogniser(larger).mean_logits())
+
+
+def test_a_folder_of_the_hub_is_loaded_with_its_names(resnet18, images, expected, tmp_path):
+    """Weights, classes, preprocessing, and a card with the run's figures."""
+    metrics = {"many": 0.9, "medium": 0.5, "few": None, "all": 0.7, "split": "test"}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    export(resnet18, "hf", tmp_path / "hub", tmp_path)
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
+    with torch.no_grad():
+        same(theirs(normalised(images)), expected)
+    config = json.loads((tmp_path / "hub" / "config.json").read_text())
+    assert config["id2label"] == {str(number): name for number, name in enumerate(NAMES)}
+    settings = timm.data.resolve_data_config(model=theirs)
+    assert settings["mean"] == pytest.approx((0.5, 0.4, 0.3))
+    assert tuple(settings["input_size"]) == (3, SIZE, SIZE)
+    assert settings["crop_pct"] == pytest.approx(SIZE / (SIZE + 8), abs=1e-4)
+    card = (tmp_path / "hub" / "README.md").read_text()
+    for line in ("# resnet18 for 5 classes", "| Many | 90.0 |", "| All | 70.0 |", "library_name: timm", "## Limits"):
+        assert line in card
+    assert "Few |" not in card
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(("resnet18",), id="linear centers"),
+        pytest.param(("cifar_resnet8", "model.centers=cosine", "model.experts=2"), id="cosine experts"),
+    ],
+)
+def test_onnx_takes_any_number_of_images(model, images, tmp_path):
+    """uint8 in, logits out; class names go along."""
+    import onnxruntime
+
+    model = made(*model)
+    export(model, "onnx", tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    for count in (1, 5):
+        (got,) = session.run(None, {"images": images[:count].numpy()})
+        with torch.no_grad():
+            same(torch.from_numpy(np.array(got)), model.recogniser(images[:count]).mean_logits(), 1e-4)
+    about = session.get_modelmeta().custom_metadata_map
+    assert json.loads(about["class_names"]) == list(NAMES)
+    assert json.loads(about["mean"]) == [0.5, 0.4, 0.3]
+
+
+def test_torch_export_takes_any_number_of_images(images, tmp_path):
+    model = made("cifar_resnet8", "model.centers=cosine", "model.experts=2")
+    export(model, "torch-export", tmp_path / "model.pt2")
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    for count in (1, 5):
+        with torch.no_grad():
+            same(program(images[:count]), model.recogniser(images[:count]).mean_logits())
+
+
+def test_safetensors_hold_every_tensor_and_what_a_program_needs(resnet18, tmp_path):
+    export(resnet18, "safetensors", tmp_path / "model.safetensors")
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dictionary)
+        about = {key: json.loads(value) for key, value in file.metadata().items()}
+    expected = answers(resnet18).state_dict()
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
+    assert (about["class_names"], about["size"], about["resize"]) == (list(NAMES), SIZE, SIZE + 8)
+
+
+@pytest.mark.parametrize(
+    ("to", "model", "message"),
+    [
+        ("torchvision", ("cifar_resnet8",), "cifar_resnet8 is no network of torchvision's"),
+        ("timm", ("cifar_resnet8",), "cifar_resnet8 is no network of timm's"),
+        ("hf", ("resnet18", "model.experts=2"), "has no place for experts"),
+        ("torchvision", ("resnet18", "model.centers=cosine"), "its classifier is linear, and these are CosineCenters"),
+    ],
+)
+def test_what_a_format_has_no_place_for_is_refused(tmp_path, to, model, message):
+    """With the formats that have; nothing is written."""
+    with pytest.raises(UserError, match=message) as error:
+        export(made(*model), to, tmp_path / "out" / "model")
+    assert "onnx" in str(error.value)
+    assert list(tmp_path.rglob("model*")) == []
+
+
+@pytest.mark.parametrize("to", ["onnx", "torch-export"])
+def test_routers_are_refused_where_a_graph_cannot_branch(resnet18, tmp_path, monkeypatch, to):
+    monkeypatch.setattr(resnet18.recogniser, "routers", torch.nn.Identity(), raising=False)
+    with pytest.raises(UserError, match="routers ask one expert after another"):
+        export(resnet18, to, tmp_path / "model")
+
+
+def test_a_missing_package_is_named(resnet18, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
+    with pytest.raises(UserError, match=r"needs the package onnxscript: pip install 'paco_ds\[onnx\]'"):
+        export(resnet18, "onnx", tmp_path / "model.onnx")
+
+
+def test_a_model_that_answers_otherwise_is_not_kept(resnet18, tmp_path, monkeypatch):
+    """The check is one: a network with another stride has all tensors, and other answers."""
+    get_model = torchvision.models.get_model
+
+    def wrong(name, **options):
+        network = get_model(name, **options)
+        network.conv1.stride = (1, 1)
+        return network
+
+    monkeypatch.setattr(torchvision.models, "get_model", wrong)
+    with pytest.raises(AssertionError):
+        export(resnet18, "torchvision", tmp_path / "model.pth")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_writes_and_never_replaces(resnet18, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(predictor_module, "load", lambda run: resnet18)
+    arguments = ["run", "--to", "safetensors", "--output", str(tmp_path / "model.safetensors")]
+    assert command.main(arguments) == 0
+    assert "written:" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        command.main(arguments)
+    assert ended.value.code == UserError.status
+    assert "is there already: remove it" in capsys.readouterr().err
+    assert set(FORMATS) == {"safetensors", "torchvision", "timm", "onnx", "torch-export", "hf"}

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from paco_ds.data.manifest import Name, StrictModel
 from paco_ds.data.names import same_name, split_called
-from paco_ds.data.pack.card import Card
+from paco_ds.data.pack.card import SPLIT_NAMES, Card
 from paco_ds.data.pack.root import Root, Walk
 from paco_ds.data.pack.samples import SamplesBuilder
 from paco_ds.data.pack.source import ENDINGS, Files, Source, add_images, ending, some
@@ -54,7 +54,8 @@ class FolderCard(Card):
                 f"{root} has {some(found.values())} and no folder of training images: name it with --train, or give as "
                 "--root the folder above; a class of that name has to stand in a card's `classes`"
             )
-        return {"splits": {name: {"folder": folder} for name, folder in (found or {"train": "."}).items()}}
+        found = {name: found[name] for name in SPLIT_NAMES if name in found} or {"train": "."}
+        return {"splits": {name: {"folder": folder} for name, folder in found.items()}}
 
     def list_images(self, root: Root) -> Source:
         """List the images of class folders; DataError if a split has a class folder that train has not."""

@@ -87,8 +87,7 @@ Accuracy is lower for classes with few training images. Its probabilities are no
 
 ## Use
 
-    from timm import create_model
-    model = create_model("local-dir:FOLDER", pretrained=True).eval()
+    model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
 
 Images: RGB, shorter side {model.view.resize}, center {model.view.size} x {model.view.size}; mean and deviation stand in
 `preprocessor_config.json`.

@@ -15,7 +15,9 @@ def page(counts: list[int], alpha: float = 0.05) -> OptimaPage:
     )
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of what other tests left
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("error::UserWarning", "error::RuntimeWarning")
 @pytest.mark.parametrize(
     "counts",
     [[50], [10, 10], [900, 80, 2], list(range(130, 100, -1)), [5000] * 20 + [400] * 300 + [2] * 1000],

@@ -182,7 +182,9 @@ def test_final_metrics_without_classes_still_give_the_headline(run_dir: Path) ->
     assert "metrics.json does not hold the classes" in page
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of what other tests left
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("error::UserWarning", "error::RuntimeWarning")
 def test_many_classes_become_dots(run_dir: Path) -> None:
     """With more classes than bars have room for, each is still named in the table, seen or not."""
     final = FINAL | {

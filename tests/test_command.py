@@ -12,6 +12,15 @@ from paco_ds.command import INTERRUPTED, report_user_errors
 from paco_ds.errors import CheckpointError, NotFiniteError, StorageError
 
 
+@pytest.mark.parametrize(("given", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_of_torch_wait_asleep_unless_told_otherwise(given, policy):
+    """Before torch reads it."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
+    program = "import os, sys, paco_ds.train; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [policy, "False"]
+
+
 @pytest.mark.parametrize(
     ("error", "status", "line"),
     [

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torchvision
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from paco_ds.errors import UserError
@@ -24,6 +24,8 @@ from paco_ds.evaluation.hub_folder import channels, write_hub_folder
 from paco_ds.evaluation.predictor import Predictor
 from paco_ds.files import whole_file
 from paco_ds.models.experts import Experts
+from paco_ds.models.output import ModelOutput
+from paco_ds.models.recogniser import Recogniser
 
 TOLERANCE = 1e-5
 """Of logits, absolute and relative: that of a written model beside ours, in float32."""
@@ -52,18 +54,13 @@ def export(model: Predictor, to: str, output: Path, run: Path | None = None) -> 
 
 
 class _Answers(nn.Module):
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, backbone: nn.Module, centers: nn.Module, mean: Tensor, std: Tensor) -> None:
+    def __init__(self, model: Recogniser) -> None:
         super().__init__()
-        self.backbone, self.centers = backbone, centers
-        self.register_buffer("mean", mean)
-        self.register_buffer("std", std)
+        self.normalize, self.backbone, self.centers = model.normalize, model.query_encoder.backbone, model.centers
 
     def forward(self, images: Tensor) -> Tensor:
-        logits = self.centers(self.backbone((images.to(torch.float32) - self.mean) / self.std))
-        return logits.mean(0) if logits.ndim == 3 else logits
+        feature = self.backbone(self.normalize(images))
+        return ModelOutput(feature, self.centers(feature)).mean_logits()
 
 
 def answers(model: Predictor) -> nn.Module:
@@ -71,17 +68,17 @@ def answers(model: Predictor) -> nn.Module:
 
     Of experts the mean of their logits, in float32.
     """
-    ours = model.recogniser
-    return _Answers(ours.query_encoder.backbone.network, ours.centers, ours.normalize.mean, ours.normalize.std).eval()
+    return _Answers(model.recogniser).eval()
 
 
 def _safetensors(model: Predictor, output: Path, run: Path | None) -> None:
     """Tensors of `answers`, with class names and the view as metadata."""
     tensors = {name: tensor.contiguous() for name, tensor in answers(model).state_dict().items()}
+    content = save(tensors, {key: json.dumps(value) for key, value in _about(model).items()})
+    for name, tensor in load(content).items():
+        torch.testing.assert_close(tensor, tensors[name], rtol=0, atol=0)
     with whole_file(output) as file:
-        file.write(save(tensors, {key: json.dumps(value) for key, value in _about(model).items()}))
-    again = load_file(output)
-    assert again.keys() == tensors.keys()
+        file.write(content)
 
 
 def _torchvision(model: Predictor, output: Path, run: Path | None) -> None:
@@ -152,9 +149,8 @@ def _with_classifier(model: Predictor, theirs: nn.Module, to: str) -> dict[str, 
 def _require_equal(model: Predictor, theirs: nn.Module) -> None:
     """AssertionError unless another library's network, given normalised images, answers as the model."""
     images, expected = _checked_images(model)
-    normalize = model.recogniser.normalize
     with torch.no_grad():
-        got = theirs.eval()((images.float() - normalize.mean) / normalize.std)
+        got = theirs.eval()(model.recogniser.normalize(images))
     torch.testing.assert_close(got, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 

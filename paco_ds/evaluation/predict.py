@@ -28,13 +28,14 @@ from typing import IO, TYPE_CHECKING, Any
 
 from paco_ds.command import one_line_on_interrupt, report_user_errors
 from paco_ds.config.plugins import AllowCode
+from paco_ds.data.names import is_hidden
+from paco_ds.data.pack.source import ENDINGS, ending
 from paco_ds.errors import UserError, printable
 from paco_ds.files import whole_file
 
 if TYPE_CHECKING:
     from paco_ds.evaluation.predictor import Predictor
 
-ENDINGS = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp"}
 SECONDS = 10  # between lines of progress
 FORMATS = (".csv", ".jsonl")
 
@@ -117,10 +118,9 @@ def images_of(places: Iterable[str]) -> Iterator[str]:
             yield from filter(None, (line.rstrip("\r\n") for line in sys.stdin))
         elif os.path.isdir(place):
             for folder, folders, files in os.walk(place):
-                folders.sort()
-                yield from (
-                    os.path.join(folder, file) for file in sorted(files) if Path(file).suffix.lower() in ENDINGS
-                )
+                folders[:] = sorted(name for name in folders if not is_hidden(name))
+                images = sorted(name for name in files if ending(name) in ENDINGS and not is_hidden(name))
+                yield from (os.path.join(folder, name) for name in images)
         elif os.path.exists(place):
             yield place
         else:

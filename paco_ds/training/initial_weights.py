@@ -130,19 +130,26 @@ def _copy(module: nn.Module, weights: dict[str, Tensor], where: str, missing_ok:
 
 
 def _of_file(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise RecipeError(f"model.start_from {path}: there is no such file")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file, or one that asks for code, raises nearly anything
-        raise RecipeError(
-            f"model.start_from {path} holds no weights that can be read safely: {one_line(error)}"
-        ) from error
+    weights = read_tensors(path, f"model.start_from {path}")
     if not isinstance(weights, dict) or not all(isinstance(t, Tensor) for t in weights.values()):
         raise RecipeError(f"model.start_from {path} is not a state dict of tensors by name")
     return weights
+
+
+def read_tensors(path: Path, where: str) -> Any:
+    """The content of a `.safetensors` file, or of one of `torch.save` with tensors alone: nothing in it is executed.
+
+    Raises:
+        RecipeError: it cannot be read; begins with ``where``.
+    """
+    if not path.is_file():
+        raise RecipeError(f"{where}: there is no such file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file, or one that asks for code, raises nearly anything
+        raise RecipeError(f"{where} holds no weights that can be read safely: {one_line(error)}") from error
 
 
 def _of_torchvision(settings: ModelSettings, name: str) -> dict[str, Tensor]:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paco_ds.config.parse import one_line
 from paco_ds.errors import RecipeError
+from paco_ds.training.initial_weights import read_tensors
 
 _ENCODERS = {"encoder_q": "query_encoder", "encoder_k": "key_encoder"}
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -46,12 +46,7 @@ def read_published(path: Path) -> Published:
     Raises:
         RecipeError: it cannot be read, or is none of PaCo's or GPaCo's.
     """
-    if not path.is_file():
-        raise RecipeError(f"{path}: there is no such file")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file, or one that asks for code, raises nearly anything
-        raise RecipeError(f"{path} holds no tensors that can be read safely: {one_line(error)}") from error
+    content = read_tensors(path, str(path))
     tensors = _tensors_of(content)
     if not any(name.startswith("encoder_q.") for name in tensors) or "linear.weight" not in tensors:
         shown = ", ".join(sorted(tensors)[:3]) or "no tensors"

@@ -93,6 +93,62 @@ def test_a_published_file_becomes_a_run_that_answers_and_goes_on(kind, striped_s
         import_published(path, recipe, run)
 
 
+class SmallBlock(nn.Module):
+    """Of the authors' `resnet_cifar.py`, shortcut A."""
+
+    def __init__(self, channels, out, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out)
+        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out)
+        self.padding = None if stride == 1 else (0, 0, 0, 0, out // 4, out // 4)
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
+        return (out + (x if self.padding is None else nn.functional.pad(x[:, :, ::2, ::2], self.padding))).relu()
+
+
+class SmallResNet(nn.Module):
+    """Of the same file: conv1, bn1, layer1 to layer3, fc; two blocks a stage are 14 layers."""
+
+    def __init__(self, blocks=2):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+        for stage, (channels, out) in enumerate(((16, 16), (16, 32), (32, 64)), 1):
+            first = SmallBlock(channels, out, 1 if stage == 1 else 2)
+            made = nn.Sequential(first, *(SmallBlock(out, out, 1) for _ in range(blocks - 1)))
+            self.add_module(f"layer{stage}", made)
+        self.fc = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, DIM))
+
+    def forward(self, x):
+        x = self.bn1(self.conv1(x)).relu()
+        for stage in (1, 2, 3):
+            x = self.get_submodule(f"layer{stage}")(x)
+        return self.fc(x.mean((2, 3)))
+
+
+def test_a_published_file_of_a_small_resnet_has_its_blocks_in_their_place(striped_shards, tmp_path):
+    """The authors' CIFAR networks have stages, ours one row of blocks."""
+    torch.manual_seed(0)
+    query, linear = drawn(SmallResNet()), drawn(nn.Linear(64, CLASSES))
+    parts = {"encoder_q": query, "linear": linear, "encoder_k": drawn(SmallResNet())}
+    state = {f"{part}.{name}": t for part, module in parts.items() for name, t in module.state_dict().items()}
+    state |= {"queue": torch.randn(QUEUE, DIM), "queue_l": torch.zeros(QUEUE, dtype=torch.long)}
+    torch.save({"state_dict": state}, tmp_path / "small.pth.tar")
+    recipe = recipe_of("paco", striped_shards, tmp_path, "model.backbone=cifar_resnet14", "model.width=16")
+    import_published(tmp_path / "small.pth.tar", recipe, tmp_path / "run")
+    model = paco_ds.load(tmp_path / "run").recogniser
+    images = torch.randint(256, (3, 3, 12, 12), dtype=torch.uint8)
+    with torch.no_grad():
+        output = model(images)
+        keys = nn.functional.normalize(query(model.normalize(images)), dim=1)
+        query.fc = nn.Identity()
+        expected = linear(query(model.normalize(images)))
+    torch.testing.assert_close(output.mean_logits(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output.queries, keys, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("kind", "as_if", "settings", "message"),
     [
@@ -119,7 +175,7 @@ def test_what_is_no_such_file_is_refused(striped_shards, tmp_path):
     torch.save({"state_dict": print}, tmp_path / "code.pth")
     for name, message in (
         ("backbone.pth", "is no file of PaCo's or GPaCo's"),
-        ("code.pth", "holds no tensors that can be read safely"),
+        ("code.pth", "holds no weights that can be read safely"),
         ("absent.pth", "there is no such file"),
     ):
         with pytest.raises(RecipeError, match=message):

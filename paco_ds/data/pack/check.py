@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import numpy as np
 
 from paco_ds.command import Screen
@@ -12,22 +15,35 @@ from paco_ds.data.shard import ShardReader, check_shard, load_index
 from paco_ds.data.storage import MissingFile, Storage
 from paco_ds.errors import DataError
 
-_Job = tuple[int, str, int]  # place in the manifest, split, shard
+ShardOf = tuple[str, int]  # split, number of the shard
+Result = TypeVar("Result")
+_Settings = tuple[Storage, dict[str, Split]]
+
+
+def over_shards(
+    manifest: Manifest,
+    function: Callable[[_Settings, ShardOf, Report], tuple[ShardOf, Result]],
+    title: str,
+    workers: int,
+    console: Screen | None,
+) -> dict[ShardOf, Result]:
+    """What a module-level function finds in each shard of a manifest, in its order, by worker processes."""
+    jobs = [(split.name, number) for split in manifest.splits.values() for number in range(len(split.shards))]
+    images = sum(split.samples for split in manifest.splits.values())
+    size = sum(split.bytes for split in manifest.splits.values())
+    with (
+        Workers(min(workers, len(jobs)), function.__module__) as processes,
+        ShardProgress(console or Screen(quiet=True), title, images, size) as progress,
+    ):
+        found = dict(processes.run(function, (manifest.storage, dict(manifest.splits)), jobs, progress))
+    return {job: found[job] for job in jobs}
 
 
 def check_shards(manifest: Manifest, *, workers: int = 1, console: Screen | None = None) -> list[str]:
     """All damage of the shards of a manifest, one line each, in its order."""
-    jobs: list[_Job] = [(0, split.name, n) for split in manifest.splits.values() for n in range(len(split.shards))]
-    jobs = [(place, split, number) for place, (_, split, number) in enumerate(jobs)]
-    images = sum(split.samples for split in manifest.splits.values())
-    size = sum(split.bytes for split in manifest.splits.values())
-    with (
-        Workers(min(workers, len(jobs)), __name__) as processes,
-        ShardProgress(console or Screen(quiet=True), "checking", images, size) as progress,
-    ):
-        settings = (manifest.storage, dict(manifest.splits))
-        found = dict(processes.run(_check, settings, jobs, progress))
-    problems = [line for place in range(len(jobs)) for line in found[place]]
+    problems = [
+        line for found in over_shards(manifest, _check, "checking", workers, console).values() for line in found
+    ]
     if not problems:
         for split in manifest.splits.values():
             counts = np.bincount(ShardReader(manifest.storage, split).labels(), minlength=len(manifest.classes))
@@ -36,13 +52,13 @@ def check_shards(manifest: Manifest, *, workers: int = 1, console: Screen | None
     return problems
 
 
-def _check(settings: tuple[Storage, dict[str, Split]], job: _Job, report: Report) -> tuple[int, list[str]]:
+def _check(settings: _Settings, job: ShardOf, report: Report) -> tuple[ShardOf, list[str]]:
     storage, splits = settings
-    place, split, number = job
+    split, number = job
     problems = check_shard(storage, splits[split], number) + _energon_problems(storage, splits[split], number)
     shard = splits[split].shards[number]
     report(shard.samples, shard.bytes, len(problems))
-    return place, problems
+    return job, problems
 
 
 def _energon_problems(storage: Storage, split: Split, number: int) -> list[str]:

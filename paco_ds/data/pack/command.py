@@ -23,6 +23,7 @@ from paco_ds.data.pack.build_plan import SHARD_BYTES, BuildOptions
 from paco_ds.data.pack.build_ranks import rank_of_environment
 from paco_ds.data.pack.card import SPLIT_NAMES, Card, card_of_options, card_type, card_types, changed, load_card
 from paco_ds.data.pack.check import check_shards
+from paco_ds.data.pack.duplicates import describe, find_duplicates
 from paco_ds.data.pack.shards import BAD_IMAGES_FILE, build_share
 from paco_ds.data.pack.suggest import command_of, histogram, suggest, write_files
 from paco_ds.errors import DataError, UserError
@@ -76,8 +77,6 @@ def _check(arguments: argparse.Namespace, console: Screen) -> int:
 
 def _say_duplicates(manifest: Manifest, workers: int, console: Screen) -> int:
     """Print pictures that are in the shards more than once; status 1 if there are any."""
-    from paco_ds.data.pack.duplicates import describe, find_duplicates  # Pillow: only who asks for it waits
-
     found = [
         line
         for pairs in find_duplicates(manifest, workers=workers, console=console)

@@ -16,9 +16,9 @@ from PIL import Image
 
 from paco_ds.command import Screen
 from paco_ds.data.manifest import Manifest, Split
-from paco_ds.data.pack.progress_bar import ShardProgress
+from paco_ds.data.pack.check import ShardOf, over_shards
 from paco_ds.data.pack.source import some
-from paco_ds.data.pack.workers import Report, Workers
+from paco_ds.data.pack.workers import Report
 from paco_ds.data.shard import BadSample, ShardReader
 from paco_ds.data.storage import Storage
 from paco_ds.errors import DataError, UserError
@@ -33,7 +33,6 @@ _MOST_COMPARED = 1 << 22  # hashes compared at a time
 
 Hash = npt.NDArray[np.uint64]  # [N]
 Hashes = npt.NDArray[np.uint64]  # [N, 2]: of the bytes, of the picture
-_Job = tuple[str, int]  # split, shard
 
 
 @dataclass(frozen=True)
@@ -63,16 +62,10 @@ def find_duplicates(manifest: Manifest, *, workers: int = 1, console: Screen | N
         import imagehash  # noqa: F401
     except ImportError:
         raise UserError("--duplicates needs the package ImageHash: pip install 'paco_ds[duplicates]'") from None
-    jobs = [(split.name, number) for split in manifest.splits.values() for number in range(len(split.shards))]
-    images = sum(split.samples for split in manifest.splits.values())
-    size = sum(split.bytes for split in manifest.splits.values())
-    with (
-        Workers(min(workers, len(jobs)), __name__) as processes,
-        ShardProgress(console or Screen(quiet=True), "comparing", images, size) as progress,
-    ):
-        settings = (manifest.storage, dict(manifest.splits))
-        found = dict(processes.run(_hash_shard, settings, jobs, progress))
-    hashes = {name: np.concatenate([found[job] for job in jobs if job[0] == name]) for name in manifest.splits}
+    found = over_shards(manifest, _hash_shard, "comparing", workers, console)
+    hashes = {
+        name: np.concatenate([each for (split, _), each in found.items() if split == name]) for name in manifest.splits
+    }
     pairs = [Pairs(name, name, *_within(each)) for name, each in hashes.items()]
     return pairs + [Pairs(a, b, *_between(hashes[a], hashes[b])) for a, b in combinations(hashes, 2)]
 
@@ -105,7 +98,7 @@ def _source(reader: ShardReader, sample: int) -> str:
         return str(json.load(about).get("source", stored.key))
 
 
-def _hash_shard(settings: tuple[Storage, dict[str, Split]], job: _Job, report: Report) -> tuple[_Job, Hashes]:
+def _hash_shard(settings: tuple[Storage, dict[str, Split]], job: ShardOf, report: Report) -> tuple[ShardOf, Hashes]:
     storage, splits = settings
     split, number = job
     reader = ShardReader(storage, splits[split])

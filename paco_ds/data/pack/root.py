@@ -137,6 +137,12 @@ class Root:
             taken = filter(walk.takes, files)
             yield from taken if inside == "." else (f"{inside}/{file}" for file in taken)
 
+    def hidden_in(self, folder: str) -> int:
+        """Number of hidden files and folders directly in a folder."""
+        if self.storage.is_local:
+            return sum(is_hidden(entry.name) for entry in os.scandir(self.path / folder))
+        return len({first for name in self._find(folder) if is_hidden(first := name.partition("/")[0])})
+
     def _find(self, folder: str) -> dict[str, int]:
         """`Storage.find`, of a URL, where `.` is the root as well."""
         return self.storage.find("" if folder == "." else folder)

@@ -154,7 +154,7 @@ def class_names(given: tuple[str, ...] | str | None, root: Root) -> tuple[str, .
 def class_names(given: tuple[str, ...] | str | None, root: Root) -> tuple[str, ...] | None:
     """The class names of a card: listed there, or in a text file with one name per line."""
     if not isinstance(given, str):
-        return given
+        return None if given is None else tuple(map(same_name, given))
     with root.open(given, "the file of class names") as file:
         try:
             names = tuple(line.strip() for line in file.read().decode("utf-8").splitlines())

@@ -119,8 +119,8 @@ def _left_out(root: Root, folder: str, walk: Walk) -> list[str]:
     notes = []
     if loose := sum(ending(name) in ENDINGS for name in root.files_in(folder)):
         notes.append(f"left out, images directly in {folder} and in no class folder: {loose}")
-    if walk.hidden:
-        notes.append(f"left out, hidden files and folders in {folder}: {walk.hidden}")
+    if hidden := walk.hidden + root.hidden_in(folder):
+        notes.append(f"left out, hidden files and folders in {folder}: {hidden}")
     if walk.left_out:
         notes.append(f"left out, since their images are listed elsewhere: {some(walk.left_out)}")
     return notes

@@ -87,6 +87,11 @@ class ModelSettings(Section):
         "linear evaluation); center_scales: a factor for each center of a frozen classifier (LWS); routers: which "
         "images the next frozen expert sees (RIDE)",
     )
+    frozen_batch_norm: Literal["evaluation", "training"] = Field(
+        "evaluation",
+        description="of a backbone frozen by trained centers, center_scales or routers; training: it uses the batch's "
+        "statistics and goes on averaging, as the published code of cRT and LWS does",
+    )
     routers: RoutersSettings = RoutersSettings()
     projection_hidden: Count | None = Field(None, description="hidden width; the feature dimension by default")
     projection: Literal["two_layer", "three_layer"] = Field(
@@ -94,6 +99,11 @@ class ModelSettings(Section):
         description="Linear-BatchNorm-ReLU-Linear (PaCo), or Linear-ReLU-Linear-ReLU-Linear (GPaCo)",
     )
     projection_dim: Count = 128
+    initialisation: Literal["own", "published"] = Field(
+        "own",
+        description="published: CIFAR ResNets and their projection's last layer by He with fan-in, cosine centers of "
+        "length 1; own: the convolutions by He with fan-out, the rest torch's",
+    )
 
     @model_validator(mode="after")
     def _what_is_frozen_comes_from_somewhere(self) -> Self:
@@ -151,8 +161,15 @@ class OptimizerSettings(Section):
 
     lr: Positive = Field(description="for the recipe's own step.micro_batches")
     momentum: NotNegative = Field(0.9, lt=1)
+    nesterov: bool = Field(False, description="Nesterov's momentum, as RIDE, SADE and BalPoE are published")
     weight_decay: NotNegative = 5e-4
     clip_norm: Positive | None = Field(None, description="largest global norm of the gradient")
+
+    @model_validator(mode="after")
+    def _nesterov_has_momentum(self) -> Self:
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov looks ahead along the momentum, which is 0: set momentum or leave nesterov out")
+        return self
 
 
 class ScheduleSettings(Section):
@@ -160,6 +177,9 @@ class ScheduleSettings(Section):
 
     epochs: Count
     warmup_epochs: Natural = 0
+    warmup_overshoot: bool = Field(
+        False, description="the epoch after warm-up still rises, above the peak (the published CIFAR code)"
+    )
     per: Literal["epoch", "step"] = "epoch"
     milestones: tuple[Count, ...] = Field(
         (), description="epochs after which the rate is a tenth, in place of the cosine (CIFAR, published)"

@@ -106,13 +106,14 @@ class Sim02View(SimView):
 
 
 class MocoV2View(ChainView):
-    """Crop, gray, jitter with hue, flip. (So the published code calls what MoCo's first version did.)"""
+    """Crop, jitter with hue, gray, blur, flip, of MoCo v2 (Chen et al. 2020)."""
 
     name: Literal["mocov2"] = "mocov2"
     area: Range = (0.2, 1.0)
-    hue: Hue = 0.4
+    hue: Hue = 0.1
+    jitter_probability: Fraction = 0.8
     gray: Fraction = 0.2
-    gray_first: bool = True
+    blur: Fraction = 0.5
 
 
 class CifarKeyView(ChainView):

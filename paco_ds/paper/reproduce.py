@@ -125,8 +125,7 @@ class Job:
 
     def training(self, launcher: Sequence[str]) -> list[str]:
         """The command that starts or resumes the training."""
-        own = (*self.row.set, *(self.row.small if self.small else ()))
-        overrides = [f"--set={override}" for override in (*own, *self.overrides)]
+        overrides = [f"--set={override}" for override in self.table.overrides(self.row, self.small, self.overrides)]
         recipe = str(self.small or self.table.recipe_of(self.row))
         command = [*launcher, str(PACKAGE / "train.py"), "--config", recipe, "--output", str(self.run), *overrides]
         return [*command, *_allowance()]

@@ -71,7 +71,7 @@ def freeze(model: Recogniser, settings: ModelSettings) -> None:
         RecipeError: `last_block` of a network without residual stages.
     """
     if settings.trained in ("centers", "center_scales", "routers"):
-        model.freeze_encoder()  # centers that are not trained have no gradient from the start
+        model.freeze_encoder(settings.frozen_batch_norm)  # centers that are not trained have no gradient from the start
     elif settings.trained == "last_block":
         network = model.query_encoder.backbone.network
         stage = getattr(network, "layer4", None)

@@ -28,4 +28,4 @@ def initialise_as_published(encoder: nn.Module, centers: nn.Module) -> None:
     for part in centers.modules():
         if isinstance(part, CosineCenters):
             part.weight.uniform_(-1, 1)
-            part.weight /= part.weight.norm(dim=1, keepdim=True)
+            part.weight.div_(part.weight.norm(dim=1, keepdim=True))

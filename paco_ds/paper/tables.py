@@ -60,6 +60,7 @@ class Row(Section):
     evaluate: tuple[str, ...] = Field((), description="options of evaluate.py that give the row's accuracies")
     inferred: str | None = Field(None, description="which of its values are neither in the paper nor in its code")
     paper: PaperFigures | None = None
+    source: str | None = Field(None, description="where the figures stand, if not in the paper's supplement")
 
     @property
     def name(self) -> str:

@@ -9,8 +9,8 @@ from paco_ds.checkpoint import Checkpoints, newest_checkpoint
 from paco_ds.config.load import load_recipe
 from paco_ds.data.manifest import open_data
 from paco_ds.errors import RecipeError
+from paco_ds.evaluation.choose_tau import TAUS
 from paco_ds.evaluation.runner import load_recogniser
-from paco_ds.evaluation.tau_normalization import TAUS
 from paco_ds.metrics.log import read
 from paco_ds.training.initial_weights import freeze, load_initial_weights
 from tests.commands import run_command
@@ -160,6 +160,21 @@ def test_tau_is_chosen_on_validation_and_normalises_the_centers(pool, long_cente
     for world_size in (1, 2):
         of_ranks = pool(world_size).run("tests.distributed.evaluating:scores_of_taus", run=long_centers, split="val")
         assert of_ranks == [(chosen, pytest.approx(scores))] * world_size
+
+
+def test_post_hoc_logit_adjustment_is_chosen_on_validation_and_holds_on_test(pool, long_centers, tmp_path):
+    """The figures are those of logits less tau log pi at the tau that validation chose."""
+    output = tmp_path / "adjusted.json"
+    done = run_command(EVALUATE, f"--run={long_centers}", f"--output={output}", "--logit-adjust=auto")
+    chosen = float(done.stdout.split("tau ")[1].split(":")[0])
+    assert chosen > 0
+    assert done.stdout.count(", 2.0: ") == 1
+    results = json.loads(output.read_text())
+    arguments = {"run": long_centers, "output": tmp_path / "again.json", "split": "test", "adjusted": chosen}
+    expected = pool(1).run("tests.distributed.evaluating:written", **arguments)[0]
+    assert results["logit_adjustment"] == chosen
+    for name in ("all", "balanced", "macro_f1", "calibration_error"):
+        assert results[name] == pytest.approx(expected[name]), name
 
 
 EXPERTS = ("model.experts=3", "model.centers=cosine", "loss.method=ride")

@@ -97,12 +97,13 @@ def test_published_initialisation_draws_as_the_authors_code():
     own, published = (
         model_of(tiny_recipe(*overrides, f"model.initialisation={which}"), 50) for which in ("own", "published")
     )
-    conv, last = published.query_encoder.backbone.network.blocks[3].conv1, published.query_encoder.projection[-1]
-    assert conv.weight.std().item() == pytest.approx((2 / (conv.in_channels * 9)) ** 0.5, rel=0.02)
-    before = own.query_encoder.backbone.network.blocks[3].conv1
-    assert before.weight.std().item() == pytest.approx((2 / (before.out_channels * 9)) ** 0.5, rel=0.02)
-    assert last.weight.std().item() == pytest.approx((2 / last.in_features) ** 0.5, rel=0.02)
-    torch.testing.assert_close(published.centers.weight.norm(dim=1), torch.ones(50))
+    convolution = "query_encoder.backbone.network.blocks.3.conv1.weight"
+    outputs, inputs, *_ = published.state_dict()[convolution].shape
+    assert published.state_dict()[convolution].std().item() == pytest.approx((2 / (9 * inputs)) ** 0.5, rel=0.02)
+    assert own.state_dict()[convolution].std().item() == pytest.approx((2 / (9 * outputs)) ** 0.5, rel=0.02)
+    last = published.state_dict()["query_encoder.projection.3.weight"]
+    assert last.std().item() == pytest.approx((2 / last.shape[1]) ** 0.5, rel=0.02)
+    torch.testing.assert_close(published.state_dict()["centers.weight"].norm(dim=1), torch.ones(50))
     images = torch.randint(0, 256, (4, 3, 12, 12), dtype=torch.uint8)
     torch.testing.assert_close(published(images, keys=True), published(images)[2].detach())
 
@@ -122,9 +123,10 @@ def test_a_frozen_encoder_keeps_its_statistics_unless_asked(batch_norm, moves):
     model = model_of(tiny_recipe("loss.method=cross_entropy"), 5)
     model.freeze_encoder(batch_norm)
     model.train()
-    before = model.query_encoder.backbone.network.bn1.running_mean.clone()
+    mean = model.state_dict()["query_encoder.backbone.network.bn1.running_mean"]
+    before = mean.clone()
     model(torch.randint(0, 256, (6, 3, 12, 12), dtype=torch.uint8))
-    assert (not torch.equal(before, model.query_encoder.backbone.network.bn1.running_mean)) == moves
+    assert (not torch.equal(before, mean)) == moves
     assert not any(p.requires_grad for p in model.query_encoder.parameters())
 
 
@@ -133,5 +135,6 @@ def test_small_resnets_keep_the_resolution_at_their_stem():
     backbone = make_backbone(ModelSettings(backbone="resnet50_small"))
     assert sum(p.numel() for p in backbone.parameters()) == 23_500_352
     assert backbone.feature_dim == 2048
-    assert backbone.network.layer4(torch.zeros(1, 1024, 8, 8)).shape[-2:] == (4, 4)
+    last_stage = backbone.network.get_submodule("layer4")
+    assert last_stage(torch.zeros(1, 1024, 8, 8)).shape[-2:] == (4, 4)
     assert backbone(torch.zeros(2, 3, 32, 32)).shape == (2, 2048)

@@ -6,11 +6,16 @@ BalPoE: emasa's. BCL: FlamieZhu's main.py. ProCo: LeapLabTHU's sh/ and main.py.
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from paco_ds.config.load import load_recipe
 from paco_ds.paper.tables import SMALL_RECIPES, load_table
 
+ROOT = Path(__file__).resolve().parents[2]
+LISTED = r"^\| `(\w+)` \| .* \| (\d+) \| (\d+) \| (\d+) \|$"
 RIDE = {"loss.ride.reweight_epoch": 320, "optimizer.nesterov": True, "optimizer.weight_decay": 2e-4}
 BALPOE = {
     "model.centers": "cosine",
@@ -106,16 +111,33 @@ def test_rides_rows_re_weight_in_the_last_fifth(number, factor, small):
     table = load_table(str(number))
     for row in table.rows:
         recipe = table.resolve(row, small)
-        assert recipe.loss.ride.reweight_epoch == round(0.8 * recipe.schedule.epochs)
+        assert value(recipe, "loss.ride.reweight_epoch") == round(0.8 * recipe.schedule.epochs)
         assert recipe.optimizer.nesterov
         assert recipe.model.centers == "cosine"
         if small is None:
-            assert recipe.loss.ride.reweight_factor == factor
+            assert value(recipe, "loss.ride.reweight_factor") == factor
 
 
 def test_the_share_is_of_the_epochs_that_are_trained():
     """Also where a user shortens the training; what he sets himself stays."""
     table = load_table("10")
     row = table.rows[0]
-    assert table.resolve(row, None, ("schedule.epochs=50",)).loss.ride.reweight_epoch == 40
-    assert table.resolve(row, None, ("loss.ride.reweight_epoch=7",)).loss.ride.reweight_epoch == 7
+    key = "loss.ride.reweight_epoch"
+    assert value(table.resolve(row, None, ("schedule.epochs=50",)), key) == 40
+    assert value(table.resolve(row, None, (f"{key}=7",)), key) == 7
+
+
+def counted(table):
+    """Its rows, those with inferred values, and those whose figure is not at hand."""
+    return len(table.rows), sum(1 for row in table.rows if row.inferred), sum(1 for row in table.rows if not row.paper)
+
+
+def test_every_table_at_paper_scale_is_counted_by_label():
+    """In docs/methods.md; a row has a figure, or says where it is reported."""
+    page = (ROOT / "docs" / "methods.md").read_text()
+    tables = {path.stem: load_table(path.stem) for path in sorted((ROOT / "ds_configs" / "tables").glob("*.yaml"))}
+    at_paper_scale = {name: table for name, table in tables.items() if table.scale == "paper"}
+    listed = {name: tuple(map(int, numbers)) for name, *numbers in re.findall(LISTED, page, re.MULTILINE)}
+    assert listed == {name: counted(table) for name, table in at_paper_scale.items()}
+    for table in at_paper_scale.values():
+        assert all(row.paper or row.source for row in table.rows)

@@ -115,9 +115,8 @@ def test_by_step_the_same_curve_is_followed_finely():
 def test_nesterovs_momentum_is_torchs():
     """Three steps, bit for bit; without momentum there is nothing to look along."""
     weight, other = (torch.nn.Parameter(torch.tensor([1.0, 2.0])) for _ in range(2))
-    settings = {"momentum": 0.9, "weight_decay": 0.01, "nesterov": True}
-    ours = GuardedSGD([weight], 0.1, clip_norm=None, whole=True, **settings)
-    plain = torch.optim.SGD([other], 0.1, **settings)
+    ours = GuardedSGD([weight], 0.1, clip_norm=None, whole=True, momentum=0.9, weight_decay=0.01, nesterov=True)
+    plain = torch.optim.SGD([other], 0.1, momentum=0.9, weight_decay=0.01, nesterov=True)
     for number in range(3):
         weight.grad = torch.tensor([1.0, -2.0]) * (number + 1)
         other.grad = weight.grad.clone()

@@ -72,6 +72,19 @@ def test_the_second_stage_leaves_the_backbone_as_it_was(pool, recipe, first_stag
         assert not torch.allclose(after["centers.scale"], torch.ones(4), atol=1e-4)
 
 
+def test_batch_norm_of_a_frozen_backbone_goes_on_averaging_where_it_is_asked_to(pool, recipe, first_stage, tmp_path):
+    """As the published code of cRT does: weights stay, statistics move, on 2 ranks as on one."""
+    overrides = (*second_stage(recipe, first_stage, "centers", 3), "model.frozen_batch_norm=training")
+    for ranks in (1, 2):
+        pool(ranks).run(TRAIN, recipe=recipe, run=tmp_path / f"{ranks}", overrides=overrides, stop_at_step=3)
+    before, one, two = weights(first_stage), weights(tmp_path / "1"), weights(tmp_path / "2")
+    encoder = [name for name in before if name.startswith("query_encoder.")]
+    statistics = {name for name in encoder if "running" in name or "num_batches" in name}
+    assert {name for name in encoder if not torch.equal(before[name], two[name])} == statistics
+    for name in encoder:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("trained", "stage"), [("centers", 1), ("center_scales", 3)])
 def test_the_second_stage_resumes_bit_equal_on_two_ranks(pool, recipe, first_stage, tmp_path, trained, stage):
     """cRT and LWS, stopped in mid-epoch: weights, momentum and losses of the run without a stop; the backbone's are the

@@ -24,7 +24,7 @@ from paco_ds.config.methods import METHODS
 from paco_ds.config.recipe import Recipe
 from paco_ds.config.section import RUNNING
 from paco_ds.config.shipped import RECIPES
-from paco_ds.config.views import ChainView, TrainView, ViewSettings
+from paco_ds.config.views import ChainView, RandAugmentSettings, TrainView, ViewSettings
 from paco_ds.files import replace_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,8 +34,8 @@ _PLUGIN = {"type": "string", "pattern": r"^[\w.]+:\w+$"}
 
 _SETTINGS = """# Settings
 
-Every setting of a recipe; `make pages` writes this page from the code. `--set KEY=VALUE` overrides one on the command line.
-A setting marked ° is free to change when a run is resumed; the others determine the result.
+Every setting of a recipe; `make pages` writes this page from the code. `--set KEY=VALUE` overrides one on the command
+line. A setting marked ° is free to change when a run is resumed; the others determine the result.
 
 An editor with a YAML language server completes and checks a recipe that begins with the line
 
@@ -45,10 +45,13 @@ as those in `ds_configs/recipes` do ([recipes.md](recipes.md)). Conditions betwe
 
 _RECIPES = """# Recipes
 
-The recipes in `ds_configs/recipes`, by name for `--config`; `make pages` writes this page. M x m: micro-batches of a step, and
-images of each. [settings.md](settings.md) explains every setting; [methods.md](methods.md) has the methods, and the tables of
-the paper that use these recipes. In the comments, *published* means a value of the authors' scripts, *paper* one of the paper,
-and *inferred* ours, where neither says."""
+The recipes in `ds_configs/recipes`, by name for `--config`; `make pages` writes this page. M x m: micro-batches of a
+step, and images of each. [settings.md](settings.md) explains every setting; [methods.md](methods.md) has the methods,
+and the tables of the paper that use these recipes. In the comments, *published* means a value of the authors' scripts,
+*paper* one of the paper, and *inferred* ours, where neither says.
+
+| recipe | method | backbone | classes | M x m | queue | epochs | lr |
+|---|---|---|---|---|---|---|---|"""
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -90,19 +93,15 @@ def settings_page() -> str:
     schema = Recipe.model_json_schema()
     parts = [_SETTINGS]
     for prefix, model, running in _sections(Recipe, "", False):
-        parts += [
-            f"## {prefix}" if prefix else "## The recipe",
-            _sentence(model.__doc__),
-            _table(model, schema, running),
-        ]
-    parts += ["## Views", _sentence(ViewSettings.__doc__), "`views.evaluation` is `eval`; `name` chooses the others."]
+        parts += [f"## {prefix or 'The recipe'}", _sentence(model.__doc__), _table(model, schema, running)]
+    parts += ["## views", _sentence(ViewSettings.__doc__), "`views.evaluation` is `eval`; `name` chooses the others."]
     for view in (ChainView, *typing.get_args(TrainView), ViewSettings.model_fields["evaluation"].annotation):
         parts += _view(view, schema)
     return "\n\n".join(parts) + "\n"
 
 
 def _sections(model: type[BaseModel], prefix: str, running: bool) -> Iterator[tuple[str, type[BaseModel], bool]]:
-    """(dotted key, section, whether all of it is free to change) of a section and of those inside it, views excepted."""
+    """(dotted key, section, whether all of it is free to change) of a section and of those in it, but for views."""
     yield prefix, model, running
     for name, field in model.model_fields.items():
         for inner in _models(field.annotation):
@@ -112,8 +111,9 @@ def _sections(model: type[BaseModel], prefix: str, running: bool) -> Iterator[tu
 
 def _view(view: Any, schema: Mapping[str, Any]) -> list[str]:
     if view is ChainView:
-        title = "### The chain of operations"
-        return [title, _sentence(view.__doc__), _table(view, ChainView.model_json_schema(), False)]
+        chain = ["### The chain of operations", _sentence(view.__doc__), _table(view, view.model_json_schema(), False)]
+        inside = RandAugmentSettings
+        return [*chain, "#### randaugment", _sentence(inside.__doc__), _table(inside, schema, False)]
     title, text = f"### {view.model_fields['name'].default}", _sentence(view.__doc__)
     if not issubclass(view, ChainView):
         return [title, text, _table(view, schema, False)]
@@ -122,7 +122,7 @@ def _view(view: Any, schema: Mapping[str, Any]) -> list[str]:
         for name, field in view.model_fields.items()
         if name != "name" and field.default != ChainView.model_fields[name].default
     }
-    changes = ", ".join(f"`{name}` {_default(field)}" for name, field in own.items())
+    changes = ", ".join(f"`{name}` {_default(field)}".strip() for name, field in own.items())
     return [title, f"{text} The chain with {changes}." if own else f"{text} The chain with its defaults."]
 
 
@@ -194,13 +194,9 @@ def _cell(text: str) -> str:
 def recipes_page() -> str:
     """docs/recipes.md."""
     paths = sorted(RECIPES.rglob("*.yaml"))
-    head = [
-        "| recipe | method | backbone | classes | M x m | queue | epochs | lr |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    table = "\n".join([*head, *(_recipe_row(path) for path in paths)])
+    table = "\n".join([_RECIPES, *(_recipe_row(path) for path in paths)])
     comments = "\n".join(f"* `{_name(path)}`: {_comment(path)}" for path in paths)
-    return "\n\n".join([_RECIPES, table, "## Where their values are from", comments]) + "\n"
+    return "\n\n".join([table, "## Where their values are from", comments]) + "\n"
 
 
 def _recipe_row(path: Path) -> str:

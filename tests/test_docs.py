@@ -16,7 +16,8 @@ from paco_ds.config.loss import LossSettings
 from paco_ds.losses import Anchors, make_loss
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "shards/README.md", *(ROOT / "docs").rglob("*.md")])
+OUTSIDE = ("README.md", "CONTRIBUTING.md", "shards/README.md")
+PAGES = sorted([*(ROOT / page for page in OUTSIDE), *(ROOT / "docs").rglob("*.md")])
 EXAMPLE = re.compile(r"NAME|poly")  # modules that a reader would add
 WRITTEN = {"recipe.yaml", "card.yaml", "manifest.json", "manifest-1.json", "metrics.json", "metrics_targets.json"}
 WRITTEN |= {"state.json", "KEY.json", "outcome.json"}  # by builds and runs

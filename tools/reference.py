@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Write what is generated from the settings: `make pages`.
+"""Write what is generated from settings, recipes and a job: `make pages`.
 
     docs/settings.md                 every setting: type, bounds, default, meaning
     docs/recipes.md                  the recipes, and what they train
     ds_configs/recipe.schema.json    JSON Schema of a recipe, for editors
+    ds_configs/jobs/imagenet-lt.*    what starts a job, as paco-job writes it from the description beside them
 
 `tests/test_reference.py` fails while one of them is not what this program writes.
 """
@@ -26,8 +27,11 @@ from paco_ds.config.section import RUNNING
 from paco_ds.config.shipped import RECIPES
 from paco_ds.config.views import ChainView, RandAugmentSettings, TrainView, ViewSettings
 from paco_ds.files import replace_text
+from paco_ds.planning.job import KINDS
+from paco_ds.planning.job_description import read_job
 
 ROOT = Path(__file__).resolve().parents[1]
+_JOB = ROOT / "ds_configs" / "jobs" / "imagenet-lt.yaml"
 _BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 _SIGNS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 _PLUGIN = {"type": "string", "pattern": r"^[\w.]+:\w+$"}
@@ -229,7 +233,12 @@ def pages() -> dict[Path, str]:
         ROOT / "docs" / "settings.md": settings_page(),
         ROOT / "docs" / "recipes.md": recipes_page(),
         ROOT / "ds_configs" / "recipe.schema.json": json.dumps(recipe_schema(), indent=1) + "\n",
+        **{_JOB.with_suffix(f".{kind}.{'yaml' if kind == 'jobset' else 'sh'}"): _job(kind) for kind in KINDS},
     }
+
+
+def _job(kind: str) -> str:
+    return KINDS[kind](read_job(_JOB))
 
 
 if __name__ == "__main__":

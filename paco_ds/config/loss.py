@@ -30,7 +30,7 @@ class SharedLossSettings(Section):
     smoothing: NotNegative = Field(0.0, lt=1, description="label smoothing over the centers")
     class_prior: bool = Field(True, description="PaCo adds log q(y) to center logits in training")
     normalization: Literal["published", "summed"] = Field(
-        "published", description="published: divided by the weights of an anchor's positives; summed: Eq. (4) as printed"
+        "published", description="published: divided by the weight sum of an anchor; summed: Eq. (4) as printed"
     )
     contrast_scope: Literal["micro_batch", "global_batch"] = Field(
         "micro_batch", description="whose keys of this step an anchor meets: published: its own micro-batch's"

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OUTSIDE = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 OUTSIDE |= {"shards/README.md": "cards.md"}
 _LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
+_COLORS = re.compile(r"\x1b\[[0-9;]*m")  # of a terminal
 _FETCHED = re.compile(
     r"""<(?:script|img|iframe|source|video)[^>]+src=["']?(?:https?:)?//|<link(?![^>]+canonical)[^>]+href=["']?(?:https?:)?//"""
 )
@@ -87,7 +88,8 @@ def notebook_page(notebook: dict[str, Any]) -> str:
             if "image/png" in data:
                 parts.append(f"![output](data:image/png;base64,{''.join(data['image/png']).strip()})")
             else:
-                parts.append(f"```text\n{''.join(output.get('text', data.get('text/plain', ''))).rstrip()}\n```")
+                printed = _COLORS.sub("", "".join(output.get("text", data.get("text/plain", ""))))
+                parts.append(f"```text\n{printed.rstrip()}\n```")
     return "\n\n".join(parts) + "\n"
 
 

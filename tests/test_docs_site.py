@@ -26,9 +26,14 @@ def config():
 
 
 @pytest.fixture
-def page(config):
-    """`page(name, text)`: a page of the site, and what is written into it of a text."""
-    files = docs_site.on_files(Files([]), config)
+def files(config):
+    """What the site has besides docs/."""
+    return docs_site.on_files(Files([]), config)
+
+
+@pytest.fixture
+def page(config, files):
+    """`page(name, text)`: what is written into a page of the site, of a text."""
 
     def made(name, text):
         file = next((each for each in files if each.src_uri == name), None)
@@ -36,7 +41,6 @@ def page(config):
             file = docs_site.File.generated(config, name, content="")
         return docs_site.on_page_markdown(text, Page(None, file, config), config, files)
 
-    made.files = files
     return made
 
 
@@ -57,17 +61,18 @@ def test_links_of_the_repository_become_links_of_the_site(page, name, written, s
     assert page(name, written) == shown
 
 
-def test_a_file_outside_docs_that_a_page_links_to_is_copied(page):
+def test_a_file_outside_docs_that_a_page_links_to_is_copied(page, files):
     """Such as a license; what does not exist is left for the strict build to name."""
     assert page("cards.md", "[a](fashion-mnist-lt/LICENSE)") == "[a](files/shards/fashion-mnist-lt/LICENSE)"
-    assert page.files.get_file_from_path("files/shards/fashion-mnist-lt/LICENSE")
+    assert files.get_file_from_path("files/shards/fashion-mnist-lt/LICENSE")
     assert page("cards.md", "[a](none.txt)") == "[a](files/shards/none.txt)"
-    assert page.files.get_file_from_path("files/shards/none.txt") is None
+    assert files.get_file_from_path("files/shards/none.txt") is None
 
 
-def test_a_drawing_is_put_into_its_page_and_is_dark_with_it(config):
+def test_a_drawing_is_put_into_its_page_and_is_dark_with_it(files, config):
     """Not with the reader's system."""
-    html = docs_site.on_page_content('<p><img alt="a" src="images/queue.svg" /></p>', None, config, None)
+    page = Page(None, files.get_file_from_path("index.md"), config)
+    html = docs_site.on_page_content('<p><img alt="a" src="images/queue.svg" /></p>', page, config, files)
     assert html.count("<svg") == html.count("[data-md-color-scheme=slate]") == 1
     assert "prefers-color-scheme" not in html
 
@@ -82,8 +87,8 @@ def test_a_drawing_is_put_into_its_page_and_is_dark_with_it(config):
         ('<a href="https://example.org">a</a><img src="images/a.png">', False),
     ],
 )
-def test_a_page_that_fetches_from_another_host_fails_the_build(page, config, html, fetched):
-    file = page.files.get_file_from_path("index.md")
+def test_a_page_that_fetches_from_another_host_fails_the_build(files, config, html, fetched):
+    file = files.get_file_from_path("index.md")
     if fetched:
         with pytest.raises(PluginError, match="fetches from another host"):
             docs_site.on_post_page(html, Page(None, file, config), config)

@@ -75,7 +75,7 @@ def epoch_order() -> str:
     rotated = order._ids(np.arange(order.samples))
     shuffled = np.roll(rotated, order._rotation)
 
-    def row(y: float, ids: np.ndarray, gap: int) -> list[float]:
+    def row(y: float, ids: np.ndarray, gap: int) -> list[int]:
         places = [left + place * cell + place // gap * 12 for place in range(len(ids))]
         for x, sample in zip(places, ids, strict=True):
             drawing.box(x, y, cell, 24, shard_of[sample], 2)

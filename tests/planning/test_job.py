@@ -171,7 +171,7 @@ POD_MONITOR = {  # monitoring.coreos.com/v1, as far as a job needs it
 
 def test_a_pod_monitor_scrapes_every_rank_with_its_labels(rendered):
     """By the names of the container's ports; ranks are numbered through the hosts, as in metrics_targets.json."""
-    jobset, monitor = yaml.safe_load_all(rendered("jobset", set=[*JOB["set"], "metrics.port=9500"]))
+    jobset, monitor = yaml.safe_load_all(rendered("jobset", set=[SHARDS, "step.micro_batches=16", "metrics.port=9500"]))
     jsonschema.validate(monitor, POD_MONITOR)
     assert monitor["spec"]["selector"]["matchLabels"] == {"jobset.sigs.k8s.io/jobset-name": jobset["metadata"]["name"]}
     pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
@@ -187,7 +187,7 @@ def test_a_pod_monitor_scrapes_every_rank_with_its_labels(rendered):
 
 
 def test_a_job_without_metrics_has_no_monitor(rendered):
-    (jobset,) = yaml.safe_load_all(rendered("jobset", set=[*JOB["set"], "metrics.serve=false"]))
+    (jobset,) = yaml.safe_load_all(rendered("jobset", set=[SHARDS, "step.micro_batches=16", "metrics.serve=false"]))
     assert jobset["kind"] == "JobSet"
 
 

@@ -69,7 +69,7 @@ pages: $(INSTALLED)
 	$(BIN)/python tools/drawings.py
 
 docs: $(INSTALLED)
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(INSTALLED)
 	$(BIN)/python tools/bench/loss.py

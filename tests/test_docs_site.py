@@ -107,3 +107,10 @@ def test_a_notebook_is_a_page_with_its_outputs_and_names_no_machine(notebook):
     assert shown.startswith("# ")
     assert "```python" in shown
     assert "```text" in shown
+
+
+def test_the_build_is_strict():
+    """MkDocs counts only warnings that it shows: with `--quiet`, `--strict` passes over broken links."""
+    (command,) = [line for line in (ROOT / "Makefile").read_text().splitlines() if "mkdocs build" in line]
+    assert "--strict" in command
+    assert "--quiet" not in command

@@ -124,7 +124,7 @@ def _fill(
             f"{path} has no classifier{', as those of MoCo' if published.kind == 'moco' else ''}: with "
             "--new-classifier it becomes a run whose classifier is drawn, and which training goes on from"
         )
-    may_miss = ("centers.",) if new_classifier else ()
+    may_miss: tuple[str, ...] = ("centers.",) if new_classifier else ()
     if published.kind != "paco":
         may_miss += ("query_encoder.projection.", "key_encoder.", "prototypes.", "routers.")
     absent = wanted.keys() - there.keys()

@@ -112,7 +112,7 @@ def test_a_sink_that_fails_is_left_out_with_one_warning(when, tmp_path, caplog, 
         return Broken()
 
     module = types.ModuleType("paco_ds.metrics.sinks.broken")
-    module.open_sink = open_sink
+    vars(module)["open_sink"] = open_sink
     monkeypatch.setitem(sys.modules, module.__name__, module)
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "broken.py").touch()

@@ -76,7 +76,7 @@ class RideSmall(nn.Module):
 
     def asked_in_turn(self, x):
         """Image by image, as EAModel at test time."""
-        said = []
+        said: list = []
         for image in x.split(1):
             shared, total = self.shared(image), 0
             for e in range(EXPERTS):
@@ -106,7 +106,10 @@ class RideLarge(nn.Module):
         self.linears = nn.ModuleList(nn.Linear(512, CLASSES) for _ in range(EXPERTS))
 
     def forward(self, x):
-        x = self.layer2(self.layer1(self.maxpool(self.bn1(self.conv1(x)).relu())))
+        for name in ("conv1", "bn1"):
+            x = self.get_submodule(name)(x)
+        for name in ("maxpool", "layer1", "layer2"):
+            x = self.get_submodule(name)(x.relu())
         of = [self.linears[e](self.layer4s[e](self.layer3s[e](x)).mean((2, 3))) for e in range(EXPERTS)]
         return torch.stack(of).mean(0)
 
@@ -114,9 +117,10 @@ class RideLarge(nn.Module):
 def save_ride(network, path, prefix="module."):
     """As `base_trainer._save_checkpoint`: with the settings as an object of the authors' module `parse_config`."""
     module = types.ModuleType("parse_config")
-    module.ConfigParser = type("ConfigParser", (), {"__module__": "parse_config"})
-    config = module.ConfigParser()
-    config._config, config._save_dir = {"arch": {"type": "ResNet32Model"}}, path.parent
+    config_parser = type("ConfigParser", (), {"__module__": "parse_config"})
+    vars(module)["ConfigParser"] = config_parser
+    config = config_parser()
+    vars(config).update(_config={"arch": {"type": "ResNet32Model"}}, _save_dir=path.parent)
     state = {f"{prefix}backbone.{name}": tensor for name, tensor in network.state_dict().items()}
     sys.modules["parse_config"] = module
     try:

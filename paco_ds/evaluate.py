@@ -25,6 +25,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # a checkout need not be installed
 
 from paco_ds.command import Screen, one_line_on_interrupt, report_user_errors, say
+from paco_ds.config.load import load_recipe
 from paco_ds.config.plugins import AllowCode
 
 if TYPE_CHECKING:
@@ -51,9 +52,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    with report_user_errors():  # a typo is told before torch is loaded
+        recipes = [load_recipe(run / "recipe.yaml", arguments.set) for run in arguments.run]
     # not at the top: loader processes read this file again, and need none of it
     from paco_ds.checkpoint import chosen_checkpoint
-    from paco_ds.config.load import load_recipe
     from paco_ds.data.manifest import open_data
     from paco_ds.distributed.launch import join_job, leave_job
     from paco_ds.distributed.watchdog import RankWatchdog
@@ -67,7 +69,6 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     with report_user_errors(), RankWatchdog():
         started = now()
         runs = arguments.run
-        recipes = [load_recipe(run / "recipe.yaml", arguments.set) for run in runs]
         recipe = recipes[0]
         split = arguments.split or recipe.evaluation.test_split
         manifest = open_data(recipe.data, [] if arguments.data else [split])

@@ -270,6 +270,7 @@ class MetricsSettings(Section):
     serve: bool = Field(True, description="serve /metrics on every rank")
     port: Count = Field(9400, le=65535, description="of local rank 0; the others follow")
     log_every: Count = Field(10, description="steps between lines when the output is no terminal")
+    sinks: tuple[str, ...] = Field((), description="where figures go beside metrics.jsonl: tensorboard, wandb, mlflow")
 
 
 def _none_as_null(value: Any) -> Any:

@@ -51,6 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     from paco_ds.checkpoint import hint_after_storage_errors, resume_hint
     from paco_ds.distributed.launch import leave_job
     from paco_ds.distributed.watchdog import RankWatchdog
+    from paco_ds.evaluation.results import versions
+    from paco_ds.metrics.targets import served_metrics
     from paco_ds.training import engine
     from paco_ds.training.saver import sole_writer
     from paco_ds.training.trainer import Trainer
@@ -75,9 +77,15 @@ def main(argv: list[str] | None = None) -> int:
             )
         _build_missing_shards(recipe.data.shards, ranks)
         watchdog.heartbeat.hang_seconds = recipe.engine.hang_seconds
-        with sole_writer(output, ranks) as lock:
+        build = {**versions(), "method": recipe.loss.method, "world_size": str(ranks.world_size)}
+        with (
+            sole_writer(output, ranks) as lock,
+            served_metrics(recipe.metrics, output, ranks, build, watchdog.heartbeat) as metrics,
+        ):
             before = ending.begin() if ranks.first else ""
-            trainer = Trainer(recipe, output, ranks, arguments.stop_at_step, stop_request, lock, watchdog.heartbeat)
+            trainer = Trainer(
+                recipe, output, ranks, arguments.stop_at_step, stop_request, lock, watchdog.heartbeat, metrics
+            )
             ending.step = lambda: trainer.steps_done
             if 0 < trainer.steps_done < trainer.total_steps:
                 trainer.logger.restart(trainer.steps_done, before)

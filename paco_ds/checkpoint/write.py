@@ -95,6 +95,7 @@ class Checkpoints:
         about: Mapping[str, Any],
         write: bool = True,
         epoch_steps: int | None = None,
+        saved: Callable[[Path], None] | None = None,
     ) -> None:
         """Copy all tensors, and submit the writing of the checkpoint after `step` steps.
 
@@ -103,6 +104,7 @@ class Checkpoints:
                 must iterate over them, since that is a collective; only a rank with `write` writes them.
             about: further entries of state.json (world size, versions).
             epoch_steps: steps of an epoch, for `checkpoint.keep_every_epochs`.
+            saved: called with the folder once it is whole on disk, by whoever writes.
 
         Raises:
             NotFiniteError: a value is not finite; nothing is written, and earlier checkpoints stay.
@@ -119,6 +121,8 @@ class Checkpoints:
         def write_and_prune() -> None:
             self._write(f"step-{step:08d}", files, state)
             self._prune(step, epoch_steps)
+            if saved is not None:
+                saved(self.folder / f"step-{step:08d}")
 
         self._writer.submit(write_and_prune)
 

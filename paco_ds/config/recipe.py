@@ -268,7 +268,14 @@ class MetricsSettings(Section):
     """Logging, and metrics served during a run."""
 
     serve: bool = Field(True, description="serve /metrics on every rank")
-    port: Count = Field(9400, le=65535, description="of local rank 0; the others follow")
+    port: Count = Field(18400, le=65535, description="of local rank 0; the others follow")
+    address: str | None = Field(
+        None, description="address of this host that serves, and stands in the targets; by default all, IPv4 and IPv6"
+    )
+    targets_dir: str | None = Field(None, description="folder of all runs' lists of targets, beside the run's own")
+    linger_seconds: float = Field(
+        0.0, ge=0, le=60, description="how long a run that finished or failed is still served; two scrapes suffice"
+    )
     log_every: Count = Field(10, description="steps between lines when the output is no terminal")
     sinks: tuple[str, ...] = Field((), description="where figures go beside metrics.jsonl: tensorboard, wandb, mlflow")
 

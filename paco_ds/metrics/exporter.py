@@ -1,4 +1,4 @@
-"""Prometheus metrics of a rank, and the file that lists the targets.
+"""Prometheus metrics of a rank.
 
 Counters belong to this process and start at 0 (restoring them would break `rate()`); the job's position is in gauges.
 """
@@ -6,31 +6,53 @@ Counters belong to this process and start at 0 (restoring them would break `rate
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import socket
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Protocol
 
+import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from paco_ds.evaluation.accuracy import ShotAccuracy
-from paco_ds.files import replace_text
 from paco_ds.metrics.log import StepRecord
 from paco_ds.metrics.server import MetricsServer
 
 logger = logging.getLogger(__name__)
 
 PORT_TRIES = 64
+STATES = ("starting", "training", "evaluating", "saving", "finished", "failed")
+STATE_OF_PHASE = {
+    "start": "starting",
+    "images": "training",
+    "training": "training",
+    "evaluation": "evaluating",
+    "save": "saving",
+    "report": "evaluating",
+}
 STEP_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
 
 class MetricsSink(Protocol):
     """Receives reports of the training loop: `Exporter` with metrics on, `NullExporter` with metrics off."""
 
-    def start(self, base_port: int, local_rank: int) -> int | None:
+    @property
+    def finished(self) -> bool:
+        """Whether the run has ended as `finished`."""
+
+    def start(self, base_port: int, local_rank: int, address: str | None = None) -> int | None:
         """Serve /metrics; returns the port, or None if nothing is served."""
+
+    def publish_targets(self, text: str) -> None:
+        """Serve the list of targets under /targets."""
+
+    def planned(self, total_steps: int) -> None:
+        """Report the optimizer steps of the whole run."""
+
+    def ended(self, state: str) -> None:
+        """Report that the run is `finished` or `failed`."""
 
     def build_info(self, labels: Mapping[str, str]) -> None:
         """Set the labels of paco_build_info: versions, method, world size."""
@@ -41,14 +63,17 @@ class MetricsSink(Protocol):
     def observe_bad_sample(self, reason: str) -> None:
         """Report a bad sample that was replaced."""
 
-    def observe_accuracy(self, accuracy: ShotAccuracy) -> None:
-        """Report a finished evaluation."""
+    def observe_accuracy(self, accuracy: ShotAccuracy, split: str) -> None:
+        """Report a finished evaluation of a split."""
 
     def add_collective_bytes(self, op: str, count: int) -> None:
         """Report `count` bytes that this rank sent in collective `op`."""
 
     def checkpoint_blocked(self, seconds: float) -> None:
         """Report the seconds for which a checkpoint blocked training."""
+
+    def checkpoint_saved(self, time: float, size: int, free: int) -> None:
+        """Report a checkpoint on disk: its Unix time, its bytes, and the bytes that are free there."""
 
     def restarted(self, times: int) -> None:
         """Report how often the run was started again so far."""
@@ -58,11 +83,22 @@ class MetricsSink(Protocol):
 
 
 class Exporter:
-    """The metrics of a rank in their own registry, and the server that shows them."""
+    """The metrics of a rank in their own registry, and the server that shows them.
 
-    def __init__(self) -> None:
+    Args:
+        first: whether this is rank 0, which alone shows figures of the job as a whole.
+        phase: what this rank does, a key of `STATE_OF_PHASE`; asked at each scrape.
+        device: of this rank, whose memory is shown where it is a GPU.
+    """
+
+    def __init__(
+        self, first: bool = True, phase: Callable[[], str] = lambda: "start", device: torch.device | None = None
+    ) -> None:
         registry = CollectorRegistry()
         self.registry = registry
+        of_job = registry if first else None
+        self._phase, self._ended, self._total_steps = phase, "", 0
+        self._first_step: tuple[int, float] | None = None
         self._server: MetricsServer | None = None
         self._samples = Counter("paco_samples", "Training images processed by this rank.", registry=registry)
         self._steps = Counter("paco_steps", "Optimizer steps, skipped ones included.", registry=registry)
@@ -101,15 +137,15 @@ class Exporter:
         )
         self._accuracy = Gauge(
             "paco_shot_accuracy_ratio",
-            "Top-1 accuracy of the last evaluation, by shot.",
-            ["shot"],
-            registry=registry,
+            "Top-1 accuracy of the last evaluation of a split, by shot.",
+            ["split", "shot"],
+            registry=of_job,
         )
         self._experts = Gauge(
             "paco_images_by_experts_ratio",
             "Share of the images of the last evaluation that routers sent to this many experts.",
-            ["experts"],
-            registry=registry,
+            ["split", "experts"],
+            registry=of_job,
         )
         self._center_probability = Gauge(
             "paco_center_probability",
@@ -150,9 +186,46 @@ class Exporter:
         )
         self._step = Gauge("paco_step", "Optimizer steps of the job so far, including earlier runs.", registry=registry)
         self._epoch = Gauge("paco_epoch", "Current epoch, counted from 0.", registry=registry)
+        self._images = Gauge("paco_images_per_second", "Images per second of all ranks, last step.", registry=of_job)
+        self._total = Gauge("paco_total_steps", "Optimizer steps of the whole run.", registry=of_job)
+        self._left = Gauge("paco_seconds_left", "Estimated seconds of training steps that are left.", registry=of_job)
+        self._saved = Gauge(
+            "paco_checkpoint_timestamp_seconds", "Unix time of the newest checkpoint; 0: none.", registry=of_job
+        )
+        self._saved_bytes = Gauge("paco_checkpoint_bytes", "Size of the newest checkpoint.", registry=of_job)
+        self._free_bytes = Gauge(
+            "paco_run_free_bytes",
+            "Free space of the run directory at the last save.",
+            registry=of_job,
+        )
+        states = Gauge("paco_run_state", "1 for the state that this rank is in.", ["state"], registry=registry)
+        for state in STATES:
+            states.labels(state).set_function(partial(self._is_in, state))
+        if device is not None and device.type == "cuda":
+            self._show_memory(device)
         self._build = Info("paco_build", "Versions, method and world size.", registry=registry)
 
-    def start(self, base_port: int, local_rank: int) -> int | None:
+    @property
+    def state(self) -> str:
+        """One of `STATES`."""
+        return self._ended or STATE_OF_PHASE[self._phase()]
+
+    def _is_in(self, state: str) -> float:
+        return float(self.state == state)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has ended as `finished`."""
+        return self._ended == "finished"
+
+    def _show_memory(self, device: torch.device) -> None:
+        memory = Gauge("paco_gpu_memory_bytes", "Memory of this rank's GPU.", ["kind"], registry=self.registry)
+        memory.labels("allocated").set_function(lambda: torch.cuda.memory_allocated(device))
+        memory.labels("reserved").set_function(lambda: torch.cuda.memory_reserved(device))
+        memory.labels("peak").set_function(lambda: torch.cuda.max_memory_allocated(device))
+        memory.labels("total").set(torch.cuda.get_device_properties(device).total_memory)
+
+    def start(self, base_port: int, local_rank: int, address: str | None = None) -> int | None:
         """Serve /metrics on `base_port` + `local_rank` or the next free port; base_port 0 takes any free one.
 
         Returns the port, or None after a warning: a missing port never stops a run.
@@ -160,7 +233,7 @@ class Exporter:
         first = base_port + local_rank if base_port else 0
         for port in range(first, min(first + PORT_TRIES, 65536)):
             try:
-                self._server = MetricsServer(port, self.registry)
+                self._server = MetricsServer(port, self.registry, address)
             except OSError as error:
                 if error.errno == errno.EADDRINUSE:
                     continue
@@ -175,6 +248,20 @@ class Exporter:
             first + PORT_TRIES - 1,
         )
         return None
+
+    def publish_targets(self, text: str) -> None:
+        """Serve the list of targets under /targets."""
+        if self._server is not None:
+            self._server.targets = text.encode()
+
+    def planned(self, total_steps: int) -> None:
+        """Set the steps of the whole run."""
+        self._total_steps = total_steps
+        self._total.set(total_steps)
+
+    def ended(self, state: str) -> None:
+        """The state from now on: `finished` or `failed`."""
+        self._ended = state
 
     def build_info(self, labels: Mapping[str, str]) -> None:
         """Set paco_build_info to 1 with these labels."""
@@ -198,6 +285,13 @@ class Exporter:
         self._step.set(record.step)
         self._epoch.set(record.epoch)
         self._last_step.set_to_current_time()
+        self._images.set(record.images_per_second)
+        # the first step is left out: it compiles, and waits for the first images
+        if self._first_step is None:
+            self._first_step = (record.step, time.monotonic())
+        done, since = record.step - self._first_step[0], time.monotonic() - self._first_step[1]
+        a_step = since / done if done else record.step_seconds
+        self._left.set(a_step * max(0, self._total_steps - record.step))
         _set_by_shot(self._center_probability, record.center_probability)
         _set_by_shot(self._center_optimum, record.center_probability_optimum)
         _set_by_shot(self._positive_probability, record.positive_probability)
@@ -207,12 +301,14 @@ class Exporter:
         """Count a replaced image."""
         self._bad_samples.labels(reason).inc()
 
-    def observe_accuracy(self, accuracy: ShotAccuracy) -> None:
+    def observe_accuracy(self, accuracy: ShotAccuracy, split: str) -> None:
         """Set the accuracies of an evaluation, and with routers the shares of images by number of experts."""
-        _set_by_shot(self._accuracy, accuracy.top1())
+        for shot, value in accuracy.top1().items():
+            if value is not None:
+                self._accuracy.labels(split, shot).set(value)
         images_by_experts = accuracy.images_by_experts or ()
         for experts, images in enumerate(images_by_experts, 1):
-            self._experts.labels(experts).set(images / max(1, sum(images_by_experts)))
+            self._experts.labels(split, experts).set(images / max(1, sum(images_by_experts)))
 
     def add_collective_bytes(self, op: str, count: int) -> None:
         """Count bytes of a collective."""
@@ -221,6 +317,12 @@ class Exporter:
     def checkpoint_blocked(self, seconds: float) -> None:
         """Count time lost to a checkpoint."""
         self._checkpoint.inc(seconds)
+
+    def checkpoint_saved(self, time: float, size: int, free: int) -> None:
+        """Set the age and size of the newest checkpoint, and the free space beside it."""
+        self._saved.set(time)
+        self._saved_bytes.set(size)
+        self._free_bytes.set(free)
 
     def restarted(self, times: int) -> None:
         """Count the starts of the whole run: this process is the last of them."""
@@ -236,8 +338,21 @@ class Exporter:
 class NullExporter:
     """Does nothing."""
 
-    def start(self, base_port: int, local_rank: int) -> int | None:
+    _ended = ""
+
+    @property
+    def finished(self) -> bool:
+        return self._ended == "finished"
+
+    def start(self, base_port: int, local_rank: int, address: str | None = None) -> int | None:
         return None
+
+    def publish_targets(self, text: str) -> None: ...
+
+    def planned(self, total_steps: int) -> None: ...
+
+    def ended(self, state: str) -> None:
+        self._ended = state
 
     def build_info(self, labels: Mapping[str, str]) -> None: ...
 
@@ -245,31 +360,17 @@ class NullExporter:
 
     def observe_bad_sample(self, reason: str) -> None: ...
 
-    def observe_accuracy(self, accuracy: ShotAccuracy) -> None: ...
+    def observe_accuracy(self, accuracy: ShotAccuracy, split: str) -> None: ...
 
     def add_collective_bytes(self, op: str, count: int) -> None: ...
 
     def checkpoint_blocked(self, seconds: float) -> None: ...
 
+    def checkpoint_saved(self, time: float, size: int, free: int) -> None: ...
+
     def restarted(self, times: int) -> None: ...
 
     def close(self) -> None: ...
-
-
-def write_targets(path: Path, addresses: Sequence[str | None], run: str) -> None:
-    """Write metrics_targets.json in Prometheus' file_sd format, atomically.
-
-    Args:
-        path: RUN/metrics_targets.json.
-        addresses: HOST:PORT of each rank in rank order, or None for a rank without a server.
-        run: value of the `run` label; each target also carries its `rank`.
-    """
-    targets = [
-        {"targets": [address], "labels": {"run": run, "rank": str(rank)}}
-        for rank, address in enumerate(addresses)
-        if address is not None
-    ]
-    replace_text(path, json.dumps(targets, indent=2) + "\n")
 
 
 def reachable_host(master_addr: str) -> str:

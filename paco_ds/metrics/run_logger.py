@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,8 +13,8 @@ from paco_ds.config.recipe import DataSettings, MetricsSettings
 from paco_ds.distributed.ranks import Ranks
 from paco_ds.errors import DataError
 from paco_ds.evaluation.accuracy import ShotAccuracy
-from paco_ds.evaluation.results import versions
-from paco_ds.metrics.exporter import Exporter, MetricsSink, NullExporter, reachable_host, write_targets
+from paco_ds.files import storage_errors
+from paco_ds.metrics.exporter import MetricsSink
 from paco_ds.metrics.log import MetricsLog, StepRecord
 from paco_ds.metrics.progress import progress_view
 from paco_ds.metrics.sinks import Sinks
@@ -26,7 +26,7 @@ class RunLogger:
     """Logs a run. The first rank also writes metrics.jsonl and the list of Prometheus targets.
 
     Args:
-        method: `loss.method`, for the build information.
+        metrics: served during the run, see `served_metrics`; closed by whoever made it.
         steps_done: steps done before; later lines of the log are removed.
     """
 
@@ -35,8 +35,8 @@ class RunLogger:
         settings: MetricsSettings,
         run: Path,
         ranks: Ranks,
+        metrics: MetricsSink,
         *,
-        method: str,
         epochs: int,
         total_steps: int,
         steps_done: int,
@@ -44,8 +44,8 @@ class RunLogger:
         self.sinks = Sinks(settings.sinks, run, ranks.first, steps_done)
         self.log = MetricsLog(run / "metrics.jsonl" if ranks.first else None, self.sinks.line)
         self.log.cut_after(steps_done if steps_done else -1)
-        self.metrics = _serve_metrics(settings, method, run, ranks)
-        ranks.on_bytes = self.metrics.add_collective_bytes
+        self.metrics = metrics
+        metrics.planned(total_steps)
         self.progress = progress_view(
             ranks.rank,
             total_steps=total_steps,
@@ -64,7 +64,7 @@ class RunLogger:
 
     def evaluation(self, step: int, epoch: int, split: str, accuracy: ShotAccuracy) -> None:
         """Log an evaluation after `step` steps and `epoch` epochs."""
-        self.metrics.observe_accuracy(accuracy)
+        self.metrics.observe_accuracy(accuracy, split)
         self.log.evaluation(step, epoch, split, accuracy)
 
     def changed_setting(self, step: int, key: str, before: object, now: object) -> None:
@@ -81,16 +81,21 @@ class RunLogger:
         """Log the seconds for which a checkpoint blocked training."""
         self.metrics.checkpoint_blocked(seconds)
 
+    def checkpoint_saved(self, folder: Path) -> None:
+        """Report a checkpoint that is on disk."""
+        with storage_errors(folder):
+            size = sum(file.stat().st_size for file in folder.iterdir())
+            self.metrics.checkpoint_saved(folder.stat().st_mtime, size, shutil.disk_usage(folder).free)
+
     def say(self, what: str | Table) -> None:
         """Print a line or a table on the first rank."""
         self.progress.message(what)
 
     def close(self) -> None:
-        """Stop the server and the progress display, and close the log."""
+        """Stop the progress display, and close the log."""
         self.progress.close()
         self.log.close()
         self.sinks.close()
-        self.metrics.close()
 
 
 class BadSamples:
@@ -130,14 +135,3 @@ class BadSamples:
             f"data.max_bad_share = {self._share:g} allows:\n  {listed}\n"
             f"Run paco-build-shards check {self._shards}, then repair the shards or raise data.max_bad_share"
         )
-
-
-def _serve_metrics(settings: MetricsSettings, method: str, run: Path, ranks: Ranks) -> MetricsSink:
-    sink: MetricsSink = Exporter() if settings.serve else NullExporter()
-    port = sink.start(settings.port, ranks.local_rank)
-    sink.build_info({**versions(), "method": method, "world_size": str(ranks.world_size)})
-    host = reachable_host(os.environ.get("MASTER_ADDR", "127.0.0.1"))
-    addresses = ranks.gather_objects(f"{host}:{port}" if port else None)
-    if ranks.first:
-        write_targets(run / "metrics_targets.json", addresses, run.resolve().name)
-    return sink

@@ -22,17 +22,22 @@ REQUEST_BYTES = 8192  # request line and headers
 
 
 class MetricsServer:
-    """Answers GET of / and /metrics with the registry's metrics until it is closed.
+    """Answers GET of / and /metrics with the registry's metrics, and of /targets, until it is closed.
 
     Args:
-        port: on all addresses of this host, IPv4 and IPv6; 0 takes any free one.
+        port: 0 takes any free one.
+        address: of this host; by default all, IPv4 and IPv6.
+
+    Attributes:
+        targets: JSON that GET of /targets answers, for Prometheus' http_sd_configs; None: not found.
 
     Raises:
         OSError: the port cannot be served.
     """
 
-    def __init__(self, port: int, registry: CollectorRegistry) -> None:
-        server = listen(port)
+    def __init__(self, port: int, registry: CollectorRegistry, address: str | None = None) -> None:
+        server = listen(port, address)
+        self.targets: bytes | None = None
         self._registry, self._selector = registry, selectors.DefaultSelector()
         self._listener = Listener(server, self._selector, _Request, CONNECTIONS, PATIENCE)
         self.port = self._listener.port
@@ -82,7 +87,10 @@ class MetricsServer:
             return _response(HTTPStatus.BAD_REQUEST)
         if words[0] != "GET":
             return _response(HTTPStatus.METHOD_NOT_ALLOWED, allow="GET")
-        if words[1].partition("?")[0] not in ("/", "/metrics"):
+        path = words[1].partition("?")[0]
+        if path == "/targets" and self.targets is not None:
+            return _response(HTTPStatus.OK, self.targets, content_type="application/json")
+        if path not in ("/", "/metrics"):
             return _response(HTTPStatus.NOT_FOUND)
         named = (header.partition(":") for header in headers)
         accept = next((value for name, _, value in named if name.strip().lower() == "accept"), "")

@@ -30,6 +30,7 @@ from paco_ds.evaluation.results import now, versions, write_results
 from paco_ds.evaluation.runner import EvaluationLeftError, evaluate, load_recogniser
 from paco_ds.evaluation.split import EvaluationSplit
 from paco_ds.files import replace_text, storage_errors
+from paco_ds.metrics.exporter import MetricsSink, NullExporter
 from paco_ds.metrics.log import StepRecord
 from paco_ds.metrics.run_logger import BadSamples, RunLogger
 from paco_ds.training.agreement import check_replicas_equal
@@ -54,6 +55,7 @@ class Trainer:
         stop_request: of this process, by default one that begins here.
         lock: of the run directory, checked before each save on the rank that has it, see `sole_writer`.
         heartbeat: marked at each progress.
+        metrics: receives the figures of the run; by default nothing does.
 
     Raises:
         UserError: recipe, shards or checkpoint do not fit each other.
@@ -68,6 +70,7 @@ class Trainer:
         stop_request: StopRequest | None = None,
         lock: FolderLock | None = None,
         heartbeat: Heartbeat | None = None,
+        metrics: MetricsSink | None = None,
     ) -> None:
         self.recipe, self.run_dir, self.ranks, self.stop_at_step = recipe, run, ranks, stop_at_step
         self.lock, self.saver, self.started = lock, Saver(), now()
@@ -124,11 +127,13 @@ class Trainer:
             recipe.metrics,
             run,
             ranks,
-            method=recipe.loss.method,
+            metrics or NullExporter(),
             epochs=recipe.schedule.epochs,
             total_steps=self.total_steps,
             steps_done=self.steps_done,
         )
+        if checkpoint and ranks.first:
+            self.logger.checkpoint_saved(checkpoint.path)
         self.bad_samples = BadSamples(
             self.logger, recipe.data, ranks, planned=self.steps_per_epoch * self.layout.global_batch
         )
@@ -270,6 +275,7 @@ class Trainer:
             },
             write=self.ranks.first,
             epoch_steps=self.steps_per_epoch,
+            saved=self.logger.checkpoint_saved,
         )
         self.logger.checkpoint(time.perf_counter() - began)
 
@@ -445,7 +451,7 @@ class Trainer:
             self.logger.say(f"{split} is given the weights of step {step}, the best on {self.recipe.evaluation.split}")
             accuracy = self._evaluate_checkpoint(best, split)
         self.heartbeat.mark("report", self.steps_done, slow=True)
-        self.logger.metrics.observe_accuracy(accuracy)
+        self.logger.metrics.observe_accuracy(accuracy, split)
         if self.ranks.first:
             write_results(
                 self.run_dir / "metrics.json",
@@ -465,6 +471,7 @@ class Trainer:
             from paco_ds.report import write_report  # matplotlib, where something is drawn
 
             self.logger.say(f"report: {write_report(self.run_dir)}")
+        self.logger.metrics.ended("finished")
         return accuracy
 
 

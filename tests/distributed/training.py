@@ -13,6 +13,7 @@ from errno import ENOSPC
 from math import inf
 from os import strerror
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -20,9 +21,11 @@ import torch
 
 from paco_ds.config.load import load_recipe
 from paco_ds.data.stream.batches import MicroBatch
+from paco_ds.distributed.heartbeat import Heartbeat
 from paco_ds.distributed.ranks import ByteCounter, Ranks
 from paco_ds.errors import DataError, UserError
 from paco_ds.evaluation.split import EvaluationSplit
+from paco_ds.metrics.targets import served_metrics
 from paco_ds.training.images_ahead import ImagesAhead
 from paco_ds.training.replay import read_kept_step, replay
 from paco_ds.training.step import StepResult
@@ -40,9 +43,14 @@ def train(
 
 @contextmanager
 def _trainer(
-    ranks: Ranks, recipe: Path, run: Path, overrides: tuple[str, ...] = (), stop_at_step: int | None = None
+    ranks: Ranks,
+    recipe: Path,
+    run: Path,
+    overrides: tuple[str, ...] = (),
+    stop_at_step: int | None = None,
+    **given: Any,
 ) -> Iterator[Trainer]:
-    trainer = Trainer(load_recipe(recipe, overrides), run, ranks, stop_at_step)
+    trainer = Trainer(load_recipe(recipe, overrides), run, ranks, stop_at_step, **given)
     try:
         yield trainer
     finally:
@@ -54,7 +62,11 @@ def _trainer(
 def scrape_while_training(ranks: Ranks, recipe: Path, run: Path) -> dict[str, str]:
     """Three steps, then the first rank fetches /metrics of every rank named in metrics_targets.json."""
     pages = {}
-    with _trainer(ranks, recipe, run) as trainer:
+    heartbeat, settings = Heartbeat(), load_recipe(recipe).metrics
+    with (
+        served_metrics(settings, run, ranks, {}, heartbeat) as metrics,
+        _trainer(ranks, recipe, run, heartbeat=heartbeat, metrics=metrics) as trainer,
+    ):
         for _ in range(3):
             trainer.train_step()
         ranks.wait_for_all()  # else another rank may not have counted its last step yet

@@ -17,8 +17,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from paco_ds.evaluation.accuracy import ShotAccuracy
 from paco_ds.metrics import exporter as exporter_module
-from paco_ds.metrics.exporter import Exporter, MetricsSink, NullExporter, reachable_host, write_targets
+from paco_ds.metrics.exporter import Exporter, MetricsSink, NullExporter, reachable_host
 from paco_ds.metrics.log import StepRecord
+from paco_ds.metrics.targets import target_files, targets
 
 RECORD = StepRecord(
     step=120,
@@ -51,9 +52,9 @@ EXPECTED = {
     "paco_queue_fill_ratio": 0.75,
     "paco_grad_norm": 2.5,
     'paco_bad_samples_total{reason="crc"}': 1,
-    'paco_shot_accuracy_ratio{shot="few"}': 0.7,
-    'paco_shot_accuracy_ratio{shot="all"}': 0.85,
-    'paco_images_by_experts_ratio{experts="1"}': 0.75,
+    'paco_shot_accuracy_ratio{shot="few",split="val"}': 0.7,
+    'paco_shot_accuracy_ratio{shot="all",split="val"}': 0.85,
+    'paco_images_by_experts_ratio{experts="1",split="val"}': 0.75,
     'paco_center_probability{shot="many"}': 0.5,
     'paco_center_probability_optimum{shot="medium"}': 0.7,
     'paco_positive_probability{shot="medium"}': 0.02,
@@ -61,6 +62,13 @@ EXPECTED = {
     'paco_collective_bytes_total{op="all_gather"}': 1024,
     "paco_checkpoint_blocked_seconds_total": 1.25,
     "paco_restarts_total": 3,
+    "paco_checkpoint_timestamp_seconds": 1.75e9,
+    "paco_checkpoint_bytes": 4096,
+    "paco_run_free_bytes": 10**9,
+    "paco_images_per_second": 640.0,
+    "paco_total_steps": 1000,
+    'paco_run_state{state="starting"}': 1,
+    'paco_run_state{state="failed"}': 0,
     "paco_step": 120,
     "paco_epoch": 3,
     'paco_build_info{version="1"}': 1,
@@ -71,10 +79,13 @@ def _report(sink: MetricsSink) -> None:
     sink.build_info({"version": "1"})
     sink.observe_step(RECORD, samples=32)
     sink.observe_bad_sample("crc")
-    sink.observe_accuracy(ACCURACY)
+    sink.observe_accuracy(ACCURACY, "val")
     sink.add_collective_bytes("all_gather", 1024)
     sink.checkpoint_blocked(1.25)
     sink.restarted(3)
+    sink.planned(1000)
+    sink.checkpoint_saved(1.75e9, 4096, 10**9)
+    sink.publish_targets("[]")
 
 
 def _values(text: str) -> dict[str, float]:
@@ -182,16 +193,20 @@ def test_null_exporter_takes_every_call() -> None:
     sink.close()
 
 
-def test_targets_are_in_file_sd_form(tmp_path: Path) -> None:
+def test_targets_are_in_file_sd_form() -> None:
     """A group per rank with run and rank as labels; a rank that serves nothing is left out."""
-    path = tmp_path / "metrics_targets.json"
-    path.write_text("old")
-    write_targets(path, ["10.0.0.1:9000", None, "10.0.0.2:9000"], run="demo")
-    assert json.loads(path.read_text()) == [
+    assert json.loads(targets(["10.0.0.1:9000", None, "10.0.0.2:9000"], run="demo")) == [
         {"targets": ["10.0.0.1:9000"], "labels": {"run": "demo", "rank": "0"}},
         {"targets": ["10.0.0.2:9000"], "labels": {"run": "demo", "rank": "2"}},
     ]
-    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_runs_of_one_name_have_two_files_in_the_folder_of_all_runs(tmp_path: Path) -> None:
+    """Told apart by their run directories."""
+    first, second = (target_files(tmp_path / parent / "demo", str(tmp_path / "all"))[1] for parent in "ab")
+    assert first != second
+    assert first.parent == tmp_path / "all"
+    assert target_files(tmp_path / "demo", None) == [tmp_path / "demo" / "metrics_targets.json"]
 
 
 def test_reachable_host_is_on_the_masters_network(caplog: pytest.LogCaptureFixture) -> None:

@@ -6,15 +6,16 @@ from prometheus_client import generate_latest
 
 from paco_ds.distributed.ranks import Ranks
 from paco_ds.errors import DataError
+from paco_ds.metrics.exporter import Exporter
 from paco_ds.metrics.run_logger import BadSamples, RunLogger
 from tests.recipes import tiny_recipe
 
 
 @pytest.fixture
 def bad_samples(tmp_path):
-    recipe = tiny_recipe("data.max_bad_share=0.02", "metrics.serve=true", "metrics.port=19500", "data.shards=/d")
+    recipe = tiny_recipe("data.max_bad_share=0.02", "data.shards=/d")
     ranks = Ranks(0, 1, 0, torch.device("cpu"))
-    logger = RunLogger(recipe.metrics, tmp_path, ranks, method="paco", epochs=2, total_steps=10, steps_done=0)
+    logger = RunLogger(recipe.metrics, tmp_path, ranks, Exporter(), epochs=2, total_steps=10, steps_done=0)
     yield BadSamples(logger, recipe.data, ranks, planned=100)
     logger.close()
 

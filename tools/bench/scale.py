@@ -33,8 +33,9 @@ from paco_ds.contrast.key_exchange import key_exchange
 from paco_ds.contrast.key_queue import KeyQueue
 from paco_ds.data.stream.order import EpochOrder
 from paco_ds.distributed.ranks import MicroBatchLayout, Pending
-from paco_ds.metrics.exporter import Exporter, write_targets
+from paco_ds.metrics.exporter import Exporter
 from paco_ds.metrics.log import StepRecord
+from paco_ds.metrics.targets import targets
 from paco_ds.randomness import DrawPurpose, permutation
 
 MICRO_BATCH, DIM, CLASSES, WINDOW = 32, 128, 8142, 64
@@ -89,7 +90,7 @@ def works(job: Job, folder: Path) -> dict[str, Callable[[], Any]]:
     slots = [slot for j in layout.own for slot in layout.slots(j)]
     exporter = _exporter()
     in_order = torch.from_numpy(job.groups.ravel())
-    addresses = [f"10.0.{rank // 256}.{rank % 256}:9400" for rank in range(W)]
+    addresses = [f"10.0.{rank // 256}.{rank % 256}:18400" for rank in range(W)]
     return {
         "order: an epoch made": lambda: EpochOrder(job.counts, layout.global_batch, seed=1, epoch=1, window=WINDOW),
         "order: a window of 64 steps, one rank": lambda: job.order.window_ids(0, slots),
@@ -101,7 +102,7 @@ def works(job: Job, folder: Path) -> dict[str, Callable[[], Any]]:
         "copying them twice": lambda: (job.packed.clone(), job.keys[0][in_order]),
         "queue push": lambda: job.queue.push(*job.keys),
         "queue snapshot": lambda: job.queue.snapshot(CLASSES),
-        "metrics_targets.json": lambda: write_targets(folder / "metrics_targets.json", addresses, "run"),
+        "list of targets": lambda: targets(addresses, "run"),
         "/metrics rendered, one rank": lambda: generate_latest(exporter.registry),
     }
 

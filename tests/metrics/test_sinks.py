@@ -1,6 +1,7 @@
 """Figures go to TensorBoard, W&B and MLflow as they go to metrics.jsonl; what fails there does not end a training."""
 
 import logging
+import struct
 import sys
 import types
 
@@ -10,6 +11,7 @@ import torch
 import paco_ds.metrics.sinks as sinks_package
 from paco_ds.distributed.ranks import Ranks
 from paco_ds.errors import RecipeError
+from paco_ds.metrics.exporter import NullExporter
 from paco_ds.metrics.log import StepRecord, read
 from paco_ds.metrics.run_logger import RunLogger
 from paco_ds.metrics.sinks import Sinks
@@ -27,7 +29,7 @@ def train(run, name, first, last, rank=0):
     run.mkdir(exist_ok=True)
     recipe = tiny_recipe(f"metrics.sinks=[{name}]")
     ranks = Ranks(rank, 1, 0, torch.device("cpu"))
-    logger = RunLogger(recipe.metrics, run, ranks, method="paco", epochs=2, total_steps=10, steps_done=first)
+    logger = RunLogger(recipe.metrics, run, ranks, NullExporter(), epochs=2, total_steps=10, steps_done=first)
     for step in range(first + 1, last + 1):
         shots = {"many": 0.5, "few": None}
         logger.step(StepRecord(step, 0, 10.0 + step, 0.1, 1.0, 9.0, 0.0, 0.1, center_probability=shots), 8, None)
@@ -42,22 +44,34 @@ def steps_in_tensorboard(run, name):
     return [(event.step, event.value) for event in events.Scalars(name)]
 
 
+def records_of_wandb(file):
+    """The records of a .wandb file: 7 bytes of header, then LevelDB's log, in blocks of 32 KiB."""
+    data, at, record = file.read_bytes(), 7, b""
+    while at < len(data):
+        if 32768 - at % 32768 < 7:  # the rest of a block has no room for a header
+            at += 32768 - at % 32768
+            continue
+        length, kind = struct.unpack_from("<HB", data, at + 4)
+        record += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # full, or last part
+            yield record
+            record = b""
+
+
 def steps_in_wandb(run, name):
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
+    from wandb.proto.wandb_internal_pb2 import Record
 
     found, ids = [], set()
     for file in sorted(run.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
-        store = DataStore()
-        store.open_for_scan(str(file))
-        while (data := store.scan_data()) is not None:
-            record = wandb_internal_pb2.Record()
+        for data in records_of_wandb(file):
+            record = Record()
             record.ParseFromString(data)
             if record.WhichOneof("record_type") == "run":
                 ids.add(record.run.run_id)
-            items = {i.key or "/".join(i.nested_key): float(i.value_json) for i in record.history.item}
+            items = {i.key or "/".join(i.nested_key): i.value_json for i in record.history.item}
             if name in items:
-                found.append((int(items["step"]), items[name]))
+                found.append((int(items["step"]), float(items[name])))
     assert len(ids) == 1
     return found
 

@@ -148,7 +148,7 @@ def test_what_is_no_such_file_is_refused(striped_shards, tmp_path):
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "backbone.pth")
     torch.save({"state_dict": print}, tmp_path / "code.pth")
     for name, message in (
-        ("backbone.pth", "does not fit the recipe"),
+        ("backbone.pth", "has 1000 classes, the shards 4"),
         ("code.pth", "holds no weights that can be read safely"),
         ("absent.pth", "there is no such file"),
     ):

@@ -44,12 +44,16 @@ def main(argv: list[str] | None = None) -> int:
     with joined(arguments) as (model, ranks, images):
         import numpy as np
 
+        from paco_ds.evaluation.predictor import Unreadable
+
         classes = {same_name(name): name for name in model.class_names}
         progress, rows = Progress(images, ranks), list[tuple["ListedImage", "Embedded"]]()
         for image, answer in in_order(images, model.batch, model.embed_stream, ranks):
-            reason = getattr(answer, "reason", None)
-            progress.add(image.name, reason)
-            if reason is None and ranks.first:
+            if isinstance(answer, Unreadable):
+                progress.add(image.name, answer.reason)
+                continue
+            progress.add(image.name)
+            if ranks.first:
                 rows.append((image, answer))
         progress.require_images(arguments.images)
         if not progress.read:

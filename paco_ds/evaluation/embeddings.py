@@ -70,7 +70,8 @@ class Embeddings:
                 texts = {
                     key: np.array(values, None if key == "probability" else str) for key, values in columns.items()
                 }
-                np.savez(file, about=np.array(json.dumps(about)), labelled=known, features=self.features, **texts)
+                about_file = np.array(json.dumps(about))
+                np.savez(file, allow_pickle=False, about=about_file, labelled=known, features=self.features, **texts)
                 return
             arrow = pyarrow()
             features = arrow.FixedSizeListArray.from_arrays(self.features.ravel(), self.features.shape[1])
@@ -148,7 +149,7 @@ def _read_parquet(path: Path) -> dict[str, Any]:
 def unit(features: Floats) -> Floats:
     """The rows with length 1; a row of zeros stays, and is similar to none."""
     length = np.linalg.norm(features, axis=1, keepdims=True)
-    return features / np.where(length > 0, length, 1)
+    return (features / np.where(length > 0, length, 1)).astype(np.float32, copy=False)
 
 
 def nearest(queries_QF: Floats, features_NF: Floats, k: int) -> Iterator[tuple[npt.NDArray[np.int64], Floats]]:

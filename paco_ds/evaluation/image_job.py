@@ -94,7 +94,8 @@ def in_order(
     every = iter(images)
     for _ in range(math.ceil(len(images) / (batch * ranks.world_size))):
         for of_rank in ranks.gather_objects(list(islice(mine, batch))):
-            yield from zip(every, of_rank, strict=False)  # every rank's part is at most what is left
+            # answers first: zip also takes from its first iterator where the second has ended, and loses what it took
+            yield from ((image, each) for each, image in zip(of_rank, every, strict=False))
 
 
 class Progress:

@@ -51,9 +51,12 @@ def main(argv: list[str] | None = None) -> int:
         top, progress = min(arguments.top, len(model.class_names)), Progress(images, ranks)
         with _writer(arguments.output, top) if ranks.first else nullcontext(lambda name, answer: None) as write:
             for image, answer in in_order(images, model.batch, lambda mine: model.stream(mine, top), ranks):
-                read = isinstance(answer, tuple)
-                progress.add(image.name, None if read else answer.reason)
-                write(image.name, [(each.name, each.probability) for each in answer] if read else [])
+                if isinstance(answer, tuple):
+                    progress.add(image.name)
+                    write(image.name, [(each.name, each.probability) for each in answer])
+                else:
+                    progress.add(image.name, answer.reason)
+                    write(image.name, [])
             progress.require_images(arguments.images)
         return progress.finish(arguments.output)
 

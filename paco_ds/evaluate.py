@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from paco_ds.config.recipe import DataSettings, EvaluationSettings
     from paco_ds.data.manifest import Manifest
     from paco_ds.distributed.ranks import Ranks
+    from paco_ds.evaluation.runner import Ensemble
     from paco_ds.evaluation.split import EvaluationSplit
 
 
@@ -47,6 +48,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("an ensemble belongs to no run: say with --output FILE.json where its figures go")
     if len(arguments.run) > 1 and arguments.tau_normalize is not None:
         parser.error("--tau-normalize is of one run")
+    corrected = arguments.tau_normalize is not None or arguments.logit_adjust is not None
+    if arguments.fit_temperature and (len(arguments.run) > 1 or corrected or arguments.data):
+        parser.error("--fit-temperature is of one run as it was trained")
     with one_line_on_interrupt():
         return _evaluate(arguments)
 
@@ -101,7 +105,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             tau = _tau_of("--tau-normalize", arguments.tau_normalize, recipe.evaluation, judged, choose, ranks)
             members = [(tau_normalization.tau_normalized(network, tau), members[0][1])]
             about |= {"tau_normalization": tau}
-        model: nn.Module = Ensemble(members).to(ranks.device)
+        ensemble = Ensemble(members).to(ranks.device)
+        if arguments.fit_temperature:
+            _fit_temperature(runs[0], ensemble, recipe.evaluation, judged, ranks)
+        model: nn.Module = ensemble
         if arguments.logit_adjust is not None:
             model = adjusted = LogitAdjusted(model, judged(split).class_counts, 0.0).to(ranks.device)
             choose = partial(choose_tau, adjusted, adjusted.logits_of_taus())
@@ -149,6 +156,26 @@ def _other_shards(shards: str, settings: DataSettings, split: str, trained: Mani
     other = open_data(settings.model_copy(update={"shards": shards, "classes": None}), [split])
     class_index(other, trained)
     return other
+
+
+def _fit_temperature(
+    run: Path,
+    model: Ensemble,
+    settings: EvaluationSettings,
+    judged: Callable[[str], EvaluationSplit],
+    ranks: Ranks,
+) -> None:
+    """Fit a temperature on the validation split and store it in the run."""
+    from paco_ds.checkpoint import chosen_checkpoint
+    from paco_ds.evaluation.temperature import checkpoint_digest, fit_on_split, save_temperature, validation_split
+
+    split = judged(validation_split(settings))
+    split.manifest.check_files(split.name)
+    fitted = fit_on_split(model, split, ranks, checkpoint_digest(chosen_checkpoint(run, settings.checkpoint)))
+    if ranks.first:
+        path = save_temperature(run, fitted)
+        nll = f"NLL of {split.name} {fitted.nll_before:.4f} -> {fitted.nll_after:.4f}"
+        say(f"written: {path}: temperature {fitted.temperature:.4f}, {nll}")
 
 
 def _tau_of(
@@ -205,6 +232,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--data", metavar="SHARDS", help="other shards whose images are evaluated, of the run's classes"
+    )
+    parser.add_argument(
+        "--fit-temperature",
+        action="store_true",
+        help="fit a temperature on evaluation.split and store it as RUN/temperature.json, for paco-predict",
     )
     parser.add_argument("--split", help="split to evaluate; the recipe's evaluation.test_split by default")
     parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a setting")

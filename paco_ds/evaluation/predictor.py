@@ -10,10 +10,11 @@ Shapes: N images, C classes, F the width of the features, E experts.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -33,12 +34,14 @@ from paco_ds.data.manifest import Manifest, TrainedData, open_data
 from paco_ds.data.shard import BadSample, RawSample
 from paco_ds.data.stream.views import MakeViews, make_view
 from paco_ds.errors import DataError
+from paco_ds.evaluation.images import ListedImage
 from paco_ds.evaluation.runner import Ensemble, load_recogniser
+from paco_ds.evaluation.temperature import checkpoint_digest
 from paco_ds.models.recogniser import Recogniser, concat_experts
 
 T = TypeVar("T")
-Picture = str | os.PathLike[str] | bytes | npt.NDArray[np.uint8] | Image.Image
-"""An image: the path of a file, the bytes of one, uint8 [H, W, 3] of RGB, or PIL's."""
+Picture = str | os.PathLike[str] | bytes | npt.NDArray[np.uint8] | Image.Image | ListedImage
+"""An image: the path of a file, the bytes of one, uint8 [H, W, 3] of RGB, PIL's, or one of `list_images`."""
 View = npt.NDArray[np.uint8]  # [size, size, 3]
 
 
@@ -48,6 +51,18 @@ class Prediction:
 
     name: str
     probability: float
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Features before the classifier, float32 [F] (of experts one after the other), and the most probable class.
+
+    `sha256` is of the encoded image, so that copies are known.
+    """
+
+    feature: npt.NDArray[np.float32]
+    predicted: Prediction
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -68,8 +83,10 @@ class Predictor:
         max_pixels: of an image; more are refused.
         batch: images that are run at a time.
         autocast: whether the model runs under bfloat16 autocast, as it was trained.
+        digest: SHA-256 of the weights.
 
     Attributes:
+        temperature: that logits are divided by; 1 unless set.
         class_names: the C classes, in the order of `probabilities`.
         backbone: name of the network, as in a recipe.
         recogniser: the model itself.
@@ -84,8 +101,10 @@ class Predictor:
         max_pixels: int,
         batch: int,
         autocast: bool,
+        digest: str = "",
     ) -> None:
-        self.backbone, self.class_names, self.view, self._batch = backbone, tuple(class_names), view, batch
+        self.backbone, self.class_names, self.view, self.batch = backbone, tuple(class_names), view, batch
+        self.digest, self.temperature, self.max_pixels = digest, 1.0, max_pixels
         self.recogniser, self._autocast = model.eval(), autocast
         self._answer = Ensemble([(model, autocast)])
         self._make_views = MakeViews((make_view(view),), max_pixels)
@@ -111,9 +130,16 @@ class Predictor:
     def stream(self, images: Iterable[Picture], top: int = 1) -> Iterator[tuple[Prediction, ...] | Unreadable]:
         """As `predict`, a batch at a time as images come, and without an end at one that cannot be read."""
         for views in self._views(images):
-            readable = [view for view in views if not isinstance(view, Unreadable)]
+            readable = [view for view, _ in views if not isinstance(view, Unreadable)]
             answers = iter(self._named(self._probabilities(readable), top) if readable else ())
-            yield from (view if isinstance(view, Unreadable) else next(answers) for view in views)
+            yield from (view if isinstance(view, Unreadable) else next(answers) for view, _ in views)
+
+    def embed_stream(self, images: Iterable[Picture]) -> Iterator[Embedded | Unreadable]:
+        """As `stream`, with features."""
+        for views in self._views(images):
+            readable = [(view, sha256) for view, sha256 in views if not isinstance(view, Unreadable)]
+            answers = iter(self._embedded(readable) if readable else ())
+            yield from (view if isinstance(view, Unreadable) else next(answers) for view, _ in views)
 
     def probabilities(self, images: Iterable[Picture]) -> Tensor:
         """float32 [N, C] on the CPU; raises as `predict`."""
@@ -125,12 +151,18 @@ class Predictor:
         return self._of_all(images, self._features, 0)
 
     def _of_all(self, images: Iterable[Picture], run: Callable[[Sequence[View]], Tensor], width: int) -> Tensor:
-        rows = [run([_or_raise(view) for view in views]) for views in self._views(images)]
+        rows = [run([_or_raise(view) for view, _ in views]) for views in self._views(images)]
         return torch.cat(rows) if rows else torch.zeros(0, width)
 
     @torch.no_grad()
     def _probabilities(self, views: Sequence[View]) -> Tensor:
-        return self._answer(_stacked(views).to(self.device)).mean_logits().softmax(1).cpu()
+        logits_NC = self._answer(_stacked(views).to(self.device)).mean_logits()
+        return (logits_NC / self.temperature).softmax(1).cpu()
+
+    def _embedded(self, views: Sequence[tuple[View, str]]) -> list[Embedded]:
+        pixels = [view for view, _ in views]
+        rows = zip(self._features(pixels), self._named(self._probabilities(pixels), 1), views, strict=True)
+        return [Embedded(feature.numpy(), best, sha256) for feature, (best,), (_, sha256) in rows]
 
     @torch.no_grad()
     def _features(self, views: Sequence[View]) -> Tensor:
@@ -146,25 +178,35 @@ class Predictor:
             for classes, probabilities in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]
 
-    def _views(self, images: Iterable[Picture]) -> Iterator[list[View | Unreadable]]:
-        """Batches of views, decoded by threads: decoders release Python's lock."""
+    def _views(self, images: Iterable[Picture]) -> Iterator[list[tuple[View | Unreadable, str]]]:
+        """Batches of (view, SHA-256 of the file), decoded by threads: decoders release Python's lock. The next batch is
+        decoded while the model runs on this one."""
         numbered = enumerate(images)
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-            while batch := list(islice(numbered, self._batch)):
-                yield list(threads.map(self._view, batch))
 
-    def _view(self, numbered: tuple[int, Picture]) -> View | Unreadable:
-        number, image = numbered
-        name = os.fspath(image) if isinstance(image, str | os.PathLike) else f"image {number}"
+            def begun() -> list[Future[tuple[View | Unreadable, str]]]:
+                return [threads.submit(self._view, *each) for each in islice(numbered, self.batch)]
+
+            batch = begun()
+            while batch:
+                following = begun()
+                yield [view.result() for view in batch]
+                batch = following
+
+    def _view(self, number: int, image: Picture) -> tuple[View | Unreadable, str]:
+        name = _name(image, number)
         try:
-            (view,) = self._make_views(RawSample(name, 0, "", _encoded(image)), np.random.default_rng(0))
+            encoded = _encoded(image)
+            (view,) = self._make_views(RawSample(name, 0, "", encoded), np.random.default_rng(0))
         except BadSample as bad:
-            return Unreadable(name, bad.reason)
+            return Unreadable(name, bad.reason), ""
         except OSError as error:
-            return Unreadable(name, error.strerror or str(error))
+            return Unreadable(name, error.strerror or str(error)), ""
+        except DataError:  # of shards: a file that is gone or cut, not an image
+            raise
         except ValueError as error:  # a path that no file can have
-            return Unreadable(name, str(error))
-        return view
+            return Unreadable(name, str(error)), ""
+        return view, hashlib.sha256(encoded).hexdigest()
 
 
 def load(run: str | os.PathLike[str], device: str | torch.device = "cpu") -> Predictor:
@@ -190,6 +232,7 @@ def load(run: str | os.PathLike[str], device: str | torch.device = "cpu") -> Pre
         recipe.data.max_pixels,
         recipe.evaluation.batch,
         checkpoint.state["autocast"],
+        checkpoint_digest(checkpoint),
     ).to(device)
 
 
@@ -206,8 +249,16 @@ def _stacked(views: Sequence[View]) -> Tensor:
     return torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).contiguous()
 
 
+def _name(image: Picture, number: int) -> str:
+    if isinstance(image, ListedImage):
+        return image.name
+    return os.fspath(image) if isinstance(image, str | os.PathLike) else f"image {number}"
+
+
 def _encoded(image: Picture) -> bytes:
     """The bytes of an image file."""
+    if isinstance(image, ListedImage):
+        return image.read()
     if isinstance(image, bytes):
         return image
     if isinstance(image, str | os.PathLike):

@@ -1,11 +1,16 @@
 """A trained model away from its shards: the answers of the run's own evaluation, from files, bytes and arrays."""
 
+import csv
 import io
 import json
 import os
 import shutil
+import subprocess
+import sys
+import tarfile
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
@@ -13,8 +18,12 @@ from PIL import Image
 import paco_ds
 from paco_ds.checkpoint import chosen_checkpoint
 from paco_ds.config.load import load_recipe
+from paco_ds.config.recipe import EvaluationSettings
 from paco_ds.data.manifest import open_data
+from paco_ds.distributed.ranks import Ranks
 from paco_ds.errors import CheckpointError, DataError, RecipeError
+from paco_ds.evaluation import embed, neighbours, temperature
+from paco_ds.evaluation.embeddings import load_embeddings
 from paco_ds.evaluation.predict import main
 from paco_ds.evaluation.runner import load_recogniser
 from tests.recipes import evaluation_batches, write_tiny_recipe
@@ -156,3 +165,79 @@ def test_a_mistake_is_one_line(trained, tmp_path, capsys, arguments, message):
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def places(trained, striped_shards, tmp_path_factory):
+    """Shards, a tar and a pattern of the same images, with one in the tar that cannot be read."""
+    tar = tmp_path_factory.mktemp("places") / "x.tar"
+    with tarfile.open(tar, "w") as file:
+        file.add(trained[1][0], "a.png")
+        file.addfile(tarfile.TarInfo("b.jpg"))
+    return [str(striped_shards), str(tar), str(trained[1][0].parent / "*.png")]
+
+
+def test_parquet_has_the_rows_of_csv(trained, places, tmp_path):
+    words = [str(trained[0]), *places, "--split", "test", "--device", "cpu", "--top", "2", "--output"]
+    assert main([*words, str(tmp_path / "t.csv")]) == main([*words, str(tmp_path / "t.parquet")]) == 0
+    rows = pyarrow.parquet.read_table(tmp_path / "t.parquet").to_pylist()
+    with open(tmp_path / "t.csv", newline="") as file:
+        lines = list(csv.reader(file))
+    assert list(rows[0]) == lines[0]
+    for row, line in zip(rows, lines[1:], strict=True):
+        cells = [f"{cell:.6f}" if isinstance(cell, float) else cell for cell in row.values() if cell is not None]
+        assert cells == line
+
+
+def test_shards_tars_and_patterns_are_predicted_the_same_on_two_ranks(trained, places, tmp_path, capsys):
+    """In input order; an image of a tar that cannot be read is named and ends nothing."""
+    files = [tmp_path / f"{ranks}.csv" for ranks in (1, 2)]
+    words = [str(trained[0]), *places, "--split", "test", "--device", "cpu", "--top", "2", "--output"]
+    assert main([*words, str(files[0])]) == 0
+    assert "x.tar/b.jpg cannot be read" in capsys.readouterr().err
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [sys.executable, *launch, "-m", "paco_ds.evaluation.predict"]
+    done = subprocess.run([*command, *words, str(files[1])], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in files)
+
+
+def test_temperature_minimises_nll_and_belongs_to_its_weights(trained, model):
+    z = 3 * torch.randn(400, 4, generator=torch.Generator().manual_seed(0))
+    y = torch.multinomial((z / 2.5).softmax(1), 1, generator=torch.Generator().manual_seed(1))[:, 0]
+    fitted, images, before, after = temperature.fit(z, y, Ranks(0, 1, 0, torch.device("cpu")))
+    nll = {
+        t: float(torch.nn.functional.cross_entropy(z.double() / t, y)) for t in (fitted * 0.99, fitted, fitted * 1.01)
+    }
+    assert images == 400
+    assert after == pytest.approx(nll[fitted])
+    assert min(nll, key=lambda t: nll[t]) == fitted
+    assert after < before
+    with pytest.raises(CheckpointError, match=r"temperature\.json is not there: fit it with paco-evaluate"):
+        temperature.load_temperature(trained[0], model.digest)
+    stored = temperature.Temperature(
+        temperature=2, checkpoint="other", split="val", images=9, nll_before=1, nll_after=1
+    )
+    path = temperature.save_temperature(trained[0], stored)
+    with pytest.raises(CheckpointError, match="was fitted to other weights"):
+        temperature.load_temperature(trained[0], model.digest)
+    path.unlink()
+
+
+@pytest.mark.parametrize("split", [None, "test"])
+def test_temperature_is_never_fitted_on_test(split):
+    with pytest.raises(RecipeError, match="with a validation split"):
+        temperature.validation_split(EvaluationSettings(split=split))
+
+
+def test_embeddings_of_shards_have_labels_and_a_new_image_its_neighbours(trained, model, places, tmp_path, capsys):
+    run, images, *_ = trained
+    table = tmp_path / "t.npz"
+    assert embed.main([str(run), places[0], "--split", "test", "--device", "cpu", "-o", str(table)]) == 0
+    loaded = load_embeddings(table)
+    assert set(loaded.labels) == set(model.class_names)
+    capsys.readouterr()
+    assert neighbours.main([str(table), "--query", str(images[0]), "--run", str(run), "-k", "1"]) == 0
+    (row,) = capsys.readouterr().out.splitlines()[1:]
+    assert row.split(",")[1:3] == ["1.000000", images[0].parent.name]

@@ -11,10 +11,9 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Protocol
 
 import torch
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, disable_created_metrics
 
 from paco_ds.evaluation.accuracy import ShotAccuracy
 from paco_ds.metrics.log import StepRecord
@@ -35,51 +34,7 @@ STATE_OF_PHASE = {
 STEP_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
 
-class MetricsSink(Protocol):
-    """Receives reports of the training loop: `Exporter` with metrics on, `NullExporter` with metrics off."""
-
-    @property
-    def finished(self) -> bool:
-        """Whether the run has ended as `finished`."""
-
-    def start(self, base_port: int, local_rank: int, address: str | None = None) -> int | None:
-        """Serve /metrics; returns the port, or None if nothing is served."""
-
-    def publish_targets(self, text: str) -> None:
-        """Serve the list of targets under /targets."""
-
-    def planned(self, total_steps: int) -> None:
-        """Report the optimizer steps of the whole run."""
-
-    def ended(self, state: str) -> None:
-        """Report that the run is `finished` or `failed`."""
-
-    def build_info(self, labels: Mapping[str, str]) -> None:
-        """Set the labels of paco_build_info: versions, method, world size."""
-
-    def observe_step(self, record: StepRecord, samples: int) -> None:
-        """Report a finished step; this rank processed `samples` images."""
-
-    def observe_bad_sample(self, reason: str) -> None:
-        """Report a bad sample that was replaced."""
-
-    def observe_accuracy(self, accuracy: ShotAccuracy, split: str) -> None:
-        """Report a finished evaluation of a split."""
-
-    def add_collective_bytes(self, op: str, count: int) -> None:
-        """Report `count` bytes that this rank sent in collective `op`."""
-
-    def checkpoint_blocked(self, seconds: float) -> None:
-        """Report the seconds for which a checkpoint blocked training."""
-
-    def checkpoint_saved(self, time: float, size: int, free: int) -> None:
-        """Report a checkpoint on disk: its Unix time, its bytes, and the bytes that are free there."""
-
-    def restarted(self, times: int) -> None:
-        """Report how often the run was started again so far."""
-
-    def close(self) -> None:
-        """Stop serving."""
+disable_created_metrics()  # a second series for each counter, which no expression needs
 
 
 class Exporter:
@@ -333,44 +288,6 @@ class Exporter:
         if self._server is not None:
             self._server.close()
             self._server = None
-
-
-class NullExporter:
-    """Does nothing."""
-
-    _ended = ""
-
-    @property
-    def finished(self) -> bool:
-        return self._ended == "finished"
-
-    def start(self, base_port: int, local_rank: int, address: str | None = None) -> int | None:
-        return None
-
-    def publish_targets(self, text: str) -> None: ...
-
-    def planned(self, total_steps: int) -> None: ...
-
-    def ended(self, state: str) -> None:
-        self._ended = state
-
-    def build_info(self, labels: Mapping[str, str]) -> None: ...
-
-    def observe_step(self, record: StepRecord, samples: int) -> None: ...
-
-    def observe_bad_sample(self, reason: str) -> None: ...
-
-    def observe_accuracy(self, accuracy: ShotAccuracy, split: str) -> None: ...
-
-    def add_collective_bytes(self, op: str, count: int) -> None: ...
-
-    def checkpoint_blocked(self, seconds: float) -> None: ...
-
-    def checkpoint_saved(self, time: float, size: int, free: int) -> None: ...
-
-    def restarted(self, times: int) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def reachable_host(master_addr: str) -> str:

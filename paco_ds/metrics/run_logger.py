@@ -14,7 +14,7 @@ from paco_ds.distributed.ranks import Ranks
 from paco_ds.errors import DataError
 from paco_ds.evaluation.accuracy import ShotAccuracy
 from paco_ds.files import storage_errors
-from paco_ds.metrics.exporter import MetricsSink
+from paco_ds.metrics.exporter import Exporter
 from paco_ds.metrics.log import MetricsLog, StepRecord
 from paco_ds.metrics.progress import progress_view
 from paco_ds.metrics.sinks import Sinks
@@ -35,7 +35,7 @@ class RunLogger:
         settings: MetricsSettings,
         run: Path,
         ranks: Ranks,
-        metrics: MetricsSink,
+        metrics: Exporter,
         *,
         epochs: int,
         total_steps: int,

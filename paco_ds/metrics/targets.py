@@ -14,7 +14,7 @@ from paco_ds.config.recipe import MetricsSettings
 from paco_ds.distributed.heartbeat import Heartbeat
 from paco_ds.distributed.ranks import Ranks
 from paco_ds.files import replace_text, storage_errors
-from paco_ds.metrics.exporter import Exporter, MetricsSink, NullExporter, reachable_host
+from paco_ds.metrics.exporter import Exporter, reachable_host
 
 TARGETS_FILE = "metrics_targets.json"
 
@@ -22,7 +22,7 @@ TARGETS_FILE = "metrics_targets.json"
 @contextmanager
 def served_metrics(
     settings: MetricsSettings, run: Path, ranks: Ranks, build: Mapping[str, str], heartbeat: Heartbeat
-) -> Iterator[MetricsSink]:
+) -> Iterator[Exporter]:
     """Serve /metrics on every rank during the block and list the addresses, before anything slow begins.
 
     A list of an earlier start is replaced. It is removed at a clean end, also of a run that was asked to stop; a failed
@@ -34,12 +34,10 @@ def served_metrics(
         build: labels of paco_build_info.
         heartbeat: of this rank, from which its state is read.
     """
-    sink: MetricsSink = NullExporter()
-    if settings.serve:
-        sink = Exporter(ranks.first, lambda: heartbeat.last.phase, ranks.device)
+    sink = Exporter(ranks.first, lambda: heartbeat.last.phase, ranks.device)
     files: list[Path] = []
     try:
-        port = sink.start(settings.port, ranks.local_rank, settings.address)
+        port = sink.start(settings.port, ranks.local_rank, settings.address) if settings.serve else None
         sink.build_info(build)
         ranks.on_bytes = sink.add_collective_bytes
         host = _bracketed(settings.address) or reachable_host(os.environ.get("MASTER_ADDR", "127.0.0.1"))

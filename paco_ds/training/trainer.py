@@ -30,7 +30,7 @@ from paco_ds.evaluation.results import now, versions, write_results
 from paco_ds.evaluation.runner import EvaluationLeftError, evaluate, load_recogniser
 from paco_ds.evaluation.split import EvaluationSplit
 from paco_ds.files import replace_text, storage_errors
-from paco_ds.metrics.exporter import MetricsSink, NullExporter
+from paco_ds.metrics.exporter import Exporter
 from paco_ds.metrics.log import StepRecord
 from paco_ds.metrics.run_logger import BadSamples, RunLogger
 from paco_ds.training.agreement import check_replicas_equal
@@ -70,7 +70,7 @@ class Trainer:
         stop_request: StopRequest | None = None,
         lock: FolderLock | None = None,
         heartbeat: Heartbeat | None = None,
-        metrics: MetricsSink | None = None,
+        metrics: Exporter | None = None,
     ) -> None:
         self.recipe, self.run_dir, self.ranks, self.stop_at_step = recipe, run, ranks, stop_at_step
         self.lock, self.saver, self.started = lock, Saver(), now()
@@ -127,7 +127,7 @@ class Trainer:
             recipe.metrics,
             run,
             ranks,
-            metrics or NullExporter(),
+            metrics or Exporter(),
             epochs=recipe.schedule.epochs,
             total_steps=self.total_steps,
             steps_done=self.steps_done,

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from paco_ds.evaluation.accuracy import ShotAccuracy
 from paco_ds.metrics import exporter as exporter_module
-from paco_ds.metrics.exporter import Exporter, MetricsSink, NullExporter, reachable_host
+from paco_ds.metrics.exporter import Exporter, reachable_host
 from paco_ds.metrics.log import StepRecord
 from paco_ds.metrics.targets import target_files, targets
 
@@ -75,7 +75,7 @@ EXPECTED = {
 }
 
 
-def _report(sink: MetricsSink) -> None:
+def _report(sink: Exporter) -> None:
     sink.build_info({"version": "1"})
     sink.observe_step(RECORD, samples=32)
     sink.observe_bad_sample("crc")
@@ -183,14 +183,6 @@ def test_close_gives_the_port_back(exporter: Exporter) -> None:
     with socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         other.bind(("0.0.0.0", port))
-
-
-def test_null_exporter_takes_every_call() -> None:
-    """Metrics off: the same calls, nothing served."""
-    sink = NullExporter()
-    _report(sink)
-    assert sink.start(9000, 0) is None
-    sink.close()
 
 
 def test_targets_are_in_file_sd_form() -> None:

@@ -11,7 +11,7 @@ import torch
 import paco_ds.metrics.sinks as sinks_package
 from paco_ds.distributed.ranks import Ranks
 from paco_ds.errors import RecipeError
-from paco_ds.metrics.exporter import NullExporter
+from paco_ds.metrics.exporter import Exporter
 from paco_ds.metrics.log import StepRecord, read
 from paco_ds.metrics.run_logger import RunLogger
 from paco_ds.metrics.sinks import Sinks
@@ -29,7 +29,7 @@ def train(run, name, first, last, rank=0):
     run.mkdir(exist_ok=True)
     recipe = tiny_recipe(f"metrics.sinks=[{name}]")
     ranks = Ranks(rank, 1, 0, torch.device("cpu"))
-    logger = RunLogger(recipe.metrics, run, ranks, NullExporter(), epochs=2, total_steps=10, steps_done=first)
+    logger = RunLogger(recipe.metrics, run, ranks, Exporter(), epochs=2, total_steps=10, steps_done=first)
     for step in range(first + 1, last + 1):
         shots = {"many": 0.5, "few": None}
         logger.step(StepRecord(step, 0, 10.0 + step, 0.1, 1.0, 9.0, 0.0, 0.1, center_probability=shots), 8, None)

@@ -1,8 +1,8 @@
 """Finds images whose nearest neighbours are mostly of another class: candidates of wrong labels.
 
-Of an image i with label y, let m be the number of other images of y, exact copies of i left out, and k_i = min(k, m), so
-that a class smaller than k is not blamed for its size. Its score is 1 minus the share of y among its k_i nearest
-neighbours by cosine similarity, each weighted by its similarity (0 where negative). It is a candidate if the score is
+Exact copies (same SHA-256) with the same label are one image. Of an image i with label y, let m be the number of other
+images of y and k_i = min(k, m), so that a class smaller than k is not blamed for its size. Its score is 1 minus the share of y among its k_i nearest
+neighbours by cosine similarity, copies left out, each weighted by its similarity (0 where negative). It is a candidate if the score is
 above 1/2, or if an exact copy of it has another label. Of an image without others of its class nothing can be said.
 """
 
@@ -43,7 +43,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Candidates, smallest class first, then by score and margin; how many images were judged, and how many not."""
+    """Candidates, smallest class first, then by score and margin; how many images were judged, and how many not, copies
+    with the same label counted once in `found`, `judged` and `alone`."""
 
     found: list[Candidate]
     judged: int
@@ -53,40 +54,39 @@ class Candidates:
 
 def wrong_labels(table: Embeddings, k: int) -> Candidates:
     """Candidates among the labelled images; see above. Images without a label neither are judged nor judge."""
-    rows = [row for row, label in enumerate(table.labels) if label is not None]
-    labels = [str(table.labels[row]) for row in rows]
-    digests = [table.sha256[row] for row in rows]
-    sizes, same = Counter(labels), Counter(zip(digests, labels, strict=True))
     copies: dict[str, list[int]] = {}
-    for number, digest in enumerate(digests):
-        copies.setdefault(digest, []).append(number)
-    most_copies = max(map(len, copies.values()), default=0)
+    pictures: dict[tuple[str, str], int] = {}  # the first row of each picture with each label
+    labelled = [(row, label) for row, label in enumerate(table.labels) if label is not None]
+    for row, label in labelled:
+        copies.setdefault(table.sha256[row], []).append(row)
+        pictures.setdefault((table.sha256[row], label), row)
+    rows, labels, digests = list(pictures.values()), [y for _, y in pictures], [digest for digest, _ in pictures]
+    sizes, distinct = Counter(label for _, label in labelled), Counter(labels)
+    most_labels = max(Counter(digests).values(), default=0)  # of a picture: so many of the nearest may be left out
     features = table.features[rows]
     found, alone = [], 0
-    for i, (near, similarities) in enumerate(nearest(features, features, k + most_copies)):
-        of_copies = tuple(sorted(labels[j] for j in copies[digests[i]] if j != i))
-        others = sizes[labels[i]] - same[digests[i], labels[i]]
+    for i, (near, similarities) in enumerate(nearest(features, features, k + most_labels)):
+        same = [row for row in copies[digests[i]] if row != rows[i]]
+        of_copies = tuple(sorted(str(table.labels[row]) for row in same))
         pairs = [(int(j), float(s)) for j, s in zip(near, similarities, strict=True) if digests[j] != digests[i]]
-        pairs = pairs[: min(k, others)]
-        conflict = next((j for j in copies[digests[i]] if labels[j] != labels[i]), None)
+        pairs = pairs[: min(k, distinct[labels[i]] - 1)]
+        conflict = next((row for row in same if table.labels[row] != labels[i]), None)
         alone += not pairs and conflict is None
         score, weights = _score(labels[i], [labels[j] for j, _ in pairs], [s for _, s in pairs])
         if conflict is not None:
-            suggested, neighbour, similarity = labels[conflict], conflict, 1.0
+            suggested, neighbour, similarity = str(table.labels[conflict]), conflict, 1.0
         elif score > 0.5:
             suggested = max(weights, key=lambda name: weights[name])
-            neighbour, similarity = next((j, s) for j, s in pairs if labels[j] == suggested)
+            neighbour, similarity = next((rows[j], s) for j, s in pairs if labels[j] == suggested)
         else:
             continue
         own = next((s for j, s in pairs if labels[j] == labels[i]), pairs[-1][1] if pairs else 0.0)
         size = sizes[labels[i]]
         found.append(
-            Candidate(
-                rows[i], labels[i], score, suggested, rows[neighbour], similarity, similarity - own, size, of_copies
-            )
+            Candidate(rows[i], labels[i], score, suggested, neighbour, similarity, similarity - own, size, of_copies)
         )
     found.sort(key=lambda each: (each.class_size, each.label, -round(each.score, 6), -each.margin, each.image))
-    return Candidates(found, len(rows) - alone, alone, len(table.names) - len(rows))
+    return Candidates(found, len(rows) - alone, alone, len(table.names) - len(labelled))
 
 
 def _score(own: str, labels: list[str], similarities: list[float]) -> tuple[float, dict[str, float]]:

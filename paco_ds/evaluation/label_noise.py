@@ -1,9 +1,10 @@
 """Finds images whose nearest neighbours are mostly of another class: candidates of wrong labels.
 
 Exact copies (same SHA-256) with the same label are one image. Of an image i with label y, let m be the number of other
-images of y and k_i = min(k, m), so that a class smaller than k is not blamed for its size. Its score is 1 minus the share of y among its k_i nearest
-neighbours by cosine similarity, copies left out, each weighted by its similarity (0 where negative). It is a candidate if the score is
-above 1/2, or if an exact copy of it has another label. Of an image without others of its class nothing can be said.
+images of y and k_i = min(k, m), so that a class smaller than k is not blamed for its size. Its score is 1 minus the
+share of y among its k_i nearest neighbours by cosine similarity, copies left out, each weighted by its similarity (0
+where negative). It is a candidate if the score is above 1/2, or if a copy has another label. Of an image without others
+of its class nothing can be said.
 """
 
 from __future__ import annotations

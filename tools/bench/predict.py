@@ -1,6 +1,6 @@
 """Owns the bench of paco-predict: images a second from JPEG files, against decoding alone and the model alone.
 
-    python tools/bench/predict.py [--images N] [--recipe NAME] [--rounds N] [--json]
+    python tools/bench/predict.py [--images N] [--recipe NAME] [--batch N] [--rounds N] [--json]
 
 ours      `Predictor.stream` over paths, what paco-predict runs: read, decode, resize, crop, model, names of the top 5
 decoding  the same views by the same threads, without a model
@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=500, help="files of one measurement")
     parser.add_argument("--recipe", default="imagenet_lt_resnet50", help="whose network, view and batch are used")
+    parser.add_argument("--batch", type=int, help="images of a batch; the recipe's evaluation.batch by default")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each, in turn")
     parser.add_argument("--json", action="store_true", help="end with a JSON line for the bar")
     arguments = parser.parse_args(argv)
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         [f"class {c}" for c in range(CLASSES)],
         recipe.views.evaluation,
         recipe.data.max_pixels,
-        recipe.evaluation.batch,
+        arguments.batch or recipe.evaluation.batch,
         autocast=False,
     ).to(device)
     with TemporaryDirectory() as folder:

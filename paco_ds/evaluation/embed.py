@@ -26,7 +26,7 @@ from paco_ds.evaluation.image_job import Progress, add_arguments, in_order, join
 
 if TYPE_CHECKING:
     from paco_ds.evaluation.images import ListedImage
-    from paco_ds.evaluation.predictor import Embedded
+    from paco_ds.evaluation.predictor import Prediction
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,25 +47,27 @@ def main(argv: list[str] | None = None) -> int:
         from paco_ds.evaluation.predictor import Unreadable
 
         classes = {same_name(name): name for name in model.class_names}
-        progress, rows = Progress(images, ranks), list[tuple["ListedImage", "Embedded"]]()
+        progress, rows = Progress(images, ranks), list[tuple["ListedImage", "Prediction", str]]()
+        features = bytearray()  # grows in place: a stack of the rows would hold them twice
         for image, answer in in_order(images, model.batch, model.embed_stream, ranks):
             if isinstance(answer, Unreadable):
                 progress.add(image.name, answer.reason)
                 continue
             progress.add(image.name)
             if ranks.first:
-                rows.append((image, answer))
+                rows.append((image, answer.predicted, answer.sha256))
+                features += answer.feature.tobytes()
         progress.require_images(arguments.images)
         if not progress.read:
             return 1
         if ranks.first:
             Embeddings(
-                names=[image.name for image, _ in rows],
-                labels=[_label(image, classes) for image, _ in rows],
-                predicted=[answer.predicted.name for _, answer in rows],
-                probabilities=[answer.predicted.probability for _, answer in rows],
-                sha256=[answer.sha256 for _, answer in rows],
-                features=np.stack([answer.feature for _, answer in rows]),
+                names=[image.name for image, *_ in rows],
+                labels=[_label(image, classes) for image, *_ in rows],
+                predicted=[predicted.name for _, predicted, _ in rows],
+                probabilities=[predicted.probability for _, predicted, _ in rows],
+                sha256=[sha256 for *_, sha256 in rows],
+                features=np.frombuffer(features, np.float32).reshape(len(rows), -1),
                 weights=model.digest,
                 images=arguments.images,
                 split=arguments.split,

@@ -155,14 +155,15 @@ def unit(features: Floats) -> Floats:
 def nearest(queries_QF: Floats, features_NF: Floats, k: int) -> Iterator[tuple[npt.NDArray[np.int64], Floats]]:
     """Of each query, in order: (indices [k], cosine similarities [k]) of the nearest rows, the nearest first.
 
-    Exact; all N rows where there are fewer than k. Equal similarities are ordered by index, so that the answer depends
-    on the rows alone. Memory is bounded by a chunk of similarities, whatever Q is.
+    All N rows where there are fewer than k. Similarities are rounded to 6 decimals, and equal ones ordered by index, so
+    that the order of copies does not depend on how a matrix product of some chunk rounds. Memory is bounded by a chunk
+    of similarities, whatever Q is.
     """
     queries_QF, features_NF = unit(queries_QF), unit(features_NF)
     k = min(k, len(features_NF))
     chunk = max(1, _CHUNK // max(1, len(features_NF)))
     for first in range(0, len(queries_QF), chunk):
-        for row_N in queries_QF[first : first + chunk] @ features_NF.T:
+        for row_N in np.round(queries_QF[first : first + chunk] @ features_NF.T, 6):
             least = np.partition(row_N, len(row_N) - k)[len(row_N) - k] if k else np.inf
             found = np.flatnonzero(row_N >= least)  # ascending; with all ties of the last
             found = found[np.argsort(-row_N[found], kind="stable")][:k]

@@ -95,3 +95,12 @@ def test_nothing_to_judge_gives_none():
     figures = detail(Predictions(empty, empty, torch.zeros(0)), [2, 1])
     assert (figures.balanced, figures.macro_f1, figures.calibration_error) == (None, None, None)
     assert figures.test_agnostic == {}
+
+
+def test_a_temperature_is_not_fitted_on_another_test_set(capsys):
+    from paco_ds.evaluate import main as evaluate
+
+    with pytest.raises(SystemExit) as raised:
+        evaluate(["--run", "run", "--data", "other", "--fit-temperature"])
+    assert raised.value.code == 2
+    assert "--fit-temperature is of one run as it was trained" in capsys.readouterr().err

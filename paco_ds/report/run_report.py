@@ -45,6 +45,13 @@ BY_SHOT = {
     "positive_optimum": "positive_probability_optimum",
 }
 
+# label by key of metrics.json
+OF_SINGLE_PREDICTIONS = {
+    "balanced": "Balanced accuracy, % (mean of the classes' accuracies)",
+    "macro_f1": "Macro F1, % (mean of the classes' F1)",
+    "calibration_error": "Expected calibration error, % (15 bins of confidence)",
+}
+
 DESCRIPTIONS = {
     "loss": "Training loss over time",
     "parts": "Parts of the training loss over time",
@@ -185,6 +192,8 @@ def _context(name: str, run: RunFiles) -> dict[str, Any]:
         "facts": _facts(run),
         "charts": _charts(run),
         "classes": _classes(final),
+        "single": [(label, final[key]) for key, label in OF_SINGLE_PREDICTIONS.items() if key in final],
+        "confusions": final.get("confusions", ()),
         "has_final": run.final is not None,
         "evaluated": bool(run.evaluations),
         "steps": done,

@@ -458,7 +458,7 @@ class Trainer:
             )
             self.logger.progress.close()
             self.logger.say(accuracy.table(f"{self.recipe.name} on {split}"))
-            from paco_ds.report import write_report  # matplotlib, where something is drawn
+            from paco_ds.report.run_report import write_report  # matplotlib, where something is drawn
 
             self.logger.say(f"report: {write_report(self.run_dir)}")
         return accuracy

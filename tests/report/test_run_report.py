@@ -12,8 +12,8 @@ import pytest
 
 from paco_ds.evaluation.accuracy import ShotAccuracy
 from paco_ds.metrics.log import MetricsLog, StepRecord
-from paco_ds.report import write_report
-from paco_ds.report.run_report import read_run
+from paco_ds.report.entry import main
+from paco_ds.report.run_report import read_run, write_report
 
 NAMES = ["T-shirt/top", "<b>Bag</b>", "Ankle $boot", "Coat & hat"]
 RECORD = StepRecord(
@@ -256,3 +256,26 @@ def test_wrong_directory_and_damaged_files_are_named(run_dir: Path, tmp_path: Pa
     (run_dir / "recipe.yaml").write_text("a: [")
     with pytest.raises(ValueError, match=r"recipe\.yaml is not valid YAML"):
         write_report(run_dir)
+
+
+def test_the_command_writes_the_page_of_a_stopped_run(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without metrics.json, as a stopped run is; a path that is no run is one line with status 2."""
+    (run_dir / "metrics.json").unlink()
+    assert main([str(run_dir)]) == 0
+    assert "metrics.json is missing" in (run_dir / "report.html").read_text()
+    with pytest.raises(SystemExit) as ended:
+        main([str(run_dir), str(run_dir.parent)])
+    assert ended.value.code == 2
+    assert "is not the run directory of a training" in capsys.readouterr().err
+
+
+def test_f1_calibration_and_confusions_of_the_final_evaluation_are_shown(run_dir: Path, page: str) -> None:
+    """Names are text there too; without the keys the page has no such part."""
+    assert "Single predictions" not in page
+    pair = {"class": "</script><b>x", "taken_for": "Coat & hat", "images": 17, "share": 0.125}
+    figures = {"balanced": 0.611, "macro_f1": 0.622, "calibration_error": 0.033, "confusions": [pair]}
+    (run_dir / "metrics.json").write_text(json.dumps(FINAL | figures))
+    page = _page(run_dir)
+    for text in ("61.1", "62.2", ">3.3<", "&lt;/script&gt;&lt;b&gt;x", ">Coat &amp; hat<", ">17<", ">12.5<"):
+        assert text in page
+    assert "</script>" not in page

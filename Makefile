@@ -7,7 +7,7 @@ OLD := fa700ad
 SHARDS := data/fashion-mnist-lt/manifest.json
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help prerequisites venv demo demo-compare test soak same lint format tree bench clean
+.PHONY: help prerequisites venv demo demo-compare test soak same lint format tree pages docs bench clean
 
 help:
 	@echo 'make demo          train PaCo with DeepSpeed on 2 ranks, on real long-tailed images; page: runs/demo/report.html'
@@ -17,6 +17,7 @@ help:
 	@echo 'make same          prove that results are those of an older version, OLD=REVISION (default: 0.8.0)'
 	@echo 'make lint          ruff and mypy;  make format: rewrite with ruff'
 	@echo 'make tree          which room of the code imports which, and what goes against the data'"'"'s way'
+	@echo 'make docs          the documentation as a site: build/site;  make pages: its pages that are generated from settings'
 	@echo 'make bench         speed and memory against rivals on the same work'
 	@echo 'make venv          only install into .venv;  make clean: remove .venv, data/ and runs/'
 
@@ -45,7 +46,6 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 soak: $(INSTALLED) $(SHARDS)
-	mkdir -p docs/results
 	$(BIN)/python -m pytest -m soak tests
 	cp runs/soak.md docs/soak.md
 
@@ -63,6 +63,13 @@ format: $(INSTALLED)
 
 tree:
 	@$(PYTHON) tools/tree.py
+
+pages: $(INSTALLED)
+	$(BIN)/python tools/reference.py
+	$(BIN)/python tools/drawings.py
+
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(INSTALLED)
 	$(BIN)/python tools/bench/loss.py

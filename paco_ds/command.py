@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import signal
 import sys
@@ -53,6 +54,15 @@ class Screen(Console):
 def say(text: str) -> None:
     """Print a line to standard output at once, safe for a terminal whatever the names in it are."""
     print(printable(text), flush=True)
+
+
+def silence_accelerator_choice() -> None:
+    """Drop the one line of DeepSpeed that says it found no GPU, which a start says itself; other lines come through."""
+    logging.getLogger("DeepSpeed").addFilter(_is_no_accelerator_choice)
+
+
+def _is_no_accelerator_choice(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Setting accelerator to CPU")
 
 
 @contextmanager

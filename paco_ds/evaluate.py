@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,16 +25,18 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # a checkout need not be installed
 
 from paco_ds.command import Screen, one_line_on_interrupt, report_user_errors, say
+from paco_ds.config.load import load_recipe
 from paco_ds.config.plugins import AllowCode
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from torch import nn
+
     from paco_ds.config.recipe import DataSettings, EvaluationSettings
     from paco_ds.data.manifest import Manifest
     from paco_ds.distributed.ranks import Ranks
     from paco_ds.evaluation.split import EvaluationSplit
-    from paco_ds.models.recogniser import Recogniser
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,12 +52,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    with report_user_errors():  # a typo is told before torch is loaded
+        recipes = [load_recipe(run / "recipe.yaml", arguments.set) for run in arguments.run]
     # not at the top: loader processes read this file again, and need none of it
     from paco_ds.checkpoint import chosen_checkpoint
-    from paco_ds.config.load import load_recipe
     from paco_ds.data.manifest import open_data
     from paco_ds.distributed.launch import join_job, leave_job
     from paco_ds.distributed.watchdog import RankWatchdog
+    from paco_ds.evaluation import tau_normalization
+    from paco_ds.evaluation.choose_tau import choose_tau
+    from paco_ds.evaluation.logit_adjustment import LogitAdjusted
     from paco_ds.evaluation.results import now, write_results
     from paco_ds.evaluation.runner import Ensemble, evaluate, load_recogniser
     from paco_ds.evaluation.split import EvaluationSplit
@@ -62,7 +69,6 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     with report_user_errors(), RankWatchdog():
         started = now()
         runs = arguments.run
-        recipes = [load_recipe(run / "recipe.yaml", arguments.set) for run in runs]
         recipe = recipes[0]
         split = arguments.split or recipe.evaluation.test_split
         manifest = open_data(recipe.data, [] if arguments.data else [split])
@@ -90,9 +96,17 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         if other is not None:
             about |= {"data": {"manifest_sha256": other.sha256, "classes": len(other.classes)}}
         if arguments.tau_normalize is not None:
-            tau, member = _normalized(arguments.tau_normalize, members[0], recipe.evaluation, judged, ranks)
-            members, about = [member], about | {"tau_normalization": tau}
-        model = Ensemble(members).to(ranks.device)
+            network = members[0][0].to(ranks.device)
+            choose = partial(choose_tau, network, tau_normalization.logits_of_taus(network))
+            tau = _tau_of("--tau-normalize", arguments.tau_normalize, recipe.evaluation, judged, choose, ranks)
+            members = [(tau_normalization.tau_normalized(network, tau), members[0][1])]
+            about |= {"tau_normalization": tau}
+        model: nn.Module = Ensemble(members).to(ranks.device)
+        if arguments.logit_adjust is not None:
+            model = adjusted = LogitAdjusted(model, judged(split).class_counts, 0.0).to(ranks.device)
+            choose = partial(choose_tau, adjusted, adjusted.logits_of_taus())
+            tau = _tau_of("--logit-adjust", arguments.logit_adjust, recipe.evaluation, judged, choose, ranks)
+            adjusted.tau = about["logit_adjustment"] = tau
         accuracy = evaluate(model, model, judged(split, other), ranks, experts=recipe.model.experts)
         if ranks.first:
             if other is not None and len(other.classes) < (classes := len(manifest.classes)):
@@ -137,34 +151,33 @@ def _other_shards(shards: str, settings: DataSettings, split: str, trained: Mani
     return other
 
 
-def _normalized(
+def _tau_of(
+    option: str,
     tau: str,
-    member: tuple[Recogniser, bool],
     settings: EvaluationSettings,
     judged: Callable[[str], EvaluationSplit],
+    choose: Callable[[EvaluationSplit, Ranks], tuple[float, dict[float, float]]],
     ranks: Ranks,
-) -> tuple[float, tuple[Recogniser, bool]]:
-    """(tau, the model with its centers normalised); `auto` chooses tau on the validation split."""
+) -> float:
+    """The tau of an option; `auto` chooses it on the validation split."""
     from paco_ds.errors import RecipeError
-    from paco_ds.evaluation.tau_normalization import choose_tau, tau_normalized
 
-    model, autocast = member
     if tau != "auto":
-        return float(tau), (tau_normalized(model, float(tau)), autocast)
+        return float(tau)
     split = settings.split
     if split is None:
-        raise RecipeError("--tau-normalize auto chooses tau on evaluation.split, which is null: give a number instead")
+        raise RecipeError(f"{option} auto chooses tau on evaluation.split, which is null: give a number instead")
     if split == settings.test_split:
         raise RecipeError(
-            f"--tau-normalize auto would choose tau on {split}, the test split: give a number, or shards with a "
+            f"{option} auto would choose tau on {split}, the test split: give a number, or shards with a "
             f"validation split (paco-build-shards build ... --validation-share .05)"
         )
     validation = judged(split)
     validation.manifest.check_files(split)
-    chosen, balanced = choose_tau(model.to(ranks.device), validation, ranks)
+    chosen, balanced = choose(validation, ranks)
     if ranks.first:
         say(f"tau {chosen}: balanced accuracy on {split} " + ", ".join(f"{t}: {a:.3f}" for t, a in balanced.items()))
-    return chosen, (tau_normalized(model, chosen), autocast)
+    return chosen
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -181,7 +194,14 @@ def _parser() -> argparse.ArgumentParser:
         "--tau-normalize",
         metavar="TAU",
         type=_tau,
-        help="normalise the centers of a trained run with this tau, 0 to 1, or `auto`: the best on evaluation.split",
+        help="normalise the centers of a trained run with this tau, 0 to 2, or `auto`: the best on evaluation.split",
+    )
+    parser.add_argument(
+        "--logit-adjust",
+        metavar="TAU",
+        type=_tau,
+        help="subtract tau times the log of the training share from each class's logit, of a run trained without the "
+        "prior; 0 to 2, or `auto`: the best on evaluation.split",
     )
     parser.add_argument(
         "--data", metavar="SHARDS", help="other shards whose images are evaluated, of the run's classes"
@@ -194,9 +214,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _tau(text: str) -> str:
-    if text != "auto" and not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is neither a number from 0 to 1 nor auto")
-    return text
+    try:
+        if text == "auto" or 0 <= float(text) <= 2:
+            return text
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text} is neither a number from 0 to 2 nor auto")
 
 
 if __name__ == "__main__":

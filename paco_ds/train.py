@@ -22,7 +22,8 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` hears Ctrl-C: no traceback of an import
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # a checkout need not be installed
 
-from paco_ds.command import Screen, report_user_errors, say
+from paco_ds.command import Screen, report_user_errors, say, silence_accelerator_choice
+from paco_ds.config.load import load_recipe
 from paco_ds.config.plugins import AllowCode
 from paco_ds.config.shipped import RECIPES, card_with_images
 from paco_ds.errors import RESUMABLE, DataError, UserError
@@ -42,9 +43,12 @@ def main(argv: list[str] | None = None) -> int:
         with report_user_errors():
             return _keep_running(arguments, sys.argv[1:] if argv is None else argv)
     stop_request = StopRequest()  # before what takes seconds to load
+    if not arguments.replay:
+        with report_user_errors():
+            load_recipe(arguments.config or "demo", arguments.set)  # a typo is told before that, too
+    silence_accelerator_choice()
     # not at the top: loader processes read this file again, and need no DeepSpeed
     from paco_ds.checkpoint import hint_after_storage_errors, resume_hint
-    from paco_ds.config.load import load_recipe
     from paco_ds.distributed.launch import leave_job
     from paco_ds.distributed.watchdog import RankWatchdog
     from paco_ds.training import engine
@@ -129,7 +133,6 @@ def _replay(folder: Path) -> int:
 
 def _demo(overrides: Sequence[str]) -> Recipe:
     """The demo on any number of ranks: those that cannot share its step evenly run one micro-batch each."""
-    from paco_ds.config.load import load_recipe
     from paco_ds.distributed.launch import environment_ranks
 
     recipe = load_recipe("demo", overrides)

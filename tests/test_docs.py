@@ -1,5 +1,6 @@
-"""What the documentation names exists: links, files, recipes, commands and make targets; its examples work."""
+"""What the documentation names exists: links, files, recipes, commands, messages, make targets; its examples work."""
 
+import ast
 import math
 import re
 import sys
@@ -12,11 +13,11 @@ import pytest
 import torch
 
 from paco_ds.config.loss import LossSettings
-from paco_ds.data.stream.order import EpochOrder
 from paco_ds.losses import Anchors, make_loss
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "shards/README.md", *(ROOT / "docs").glob("*.md")])
+OUTSIDE = ("README.md", "CONTRIBUTING.md", "shards/README.md")
+PAGES = sorted([*(ROOT / page for page in OUTSIDE), *(ROOT / "docs").rglob("*.md")])
 EXAMPLE = re.compile(r"NAME|poly")  # modules that a reader would add
 WRITTEN = {"recipe.yaml", "card.yaml", "manifest.json", "manifest-1.json", "metrics.json", "metrics_targets.json"}
 WRITTEN |= {"state.json", "KEY.json", "outcome.json"}  # by builds and runs
@@ -93,13 +94,30 @@ def test_names_that_do_not_exist_are_found(tmp_path: Path) -> None:
     ]
 
 
-def test_the_drawing_of_an_epoch_is_what_the_order_gives() -> None:
-    """Slots and steps in docs/concepts.md are those of its seed, shards and window."""
-    drawn = re.findall(r"slot (\d) +((?:\d+ +){5}\d+)$", _text(ROOT / "docs/concepts.md"), re.MULTILINE)
-    order = EpochOrder([10, 8, 8], 4, seed=2, epoch=0, window=3)
-    assert [int(slot) for slot, _ in drawn] == [0, 1, 2, 3]
-    for slot, ids in drawn:
-        assert [int(i) for i in ids.split()] == [int(order.batch(step, [int(slot)])[0]) for step in range(order.steps)]
+def messages_of(source: str) -> list[str]:
+    """The texts of a module, `…` for each value that is put into one."""
+    texts = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.JoinedStr):
+            texts.append("".join(str(p.value) if isinstance(p, ast.Constant) else "…" for p in node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            texts.append(node.value)
+    return [re.sub("…+", "…", text) for text in texts]
+
+
+def test_messages_of_the_faq_are_in_the_code() -> None:
+    """Each heading is a part of a text of the package, word for word."""
+    quoted = re.findall(r"^### `(.+)`$", _text(ROOT / "docs/faq.md"), re.MULTILINE)
+    assert 20 <= len(quoted) == len(set(quoted))
+    texts = [text for file in (ROOT / "paco_ds").rglob("*.py") for text in messages_of(_text(file))]
+    assert [message for message in quoted if not any(message in text for text in texts)] == []
+
+
+def test_a_text_with_values_is_compared_with_its_gaps() -> None:
+    """The check above can fail."""
+    texts = messages_of("""error(f"{path} has {n} " f"members: " "pack it")""")
+    assert "… has … members: pack it" in texts
+    assert not any("… has … images" in text for text in texts)
 
 
 def test_the_method_of_contributing_is_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:

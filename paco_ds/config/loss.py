@@ -25,11 +25,13 @@ class SharedLossSettings(Section):
     alpha: Positive = Field(0.05, description="weight of the contrast positives, Eq. (13)")
     beta: Positive = Field(1.0, description="weight of the own center")
     gamma: NotNegative = Field(1.0, description="scale of the contrast terms in the denominator")
-    temperature: Positive = 0.2
+    temperature: Positive = Field(0.2, description="tau, divides the scores of the contrast")
     supt: Positive = Field(1.0, description="divides center logits and class prior")
     smoothing: NotNegative = Field(0.0, lt=1, description="label smoothing over the centers")
     class_prior: bool = Field(True, description="PaCo adds log q(y) to center logits in training")
-    normalization: Literal["published", "summed"] = "published"
+    normalization: Literal["published", "summed"] = Field(
+        "published", description="published: divided by the weight sum of an anchor; summed: Eq. (4) as printed"
+    )
     contrast_scope: Literal["micro_batch", "global_batch"] = Field(
         "micro_batch", description="whose keys of this step an anchor meets: published: its own micro-batch's"
     )

@@ -30,7 +30,7 @@ class StorageSettings(Section):
 class CacheSettings(Section):
     """Whole shards of remote storage, kept on a disk of this host and shared by its processes."""
 
-    directory: str
+    directory: str = Field(description="folder on a disk of this host")
     bytes: Count = Field(description="the cache never grows beyond this")
 
 
@@ -42,7 +42,7 @@ class DataSettings(Section):
 
     shards: str = running(..., description="directory or URL that holds manifest.json")
     classes: Count | None = Field(None, description="number of classes the shards must have")
-    train_split: str = "train"
+    train_split: str = Field("train", description="the split that is trained on")
     window: Count = Field(64, description="samples of a slot that are permuted, and read, together")
     workers: Natural = running(0, description="loader processes of each rank; 0 loads in the rank itself")
     sampler: Sampler = Field("instance_balanced", description="how often each image occurs in an epoch (Kang 2020)")
@@ -87,13 +87,23 @@ class ModelSettings(Section):
         "linear evaluation); center_scales: a factor for each center of a frozen classifier (LWS); routers: which "
         "images the next frozen expert sees (RIDE)",
     )
+    frozen_batch_norm: Literal["evaluation", "training"] = Field(
+        "evaluation",
+        description="of a backbone frozen by trained centers, center_scales or routers; training: it uses the batch's "
+        "statistics and goes on averaging, as the published code of cRT and LWS does",
+    )
     routers: RoutersSettings = RoutersSettings()
     projection_hidden: Count | None = Field(None, description="hidden width; the feature dimension by default")
     projection: Literal["two_layer", "three_layer"] = Field(
         "two_layer",
         description="Linear-BatchNorm-ReLU-Linear (PaCo), or Linear-ReLU-Linear-ReLU-Linear (GPaCo)",
     )
-    projection_dim: Count = 128
+    projection_dim: Count = Field(128, description="dimension of queries and keys")
+    initialisation: Literal["own", "published"] = Field(
+        "own",
+        description="published: CIFAR ResNets and their projection's last layer by He with fan-in, cosine centers of "
+        "length 1; own: the convolutions by He with fan-out, the rest torch's",
+    )
 
     @model_validator(mode="after")
     def _what_is_frozen_comes_from_somewhere(self) -> Self:
@@ -112,7 +122,7 @@ class ModelSettings(Section):
 class KeyEncoderSettings(Section):
     """The momentum encoder that makes keys (He et al. 2020). `key_encoder: none` has one encoder for both views."""
 
-    momentum: Fraction = 0.999
+    momentum: Fraction = Field(0.999, description="share that a key weight keeps of itself in a step")
     momentum_schedule: Literal["constant", "cosine"] = Field("constant", description="cosine rises to 1 (BYOL)")
     scale_momentum: bool = Field(False, description="momentum^(M / M_ref), as long as the recipe's in images seen")
     batch_norm: Literal["shuffle", "local"] = Field("shuffle", description="groups over which keys are normalised")
@@ -121,7 +131,7 @@ class KeyEncoderSettings(Section):
 class QueueSettings(Section):
     """The ring of the newest keys of all ranks."""
 
-    length: Natural = 8192
+    length: Natural = Field(8192, description="keys that are kept; 0: none")
 
 
 class StepSettings(Section):
@@ -150,17 +160,27 @@ class OptimizerSettings(Section):
     """SGD with momentum; weight decay on every parameter, as published."""
 
     lr: Positive = Field(description="for the recipe's own step.micro_batches")
-    momentum: NotNegative = Field(0.9, lt=1)
-    weight_decay: NotNegative = 5e-4
+    momentum: NotNegative = Field(0.9, lt=1, description="of SGD")
+    nesterov: bool = Field(False, description="Nesterov's momentum, as RIDE, SADE and BalPoE are published")
+    weight_decay: NotNegative = Field(5e-4, description="of every parameter, biases and BatchNorm too")
     clip_norm: Positive | None = Field(None, description="largest global norm of the gradient")
+
+    @model_validator(mode="after")
+    def _nesterov_has_momentum(self) -> Self:
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov looks ahead along the momentum, which is 0: set momentum or leave nesterov out")
+        return self
 
 
 class ScheduleSettings(Section):
     """Linear warm-up, then half a cosine or milestones; changed every epoch (published) or every step."""
 
-    epochs: Count
-    warmup_epochs: Natural = 0
-    per: Literal["epoch", "step"] = "epoch"
+    epochs: Count = Field(description="of the whole training")
+    warmup_epochs: Natural = Field(0, description="over which the rate rises linearly to its peak")
+    warmup_overshoot: bool = Field(
+        False, description="the epoch after warm-up still rises, above the peak (the published CIFAR code)"
+    )
+    per: Literal["epoch", "step"] = Field("epoch", description="how often the rate changes")
     milestones: tuple[Count, ...] = Field(
         (), description="epochs after which the rate is a tenth, in place of the cosine (CIFAR, published)"
     )
@@ -209,9 +229,9 @@ class EngineSettings(Section):
 class CheckpointSettings(Section):
     """When a checkpoint is written, and how many are kept."""
 
-    every_epochs: Count = 1
+    every_epochs: Count = Field(1, description="epochs between two checkpoints")
     every_steps: Count | None = Field(None, description="also inside an epoch")
-    keep: Count = 2
+    keep: Count = Field(2, description="newest checkpoints that are kept")
     keep_every_epochs: Count | None = Field(None, description="of every so many epochs, kept for good")
 
 
@@ -221,7 +241,7 @@ class EvaluationSettings(Section):
     every_epochs: Natural = Field(1, description="0: only at the end")
     split: str | None = Field("val", description="watched during training, settings are chosen on it; null: none")
     test_split: str = Field("test", description="measured once, at the end")
-    batch: Count = 256
+    batch: Count = Field(256, description="images that a rank evaluates at a time")
     max_bad_share: Fraction = Field(
         0.0, description="share of a split's images that may be unreadable and are left out by name; 0: none may"
     )
@@ -250,6 +270,7 @@ class MetricsSettings(Section):
     serve: bool = Field(True, description="serve /metrics on every rank")
     port: Count = Field(9400, le=65535, description="of local rank 0; the others follow")
     log_every: Count = Field(10, description="steps between lines when the output is no terminal")
+    sinks: tuple[str, ...] = Field((), description="where figures go beside metrics.jsonl: tensorboard, wandb, mlflow")
 
 
 def _none_as_null(value: Any) -> Any:
@@ -260,8 +281,8 @@ def _none_as_null(value: Any) -> Any:
 class Recipe(Section):
     """Every setting of a run."""
 
-    name: str
-    seed: Natural = 1
+    name: str = Field(description="of the run, in metrics and on its page")
+    seed: Natural = Field(1, description="of initial weights, order, views and all other random numbers")
     data: DataSettings
     views: ViewSettings
     model: ModelSettings

@@ -23,9 +23,9 @@ class SmallView(Section):
 
     name: Literal["small"] = "small"
     size: Count = Field(description="pixels of a side")
-    zoom: Range = (0.8, 1.2)
+    zoom: Range = Field((0.8, 1.2), description="factors of the size, between which one is drawn")
     shift: Natural = Field(3, description="pixels")
-    flip: Fraction = 0.5
+    flip: Fraction = Field(0.5, description="probability of a mirrored view")
     cutout: Natural = Field(8, description="pixels of a side of the erased square; 0 erases none")
 
     @model_validator(mode="after")
@@ -50,17 +50,17 @@ class ChainView(Section):
     size: Count = Field(224, description="pixels of a side")
     area: Range = Field((0.08, 1.0), description="of the image, in the crop")
     ratio: Range = Field((3 / 4, 4 / 3), description="width / height of the crop")
-    flip: Fraction = 0.5
+    flip: Fraction = Field(0.5, description="probability of a mirrored view")
     jitter: Fraction = Field(
         0.4, description="brightness, contrast and saturation: factors in 1 - jitter to 1 + jitter"
     )
     hue: Hue = Field(0.0, description="shift of at most this share of the color circle")
-    jitter_probability: Fraction = 1.0
+    jitter_probability: Fraction = Field(1.0, description="that jitter and hue are applied")
     gray: Fraction = Field(0.0, description="probability of a view without color")
     gray_first: bool = Field(False, description="gray before jitter, which then changes brightness and contrast alone")
     blur: Fraction = Field(0.0, description="probability of a Gaussian blur")
     blur_sigma: Range = Field((0.1, 2.0), description="pixels")
-    randaugment: RandAugmentSettings | None = None
+    randaugment: RandAugmentSettings | None = Field(None, description="operations after the others; null: none")
 
     @model_validator(mode="after")
     def _ranges_rise(self) -> Self:
@@ -106,13 +106,14 @@ class Sim02View(SimView):
 
 
 class MocoV2View(ChainView):
-    """Crop, gray, jitter with hue, flip. (So the published code calls what MoCo's first version did.)"""
+    """Crop, jitter with hue, gray, blur, flip, of MoCo v2 (Chen et al. 2020)."""
 
     name: Literal["mocov2"] = "mocov2"
     area: Range = (0.2, 1.0)
-    hue: Hue = 0.4
+    hue: Hue = 0.1
+    jitter_probability: Fraction = 0.8
     gray: Fraction = 0.2
-    gray_first: bool = True
+    blur: Fraction = 0.5
 
 
 class CifarKeyView(ChainView):
@@ -136,7 +137,7 @@ class CifarView(Section):
     name: Literal["cifar"] = "cifar"
     size: Count = Field(32, description="pixels of a side")
     padding: Natural = Field(4, description="black pixels around the image before the crop")
-    flip: Fraction = 0.5
+    flip: Fraction = Field(0.5, description="probability of a mirrored view")
     autoaugment: Literal["cifar10"] | None = Field("cifar10", description="the policy of Cubuk et al. 2019; null: none")
     fill: tuple[Byte, Byte, Byte] = Field((128, 128, 128), description="color of pixels that AutoAugment lets in")
     cutout: Natural = Field(16, description="pixels of a side of the erased square; 0 erases none")
@@ -146,8 +147,8 @@ class EvalView(Section):
     """Shorter side to `resize`, then the center `size` x `size` pixels."""
 
     name: Literal["eval"] = "eval"
-    size: Count = 224
-    resize: Count = 256
+    size: Count = Field(224, description="pixels of a side")
+    resize: Count = Field(256, description="pixels of the shorter side before the crop")
 
     @model_validator(mode="after")
     def _crop_fits(self) -> Self:

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from io import FileIO
@@ -72,10 +72,13 @@ class MetricsLog:
 
     Floats are written so that reading gives the same bits. JSON has no NaN or infinity: these become null (a skipped
     step also has `"skipped": true`).
+
+    Args:
+        also: called with each line after it was written.
     """
 
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
+    def __init__(self, path: Path | None, also: Callable[[Mapping[str, Any]], None] = lambda line: None) -> None:
+        self._path, self._also = path, also
         self._open()
         self.restarts = 0  # lines {"kind": "restart", ...} that `cut_after` kept, and written since
 
@@ -169,6 +172,7 @@ class MetricsLog:
                 rest = memoryview(json.dumps(_nan_to_none(line), allow_nan=False).encode() + b"\n")
                 while rest:
                     rest = rest[self._file.write(rest) :]
+            self._also(_nan_to_none(line))
 
 
 class Lines:

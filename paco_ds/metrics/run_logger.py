@@ -17,6 +17,7 @@ from paco_ds.evaluation.results import versions
 from paco_ds.metrics.exporter import Exporter, MetricsSink, NullExporter, reachable_host, write_targets
 from paco_ds.metrics.log import MetricsLog, StepRecord
 from paco_ds.metrics.progress import progress_view
+from paco_ds.metrics.sinks import Sinks
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,8 @@ class RunLogger:
         total_steps: int,
         steps_done: int,
     ) -> None:
-        self.log = MetricsLog(run / "metrics.jsonl" if ranks.first else None)
+        self.sinks = Sinks(settings.sinks, run, ranks.first, steps_done)
+        self.log = MetricsLog(run / "metrics.jsonl" if ranks.first else None, self.sinks.line)
         self.log.cut_after(steps_done if steps_done else -1)
         self.metrics = _serve_metrics(settings, method, run, ranks)
         ranks.on_bytes = self.metrics.add_collective_bytes
@@ -87,6 +89,7 @@ class RunLogger:
         """Stop the server and the progress display, and close the log."""
         self.progress.close()
         self.log.close()
+        self.sinks.close()
         self.metrics.close()
 
 

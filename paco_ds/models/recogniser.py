@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from paco_ds.config.recipe import ModelSettings
 from paco_ds.models.backbones import Backbone, make_backbone
 from paco_ds.models.experts import Experts
 from paco_ds.models.heads import CosineCenters, LinearCenters, Normalize, PerExpert, Projection, ScaledCenters
+from paco_ds.models.initialisation import initialise_as_published
 from paco_ds.models.output import ModelOutput
 from paco_ds.models.routing import Routers, ask_in_turn
 
@@ -66,17 +68,22 @@ class Recogniser(nn.Module):
         self.prototypes = prototypes
         self.routers = routers
         self.key_encoder = _as_key_encoder(encoder) if with_key_encoder else None
-        self.encoder_is_frozen = False
+        self.encoder_is_fixed = False
 
     @property
     def has_projection(self) -> bool:
         """Whether the model has queries."""
         return self.query_encoder.projection is not None
 
-    def freeze_encoder(self) -> None:
-        """Train heads alone: the query encoder keeps its weights and its BatchNorm statistics."""
+    def freeze_encoder(self, batch_norm: Literal["evaluation", "training"] = "evaluation") -> None:
+        """Train heads alone: the query encoder keeps its weights.
+
+        Args:
+            batch_norm: `evaluation` keeps its BatchNorm statistics and uses them; `training` uses those of the batch
+                and goes on averaging, as the published code of cRT and LWS does.
+        """
         self.query_encoder.requires_grad_(False)
-        self.encoder_is_frozen = True
+        self.encoder_is_fixed = batch_norm == "evaluation"
         self.train(self.training)
 
     def restart_key_encoder(self) -> None:
@@ -92,7 +99,7 @@ class Recogniser(nn.Module):
 
     def train(self, mode: bool = True) -> Recogniser:
         super().train(mode)
-        if self.encoder_is_frozen:
+        if self.encoder_is_fixed:
             self.query_encoder.eval()
         return self
 
@@ -185,6 +192,8 @@ def make_recogniser(
             assert settings.experts is not None
             routers = Routers(settings.experts, dim, classes, settings.routers)
         encoder = Encoder(backbone, projection)
+        if settings.initialisation == "published":
+            initialise_as_published(encoder, centers)
         return Recogniser(encoder, centers, Normalize(mean, std), with_key_encoder, prototypes, routers)
 
 

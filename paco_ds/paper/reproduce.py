@@ -5,10 +5,10 @@ examples:
   paco-reproduce --table 9 --scale paper --output runs/table9       writes the commands for a cluster
 
 Each (row, seed) is a separate run, launched as a user would, so an interrupted table can be resumed. A second stage
-starts from the run of the row that it names, which is trained first. With --keep DIR the result of each finished run is
-kept as DIR/ROW-seedN.json. A kept result of the same recipe, data and seed counts as done, so a table can be resumed
-and drawn in another clone without the runs. Tables of one data set may share DIR; common rows are trained once. A kept
-result of another recipe is refused.
+starts from the run of the row that it names, which is trained first. With --keep FILE the result of each finished run
+is kept as a line of FILE (JSON lines). A kept result of the same recipe, data and seed counts as done, so a table can
+be resumed and drawn in another clone without the runs. Tables of one data set may share FILE; common rows are trained
+once. A kept result of another recipe is refused.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from paco_ds.data.manifest import MANIFEST_FILE
 from paco_ds.data.pack.card import load_card
 from paco_ds.errors import RecipeError, UserError, redacted
 from paco_ds.files import is_url, sha256_file
-from paco_ds.paper.results import Identity, keep_result, read_result
+from paco_ds.paper.results import Identity, KeptResults
 from paco_ds.paper.tables import Row, Table, load_table, small_recipe
 
 if TYPE_CHECKING:  # with torch and matplotlib, which --help need not wait for
@@ -50,7 +50,7 @@ class Job:
     Attributes:
         small: the small recipe that replaces the row's recipe, or None.
         extra: overrides given for every row.
-        keep: folder of kept results, or None.
+        keep: kept results, or None.
     """
 
     table: Table
@@ -59,7 +59,7 @@ class Job:
     output: Path
     small: Path | None
     extra: tuple[str, ...]
-    keep: Path | None = None
+    keep: KeptResults | None = None
 
     @property
     def name(self) -> str:
@@ -76,14 +76,14 @@ class Job:
         return self.run / ("metrics-of-row.json" if self.row.evaluate else "metrics.json")
 
     @property
-    def kept(self) -> Path | None:
-        """Path of its kept result, which may not exist yet."""
-        return self.keep / f"{self.run.name}.json" if self.keep else None
+    def kept(self) -> bool:
+        """Whether its result is kept."""
+        return self.keep is not None and self.run.name in self.keep
 
     @property
     def done(self) -> bool:
         """Whether its result exists."""
-        return (self.kept or self.results).exists()
+        return self.kept or (self.keep is None and self.results.exists())
 
     @cached_property
     def first_stage(self) -> Job | None:
@@ -120,13 +120,12 @@ class Job:
         if first is not None:
             first.check()
             require_same_network(first.recipe.model, recipe.model, first.run)
-        if self.kept is not None and self.kept.exists():
+        if self.kept:
             self.figures()
 
     def training(self, launcher: Sequence[str]) -> list[str]:
         """The command that starts or resumes the training."""
-        own = (*self.row.set, *(self.row.small if self.small else ()))
-        overrides = [f"--set={override}" for override in (*own, *self.overrides)]
+        overrides = [f"--set={override}" for override in self.table.overrides(self.row, self.small, self.overrides)]
         recipe = str(self.small or self.table.recipe_of(self.row))
         command = [*launcher, str(PACKAGE / "train.py"), "--config", recipe, "--output", str(self.run), *overrides]
         return [*command, *_allowance()]
@@ -145,10 +144,10 @@ class Job:
         Raises:
             UserError: the kept result belongs to another training.
         """
-        if self.kept is None:
+        if self.keep is None:
             return dict(read_json(self.results, UserError))
         identity, before = Identity.of(self.recipe), self._first_identity
-        return read_result(self.kept, identity, before, self.row.evaluate, self._manifest_sha256())
+        return self.keep.read(self.run.name, identity, before, self.row.evaluate, self._manifest_sha256())
 
     def read(self) -> SeedResult:
         """Its top-1 accuracies; raises as `figures` does."""
@@ -159,14 +158,14 @@ class Job:
 
     def keep_result(self) -> None:
         """Keep the result of the finished run, with --keep."""
-        if self.kept is None:
+        if self.keep is None:
             return
         from paco_ds.metrics.log import read as read_log
 
         trained = read_json(self.run / "metrics.json", UserError)
         steps = (line for line in read_log(self.run / "metrics.jsonl") if line["kind"] == "step")
-        keep_result(
-            self.kept,
+        self.keep.keep(
+            self.run.name,
             read_json(self.results, UserError),
             Identity.of(self.recipe),
             self._first_identity,
@@ -209,7 +208,7 @@ class Trainings:
         Raises:
             UserError: the training or its evaluation failed, or that of its first stage.
         """
-        if job.kept is not None and job.done:
+        if job.kept:
             return
         if job.first_stage is not None:  # its weights are needed, even if its result is kept
             self._train(job.first_stage)
@@ -362,8 +361,9 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.jobs > 1:
             threads = max(1, len(os.sched_getaffinity(0)) // (arguments.jobs * arguments.ranks))
             extra.append(f"engine.threads={threads}")
+        keep = KeptResults(arguments.keep) if arguments.keep else None
         jobs = [
-            Job(table, row, seed, arguments.output, small, tuple(extra), arguments.keep)
+            Job(table, row, seed, arguments.output, small, tuple(extra), keep)
             for row in table.rows
             if row.drawn
             for seed in range(1, arguments.seeds + 1)
@@ -375,7 +375,7 @@ def main(argv: list[str] | None = None) -> int:
         for job in jobs:  # so that a mistake in the last row is reported before the first is trained
             job.check()
         if not arguments.draw_only:
-            if arguments.scale == "small" and not all(job.kept and job.done for job in jobs):
+            if arguments.scale == "small" and not all(job.kept for job in jobs):
                 build_shards(card, shards)
             run_jobs(jobs, arguments.ranks, arguments.jobs)
         draw(table, jobs, arguments.output)
@@ -393,7 +393,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=3, help="seeds 1 to N for every row")
     parser.add_argument("--ranks", type=int, default=2, help="ranks of each training on this host")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time; their output goes to RUN/run.log")
-    parser.add_argument("--keep", type=Path, help="folder of kept results, one JSON for each finished run; see above")
+    parser.add_argument("--keep", type=Path, help="file of kept results, a JSON line for each finished run; see above")
     parser.add_argument("--draw-only", action="store_true", help="train nothing, draw existing results")
     parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override for every row")
     parser.add_argument("--allow-code", action=AllowCode)

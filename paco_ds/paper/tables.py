@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -52,11 +52,15 @@ class Row(Section):
     recipe: str | None = Field(None, description="at paper scale, if not the table's; relative to the table")
     set: tuple[str, ...] = Field((), description="overrides that make the method, at any scale")
     small: tuple[str, ...] = Field((), description="further overrides at small scale")
+    share_of_epochs: dict[str, Annotated[float, Field(gt=0, lt=1)]] = Field(
+        {}, description="settings that count epochs, as shares of schedule.epochs, at any scale"
+    )
     after: str | None = Field(None, description="name of the first stage's row, above, whose run this one starts from")
     drawn: bool = Field(True, description="false: only a first stage, not a row of the drawn table")
     evaluate: tuple[str, ...] = Field((), description="options of evaluate.py that give the row's accuracies")
     inferred: str | None = Field(None, description="which of its values are neither in the paper nor in its code")
     paper: PaperFigures | None = None
+    source: str | None = Field(None, description="where the figures stand, if not in the paper's supplement")
 
     @property
     def name(self) -> str:
@@ -115,9 +119,21 @@ class Table(Section):
         Raises:
             RecipeError: recipe and overrides are not compatible.
         """
-        if small_recipe is None:
-            return load_recipe(self.recipe_of(row), (*row.set, *overrides))
-        return load_recipe(small_recipe, (*row.set, *row.small, *overrides))
+        return load_recipe(small_recipe or self.recipe_of(row), self.overrides(row, small_recipe, overrides))
+
+    def overrides(self, row: Row, small_recipe: Path | None = None, further: Sequence[str] = ()) -> tuple[str, ...]:
+        """All overrides of the row's recipe: its own, its shares as numbers of epochs, then `further` ones.
+
+        Raises:
+            RecipeError: as `resolve`.
+        """
+        own = (*row.set, *(row.small if small_recipe else ()))
+        if not row.share_of_epochs:
+            return (*own, *further)
+        unset = (f"{key}=null" for key in row.share_of_epochs)
+        epochs = load_recipe(small_recipe or self.recipe_of(row), (*own, *unset, *further)).schedule.epochs
+        counted = (f"{key}={round(share * epochs)}" for key, share in row.share_of_epochs.items())
+        return (*own, *counted, *further)
 
 
 def load_table(name: str | Path) -> Table:

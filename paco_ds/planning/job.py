@@ -1,5 +1,5 @@
-"""Files that start a job, from one description: a script for hosts by ssh, a batch script for Slurm, a JobSet for
-Kubernetes.
+"""Files that start a job, from one description: a script for hosts by ssh, a batch script for Slurm, a JobSet and a
+PodMonitor for Kubernetes.
 
     paco-job JOB.yaml --for hostfile > start.sh      runs deepspeed on the hosts that the description names
     paco-job JOB.yaml --for slurm > job.sh           sbatch job.sh
@@ -15,115 +15,16 @@ example:
 from __future__ import annotations
 
 import argparse
-import base64
-import json
-import re
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
-
-import yaml
-from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from paco_ds.command import one_line_on_interrupt, report_user_errors
-from paco_ds.config.load import load_recipe
-from paco_ds.config.parse import read_yaml
-from paco_ds.config.section import Count, Natural, Section
-from paco_ds.data.manifest import validation_message
-from paco_ds.distributed.hostfile import HOST
-from paco_ds.errors import HANG, RESUMABLE, NotFiniteError, StorageError, UserError
+from paco_ds.errors import HANG, RESUMABLE, UserError
+from paco_ds.planning.job_description import LEAVE, Job, read_job
+from paco_ds.planning.jobset import jobset
 
-LEAVE = 120  # seconds between the warning and the end, for the step under way and a checkpoint
 _KILLED = 137
-_FOR_GOOD = (UserError.status, NotFiniteError.status, StorageError.status)
-
-
-def _name(name: str) -> str:
-    if not re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,38}[a-z0-9])?", name):
-        raise ValueError("a name has at most 40 lower-case letters, digits and dashes, as Kubernetes wants it")
-    return name
-
-
-def _host(name: str) -> str:
-    if not re.fullmatch(HOST, name):
-        raise ValueError(f"{name!r} is no name of a host")
-    return name
-
-
-Line = Annotated[str, Field(pattern=r"^[^\n\r\x00]*$")]
-
-
-class Job(Section):
-    """A job on several hosts. Settings of one kind of cluster are ignored by the others.
-
-    Attributes:
-        hosts: their names, the first has rank 0; or `nodes`, how many, where the cluster chooses them.
-        ranks_per_host: GPUs of a host, or its ranks on CPU.
-        restarts: starts in a row without a new checkpoint, after which it gives up; for a JobSet, restarts in all.
-        environment: variables of every rank, such as NCCL_SOCKET_IFNAME.
-        directory: where commands run; recipe and output may be relative to it.
-        slurm: options of sbatch without their dashes, such as {partition: gpu, time: "24:00:00"}.
-        image: of the container; `claim` is the volume with shards and runs, mounted at `mount`.
-    """
-
-    name: Annotated[str, AfterValidator(_name)]
-    recipe: str
-    output: str
-    set: tuple[str, ...] = ()
-    hosts: tuple[Annotated[str, AfterValidator(_host)], ...] = ()
-    nodes: Count | None = None
-    ranks_per_host: Count
-    gpus: bool = True
-    cores_per_rank: Count = 8
-    restarts: Natural = 20
-    port: Annotated[int, Field(ge=1024, le=65535)] = 29500
-    environment: dict[Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$")], Line] = Field(default_factory=dict)
-    directory: str = "."
-    slurm: dict[Annotated[str, Field(pattern="^[a-z][a-z-]*$")], Line] = Field(default_factory=dict)
-    image: str | None = None
-    claim: str | None = None
-    mount: str = "/shared"
-
-    @model_validator(mode="after")
-    def _check_hosts(self) -> Job:
-        if bool(self.hosts) == (self.nodes is not None):
-            raise ValueError("give hosts, their names, or nodes, their number")
-        return self
-
-    @property
-    def host_count(self) -> int:
-        return self.nodes or len(self.hosts)
-
-    @property
-    def ranks(self) -> int:
-        """Of all hosts."""
-        return self.host_count * self.ranks_per_host
-
-    def training(self) -> list[str]:
-        """Arguments of the training, unquoted."""
-        settings = [word for setting in self.set for word in ("--set", setting)]
-        words = ["--config", self.recipe, "--output", self.output, *settings]
-        return [*words, "--expect-ranks", str(self.ranks)]
-
-
-def read_job(path: Path) -> Job:
-    """Read a description, and check that its recipe can run on its ranks.
-
-    Raises:
-        UserError: names the file and the key, or the setting of the recipe.
-    """
-    try:
-        job = Job.model_validate(read_yaml(path, UserError))
-    except ValidationError as error:
-        raise UserError(f"{path}: {validation_message(error)}") from None
-    recipe = load_recipe(job.recipe, job.set)
-    if recipe.step.micro_batches % job.ranks:
-        raise UserError(
-            f"{path}: {job.ranks} ranks cannot share step.micro_batches = {recipe.step.micro_batches} evenly: change "
-            f"hosts or ranks_per_host, or add step.micro_batches={job.ranks} to set"
-        )
-    return job
 
 
 def hostfile_script(job: Job) -> str:
@@ -187,68 +88,6 @@ def slurm_script(job: Job) -> str:
         ],
         job,
         strict="set -uo pipefail",
-    )
-
-
-def jobset(job: Job) -> str:
-    """A JobSet of one pod a host, each with DeepSpeed's launcher of its ranks.
-
-    Raises:
-        UserError: the description has no image, or no volume.
-    """
-    if job.image is None or job.claim is None:
-        raise UserError("a JobSet needs image, the container with paco_ds, and claim, the volume with shards and runs")
-    world = {f"host{number}": list(range(job.ranks_per_host)) for number in range(job.host_count)}
-    packed = base64.urlsafe_b64encode(json.dumps(world).encode()).decode()
-    launch = ["python", "-m", "deepspeed.launcher.launch", f"--world_info={packed}"]
-    where = ["--node_rank=$(JOB_COMPLETION_INDEX)", f"--master_addr={job.name}-ranks-0-0.{job.name}"]
-    cores = str(job.cores_per_rank * job.ranks_per_host)
-    limits = {"nvidia.com/gpu": str(job.ranks_per_host)} if job.gpus else {}
-    container = {
-        "name": "ranks",
-        "image": job.image,
-        "workingDir": job.directory if job.directory.startswith("/") else job.mount,
-        "command": [*launch, *where, f"--master_port={job.port}", "--module", "paco_ds.train"],
-        "args": [word.replace("$(", "$$(") for word in job.training()],
-        "env": [{"name": name, "value": value} for name, value in job.environment.items()],
-        "resources": {"requests": {"cpu": cores}, "limits": limits},
-        "volumeMounts": [
-            {"name": "shared", "mountPath": job.mount},
-            {"name": "memory", "mountPath": "/dev/shm"},  # loader processes hand over images there
-        ],
-    }
-    pod = {
-        "restartPolicy": "Never",
-        "terminationGracePeriodSeconds": LEAVE,
-        "containers": [container],
-        "volumes": [
-            {"name": "shared", "persistentVolumeClaim": {"claimName": job.claim}},
-            {"name": "memory", "emptyDir": {"medium": "Memory"}},
-        ],
-    }
-    fail = {"action": "FailJob", "onExitCodes": {"operator": "In", "values": sorted(_FOR_GOOD)}}
-    one_of_each_host: dict[str, Any] = {
-        "completionMode": "Indexed",
-        "parallelism": job.host_count,
-        "completions": job.host_count,
-        "backoffLimit": 0,
-        "podFailurePolicy": {"rules": [fail]},
-        "template": {"spec": pod},
-    }
-    for_good = {"name": "mistake", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
-    return yaml.safe_dump(
-        {
-            "apiVersion": "jobset.x-k8s.io/v1alpha2",
-            "kind": "JobSet",
-            "metadata": {"name": job.name},
-            "spec": {
-                "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
-                "failurePolicy": {"maxRestarts": job.restarts, "rules": [for_good]},
-                "replicatedJobs": [{"name": "ranks", "replicas": 1, "template": {"spec": one_of_each_host}}],
-            },
-        },
-        sort_keys=False,
-        width=120,
     )
 
 

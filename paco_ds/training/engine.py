@@ -145,6 +145,7 @@ def initialise(
         whole=stage == 0,
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
+        nesterov=settings.nesterov,
     )
     complete = {
         **config,

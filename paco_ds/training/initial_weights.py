@@ -25,6 +25,26 @@ _SAME = ("backbone", "width", "experts", "expert_width")  # what the first stage
 _SAME_CENTERS = ("centers", "centers_scale")  # and where its centers are taken over as they are
 _BACKBONE = "query_encoder.backbone."
 _CLASSIFIERS = ("fc", "classifier", "heads", "head")  # what torchvision's networks call theirs
+# What RIDE's files hold beside tensors: their settings and a score. Each is read as a placeholder; nothing is imported.
+_PLACEHOLDERS = (
+    "parse_config.ConfigParser",
+    "pathlib.PosixPath",
+    "pathlib._local.PosixPath",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
+    "_codecs.encode",
+)
+
+
+class _Placeholder:
+    """Takes the place of a foreign object in a file, and forgets what it is given."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
 
 
 def load_initial_weights(model: Recogniser, settings: ModelSettings) -> None:
@@ -71,7 +91,7 @@ def freeze(model: Recogniser, settings: ModelSettings) -> None:
         RecipeError: `last_block` of a network without residual stages.
     """
     if settings.trained in ("centers", "center_scales", "routers"):
-        model.freeze_encoder()  # centers that are not trained have no gradient from the start
+        model.freeze_encoder(settings.frozen_batch_norm)  # centers that are not trained have no gradient from the start
     elif settings.trained == "last_block":
         network = model.query_encoder.backbone.network
         stage = getattr(network, "layer4", None)
@@ -147,7 +167,8 @@ def read_tensors(path: Path, where: str) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([(_Placeholder, name) for name in _PLACEHOLDERS]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file, or one that asks for code, raises nearly anything
         raise RecipeError(f"{where} holds no weights that can be read safely: {one_line(error)}") from error
 

@@ -98,13 +98,14 @@ class GuardedSGD(torch.optim.SGD):
 def learning_rate(schedule: ScheduleSettings, peak: float, step: int, steps_per_epoch: int) -> float:
     """Learning rate of a step, `peak` at most: linear warm-up, then peak / 2 (1 + cos(pi (e - w + 1) / (E - w + 1))).
 
-    With milestones the rate stays after warm-up and becomes a tenth at each of them, in place of the cosine.
+    With milestones the rate stays after warm-up and becomes a tenth at each of them, in place of the cosine. With
+    `warmup_overshoot` the first of them after warm-up has peak (w + 1) / w: dvlab-research's paco_cifar.py says `<=`.
     e counts epochs (as published) or steps, by `schedule.per`; w and E are warm-up and length in the same unit.
     """
     unit = steps_per_epoch if schedule.per == "epoch" else 1
     per_epoch = steps_per_epoch // unit
     now, warmup, length = step // unit, schedule.warmup_epochs * per_epoch, schedule.epochs * per_epoch
-    if now < warmup:
+    if now < warmup or (schedule.warmup_overshoot and now == warmup > 0):
         return peak * (now + 1) / warmup
     if schedule.milestones:
         return peak * 0.1 ** sum(now >= milestone * per_epoch for milestone in schedule.milestones)

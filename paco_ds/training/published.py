@@ -1,74 +1,122 @@
-"""The names of tensors in files that the authors' code writes, as those of our model.
+"""The names of tensors in files of other projects, as those of our model.
 
-PaCo and GPaCo (https://github.com/dvlab-research/Parametric-Contrastive-Learning, `moco/builder.py` and
-`models/resnet_cifar.py`): `encoder_q` is a ResNet whose `fc` is the projection, `linear` the centers; `encoder_k` the
-key encoder; `queue`, `queue_l`, `queue_ptr` the ring of keys. DistributedDataParallel puts `module.` before each.
+* PaCo and GPaCo (https://github.com/dvlab-research/Parametric-Contrastive-Learning, `moco/builder.py` and
+  `models/resnet_cifar.py`): `encoder_q` is a ResNet whose `fc` is the projection, `linear` the centers; `encoder_k` the
+  key encoder; `queue`, `queue_l`, `queue_ptr` the ring of keys.
+* MoCo (https://github.com/facebookresearch/moco): the same without centers; its queue has no labels.
+* RIDE (https://github.com/frank-xwang/RIDE-LongTailRecognition), see `published_ride`.
+* anything else: a network of torchvision or timm with its classifier, under the names that these have.
+
+DistributedDataParallel puts `module.` before each.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from paco_ds.errors import RecipeError
 from paco_ds.training.initial_weights import read_tensors
+from paco_ds.training.published_ride import is_ride, name_of_ride
 
+NETWORK = "query_encoder.backbone.network."
 _ENCODERS = {"encoder_q": "query_encoder", "encoder_k": "key_encoder"}
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+_FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")  # of the hub
+Kind = Literal["paco", "moco", "ride", "network"]
 
 
 @dataclass(frozen=True)
 class Published:
-    """A file of the authors' code.
+    """A file of another project.
 
     Attributes:
-        model: tensors by the names of our model.
+        kind: whose names it has; "paco" is GPaCo's too, "network" is torchvision's and timm's.
+        model: tensors by the names of our model; of a network also its classifier, under its own name.
         queue: `keys`, `labels` and `count`, as a `KeyQueue` has them; None where the file has none.
         unused: names in the file that our model has no place for.
         epoch: epochs that it was trained, where the file says so.
+        timm_name: of the network in timm, where a config.json beside the weights says it.
     """
 
+    kind: Kind
     model: dict[str, Tensor]
-    queue: dict[str, Tensor] | None
+    queue: dict[str, Tensor] | None = None
     unused: list[str] = field(default_factory=list)
     epoch: int | None = None
+    timm_name: str | None = None
 
 
 def read_published(path: Path) -> Published:
-    """Read a file with tensors alone: nothing in it is executed.
+    """Read a file, or a folder of the hub, with tensors alone: nothing in it is executed.
 
     Raises:
-        RecipeError: it cannot be read, or is none of PaCo's or GPaCo's.
+        RecipeError: it cannot be read, or has no weights of a network.
     """
-    content = read_tensors(path, str(path))
+    file = weights_file(path)
+    content = read_tensors(file, str(file))
     tensors = _tensors_of(content)
-    if not any(name.startswith("encoder_q.") for name in tensors) or "linear.weight" not in tensors:
-        shown = ", ".join(sorted(tensors)[:3]) or "no tensors"
-        raise RecipeError(
-            f"{path} is no file of PaCo's or GPaCo's, which have encoder_q.* and linear.*: it has {shown}. Weights of "
-            "a backbone alone are given as model.start_from"
-        )
+    kind = _kind_of(tensors, path)
     model, unused = {}, []
     for name, tensor in tensors.items():
-        ours = _our_name(name)
+        ours = _our_name(kind, name, tensors)
         if ours is None:
             unused.append(name)
         else:
-            model[ours] = tensor.float() if tensor.is_floating_point() else tensor
-    epoch = content.get("epoch") if isinstance(content, dict) else None
-    blocks = _flat_blocks(model)
+            value = tensor.float() if tensor.is_floating_point() else tensor
+            transposed = kind == "ride" and re.fullmatch(r"linears\.\d+\.weight", name.removeprefix("backbone."))
+            cosine = transposed and name.replace("weight", "bias") not in tensors  # NormedLinear is [F, C]
+            model[ours] = value.T.contiguous() if cosine else value
+    epoch = content.get("epoch") if isinstance(content, Mapping) else None
+    blocks = _flat_blocks(model) if kind in ("paco", "moco") else {}
     return Published(
+        kind,
         {_renamed(name, blocks): tensor for name, tensor in model.items()},
-        _queue_of(tensors),
+        _queue_of(tensors) if kind == "paco" else None,
         sorted(unused),
         epoch if isinstance(epoch, int) else None,
+        _timm_name(path),
     )
+
+
+def _kind_of(tensors: Mapping[str, Tensor], path: Path) -> Kind:
+    if any(name.startswith("encoder_q.") for name in tensors):
+        return "paco" if "linear.weight" in tensors else "moco"
+    if is_ride(tensors):
+        return "ride"
+    if not any(t.is_floating_point() and t.ndim > 1 for t in tensors.values()):
+        shown = ", ".join(sorted(tensors)[:3]) or "no tensors"
+        raise RecipeError(f"{path} holds no weights of PaCo, GPaCo, RIDE, MoCo, timm or torchvision: it has {shown}")
+    return "network"
+
+
+def weights_file(path: Path) -> Path:
+    """The file, or that in a folder of the hub; RecipeError if it has none."""
+    if not path.is_dir():
+        return path
+    for name in _FOLDER_FILES:
+        if (path / name).is_file():
+            return path / name
+    raise RecipeError(f"{path} has neither {' nor '.join(_FOLDER_FILES)}: give a file of weights, or a hub's folder")
+
+
+def _timm_name(path: Path) -> str | None:
+    """`architecture` of the config.json that timm puts beside weights on the hub."""
+    config = (path if path.is_dir() else path.parent) / "config.json"
+    if not config.is_file():
+        return None
+    try:
+        name = json.loads(config.read_text(encoding="utf-8")).get("architecture")
+    except (OSError, ValueError, AttributeError):
+        return None  # another program's config.json
+    return name if isinstance(name, str) else None
 
 
 def _tensors_of(content: Any) -> dict[str, Tensor]:
@@ -82,11 +130,17 @@ def _tensors_of(content: Any) -> dict[str, Tensor]:
     return {str(name).removeprefix("module."): t for name, t in content.items() if isinstance(t, Tensor)}
 
 
-def _our_name(name: str) -> str | None:
+def _our_name(kind: Kind, name: str, tensors: Mapping[str, Tensor]) -> str | None:
+    if kind == "ride":
+        return name_of_ride(name, tensors)
+    if kind == "network":
+        return NETWORK + name
     first, _, rest = name.partition(".")
+    if kind == "moco":  # a projection for instances, not for classes: only the backbone is of use
+        return f"{NETWORK}{rest}" if first == "encoder_q" and not rest.startswith("fc.") else None
     if first == "linear":
         return f"centers.{rest}"
-    if first not in _ENCODERS or (first == "encoder_k" and name.rpartition(".")[2] in _STATISTICS):
+    if first not in _ENCODERS or (first == "encoder_k" and name.rpartition(".")[2] in STATISTICS):
         return None  # the key encoder normalises by the statistics of its batch alone
     encoder = _ENCODERS[first]
     if rest.startswith("fc."):
@@ -96,7 +150,7 @@ def _our_name(name: str) -> str | None:
 
 def _flat_blocks(model: Mapping[str, Tensor]) -> dict[str, int]:
     """Numbers of a CIFAR ResNet's blocks, which follow each other in ours: {"layer2.0": 5, ...}; of others none."""
-    stem = model.get("query_encoder.backbone.network.conv1.weight")
+    stem = model.get(f"{NETWORK}conv1.weight")
     if stem is None or stem.shape[-1] != 3:  # 3 x 3: a stem for small images
         return {}
     found = {match[1] for name in model if (match := re.search(r"network\.(layer\d+\.\d+)\.", name))}

@@ -328,19 +328,23 @@ class Trainer:
         return checkpoint
 
     def _announce(self) -> None:
-        recipe, layout = self.recipe, self.layout
+        recipe, ranks, step = self.recipe, self.ranks, self.layout
+        autocast = self.engine.torch_autocast_enabled()
+        images = self.manifest.split(recipe.data.train_split).samples
         self.logger.say(
-            f"{recipe.name}: {recipe.loss.method} with {recipe.model.backbone} on "
-            f"{self.manifest.split(recipe.data.train_split).samples} images of {len(self.manifest.classes)} classes; "
-            f"{self.ranks.world_size} ranks on {self.ranks.device.type}, ZeRO stage {stage_of(self.engine)}; "
-            f"a step is {layout.micro_batches} micro-batches of {layout.micro_batch} ({layout.accumulation} a rank)"
+            f"{recipe.name}: {recipe.loss.method} with {recipe.model.backbone}, into {self.run_dir}\n"
+            f"  data       {images} images of {len(self.manifest.classes)} classes, {recipe.data.shards}\n"
+            f"  ranks      {ranks.world_size} on {ranks.device.type}, ZeRO stage {stage_of(self.engine)}\n"
+            f"  step       {step.micro_batches} micro-batches of {step.micro_batch} ({step.accumulation} a rank)\n"
+            f"  length     {self.total_steps} steps in {recipe.schedule.epochs} epochs\n"
+            f"  precision  {'bfloat16 autocast' if autocast else 'float32'}"
         )
         if recipe.step.scale != 1:
             self.logger.say(
-                f"scaled: {layout.micro_batches} micro-batches a step where the recipe has "
+                f"scaled: {step.micro_batches} micro-batches a step where the recipe has "
                 f"{recipe.step.reference_micro_batches}, so the peak learning rate is {recipe.lr:g}"
             )
-            if recipe.keys_from and (hint := short_queue_hint(recipe.queue.length, layout.global_batch)):
+            if recipe.keys_from and (hint := short_queue_hint(recipe.queue.length, step.global_batch)):
                 self.logger.say(hint)
         for key, (before, lowered) in self.checkpoints.lowered.items():
             self.logger.changed_setting(self.steps_done, key, before, lowered)

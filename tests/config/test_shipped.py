@@ -33,7 +33,7 @@ def test_what_ships_is_found_by_name_from_any_folder(find, name, file, tmp_path,
     [
         (lambda: load_recipe("dmo"), RecipeError, r"no recipe dmo: .* in \S+/ds_configs/recipes; nearest: demo, "),
         (lambda: load_recipe("a/resnet50.yml"), RecipeError, r"no recipe a/resnet50.yml: .*; nearest: resnet50, "),
-        (lambda: shipped.find_table("15"), RecipeError, r"no table table15: .*/ds_configs/tables; nearest: table1\d, "),
+        (lambda: shipped.find_table("15"), RecipeError, r"no table table15: .*/ds_configs/tables; nearest: table1"),
         (
             lambda: shipped.find_card("imagenet"),
             DataError,

@@ -6,6 +6,7 @@ import pytest
 from paco_ds.data.pack.card import Imbalance
 from paco_ds.data.pack.samples import Samples, SamplesBuilder
 from paco_ds.data.pack.selection import long_tailed_counts, make_long_tailed, split_off
+from paco_ds.errors import DataError
 
 
 def samples(counts: list[int], groups: list[int] | None = None) -> Samples:
@@ -92,3 +93,31 @@ def test_group_larger_than_the_share_stays_in_train() -> None:
     assert len(val) == 2
     assert 0 in train.groups.tolist()
     assert 0 not in val.groups.tolist()
+
+
+@pytest.mark.parametrize("factor", [10, 50, 100, 200])
+@pytest.mark.parametrize(("classes", "images"), [(100, 5), (10, 50), (7, 500)])
+def test_the_published_selection_takes_the_images_of_the_published_code(factor, classes, images) -> None:
+    """LDAM-DRW's imbalance_cifar.py, written out, on labels in CIFAR's mixed order; the seed changes nothing."""
+    labels = np.random.default_rng(3).permutation(np.repeat(np.arange(classes), images))
+    rows = SamplesBuilder()
+    for number, label in enumerate(labels.tolist()):
+        rows.add(str(number), label, size=1)
+    whole = rows.build()
+    state = np.random.RandomState(0)
+    theirs = []
+    for label in np.unique(labels):
+        count = int(images * ((1 / factor) ** (label / (classes - 1.0))))
+        found = np.where(labels == label)[0]
+        state.shuffle(found)
+        theirs += found[: max(count, 1)].tolist()
+    for seed in (0, 1):
+        ours = make_long_tailed(whole, classes, Imbalance(factor=factor, selection="published"), seed)
+        assert sorted(map(int, ours.names)) == sorted(theirs)
+
+
+@pytest.mark.parametrize(("counts", "profile"), [([5, 4], "exp"), ([5, 5], "pareto")])
+def test_the_published_selection_is_refused_where_it_was_not_published(counts, profile) -> None:
+    """Classes of several sizes, and another profile."""
+    with pytest.raises(DataError, match=r"selection published is of CIFAR-LT: .*; set it to seeded"):
+        make_long_tailed(samples(counts), 2, Imbalance(factor=2, profile=profile, selection="published"), 0)

@@ -167,7 +167,7 @@ def test_randaugment_is_timms(count, magnitude):
         (RandClsStackView(), 0.2, 0.5, 1, False, True),
         (SimView(), 0.2, 0.5, 1, False, False),
         (Sim02View(), 0.2, 0.5, 1, False, False),
-        (MocoV2View(), 0.2, 0, 1, True, False),
+        (MocoV2View(), 0.2, 0.5, 0.8, True, False),
         (CifarKeyView(), 0.2, 0.5, 0.8, True, False),
     ],
     ids=lambda value: getattr(value, "name", ""),

@@ -10,10 +10,12 @@ from paco_ds.config.load import load_recipe
 from paco_ds.config.recipe import Recipe
 from paco_ds.data.manifest import Manifest, open_data
 from paco_ds.distributed.ranks import Ranks
+from paco_ds.evaluation.choose_tau import choose_tau
+from paco_ds.evaluation.logit_adjustment import LogitAdjusted
 from paco_ds.evaluation.results import write_results
 from paco_ds.evaluation.runner import Ensemble, evaluate, load_recogniser
 from paco_ds.evaluation.split import EvaluationSplit
-from paco_ds.evaluation.tau_normalization import choose_tau, tau_normalized
+from paco_ds.evaluation.tau_normalization import logits_of_taus, tau_normalized
 from paco_ds.models.recogniser import Recogniser
 
 
@@ -24,12 +26,15 @@ def written(
     overrides: tuple[str, ...] = (),
     split: str = "test",
     tau: float | None = None,
+    adjusted: float | None = None,
 ) -> dict[str, Any] | None:
-    """What the first rank writes, as evaluate.py does; with `tau` of normalised centers."""
+    """What the first rank writes, as evaluate.py does; with `tau` of normalised centers, or of adjusted logits."""
     recipe, manifest, model = _loaded(run, split, overrides)
     if tau is not None:
         model = tau_normalized(model, tau)
-    ensemble = Ensemble([(model, False)])
+    ensemble: Any = Ensemble([(model, False)])
+    if adjusted is not None:
+        ensemble = LogitAdjusted(ensemble, _judged(recipe, manifest, split).class_counts, adjusted)
     accuracy = evaluate(ensemble, ensemble, _judged(recipe, manifest, split), ranks, recipe.model.experts)
     if not ranks.first:
         return None
@@ -51,7 +56,7 @@ def written(
 def scores_of_taus(ranks: Ranks, run: Path, split: str) -> tuple[float, dict[float, float]]:
     """What `choose_tau` says on this rank."""
     recipe, manifest, model = _loaded(run, split)
-    return choose_tau(model, _judged(recipe, manifest, split), ranks)
+    return choose_tau(model, logits_of_taus(model), _judged(recipe, manifest, split), ranks)
 
 
 def _judged(recipe: Recipe, manifest: Manifest, split: str) -> EvaluationSplit:

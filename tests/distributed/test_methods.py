@@ -20,11 +20,11 @@ SMALL = ("step.micro_batch=4", "step.micro_batches=2")
 EXPERTS = ("model.experts=3", "model.centers=cosine")
 OVERRIDES = {
     "focal": ("loss.focal.class_balanced=true",),
-    "ldam": ("model.centers=cosine", "loss.ldam.drw_epoch=0"),
+    "ldam": ("model.centers=cosine", "loss.ldam.drw_epoch=0", "optimizer.nesterov=true"),
     "multi_task": ("loss.multi_task.softmax=balanced_softmax", "loss.multi_task.weight=0.5"),
-    "ride": (*EXPERTS, "loss.ride.reweight_epoch=0"),
+    "ride": (*EXPERTS, "loss.ride.reweight_epoch=0", "optimizer.nesterov=true", "model.initialisation=published"),
     "routing": (*EXPERTS, "model.trained=routers", "model.start_from=unused"),
-    "balpoe": (*EXPERTS, "step.mixup=0.4"),
+    "balpoe": (*EXPERTS, "step.mixup=0.4", "optimizer.nesterov=true"),
     "bcl": ("key_encoder=none", "queue.length=0"),
     "proco": ("key_encoder=none", "loss.temperature=0.1"),
 }

@@ -9,8 +9,8 @@ from paco_ds.checkpoint import Checkpoints, newest_checkpoint
 from paco_ds.config.load import load_recipe
 from paco_ds.data.manifest import open_data
 from paco_ds.errors import RecipeError
+from paco_ds.evaluation.choose_tau import TAUS
 from paco_ds.evaluation.runner import load_recogniser
-from paco_ds.evaluation.tau_normalization import TAUS
 from paco_ds.metrics.log import read
 from paco_ds.training.initial_weights import freeze, load_initial_weights
 from tests.commands import run_command
@@ -70,6 +70,19 @@ def test_the_second_stage_leaves_the_backbone_as_it_was(pool, recipe, first_stag
     else:
         assert torch.equal(after["centers.linear.weight"], before["centers.weight"])
         assert not torch.allclose(after["centers.scale"], torch.ones(4), atol=1e-4)
+
+
+def test_batch_norm_of_a_frozen_backbone_goes_on_averaging_where_it_is_asked_to(pool, recipe, first_stage, tmp_path):
+    """As the published code of cRT does: weights stay, statistics move, on 2 ranks as on one."""
+    overrides = (*second_stage(recipe, first_stage, "centers", 3), "model.frozen_batch_norm=training")
+    for ranks in (1, 2):
+        pool(ranks).run(TRAIN, recipe=recipe, run=tmp_path / f"{ranks}", overrides=overrides, stop_at_step=3)
+    before, one, two = weights(first_stage), weights(tmp_path / "1"), weights(tmp_path / "2")
+    encoder = [name for name in before if name.startswith("query_encoder.")]
+    statistics = {name for name in encoder if "running" in name or "num_batches" in name}
+    assert {name for name in encoder if not torch.equal(before[name], two[name])} == statistics
+    for name in encoder:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("trained", "stage"), [("centers", 1), ("center_scales", 3)])
@@ -160,6 +173,21 @@ def test_tau_is_chosen_on_validation_and_normalises_the_centers(pool, long_cente
     for world_size in (1, 2):
         of_ranks = pool(world_size).run("tests.distributed.evaluating:scores_of_taus", run=long_centers, split="val")
         assert of_ranks == [(chosen, pytest.approx(scores))] * world_size
+
+
+def test_post_hoc_logit_adjustment_is_chosen_on_validation_and_holds_on_test(pool, long_centers, tmp_path):
+    """The figures are those of logits less tau log pi at the tau that validation chose."""
+    output = tmp_path / "adjusted.json"
+    done = run_command(EVALUATE, f"--run={long_centers}", f"--output={output}", "--logit-adjust=auto")
+    chosen = float(done.stdout.split("tau ")[1].split(":")[0])
+    assert chosen > 0
+    assert done.stdout.count(", 2.0: ") == 1
+    results = json.loads(output.read_text())
+    arguments = {"run": long_centers, "output": tmp_path / "again.json", "split": "test", "adjusted": chosen}
+    expected = pool(1).run("tests.distributed.evaluating:written", **arguments)[0]
+    assert results["logit_adjustment"] == chosen
+    for name in ("all", "balanced", "macro_f1", "calibration_error"):
+        assert results[name] == pytest.approx(expected[name]), name
 
 
 EXPERTS = ("model.experts=3", "model.centers=cosine", "loss.method=ride")

@@ -31,7 +31,7 @@ def test_a_table_is_trained_kept_and_drawn_elsewhere(striped_shards, tmp_path):
     (tmp_path / "table.yaml").write_text(TABLE)
 
     def reproduce(output, *more):
-        options = ("--table", tmp_path / "table.yaml", "--seeds", 1, "--ranks", 1, "--keep", tmp_path / "kept")
+        options = ("--table", tmp_path / "table.yaml", "--seeds", 1, "--ranks", 1, "--keep", tmp_path / "kept.jsonl")
         done = run_command("paco_ds.paper.reproduce", *options, "--output", tmp_path / output, *more, check=False)
         assert done.returncode == 0, done.stderr + "".join(p.read_text() for p in tmp_path.glob("*/*/run.log"))
         return done.stdout
@@ -44,9 +44,7 @@ def test_a_table_is_trained_kept_and_drawn_elsewhere(striped_shards, tmp_path):
     assert backbone
     assert all(torch.equal(first[name], second[name]) for name in backbone)
     assert not torch.equal(first["centers.weight"], second["centers.weight"])
-    assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == [
-        "balanced-softmax-seed1.json",
-        "supcon--two-stages-seed1.json",
-    ]
+    kept = [json.loads(line)["row"] for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
+    assert kept == ["balanced-softmax-seed1", "supcon--two-stages-seed1"]
     assert "Balanced Softmax" in reproduce("elsewhere", "--draw-only")
     assert not list((tmp_path / "elsewhere").glob("*-seed1"))

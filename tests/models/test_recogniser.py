@@ -88,3 +88,53 @@ def test_supcon_trains_no_centers():
     model = model_of(tiny_recipe("loss.method=supcon"), 5)
     assert not any(p.requires_grad for p in model.centers.parameters())
     assert all(p.requires_grad for p in model.query_encoder.parameters())
+
+
+def test_published_initialisation_draws_as_the_authors_code():
+    """Convolutions of CIFAR ResNets by He with fan-in, the projection's last layer too, cosine centers of length 1; the
+    key encoder follows."""
+    overrides = ("model.backbone=cifar_resnet20", "model.width=64", "model.projection_dim=256", "model.centers=cosine")
+    own, published = (
+        model_of(tiny_recipe(*overrides, f"model.initialisation={which}"), 50) for which in ("own", "published")
+    )
+    convolution = "query_encoder.backbone.network.blocks.3.conv1.weight"
+    outputs, inputs, *_ = published.state_dict()[convolution].shape
+    assert published.state_dict()[convolution].std().item() == pytest.approx((2 / (9 * inputs)) ** 0.5, rel=0.02)
+    assert own.state_dict()[convolution].std().item() == pytest.approx((2 / (9 * outputs)) ** 0.5, rel=0.02)
+    last = published.state_dict()["query_encoder.projection.3.weight"]
+    assert last.std().item() == pytest.approx((2 / last.shape[1]) ** 0.5, rel=0.02)
+    torch.testing.assert_close(published.state_dict()["centers.weight"].norm(dim=1), torch.ones(50))
+    images = torch.randint(0, 256, (4, 3, 12, 12), dtype=torch.uint8)
+    torch.testing.assert_close(published(images, keys=True), published(images)[2].detach())
+
+
+def test_published_initialisation_leaves_large_resnets_as_torchvision_has_them():
+    """Theirs are torchvision's too."""
+    same = [
+        model_of(tiny_recipe("model.backbone=resnet18", f"model.initialisation={which}"), 5)
+        for which in ("own", "published")
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m in same), strict=True))
+
+
+@pytest.mark.parametrize(("batch_norm", "moves"), [("evaluation", False), ("training", True)])
+def test_a_frozen_encoder_keeps_its_statistics_unless_asked(batch_norm, moves):
+    """`training` is the published code of cRT and LWS; weights have no gradient either way."""
+    model = model_of(tiny_recipe("loss.method=cross_entropy"), 5)
+    model.freeze_encoder(batch_norm)
+    model.train()
+    mean = model.state_dict()["query_encoder.backbone.network.bn1.running_mean"]
+    before = mean.clone()
+    model(torch.randint(0, 256, (6, 3, 12, 12), dtype=torch.uint8))
+    assert (not torch.equal(before, mean)) == moves
+    assert not any(p.requires_grad for p in model.query_encoder.parameters())
+
+
+def test_small_resnets_keep_the_resolution_at_their_stem():
+    """SupContrast's ResNet-50 for CIFAR: 23.5 M parameters, 32 pixels are 4 x 4 in the last stage."""
+    backbone = make_backbone(ModelSettings(backbone="resnet50_small"))
+    assert sum(p.numel() for p in backbone.parameters()) == 23_500_352
+    assert backbone.feature_dim == 2048
+    last_stage = backbone.network.get_submodule("layer4")
+    assert last_stage(torch.zeros(1, 1024, 8, 8)).shape[-2:] == (4, 4)
+    assert backbone(torch.zeros(2, 3, 32, 32)).shape == (2, 2048)

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,12 @@ import torch
 from paco_ds.errors import RecipeError, UserError
 from paco_ds.metrics.log import MetricsLog, StepRecord
 from paco_ds.paper import reproduce
+from paco_ds.paper.results import KeptResults
 from paco_ds.paper.tables import SMALL_RECIPES, Row, Table, load_table, small_recipe
 from tests.recipes import model_of
 
-SHIPPED = sorted(Path(__file__).parents[2].glob("ds_configs/tables/*.yaml"))
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted(ROOT.glob("ds_configs/tables/*.yaml"))
 METHODS = SHIPPED[0].parent / "methods.yaml"
 ROWS = "title: t\nrecipe: r.yaml\nrows:\n"
 
@@ -87,7 +90,7 @@ def test_a_wrong_table_is_refused(tmp_path, text, message):
 
 def test_a_missing_table_is_named(tmp_path):
     """With the nearest of those there are."""
-    with pytest.raises(RecipeError, match=r"no table table15: .*ds_configs/tables; nearest: table1\d, "):
+    with pytest.raises(RecipeError, match=r"no table table15: .*ds_configs/tables; nearest: table1"):
         load_table("15")
     with pytest.raises(RecipeError, match=r"no table .*x.yaml: "):
         load_table(tmp_path / "x.yaml")
@@ -174,7 +177,7 @@ def test_commands_of_a_cluster_are_of_the_shards_of_the_card(tmp_path):
 def test_a_table_at_small_scale_finds_the_recipe_of_its_card(tmp_path, capsys):
     """Of the card that ships, whose name has capitals."""
     card = SMALL_RECIPES.parents[2] / "shards" / "fashion-mnist-lt.yaml"
-    output = ["--output", str(tmp_path), "--keep", str(tmp_path / "kept"), "--draw-only"]
+    output = ["--output", str(tmp_path), "--keep", str(tmp_path / "kept.jsonl"), "--draw-only"]
     with pytest.raises(SystemExit):
         reproduce.main(["--table", "13", "--scale", "small", "--data", str(card), *output])
     assert "12 of 12 runs are missing: CE (seed 1)" in capsys.readouterr().err
@@ -189,12 +192,25 @@ def test_a_data_set_without_a_small_recipe_is_named():
 TOP1 = {"many": 0.9, "medium": 0.8, "few": None, "all": 0.85}
 
 
+def kept_in(tmp_path):
+    return KeptResults(tmp_path / "kept.jsonl")
+
+
+def kept_line(tmp_path, row, change=None):
+    """The kept result of a row, changed in its file by a function of it."""
+    lines = {line["row"]: line for line in map(json.loads, (tmp_path / "kept.jsonl").read_text().splitlines())}
+    if change is not None:
+        change(lines[row])
+        (tmp_path / "kept.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines.values()))
+    return lines[row]
+
+
 def kept_job(tmp_path, *, seed=1, output="a", extra=(), **settings):
-    """A row of the demo's recipe whose results are kept in tmp_path/kept."""
+    """A row of the demo's recipe whose results are kept in tmp_path/kept.jsonl."""
     row = Row(**{"method": "PaCo", **settings})
     table = Table(title="t", recipe=str(SMALL_RECIPES.parent / "demo.yaml"), rows=(row,))
     shards = f"data.shards={tmp_path / 'shards'}"
-    return reproduce.Job(table, row, seed, tmp_path / output, None, (shards, *extra), tmp_path / "kept")
+    return reproduce.Job(table, row, seed, tmp_path / output, None, (shards, *extra), kept_in(tmp_path))
 
 
 def finish(job, *, manifest="0" * 64, figures=TOP1, keep=True):
@@ -220,8 +236,7 @@ def test_a_kept_result_says_what_was_trained_and_names_no_place(tmp_path):
     """Recipe, seed, versions, data, ranks and seconds of the training; no path of this machine."""
     one = kept_job(tmp_path, evaluate=("--tau-normalize=auto",))
     finish(one)
-    text = (tmp_path / "kept" / "paco-seed1.json").read_text()
-    kept = json.loads(text)
+    text, kept = (tmp_path / "kept.jsonl").read_text(), kept_line(tmp_path, "paco-seed1")
     assert {"ranks": 2, "seconds": 2.5, "seed": 1, "manifest_sha256": "0" * 64, "versions": {"torch": "2"}}.items() <= (
         kept.items()
     )
@@ -248,14 +263,13 @@ def test_a_finished_run_is_kept(tmp_path, monkeypatch):
         returncode = 0
 
     def train(command, **_):
-        finish(one)
-        one.kept.unlink()
+        finish(one, keep=False)
         return Done
 
     monkeypatch.setattr(reproduce.subprocess, "run", train)
     reproduce.Trainings(ranks=2, quiet=False).run(one)
     assert one.read().all == 0.85
-    assert one.kept.exists()
+    assert one.kept
 
 
 @pytest.mark.parametrize(
@@ -271,7 +285,7 @@ def test_a_kept_result_of_another_training_is_refused(tmp_path, change, message)
     finish(kept_job(tmp_path))
     with pytest.raises(UserError, match=message) as error:
         kept_job(tmp_path, output="b", **change).check()
-    assert "another --keep folder" in str(error.value)
+    assert "another --keep file" in str(error.value)
 
 
 def test_a_kept_result_of_other_shards_is_refused(tmp_path):
@@ -289,19 +303,47 @@ def test_a_kept_result_of_other_shards_is_refused(tmp_path):
 
 def test_a_file_that_is_no_kept_result_is_named(tmp_path):
     """A metrics.json that was copied there by hand, say."""
-    (tmp_path / "kept").mkdir()
-    kept_job(tmp_path).kept.write_text(json.dumps(TOP1))
-    with pytest.raises(UserError, match=r"paco-seed1.json is not a kept result \(KeyError\('recipe'\)\)"):
-        kept_job(tmp_path).check()
+    for line, message in (
+        (TOP1, "line 1 of .*kept.jsonl is not a kept result"),
+        (TOP1 | {"row": "paco-seed1"}, r"kept.jsonl: paco-seed1 is not a kept result \(KeyError\('recipe'\)\)"),
+        ("{", "line 1 of .*kept.jsonl is not JSON"),
+    ):
+        (tmp_path / "kept.jsonl").write_text(line if isinstance(line, str) else json.dumps(line))
+        with pytest.raises(UserError, match=message):
+            kept_job(tmp_path).check()
+
+
+def test_results_of_rows_that_end_at_a_time_are_all_kept(tmp_path):
+    """Each line is whole, and those of other rows stay; they are sorted, so that a difference is small."""
+    jobs = [kept_job(tmp_path, seed=seed) for seed in range(8, 0, -1)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(finish, jobs))
+    names = [json.loads(line)["row"] for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
+    assert names == [f"paco-seed{seed}" for seed in range(1, 9)]
+
+
+def test_a_folder_of_kept_results_is_refused(tmp_path):
+    """As they were kept until 0.12."""
+    with pytest.raises(UserError, match="is a folder: results are kept in one file"):
+        KeptResults(tmp_path)
+
+
+def test_the_kept_results_of_the_project_are_of_its_tables():
+    """Each line is a training of today's recipe of its row, so that `--draw-only` draws the pages of docs/."""
+    for name in ("fashion-mnist-lt", "glyphs"):
+        keep, small = KeptResults(ROOT / "results" / f"{name}.jsonl"), small_recipe(name)
+        for table, seeds in ((load_table("13"), 3), (load_table("14"), 3)):
+            for row, seed in itertools.product(table.rows, range(1, seeds + 1)):
+                job = reproduce.Job(table, row, seed, Path("runs"), small, (f"data.shards={name}",), keep)
+                assert job.kept, job.name
+                job.check()
 
 
 def test_a_setting_younger_than_a_kept_result_is_at_its_default(tmp_path):
     """A new version with another setting does not make old results worthless."""
     one = kept_job(tmp_path)
     finish(one)
-    kept = json.loads(one.kept.read_text())
-    del kept["recipe"]["step.mixup"]
-    one.kept.write_text(json.dumps(kept))
+    kept_line(tmp_path, "paco-seed1", lambda kept: kept["recipe"].pop("step.mixup"))
     kept_job(tmp_path, output="b").check()
 
 
@@ -309,7 +351,7 @@ def test_rows_that_two_tables_share_are_trained_once(tmp_path):
     """PaCo of Table 13 and of Table 14, whose stand-ins are equal at small scale."""
     small, no_shards = small_recipe("fashion-mnist-lt"), (f"data.shards={tmp_path}/shards",)
     jobs = [
-        reproduce.Job(table, table.rows[-1], 1, tmp_path / f"{number}", small, no_shards, tmp_path / "kept")
+        reproduce.Job(table, table.rows[-1], 1, tmp_path / f"{number}", small, no_shards, kept_in(tmp_path))
         for number in (13, 14)
         for table in [load_table(str(number))]
     ]
@@ -324,7 +366,7 @@ def second_stage(tmp_path, *, keep=True, output="a", first_set=(), extra=()):
     trained = ("loss.method=cross_entropy", "model.trained=centers")
     second = Row(method="SupCon, two stages", after=first.name, set=trained)
     table = Table(title="t", recipe=str(SMALL_RECIPES.parent / "demo.yaml"), rows=(first, second))
-    kept, shards = tmp_path / "kept" if keep else None, f"data.shards={tmp_path / 'shards'}"
+    kept, shards = kept_in(tmp_path) if keep else None, f"data.shards={tmp_path / 'shards'}"
     job = reproduce.Job(table, second, 3, tmp_path / output, None, (shards, *extra), kept)
     return job.first_stage, job
 
@@ -352,9 +394,9 @@ def test_a_second_stage_starts_from_the_run_of_its_first_with_the_same_seed(tmp_
     second.check()
     assert launched_by(monkeypatch, second) == [first.run, second.run]
     assert f"--set=model.start_from={tmp_path}/a/supcon--first-stage-seed3" in second.training([])
-    kept = json.loads(second.kept.read_text())
+    kept = kept_line(tmp_path, "supcon--two-stages-seed3")
     assert (kept["recipe"]["model.trained"], kept["first_stage"]["loss.method"]) == ("centers", "supcon")
-    assert not first.kept.exists()
+    assert not first.kept
 
 
 def test_a_second_stage_of_which_the_result_is_kept_trains_no_first_stage(tmp_path, monkeypatch):
@@ -386,9 +428,7 @@ def test_a_kept_result_without_a_first_stage_is_none_of_a_second_stage(tmp_path)
     """And the other way round: where a training started from is part of what it is."""
     second = second_stage(tmp_path)[1]
     finish(second)
-    kept = json.loads(second.kept.read_text())
-    del kept["first_stage"]
-    second.kept.write_text(json.dumps(kept))
+    kept_line(tmp_path, "supcon--two-stages-seed3", lambda kept: kept.pop("first_stage"))
     with pytest.raises(UserError, match="starts from a first stage: False there, True now"):
         second.check()
 

@@ -4,13 +4,16 @@ import base64
 import json
 import re
 import subprocess
+from pathlib import Path
 
+import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
 
 from paco_ds.planning.job import main
 
+JOBS = Path(__file__).parents[2] / "ds_configs" / "jobs"
 SHARDS = "data.shards=/shared/it's here"
 JOB = {
     "name": "a-job",
@@ -104,7 +107,7 @@ def test_a_batch_script_asks_for_the_ranks_and_for_the_warning(rendered):
 
 def test_a_jobset_starts_a_pod_a_host_and_ends_for_good_after_a_mistake(rendered):
     """Its jobs are valid for Kubernetes; the schema of the JobSet around them is not in a package."""
-    jobset = yaml.safe_load(rendered("jobset", gpus=False))
+    jobset, _ = yaml.safe_load_all(rendered("jobset", gpus=False))
     (group,) = jobset["spec"]["replicatedJobs"]
     job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "ranks"}, "spec": group["template"]["spec"]}
     kubernetes_validate.validate(job, kubernetes_validate.latest_version(), strict=True)
@@ -117,6 +120,89 @@ def test_a_jobset_starts_a_pod_a_host_and_ends_for_good_after_a_mistake(rendered
     assert list(world.values()) == [list(range(8))] * 2
     assert options["master_addr"] == "a-job-ranks-0-0.a-job"
     assert container["args"] == ARGUMENTS
+
+
+TEXT = {"type": "string", "minLength": 1}
+RELABELING = {
+    "type": "object",
+    "properties": {
+        "sourceLabels": {"type": "array", "items": {"type": "string", "pattern": "^[a-zA-Z_][a-zA-Z0-9_]*$"}},
+        **dict.fromkeys(("separator", "targetLabel", "regex", "replacement", "action"), TEXT),
+    },
+    "additionalProperties": False,
+}
+POD_MONITOR = {  # monitoring.coreos.com/v1, as far as a job needs it
+    "type": "object",
+    "properties": {
+        "apiVersion": {"const": "monitoring.coreos.com/v1"},
+        "kind": {"const": "PodMonitor"},
+        "metadata": {"type": "object", "required": ["name"]},
+        "spec": {
+            "type": "object",
+            "properties": {
+                "selector": {
+                    "type": "object",
+                    "properties": {"matchLabels": {"type": "object", "additionalProperties": TEXT}},
+                    "additionalProperties": False,
+                },
+                "podMetricsEndpoints": {
+                    "type": "array",
+                    "minItems": 1,
+                    "items": {
+                        "type": "object",
+                        "properties": {
+                            "port": {"type": "string", "pattern": "^[a-z0-9-]{1,15}$"},
+                            "interval": {"type": "string", "pattern": "^[0-9]+(ms|s|m|h)$"},
+                            "relabelings": {"type": "array", "items": RELABELING},
+                        },
+                        "required": ["port"],
+                        "additionalProperties": False,
+                    },
+                },
+            },
+            "required": ["selector", "podMetricsEndpoints"],
+            "additionalProperties": False,
+        },
+    },
+    "required": ["apiVersion", "kind", "metadata", "spec"],
+    "additionalProperties": False,
+}
+
+
+def test_a_pod_monitor_scrapes_every_rank_with_its_labels(rendered):
+    """By the names of the container's ports; ranks are numbered through the hosts, as in metrics_targets.json."""
+    jobset, monitor = yaml.safe_load_all(rendered("jobset", set=[SHARDS, "step.micro_batches=16", "metrics.port=9500"]))
+    jsonschema.validate(monitor, POD_MONITOR)
+    assert monitor["spec"]["selector"]["matchLabels"] == {"jobset.sigs.k8s.io/jobset-name": jobset["metadata"]["name"]}
+    pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    ports = {port["name"]: port["containerPort"] for port in pod["containers"][0]["ports"]}
+    found = {}
+    for endpoint in monitor["spec"]["podMetricsEndpoints"]:
+        run, *ranks = endpoint["relabelings"]
+        assert (run["targetLabel"], run["replacement"]) == ("run", "imagenet_lt_resnet50")
+        for rule in ranks:
+            assert rule["targetLabel"] == "rank"
+            found[int(rule["replacement"])] = (int(rule["regex"]), ports[endpoint["port"]])
+    assert found == {rank: (rank // 8, 9500 + rank % 8) for rank in range(16)}
+
+
+def test_a_job_without_metrics_has_no_monitor(rendered):
+    (jobset,) = yaml.safe_load_all(rendered("jobset", set=[SHARDS, "step.micro_batches=16", "metrics.serve=false"]))
+    assert jobset["kind"] == "JobSet"
+
+
+@pytest.mark.parametrize("change", [{"kind": "ServiceMonitor"}, {"spec": {"podMetricsEndpoints": []}}, {"status": {}}])
+def test_a_monitor_that_is_none_is_refused_by_the_schema(rendered, change):
+    """The check above can fail."""
+    _, monitor = yaml.safe_load_all(rendered("jobset"))
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(monitor | change, POD_MONITOR)
+
+
+@pytest.mark.parametrize("script", sorted(JOBS.glob("*.sh")), ids=lambda script: script.name)
+def test_shipped_scripts_pass_shellcheck(script):
+    done = subprocess.run(["shellcheck", script], capture_output=True, text=True)
+    assert done.stdout + done.stderr == ""
 
 
 @pytest.mark.parametrize(

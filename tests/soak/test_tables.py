@@ -57,7 +57,7 @@ def test_every_row_trains_on_two_ranks(pool, record, striped_shards, tmp_path, n
     """Losses are finite, no update is refused, and every weight moves; a row that is judged by options of
     evaluate.py is evaluated with them."""
     table, run = load_table(str(number)), tmp_path / "run"
-    overrides = (*row.set, *REDUCED, f"data.shards={striped_shards}")
+    overrides = (*table.overrides(row), *REDUCED, f"data.shards={striped_shards}")
     holds, figure, began = False, "did not end", time.monotonic()
     try:
         pool(2).run(TRAIN, recipe=table.recipe_of(row), run=run, overrides=overrides, stop_at_step=STEPS)

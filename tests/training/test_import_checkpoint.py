@@ -13,19 +13,9 @@ from paco_ds.errors import RecipeError
 from paco_ds.training.import_checkpoint import main
 from paco_ds.training.imported import import_published
 from tests.recipes import write_tiny_recipe
+from tests.training.drawn import SmallBlock, drawn
 
 CLASSES, DIM, QUEUE = 4, 8, 80
-
-
-def drawn(module):
-    """The module with all tensors drawn, as if it were trained."""
-    with torch.no_grad():
-        for name, tensor in module.state_dict().items():
-            if name.endswith("running_var"):
-                tensor.uniform_(0.5, 1.5)
-            elif tensor.is_floating_point():
-                tensor.copy_(0.1 * torch.randn_like(tensor))
-    return module.eval()
 
 
 def encoder(kind):
@@ -93,22 +83,6 @@ def test_a_published_file_becomes_a_run_that_answers_and_goes_on(kind, striped_s
         import_published(path, recipe, run)
 
 
-class SmallBlock(nn.Module):
-    """Of the authors' `resnet_cifar.py`, shortcut A."""
-
-    def __init__(self, channels, out, stride):
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, out, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(out)
-        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(out)
-        self.padding = None if stride == 1 else (0, 0, 0, 0, out // 4, out // 4)
-
-    def forward(self, x):
-        out = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
-        return (out + (x if self.padding is None else nn.functional.pad(x[:, :, ::2, ::2], self.padding))).relu()
-
-
 class SmallResNet(nn.Module):
     """Of the same file: conv1, bn1, layer1 to layer3, fc; two blocks a stage are 14 layers."""
 
@@ -174,7 +148,7 @@ def test_what_is_no_such_file_is_refused(striped_shards, tmp_path):
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "backbone.pth")
     torch.save({"state_dict": print}, tmp_path / "code.pth")
     for name, message in (
-        ("backbone.pth", "is no file of PaCo's or GPaCo's"),
+        ("backbone.pth", "does not fit the recipe"),
         ("code.pth", "holds no weights that can be read safely"),
         ("absent.pth", "there is no such file"),
     ):

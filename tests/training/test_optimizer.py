@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 
+from paco_ds.config.load import load_recipe
+from paco_ds.errors import RecipeError
 from paco_ds.training.optimizer import GuardedSGD, UsualNorm, learning_rate
 from tests.recipes import tiny_recipe
 
@@ -108,3 +110,32 @@ def test_by_step_the_same_curve_is_followed_finely():
     assert rates[:20] == sorted(rates[:20])
     assert rates[19:] == sorted(rates[19:], reverse=True)
     assert 0 < rates[-1] < 1e-4
+
+
+def test_nesterovs_momentum_is_torchs():
+    """Three steps, bit for bit; without momentum there is nothing to look along."""
+    weight, other = (torch.nn.Parameter(torch.tensor([1.0, 2.0])) for _ in range(2))
+    ours = GuardedSGD([weight], 0.1, clip_norm=None, whole=True, momentum=0.9, weight_decay=0.01, nesterov=True)
+    plain = torch.optim.SGD([other], 0.1, momentum=0.9, weight_decay=0.01, nesterov=True)
+    for number in range(3):
+        weight.grad = torch.tensor([1.0, -2.0]) * (number + 1)
+        other.grad = weight.grad.clone()
+        ours.step()
+        plain.step()
+        assert torch.equal(weight, other)
+    with pytest.raises(RecipeError, match="momentum, which is 0: set momentum or leave nesterov out"):
+        tiny_recipe("optimizer.nesterov=true", "optimizer.momentum=0")
+
+
+def test_the_published_cifar_schedule_overshoots_once():
+    """dvlab-research's paco_cifar.py, written out: `<=` after warm-up, `>` at the milestones."""
+
+    def published(epoch, lr=0.05, warmup_epochs=10):
+        if epoch <= warmup_epochs:
+            return lr / warmup_epochs * (epoch + 1)
+        return lr * (0.01 if epoch > 360 else 0.1 if epoch > 320 else 1)
+
+    recipe = load_recipe("cifar100_lt_resnet32")
+    ours = [learning_rate(recipe.schedule, recipe.lr, 7 * epoch + 2, 7) for epoch in range(400)]
+    assert ours == pytest.approx([published(epoch) for epoch in range(400)])
+    assert max(ours) == pytest.approx(0.055)

@@ -105,7 +105,11 @@ class PublishedStep:
         self.model = DistributedDataParallel(paco)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(
-            trained, recipe.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+            trained,
+            recipe.lr,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            nesterov=settings.nesterov,
         )
 
     def __call__(self, micro_batch: MicroBatch) -> float:

@@ -17,7 +17,7 @@ class MultiTaskSettings(Method):
     loss = "paco_ds.losses.multitask:make_multi_task"
     contrastive = True
 
-    softmax: Literal["cross_entropy", "balanced_softmax"] = "cross_entropy"
+    softmax: Literal["cross_entropy", "balanced_softmax"] = Field("cross_entropy", description="loss of the centers")
     contrast: Literal["reweighted", "balanced_softmax", "supcon"] = Field(
         "reweighted",
         description="SupCon: each anchor weighted by effective numbers, log q added to contrast logits, or as it is",

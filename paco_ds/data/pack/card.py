@@ -50,6 +50,7 @@ class Imbalance(StrictModel):
 
     factor: Annotated[float, Field(ge=1)]
     profile: Literal["exp", "pareto"] = "exp"
+    selection: Literal["seeded", "published"] = "seeded"  # published: the very images of CIFAR-LT, whatever the seed
 
 
 class Resize(StrictModel):

@@ -135,7 +135,9 @@ def card_and_root(arguments: argparse.Namespace) -> tuple[Card, str]:
         root = arguments.root
     changes: dict[str, Any] = {}
     if arguments.imbalance_factor is not None:
-        changes["imbalance"] = {"factor": arguments.imbalance_factor, "profile": arguments.imbalance_profile or "exp"}
+        of_card = card.imbalance.model_dump() if card.imbalance else {}
+        of_profile = {"profile": arguments.imbalance_profile} if arguments.imbalance_profile else {}
+        changes["imbalance"] = of_card | {"factor": arguments.imbalance_factor} | of_profile
     elif arguments.imbalance_profile is not None:
         raise DataError("--imbalance-profile needs --imbalance-factor")
     for key in ("validation_share", "test_share", "background"):

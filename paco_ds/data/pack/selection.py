@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from paco_ds.data.pack.card import Imbalance
 from paco_ds.data.pack.samples import Samples
+from paco_ds.errors import DataError
 
 _PARETO_POWER = 3  # 1,000 classes of 1280 to 5 images then have 116,600 in total; ImageNet-LT has 115,846
 _IMBALANCE_STREAM = 1  # makes this draw and those of split_off independent
@@ -38,9 +39,21 @@ def long_tailed_counts(available: npt.NDArray[np.int64], imbalance: Imbalance) -
 
 
 def make_long_tailed(samples: Samples, classes: int, imbalance: Imbalance, seed: int) -> Samples:
-    """A random subset of a split with these counts, in the order of the split."""
-    counts = long_tailed_counts(samples.counts(classes), imbalance)
-    order = _drawn_by_class(samples, seed, _IMBALANCE_STREAM)
+    """A random subset of a split with these counts, in the order of the split.
+
+    Raises:
+        DataError: the published selection of a split whose classes differ in size.
+    """
+    available = samples.counts(classes)
+    counts = long_tailed_counts(available, imbalance)
+    if imbalance.selection == "published":
+        if imbalance.profile != "exp" or len(set(available.tolist())) > 1:
+            raise DataError(
+                "imbalance.selection published is of CIFAR-LT: classes of one size and profile exp; set it to seeded"
+            )
+        order = _published_order(samples, classes)
+    else:
+        order = _drawn_by_class(samples, seed, _IMBALANCE_STREAM)
     return samples.take(np.sort(order[_place_in_class(samples.labels[order]) < counts[samples.labels[order]]]))
 
 
@@ -80,6 +93,19 @@ def _whole_groups(samples: Samples, wanted: npt.NDArray[np.int64], seed: int, st
 def _drawn_by_class(samples: Samples, seed: int, stream: int) -> npt.NDArray[np.int64]:
     """Rows sorted by label, in random order within a label."""
     return np.lexsort((_bits(len(samples), seed, stream), samples.labels))
+
+
+def _published_order(samples: Samples, classes: int) -> npt.NDArray[np.int64]:
+    """Rows sorted by label, in the order within a label that the published code draws.
+
+    LDAM-DRW's imbalance_cifar.py, and PaCo's after it: `np.random.seed(0)`, then a shuffle of each class in turn. The
+    sequence of numpy's RandomState is frozen (NEP 19).
+    """
+    rng = np.random.RandomState(0)
+    rows = [np.flatnonzero(samples.labels == label) for label in range(classes)]
+    for row in rows:
+        rng.shuffle(row)
+    return np.concatenate(rows)
 
 
 def _bits(count: int, seed: int, stream: int) -> npt.NDArray[np.uint64]:

@@ -25,7 +25,9 @@ def _make(settings: ModelSettings) -> tuple[nn.Module, int]:
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise RecipeError(f"model.backbone timm:{name} is not one of timm's; did you mean {' or '.join(near)}?")
     network: Any = timm.create_model(name, pretrained=False, num_classes=0)
-    return network, int(network.num_features)
+    return network, int(
+        getattr(network, "head_hidden_size", None) or network.num_features
+    )  # of some, the head is wider
 
 
 FAMILY = Family(owns=lambda name: name.startswith(_PREFIX), names=tuple, make=_make)

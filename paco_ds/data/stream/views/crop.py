@@ -161,5 +161,5 @@ class ScaledAndShifted:
         x = (self.size - 1) / 2 + self.right - self.scale * (width - 1) / 2
         y = (self.size - 1) / 2 + self.down - self.scale * (height - 1) / 2
         matrix = np.array([[self.scale, 0, x], [0, self.scale, y]])
-        # linear resampling blurs small images, unlike evaluation's (docs/results.md; one seed, within noise)
+        # linear resampling blurs small images, unlike evaluation's (docs/results/history.md; one seed, within noise)
         return cv2.warpAffine(image, matrix, (self.size, self.size), flags=cv2.INTER_CUBIC)

@@ -1,0 +1,143 @@
+"""Shipped recipes and rows hold the published values; each line names its source.
+
+PaCo and GPaCo: dvlab-research/Parametric-Contrastive-Learning, scripts and defaults. RIDE: frank-xwang's configs.
+BalPoE: emasa's. BCL: FlamieZhu's main.py. ProCo: LeapLabTHU's sh/ and main.py.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from paco_ds.config.load import load_recipe
+from paco_ds.paper.tables import SMALL_RECIPES, load_table
+
+ROOT = Path(__file__).resolve().parents[2]
+LISTED = r"^\| `(\w+)` \| .* \| (\d+) \| (\d+) \| (\d+) \|$"
+RIDE = {"loss.ride.reweight_epoch": 320, "optimizer.nesterov": True, "optimizer.weight_decay": 2e-4}
+BALPOE = {
+    "model.centers": "cosine",
+    "model.centers_scale": 30.0,
+    "model.expert_width": "full",
+    "optimizer.nesterov": True,
+}
+CONTRAST = {"model.centers": "cosine", "model.projection_dim": 1024, "loss.temperature": 0.07, "step.global_batch": 256}
+PUBLISHED = {
+    # RIDE: configs/config_{imagenet_lt_resnet50,imagenet_lt_resnext50,iNaturalist_resnet50}_ride.json, 80 of 100 epochs
+    "ride_imagenet_lt_resnet50": RIDE | {"lr": 0.1, "step.global_batch": 256, "loss.ride.reweight_factor": 0.02},
+    "ride_imagenet_lt_resnext50": RIDE | {"lr": 0.1, "step.global_batch": 256, "loss.ride.diversity": 0.2},
+    "ride_inaturalist2018_resnet50": RIDE | {"lr": 0.2, "step.global_batch": 512, "loss.ride.reweight_factor": 0.015},
+    # BalPoE: configs/mixup/long_training/*_bs-experts.json, tau = 1 - lambda
+    "balpoe_cifar100_lt_resnet32": BALPOE | {"taus": [0, 1, 2], "step.mixup": 0.4, "lr": 0.1, "step.global_batch": 128},
+    "balpoe_imagenet_lt_resnet50": BALPOE | {"taus": [0, 1.25, 2.5], "step.mixup": 0.3, "lr": 0.025},
+    "balpoe_imagenet_lt_resnext50": BALPOE | {"taus": [0, 1.25, 2.5], "step.mixup": 0.3, "step.global_batch": 64},
+    "balpoe_inaturalist2018_resnet50": BALPOE
+    | {"taus": [-1, 1, 3], "step.mixup": 0.2, "lr": 0.2, "step.global_batch": 512},
+    # BCL: README's commands, defaults of main.py; ProCo: sh/*.sh, defaults of ProCo/main.py
+    "bcl_imagenet_lt_resnet50": CONTRAST | {"lr": 0.1, "schedule.epochs": 90, "loss.bcl.contrast_weight": 0.35},
+    "bcl_inaturalist2018_resnet50": CONTRAST | {"lr": 0.2, "schedule.epochs": 100, "optimizer.weight_decay": 1e-4},
+    "proco_imagenet_lt_resnet50": CONTRAST | {"lr": 0.1, "schedule.epochs": 180, "optimizer.weight_decay": 5e-4},
+    "proco_inaturalist2018_resnet50": CONTRAST | {"lr": 0.2, "schedule.epochs": 90, "optimizer.weight_decay": 1e-4},
+    # PaCo: PaCo/LT/paco_cifar.py (`epoch > 320`, `epoch <= warmup_epochs`), models/resnet_cifar.py `_weights_init`
+    "cifar100_lt_resnet32": {
+        "schedule.milestones": (321, 361),
+        "schedule.warmup_overshoot": True,
+        "model.initialisation": "published",
+    },
+    # PaCo/Full-ImageNet/sh/train_resnet{50,101,200}.sh
+    "imagenet_resnet50": {"step.micro_batch": 64, "step.micro_batches": 4, "lr": 0.04, "loss.class_prior": False},
+    "imagenet_resnet101": {"step.global_batch": 256, "lr": 0.04, "optimizer.weight_decay": 1e-4, "loss.alpha": 0.05},
+    "imagenet_resnet200": {
+        "views.query.name": "randclsstack",
+        "views.query.randaugment.operations": 3,
+        "views.query.randaugment.magnitude": 12,
+        "lr": 0.04,
+    },
+    # GPaCo/LT/sh/ImageNet/train_resnet50.sh and sh/CIFAR/CIFAR100_train.sh
+    "gpaco_imagenet_resnet50": {"loss.smoothing": 0.1, "lr": 0.08, "step.global_batch": 512, "loss.class_prior": False},
+    "gpaco_cifar100_resnet50": {
+        "loss.temperature": 0.07,
+        "loss.alpha": 0.01,
+        "queue.length": 1024,
+        "views.query.name": "cifar_key",
+        "views.key.name": "cifar_key",
+        "key_encoder": None,
+    },
+    # GPaCo/LT/sh/LT/*.sh: --gres=gpu:4 of the Inat_train_R152, no --fp16 in ImageNetLT_train_X50 and _X101
+    "gpaco_inaturalist2018_resnet152": {"step.micro_batch": 32, "step.micro_batches": 4, "lr": 0.04},
+    "gpaco_imagenet_lt_resnext50": {
+        "deepspeed": "zero1.json",
+        "loss.alpha": 0.05,
+        "views.query.randaugment.operations": 3,
+    },
+    "gpaco_imagenet_lt_resnext101": {"deepspeed": "zero1.json", "lr": 0.06, "views.query.randaugment.operations": 5},
+    # sh/PlacesLT_train_R152.sh: --aug sim_sim --epochs 30 --reload_torch resnet152-394f9c45.pth, IMAGENET1K_V1's file
+    "places_lt_resnet152": {"model.start_from": "torchvision:IMAGENET1K_V1", "schedule.epochs": 30},
+    "gpaco_places_lt_resnet152": {
+        "model.start_from": "torchvision:IMAGENET1K_V1",
+        "views.query.name": "sim",
+        "views.key.name": "sim",
+        "schedule.epochs": 30,
+        "loss.alpha": 0.02,
+    },
+}
+
+
+def value(recipe, key):
+    """A setting by its dotted key, and what is written in another way in the sources."""
+    if key == "taus":
+        return [1 - each for each in recipe.loss.balpoe.lambdas]
+    if key == "deepspeed":
+        return recipe.engine.deepspeed.rpartition("/")[2]
+    found = recipe
+    for name in key.split("."):
+        found = getattr(found, name)
+    return found
+
+
+@pytest.mark.parametrize(("name", "published"), PUBLISHED.items())
+def test_a_recipe_has_the_published_values(name, published):
+    """Those that an earlier version had otherwise, or that only this recipe has."""
+    recipe = load_recipe(name)
+    assert {key: value(recipe, key) for key in published} == published
+
+
+@pytest.mark.parametrize(("number", "factor"), [(10, 0.02), (12, 0.015)])
+@pytest.mark.parametrize("small", [None, *sorted(SMALL_RECIPES.glob("*.yaml"))], ids=lambda path: path and path.stem)
+def test_rides_rows_re_weight_in_the_last_fifth(number, factor, small):
+    """At every scale; without it the published loss cannot run. Nesterov and cosine centers everywhere."""
+    table = load_table(str(number))
+    for row in table.rows:
+        recipe = table.resolve(row, small)
+        assert value(recipe, "loss.ride.reweight_epoch") == round(0.8 * recipe.schedule.epochs)
+        assert recipe.optimizer.nesterov
+        assert recipe.model.centers == "cosine"
+        if small is None:
+            assert value(recipe, "loss.ride.reweight_factor") == factor
+
+
+def test_the_share_is_of_the_epochs_that_are_trained():
+    """Also where a user shortens the training; what he sets himself stays."""
+    table = load_table("10")
+    row = table.rows[0]
+    key = "loss.ride.reweight_epoch"
+    assert value(table.resolve(row, None, ("schedule.epochs=50",)), key) == 40
+    assert value(table.resolve(row, None, (f"{key}=7",)), key) == 7
+
+
+def counted(table):
+    """Its rows, those with inferred values, and those whose figure is not at hand."""
+    return len(table.rows), sum(1 for row in table.rows if row.inferred), sum(1 for row in table.rows if not row.paper)
+
+
+def test_every_table_at_paper_scale_is_counted_by_label():
+    """In docs/methods.md; a row has a figure, or says where it is reported."""
+    page = (ROOT / "docs" / "methods.md").read_text()
+    tables = {path.stem: load_table(path.stem) for path in sorted((ROOT / "ds_configs" / "tables").glob("*.yaml"))}
+    at_paper_scale = {name: table for name, table in tables.items() if table.scale == "paper"}
+    listed = {name: tuple(map(int, numbers)) for name, *numbers in re.findall(LISTED, page, re.MULTILINE)}
+    assert listed == {name: counted(table) for name, table in at_paper_scale.items()}
+    for table in at_paper_scale.values():
+        assert all(row.paper or row.source for row in table.rows)

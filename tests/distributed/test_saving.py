@@ -61,6 +61,7 @@ def test_a_run_ended_between_checkpoint_evaluation_and_best_makes_up_for_them(po
     """Log, best weights and results are those of a run that never stopped."""
     run = tmp_path / "run"
     pool(1).run(TRAIN, recipe=recipe, run=run, stop_at_step=EPOCH)
+    assert "after epoch 1" in (run / "report.html").read_text()
     log = run / "metrics.jsonl"
     lines = log.read_text().splitlines(keepends=True)
     assert json.loads(lines[-1])["kind"] == "evaluation"

@@ -63,10 +63,11 @@ def test_the_page_draws_searches_and_fits_a_phone(run, tmp_path, word, scheme):
     (tmp_path / "frame.html").write_text(FRAME % word)
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--virtual-time-budget=5000"]
     options += [f"--blink-settings=preferredColorScheme={int(scheme == 'light')}", f"--user-data-dir={tmp_path}/user"]
-    command = [BROWSER, *options, "--dump-dom", f"file://{tmp_path}/frame.html"]
+    command = [str(BROWSER), *options, "--dump-dom", f"file://{tmp_path}/frame.html"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert "CONSOLE" not in done.stderr
-    found = json.loads(re.search("FOUND({.*})END", done.stdout)[1].replace("&lt;", "<").replace("&gt;", ">"))
+    said = re.findall("FOUND({.*})END", done.stdout)[0]
+    found = json.loads(said.replace("&lt;", "<").replace("&gt;", ">"))
     assert found["wide"] <= 390
     assert found["drawn"] == found["charts"] == 13
     assert found["dark"] == (scheme == "dark")

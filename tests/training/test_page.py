@@ -2,6 +2,7 @@
 
 import logging
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
@@ -23,6 +24,6 @@ def test_a_page_that_cannot_be_drawn_is_one_warning(tmp_path, caplog, damage):
     ranks = SimpleNamespace(first=True)
     trainer = SimpleNamespace(ranks=ranks, heartbeat=Heartbeat(), steps_done=1, run_dir=tmp_path, history=History(log))
     with caplog.at_level(logging.WARNING):
-        assert Trainer._draw_page(trainer) is None
+        assert Trainer._draw_page(cast(Trainer, trainer)) is None
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "cannot be drawn, training goes on" in caplog.text

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 STATE = Path("state.json")
-WALL_TIMES = ("images_per_second", "data_wait_seconds", "step_seconds")  # of metrics.jsonl
+WALL_TIMES = ("images_per_second", "data_wait_seconds", "step_seconds", "seconds")  # of metrics.jsonl
 NEW_FIELDS = ("grad_norm_ratio",)  # of metrics.jsonl, younger than the older version
 VERSION_FIELDS = (
     "versions",
@@ -64,9 +64,9 @@ def difference_of_logs(old: Path, new: Path, steps: int) -> str:
 
 
 def log_lines(run: Path) -> list[dict[str, Any]]:
-    """Without the lines that say when a run was started again, which versions before 0.10 do not write."""
+    """Without the lines that say when a run was started and saved, which older versions do not write."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] != "restart"]
+    return [line for line in lines if line["kind"] not in ("start", "restart", "checkpoint")]
 
 
 def difference_of_checkpoints(old: Path, new: Path) -> str:

@@ -54,6 +54,7 @@ class Detail:
         balanced: mean of the classes' accuracies, over classes with images.
         macro_f1: mean of the classes' F1, over classes that have images or were predicted (scikit-learn's).
         calibration_error: expected calibration error, 15 bins of equal width (Guo et al. 2017).
+        reliability: of each of these bins that has images: mean confidence, accuracy, images.
         confusions: (class, taken for, images, share of the class's images), most images first.
         test_agnostic: top-1 under long-tailed test distributions of SADE, "forward-50" (as in training), ...,
             "uniform", ..., "backward-50" (reversed).
@@ -62,6 +63,7 @@ class Detail:
     balanced: float | None
     macro_f1: float | None
     calibration_error: float | None
+    reliability: Sequence[tuple[float, float, int]]
     confusions: Sequence[tuple[int, int, int, float]]
     test_agnostic: dict[str, float]
 
@@ -71,6 +73,10 @@ class Detail:
             "balanced": self.balanced,
             "macro_f1": self.macro_f1,
             "calibration_error": self.calibration_error,
+            "reliability": [
+                {"confidence": confidence, "accuracy": accuracy, "images": images}
+                for confidence, accuracy, images in self.reliability
+            ],
             "confusions": [
                 {"class": class_names[own], "taken_for": class_names[other], "images": images, "share": share}
                 for own, other, images, share in self.confusions
@@ -96,19 +102,32 @@ def detail(predictions: Predictions, class_counts: Sequence[int]) -> Detail:
         balanced=_mean(accuracy_C[present_C]),
         macro_f1=_mean((2 * correct_C / (total_C + guessed_C))[judged_C]),
         calibration_error=calibration_error(predictions),
+        reliability=reliability(predictions),
         confusions=confusions(predictions, classes),
         test_agnostic=accuracy_by_distribution(accuracy_C, class_counts),
     )
 
 
-def calibration_error(predictions: Predictions, bins: int = BINS) -> float | None:
-    """sum_b n_b / N |accuracy_b - confidence_b| over bins of confidence ((b - 1) / bins, b / bins]."""
-    if not len(predictions.labels_N):
-        return None
+def reliability(predictions: Predictions, bins: int = BINS) -> list[tuple[float, float, int]]:
+    """(mean confidence, accuracy, images) of each bin of confidence ((b - 1) / bins, b / bins] that has images."""
     bin_N = (predictions.confidence_N * bins).ceil().long().clamp(1, bins) - 1
     correct_N = (predictions.labels_N == predictions.predicted_N).double()
-    gap_b = torch.zeros(bins, dtype=torch.float64).index_add_(0, bin_N, correct_N - predictions.confidence_N)
-    return float(gap_b.abs().sum() / len(correct_N))
+    images_b = torch.bincount(bin_N, minlength=bins)
+    sums_bk = torch.zeros(bins, 2, dtype=torch.float64)
+    sums_bk.index_add_(0, bin_N, torch.stack([predictions.confidence_N, correct_N], 1))
+    return [
+        (confidence / images, correct / images, images)
+        for (confidence, correct), images in zip(sums_bk.tolist(), images_b.tolist(), strict=True)
+        if images
+    ]
+
+
+def calibration_error(predictions: Predictions, bins: int = BINS) -> float | None:
+    """sum_b n_b / N |accuracy_b - confidence_b| over `reliability`'s bins."""
+    images = len(predictions.labels_N)
+    if not images:
+        return None
+    return sum(n * abs(right - sure) for sure, right, n in reliability(predictions, bins)) / images
 
 
 def confusions(

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import shlex
+import subprocess
+import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import paco_ds
 from paco_ds.data.manifest import Manifest
+from paco_ds.errors import redacted
 from paco_ds.evaluation.accuracy import ShotAccuracy
 from paco_ds.files import replace_text
 
@@ -26,6 +33,46 @@ def versions() -> dict[str, str]:
     packages = ("torch", "torchvision", "deepspeed", "webdataset")
     own = {"python": platform.python_version(), "paco_ds": paco_ds.__version__}
     return own | {package: version(package) for package in packages}
+
+
+def about_process() -> dict[str, Any]:
+    """What started this process, and on what: command (credentials redacted), commit of the code (None outside a
+    checkout), hardware, versions."""
+    cuda = torch.cuda.is_available()
+    return {
+        "command": redacted(shlex.join(sys.argv)),
+        "commit": _commit(),
+        "hardware": {
+            "device": torch.cuda.get_device_name() if cuda else _processor(),
+            "devices of this host": torch.cuda.device_count() if cuda else 0,
+            "cores of this host": os.cpu_count(),
+        },
+        "versions": versions(),
+        "time": now(),
+    }
+
+
+def _commit() -> str | None:
+    """Of a checkout whose top folder holds this package: the repository around an installed wheel is another's."""
+    top = Path(paco_ds.__file__).resolve().parents[1]
+    if not (top / ".git").exists():
+        return None
+    command = ["git", "-C", str(top), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _processor() -> str:
+    """Its name as the kernel has it, otherwise its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def write_results(

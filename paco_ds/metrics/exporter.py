@@ -132,7 +132,7 @@ class Exporter:
             ["op"],
             registry=registry,
         )
-        self._restarts = Counter("paco_restarts", "Restarts of the run, before this process too.", registry=registry)
+        self._restarts = Counter("paco_restarts", "Restarts of the run, before this process too.", registry=of_job)
         self._checkpoint = Counter(
             "paco_checkpoint_blocked_seconds", "Time for which checkpoints blocked training.", registry=registry
         )

@@ -18,7 +18,7 @@ from paco_ds.files import storage_errors
 
 logger = logging.getLogger(__name__)
 
-_KINDS = ("step", "evaluation", "changed_setting", "restart")
+_KINDS = ("start", "step", "evaluation", "checkpoint", "changed_setting", "restart")
 _LONGEST = 2**20  # bytes of a line; ours have a few hundred
 _BLOCK = 2**16  # bytes read at a time from the end
 
@@ -93,7 +93,18 @@ class MetricsLog:
         """Append {"kind": "step", ...}, flushed."""
         self._append({"kind": "step", **asdict(record)})
 
-    def evaluation(self, step: int, epoch: int, split: str, accuracy: ShotAccuracy) -> None:
+    def start(self, step: int, about: Mapping[str, Any]) -> None:
+        """Append {"kind": "start", ...}: a process begins or resumes the run after `step` steps, see
+        `results.about_process`."""
+        self._append({"kind": "start", "step": step, **about})
+
+    def checkpoint(self, step: int, seconds: float) -> None:
+        """Append {"kind": "checkpoint", ...}: training waited for so many seconds."""
+        self._append({"kind": "checkpoint", "step": step, "seconds": seconds})
+
+    def evaluation(
+        self, step: int, epoch: int, split: str, accuracy: ShotAccuracy, seconds: float | None = None
+    ) -> None:
         """Append {"kind": "evaluation", ...} with top-1 and top-5 of the shots and All, balanced accuracy, macro F1 and
         calibration error, and with routers the mean number of experts used, flushed.
 
@@ -111,6 +122,8 @@ class MetricsLog:
             figures["experts_used"] = accuracy.experts_used
         if accuracy.left_out:
             figures["left_out"] = len(accuracy.left_out)
+        if seconds is not None:
+            figures["seconds"] = seconds
         self._append({"kind": "evaluation", "step": step, "epoch": epoch, "split": split, **figures})
 
     def changed_setting(self, step: int, key: str, before: object, now: object) -> None:
@@ -187,19 +200,28 @@ class Lines:
 
     def __init__(self, path: Path) -> None:
         self._path, self.damaged = path, 0
+        self._end = self._number = 0  # bytes and lines read so far
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        first = 0
+        self._end = self._number = self.damaged = 0
+        return self.more()
+
+    def more(self) -> Iterator[dict[str, Any]]:
+        """The lines after those read so far; what stands before is only added to."""
+        first, before = 0, self.damaged
         with self._path.open("rb") as file:
-            for number, raw in enumerate(_bounded_lines(file), 1):
+            file.seek(self._end)
+            for raw in _bounded_lines(file):
+                self._number += 1
+                self._end = file.tell()
                 if (line := _parsed(raw)) is not None:
                     yield line
                 else:
                     self.damaged += 1
-                    first = first or number
-        if self.damaged:
+                    first = first or self._number
+        if self.damaged > before:
             logger.warning(
-                "%s: %d damaged lines were passed over, the first is line %d", self._path, self.damaged, first
+                "%s: %d damaged lines were passed over, the first is line %d", self._path, self.damaged - before, first
             )
 
 

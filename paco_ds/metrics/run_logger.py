@@ -62,10 +62,10 @@ class RunLogger:
         if skipped:
             self.say(f"step {record.step}: skipped, {skipped}")
 
-    def evaluation(self, step: int, epoch: int, split: str, accuracy: ShotAccuracy) -> None:
-        """Log an evaluation after `step` steps and `epoch` epochs."""
+    def evaluation(self, step: int, epoch: int, split: str, accuracy: ShotAccuracy, seconds: float) -> None:
+        """Log an evaluation after `step` steps and `epoch` epochs, and the seconds it took."""
         self.metrics.observe_accuracy(accuracy, split)
-        self.log.evaluation(step, epoch, split, accuracy)
+        self.log.evaluation(step, epoch, split, accuracy, seconds)
 
     def changed_setting(self, step: int, key: str, before: object, now: object) -> None:
         """Record that a resumed run goes on after `step` steps with another value of a setting."""
@@ -77,8 +77,9 @@ class RunLogger:
         self.log.restart(step, reason)
         self.metrics.restarted(self.log.restarts)
 
-    def checkpoint(self, seconds: float) -> None:
-        """Log the seconds for which a checkpoint blocked training."""
+    def checkpoint(self, step: int, seconds: float) -> None:
+        """Log the seconds for which the checkpoint after `step` steps blocked training."""
+        self.log.checkpoint(step, seconds)
         self.metrics.checkpoint_blocked(seconds)
 
     def checkpoint_saved(self, folder: Path) -> None:

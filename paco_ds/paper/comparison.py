@@ -15,7 +15,7 @@ from paco_ds.command import Screen
 from paco_ds.evaluation.accuracy import GROUPS
 from paco_ds.files import replace_text
 from paco_ds.report import charts
-from paco_ds.report.run_report import inline, render
+from paco_ds.report.page import render
 
 SUBJECT = "paco"
 RIVALS = ("cross_entropy", "balanced_softmax")
@@ -119,7 +119,7 @@ def write_comparison(
             "sentences": sentences,
             "cells": {row.label: [_cell(row, group) for group in GROUPS] for row in rows},
             "with_paper": any(row.paper for row in rows),
-            "chart": inline(figure(), "comparison", f"{title}: every seed and the mean of each method"),
+            "chart": charts.inline(figure(), "comparison", f"{title}: every seed and the mean of each method"),
         },
     )
     figures = {"title": title, "rows": [asdict(row) for row in rows], "sentences": sentences}

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from paco_ds.checkpoint import Checkpoint, Checkpoints, resume_hint
+from paco_ds.config.parse import one_line
 from paco_ds.config.recipe import Recipe
 from paco_ds.contrast.key_queue import short_queue_hint
 from paco_ds.data.manifest import open_data
@@ -26,13 +28,15 @@ from paco_ds.distributed.ranks import MicroBatchLayout, Ranks, SharedFlag
 from paco_ds.distributed.zero import set_momentum, stage_of, whole_model, whole_momentum
 from paco_ds.errors import NotFiniteError, RecipeError, UserError
 from paco_ds.evaluation.accuracy import ShotAccuracy
-from paco_ds.evaluation.results import now, versions, write_results
+from paco_ds.evaluation.results import about_process, now, versions, write_results
 from paco_ds.evaluation.runner import EvaluationLeftError, evaluate, load_recogniser
 from paco_ds.evaluation.split import EvaluationSplit
 from paco_ds.files import replace_text, storage_errors
 from paco_ds.metrics.exporter import Exporter
 from paco_ds.metrics.log import StepRecord
 from paco_ds.metrics.run_logger import BadSamples, RunLogger
+from paco_ds.report.history import History
+from paco_ds.report.run_report import write_report
 from paco_ds.training.agreement import check_replicas_equal
 from paco_ds.training.build import Classes, build_model, build_step, build_stream
 from paco_ds.training.engine import read_deepspeed_config
@@ -44,6 +48,8 @@ from paco_ds.training.saver import Saver
 from paco_ds.training.step import OUTLIER, StepResult
 from paco_ds.training.stop_request import StopRequest
 from paco_ds.training.teacher import Teacher
+
+logger = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -134,6 +140,9 @@ class Trainer:
         )
         if checkpoint and ranks.first:
             self.logger.checkpoint_saved(checkpoint.path)
+        self.history = History(run / "metrics.jsonl")
+        if ranks.first:
+            self.logger.log.start(self.steps_done, about_process())
         self.bad_samples = BadSamples(
             self.logger, recipe.data, ranks, planned=self.steps_per_epoch * self.layout.global_batch
         )
@@ -147,6 +156,7 @@ class Trainer:
         except EvaluationLeftError:  # the step's checkpoint was saved before
             self.stop_agreed = True
             self._wait_until_saved()
+            self._draw_page()
             self.logger.say(
                 f"stopped in an evaluation after step {self.steps_done} of {self.total_steps}; "
                 f"the same command resumes from here"
@@ -167,6 +177,7 @@ class Trainer:
         self._wait_until_saved()
         if self.steps_done < self.total_steps:
             self.images.drain()
+            self._draw_page()
             self.logger.say(
                 f"stopped after step {self.steps_done} of {self.total_steps}; the same command resumes from here"
             )
@@ -277,7 +288,7 @@ class Trainer:
             epoch_steps=self.steps_per_epoch,
             saved=self.logger.checkpoint_saved,
         )
-        self.logger.checkpoint(time.perf_counter() - began)
+        self.logger.checkpoint(self.steps_done, time.perf_counter() - began)
 
     def _wait_until_saved(self) -> None:
         """Wait for the save under way.
@@ -380,11 +391,24 @@ class Trainer:
     def _evaluate_epoch(self) -> None:
         split, epoch = self.recipe.evaluation.split, self.steps_done // self.steps_per_epoch
         assert split is not None
+        began = time.perf_counter()
         accuracy = self.evaluate(split)
-        self.logger.evaluation(self.steps_done, epoch, split, accuracy)
+        self.logger.evaluation(self.steps_done, epoch, split, accuracy, time.perf_counter() - began)
         self.logger.say(f"epoch {epoch}, {split}: {_one_line(accuracy)}")
         assert accuracy.detail is not None
         self._keep_if_best({"best_all": accuracy.all, "best_balanced": accuracy.detail.balanced})
+        self._draw_page()
+
+    def _draw_page(self) -> Path | None:
+        """Write RUN/report.html on the first rank; an error is a warning, since a page is not worth a training."""
+        if not self.ranks.first:
+            return None
+        self.heartbeat.mark("report", self.steps_done, slow=True)
+        try:
+            return write_report(self.run_dir, self.history)
+        except Exception as error:
+            logger.warning("%s cannot be drawn, training goes on: %s", self.run_dir / "report.html", one_line(error))
+            return None
 
     def _make_up_evaluation(self) -> None:
         """Of a run that ended between the checkpoint at the end of an epoch and its evaluation, or the best weights."""
@@ -468,9 +492,8 @@ class Trainer:
             )
             self.logger.progress.close()
             self.logger.say(accuracy.table(f"{self.recipe.name} on {split}"))
-            from paco_ds.report import write_report  # matplotlib, where something is drawn
-
-            self.logger.say(f"report: {write_report(self.run_dir)}")
+            if page := self._draw_page():
+                self.logger.say(f"report: {page}")
         self.logger.metrics.ended("finished")
         return accuracy
 

@@ -21,7 +21,7 @@ def test_every_command_has_help_with_an_example(site, run):
     installed = PathDistribution(about)
     assert installed.version == paco_ds.__version__
     commands = installed.entry_points.select(group="console_scripts")
-    assert len(commands) == 14
+    assert len(commands) == 16
     for command in commands:
         assert (site / "bin" / command.name).exists()
         done = run(sys.executable, "-c", HELP, command.module)

@@ -35,7 +35,7 @@ from paco_ds.data.storage import Storage
 from paco_ds.distributed.hostfile import read_hostfile
 from paco_ds.paper.reproduce import Job, write_commands
 from paco_ds.paper.tables import load_table
-from paco_ds.report import write_report
+from paco_ds.report.run_report import write_report
 from paco_ds.training.engine import read_deepspeed_config
 from paco_ds.training.initial_weights import _of_file
 from tests.recipes import TINY

@@ -13,7 +13,7 @@ import pytest
 from paco_ds.config.load import load_recipe
 from paco_ds.data.manifest import open_data
 from paco_ds.errors import DataError
-from paco_ds.report import write_report
+from paco_ds.report.run_report import write_report
 from tests.commands import run_command
 from tests.hostile.web import send, send_file, serving
 from tests.recipes import write_tiny_recipe

@@ -1,0 +1,233 @@
+"""Put runs beside each other, and beside the rows of a table of the paper: accuracy by shot and settings that differ.
+
+Runs that differ by seed only are one line, mean ± standard deviation over seeds.
+
+examples:
+  paco-compare runs/ce-0 runs/ce-1 runs/paco-0 runs/paco-1
+  paco-compare runs/paco --table 13 --format latex --output table.tex
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from paco_ds.command import one_line_on_interrupt, report_user_errors, say
+from paco_ds.config.parse import brief, read_json, read_yaml
+from paco_ds.data.manifest import SHOTS
+from paco_ds.errors import DataError, UserError, printable
+from paco_ds.files import replace_text
+from paco_ds.paper.tables import load_table
+
+GROUPS = ("all", *SHOTS)
+SAME_DATA = {
+    "manifest_sha256": "shards (SHA-256 of the manifest)",
+    "split": "evaluated split",
+    "class_names": "classes",
+}
+NO_SETTING = ("seed", "name", "data.shards")  # the shards are compared by their digest
+_LATEX = {c: rf"\{c}" for c in "&%$#_{}"} | {
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "\\": r"\textbackslash{}",
+    "±": r"$\pm$",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        path: its directory.
+        seed: of its recipe.
+        figures: metrics.json.
+        settings: {dotted key: value as JSON} of recipe.yaml without NO_SETTING, and the scale of the learning rate.
+    """
+
+    path: Path
+    seed: Any
+    figures: Mapping[str, Any]
+    settings: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the comparison: its name, number of seeds, figures in percent by group, settings that differ."""
+
+    name: str
+    seeds: int
+    percents: Mapping[str, Sequence[float]]
+    settings: Mapping[str, str]
+
+    def cells(self, settings: Sequence[str]) -> list[str]:
+        """Texts of the line; a dash where there is no figure or no such setting."""
+        figures = [_mean_std(self.percents[group]) for group in GROUPS]
+        return [self.name, str(self.seeds or "-"), *figures, *(self.settings.get(key, "-") for key in settings)]
+
+
+def read_finished_run(path: Path) -> Run:
+    """A run with its final evaluation.
+
+    Raises:
+        UserError: it is not a run, has no metrics.json yet, or a file of it is damaged.
+    """
+    recipe_path, final_path = path / "recipe.yaml", path / "metrics.json"
+    if not recipe_path.is_file():
+        raise UserError(f"{path} is not the run directory of a training: {recipe_path} is missing")
+    if not final_path.is_file():
+        raise UserError(f"{final_path} is missing: the run is not finished; paco-evaluate --run {path} writes it")
+    recipe, final = read_yaml(recipe_path, DataError), read_json(final_path, DataError, "; evaluate the run again")
+    for file, content in ((recipe_path, recipe), (final_path, final)):
+        if not isinstance(content, dict):
+            raise DataError(f"{file} holds {brief(content)}, not the mapping that a run writes")
+    wrong = [g for g in GROUPS if not isinstance(final.get(g, ""), int | float | None)]
+    if wrong or any(key not in final for key in SAME_DATA):
+        missing = wrong or [key for key in SAME_DATA if key not in final]
+        raise DataError(f"{final_path} has no usable {', '.join(missing)}; evaluate the run again")
+    settings = {key: value for key, value in _flat(recipe).items() if key not in NO_SETTING}
+    settings["scale"] = json.dumps(final.get("scale", 1.0))
+    return Run(path, final.get("seed", recipe.get("seed")), final, settings)
+
+
+def compare(runs: Sequence[Run]) -> tuple[list[Line], list[str]]:
+    """(lines in the order of the runs, settings that differ between them).
+
+    Raises:
+        UserError: runs of other data, split or classes; or one seed twice.
+    """
+    first = runs[0]
+    for run in runs[1:]:
+        if differs := [text for key, text in SAME_DATA.items() if run.figures[key] != first.figures[key]]:
+            raise UserError(
+                f"{run.path} cannot be compared with {first.path}: another {', another '.join(differs)}; "
+                f"evaluate both on the same data, or leave one out"
+            )
+    groups: dict[tuple[tuple[str, str], ...], list[Run]] = {}
+    for run in runs:
+        groups.setdefault(tuple(sorted(run.settings.items())), []).append(run)
+    for same in groups.values():
+        seen: dict[Any, Path] = {}
+        for run in same:
+            if run.seed in seen:
+                raise UserError(
+                    f"{seen[run.seed]} and {run.path} have the same settings and seed {run.seed}: leave one out"
+                )
+            seen[run.seed] = run.path
+    keys = sorted({key for run in runs for key in run.settings})
+    differing = [key for key in keys if len({run.settings.get(key) for run in runs}) > 1]
+    return [_line(same) for same in groups.values()], differing
+
+
+def paper_lines(table: str) -> list[Line]:
+    """The paper's figures of a table, a line for each row that has some."""
+    return [
+        Line(f"paper: {row.name}", 0, {g: _percents([row.paper.fractions().get(g)]) for g in GROUPS}, {})
+        for row in load_table(table).rows
+        if row.paper is not None
+    ]
+
+
+def as_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose columns are aligned, so that it reads as plain text too."""
+    cells = [[cell.replace("|", r"\|") for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def as_csv(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Comma-separated values."""
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows([header, *rows])
+    return out.getvalue().rstrip("\n")
+
+
+def as_latex(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A tabular with the rules of booktabs; names are escaped."""
+
+    def line(row: Sequence[str]) -> str:
+        return " & ".join(re.sub(r"[&%$#_{}~^\\±]", lambda m: _LATEX[m[0]], cell) for cell in row) + r" \\"
+
+    columns = "l" + "r" * (len(GROUPS) + 1) + "l" * (len(header) - len(GROUPS) - 2)
+    return "\n".join(
+        [
+            rf"\begin{{tabular}}{{{columns}}}",
+            *(r"\toprule", line(header), r"\midrule"),
+            *map(line, rows),
+            *(r"\bottomrule", r"\end{tabular}"),
+        ]
+    )
+
+
+FORMATS: Mapping[str, Callable[[Sequence[str], Sequence[Sequence[str]]], str]] = {
+    "markdown": as_markdown,
+    "csv": as_csv,
+    "latex": as_latex,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    with one_line_on_interrupt(), report_user_errors():
+        lines, differing = compare([read_finished_run(run) for run in arguments.run])
+        lines += paper_lines(arguments.table) if arguments.table else []
+        header = ["run", "seeds", *(f"{group.capitalize()}, %" for group in GROUPS), *differing]
+        text = FORMATS[arguments.format](header, [[printable(c) for c in line.cells(differing)] for line in lines])
+        if arguments.output is None:
+            print(text)
+        else:
+            say(f"written: {replace_text(arguments.output, text + chr(10))}")
+    return 0
+
+
+def _line(same: Sequence[Run]) -> Line:
+    name = same[0].path.resolve().name
+    if len(same) > 1:
+        name += f" and {len(same) - 1} more"
+    percents = {group: _percents([run.figures[group] for run in same]) for group in GROUPS}
+    return Line(name, len(same), percents, same[0].settings)
+
+
+def _percents(fractions: Sequence[float | None]) -> list[float]:
+    return [100 * fraction for fraction in fractions if fraction is not None]
+
+
+def _mean_std(percents: Sequence[float]) -> str:
+    if not percents:
+        return "-"
+    return f"{fmean(percents):.1f}" + (f" ± {stdev(percents):.1f}" if len(percents) > 1 else "")
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """{dotted key: value as JSON}."""
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, default=str)
+    return flat
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, nargs="+", help="run directory of a finished training")
+    parser.add_argument("--table", help="also the paper's rows of this table: a number (9 to 14), a name or a path")
+    parser.add_argument("--format", choices=FORMATS, default="markdown", help="markdown, also plain text, by default")
+    parser.add_argument("--output", type=Path, help="file to write; standard output by default")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

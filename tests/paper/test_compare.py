@@ -1,0 +1,83 @@
+"""paco-compare: runs beside each other and beside the paper's rows."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from paco_ds.paper.compare import main
+
+
+def _run(folder: Path, name: str, seed: int, accuracy: float, **other: object) -> str:
+    run = folder / name
+    run.mkdir()
+    method = other.pop("method", "paco")
+    (run / "recipe.yaml").write_text(f"seed: {seed}\nloss: {{method: '{method}', alpha: 0.05}}\n")
+    final = {"seed": seed, "split": "test", "manifest_sha256": "ab", "class_names": ["a", "b"], "few": None}
+    final |= {"many": 0.9, "medium": 0.5, "all": accuracy}
+    (run / "metrics.json").write_text(json.dumps(final | other))
+    return str(run)
+
+
+def test_seeds_are_one_line_and_differing_settings_are_columns(tmp_path: Path, capsys) -> None:
+    """0.80 and 0.84 are 82.0 ± 2.8; what both methods share is not shown."""
+    runs = [_run(tmp_path, "p0", 0, 0.80), _run(tmp_path, "p1", 1, 0.84), _run(tmp_path, "ce", 0, 0.7, method="ce")]
+    assert main([*runs, "--format", "csv"]) == 0
+    header, first, second = csv.reader(io.StringIO(capsys.readouterr().out))
+    assert header == ["run", "seeds", "All, %", "Many, %", "Medium, %", "Few, %", "loss.method"]
+    assert first == ["p0 and 1 more", "2", "82.0 ± 2.8", "90.0 ± 0.0", "50.0 ± 0.0", "-", "paco"]
+    assert second == ["ce", "1", "70.0", "90.0", "50.0", "-", "ce"]
+
+
+def test_rows_of_the_paper_stand_below(tmp_path: Path, capsys) -> None:
+    """Table 13 has rows of the paper; they are named so."""
+    assert main([_run(tmp_path, "mine", 0, 0.5), "--table", "13"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("| mine ")
+    assert len(lines) > 3
+    assert all(line.startswith("| paper: ") for line in lines[3:])
+
+
+def test_names_are_text_in_every_format(tmp_path: Path, capsys) -> None:
+    """Markup of LaTeX and of Markdown in a value stays text."""
+    runs = [_run(tmp_path, "a_b", 0, 0.5), _run(tmp_path, "c", 0, 0.5, method=r"x|\input{y}")]
+    main([*runs, "--format", "latex"])
+    latex = capsys.readouterr().out
+    assert r"a\_b" in latex
+    assert r"x|\textbackslash{}input\{y\}" in latex
+    main(runs)
+    assert r"x\|" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"manifest_sha256": "cd"}, "another shards"),
+        ({"split": "val"}, "another evaluated split"),
+        ({"class_names": ["b", "a"]}, "another classes"),
+        ({}, "same settings and seed 0"),
+        ({"all": "high"}, "no usable all"),
+    ],
+)
+def test_runs_that_cannot_be_compared_are_refused_in_words(tmp_path: Path, capsys, other: dict, said: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([_run(tmp_path, "one", 0, 0.5), _run(tmp_path, "two", 0, 0.5, **other)])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_what_is_no_finished_run_is_told_with_the_remedy(tmp_path: Path, capsys) -> None:
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    for run, said in ((tmp_path / "none", "not the run directory"), (unfinished, "paco-evaluate --run")):
+        with pytest.raises(SystemExit) as ended:
+            main([str(run)])
+        assert ended.value.code == 2
+        assert said in capsys.readouterr().err
+        (unfinished / "recipe.yaml").write_text("seed: 1\n")

@@ -29,6 +29,7 @@ venv: $(INSTALLED)
 $(INSTALLED): pyproject.toml setup.py constraints.txt | prerequisites
 	@echo 'installing into .venv (torch with CUDA libraries is 5 GB; minutes)'
 	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip  # older ones resolve for minutes
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch torchvision
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@

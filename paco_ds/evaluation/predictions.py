@@ -110,11 +110,13 @@ def detail(predictions: Predictions, class_counts: Sequence[int]) -> Detail:
 
 def reliability(predictions: Predictions, bins: int = BINS) -> list[tuple[float, float, int]]:
     """(mean confidence, accuracy, images) of each bin of confidence ((b - 1) / bins, b / bins] that has images."""
-    bin_N = (predictions.confidence_N * bins).ceil().long().clamp(1, bins) - 1
-    correct_N = (predictions.labels_N == predictions.predicted_N).double()
+    # added up in the order of confidence: the order of the images is another on other numbers of ranks
+    confidence_N, order_N = predictions.confidence_N.sort()
+    bin_N = (confidence_N * bins).ceil().long().clamp(1, bins) - 1
+    correct_N = (predictions.labels_N == predictions.predicted_N)[order_N].double()
     images_b = torch.bincount(bin_N, minlength=bins)
     sums_bk = torch.zeros(bins, 2, dtype=torch.float64)
-    sums_bk.index_add_(0, bin_N, torch.stack([predictions.confidence_N, correct_N], 1))
+    sums_bk.index_add_(0, bin_N, torch.stack([confidence_N, correct_N], 1))
     return [
         (confidence / images, correct / images, images)
         for (confidence, correct), images in zip(sums_bk.tolist(), images_b.tolist(), strict=True)

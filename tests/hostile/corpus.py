@@ -509,7 +509,8 @@ def unpacked(folder: Path, *members: tuple[str, bytes, str]) -> bool:
     inner = folder / "inner"
     inner.mkdir()
     with tarfile.open(folder / "train-0.tar") as tar:
-        tar.extractall(inner, filter="fully_trusted")
+        tar.extraction_filter = lambda member, path: member  # whatever Python's default is; before 3.11.4 there is none
+        tar.extractall(inner)
     outside = {path.name for path in folder.iterdir()} - {"inner", "train-0.tar"}
     links = any(path.is_symlink() or path.stat().st_nlink > 1 or path.is_fifo() for path in inner.rglob("*"))
     for name in outside:

@@ -62,7 +62,7 @@ def test_deepspeed_and_torch_are_silent_of_what_no_user_can_act_on():
     handler = logging.Handler()
     handler.emit = lambda record: heard.append(record.getMessage())
     before = list(log.filters)
-    where = {"filename": "c10d_logger.py", "lineno": 1, "module": "torch.distributed.c10d_logger"}
+    where = ("c10d_logger.py", 1, "torch.distributed.c10d_logger")
     deprecated = "`torch.distributed.{}` is deprecated. Please use another."
     try:
         log.addHandler(handler)
@@ -72,8 +72,8 @@ def test_deepspeed_and_torch_are_silent_of_what_no_user_can_act_on():
             silence_known_noise()
             log.warning("**** You are using ZeRO with an untested optimizer, proceed with caution *****")
             log.warning("the loss is strange")
-            warnings.warn_explicit(deprecated.format("all_gather_into_tensor"), FutureWarning, **where)
-            warnings.warn_explicit(deprecated.format("broadcast"), FutureWarning, **where)
+            warnings.warn_explicit(deprecated.format("all_gather_into_tensor"), FutureWarning, *where)
+            warnings.warn_explicit(deprecated.format("broadcast"), FutureWarning, *where)
             warnings.warn_explicit(deprecated.format("reduce_scatter_tensor"), FutureWarning, "mine.py", 1, "mine")
     finally:
         log.removeHandler(handler)

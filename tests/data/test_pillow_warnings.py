@@ -17,7 +17,9 @@ def test_warnings_of_pillow_are_one_line_with_the_first_of_them(tmp_path: Path, 
     for number in range(3):
         image = Image.new("P", (40, 40), number)
         image.putpalette([10 * number, 20, 30] * 256)
-        image.save(folder / f"{number}.png", **({"transparency": bytes([0, 128, 255])} if number else {}))
+        if number:
+            image.info["transparency"] = bytes([0, 128, 255])
+        image.save(folder / f"{number}.png")
     words = ["build", "--source", "folder", "--root", str(tmp_path / "images"), "--output", str(tmp_path / "shards")]
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -4,7 +4,7 @@ import json
 import tracemalloc
 import unicodedata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -180,7 +180,9 @@ def test_rows_cost_bytes_not_objects(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["list", "csv", "inaturalist"])
 @pytest.mark.parametrize("on_disk", ["NFC", "NFD"])
-def test_names_of_another_unicode_form_are_the_files_on_disk(tmp_path: Path, kind: str, on_disk: str) -> None:
+def test_names_of_another_unicode_form_are_the_files_on_disk(
+    tmp_path: Path, kind: str, on_disk: Literal["NFC", "NFD"]
+) -> None:
     """In folders too, and it is said. A file that both forms of a list name is listed twice."""
     folder = tmp_path / unicodedata.normalize(on_disk, "bäckerei")
     folder.mkdir()

@@ -124,13 +124,13 @@ def test_a_run_without_checkpoint_is_told(command, run, folder, capsys):
     ],
 )
 def test_a_disk_that_cannot_be_written_is_told(command, fault, run, folder, monkeypatch, capsys):
-    """When the file is made, or when its last byte was handed over."""
+    """The fault comes when what was written is flushed to disk, as late as it can."""
     names = {"RUN": run, "FILE": run.parent / "moco_ckpt.pth.tar", "RECIPE": run.parent / "tiny.yaml"}
     for name, path in names.items():
         command = command.replace(name, str(path))
 
-    def fail(path, *_, **__):
-        raise OSError(fault, os.strerror(fault), path if isinstance(path, str) else None)
+    def fail(descriptor):
+        raise OSError(fault, os.strerror(fault))
 
     before = listing(folder)
     monkeypatch.setattr("paco_ds.files.os.fsync", fail)

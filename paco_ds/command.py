@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
@@ -22,6 +23,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
+READER_LEFT = 141
+"""Exit status when the reader of standard output has left, as shells have it of SIGPIPE."""
+_NO_NEWS = ("Setting accelerator to CPU", "**** You are using ZeRO with an untested optimizer")
+_DEPRECATED = (
+    r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor|_all_gather_base|_reduce_scatter_base)` is "
+)
 _REMEDIES = {
     errno.ENOSPC: "make room there",
     errno.EDQUOT: "make room there, or have the quota raised",
@@ -56,13 +63,29 @@ def say(text: str) -> None:
     print(printable(text), flush=True)
 
 
-def silence_accelerator_choice() -> None:
-    """Drop the one line of DeepSpeed that says it found no GPU, which a start says itself; other lines come through."""
-    logging.getLogger("DeepSpeed").addFilter(_is_no_accelerator_choice)
+def silence_known_noise() -> None:
+    """Drop what DeepSpeed and torch say at each start that no user can act on; other lines and warnings come through.
+
+    That no GPU was found, which a start says itself; that DeepSpeed does not know our optimizer, which is tested with
+    each of its stages here; that a function of torch which DeepSpeed calls is deprecated.
+    """
+    logging.getLogger("DeepSpeed").addFilter(_is_news)
+    warnings.filterwarnings("ignore", _DEPRECATED, FutureWarning, r"torch\.distributed\.c10d_logger$")
 
 
-def _is_no_accelerator_choice(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith("Setting accelerator to CPU")
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_NO_NEWS)
+
+
+@contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """Writing to standard output in the block ends quietly when its reader has left, as `| head` does."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        raise SystemExit(READER_LEFT) from None
 
 
 @contextmanager

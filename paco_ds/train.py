@@ -22,7 +22,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` hears Ctrl-C: no traceback of an import
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # a checkout need not be installed
 
-from paco_ds.command import Screen, report_user_errors, say, silence_accelerator_choice
+from paco_ds.command import Screen, report_user_errors, say, silence_known_noise
 from paco_ds.config.load import load_recipe
 from paco_ds.config.plugins import AllowCode
 from paco_ds.config.shipped import RECIPES, card_with_images
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     if not arguments.replay:
         with report_user_errors():
             load_recipe(arguments.config or "demo", arguments.set)  # a typo is told before that, too
-    silence_accelerator_choice()
+    silence_known_noise()
     # not at the top: loader processes read this file again, and need no DeepSpeed
     from paco_ds.checkpoint import hint_after_storage_errors, resume_hint
     from paco_ds.distributed.launch import leave_job

@@ -3,13 +3,15 @@
 import logging
 import subprocess
 import sys
+import warnings
 
 import pytest
 
-from paco_ds.command import silence_accelerator_choice
+from paco_ds.command import silence_known_noise
 
 SCRIPT = """
 import sys
+import warnings
 from importlib import import_module
 try:
     import_module(sys.argv[1]).main(sys.argv[2:])
@@ -43,7 +45,7 @@ def test_other_lines_of_deepspeed_come_through():
     handler = logging.Handler()
     handler.emit = lambda record: heard.append(record.getMessage())
     before = list(log.filters)
-    silence_accelerator_choice()
+    silence_known_noise()
     log.addHandler(handler)
     try:
         log.warning("Setting accelerator to CPU. If you have GPU or other accelerator, we were unable to detect it.")
@@ -52,3 +54,32 @@ def test_other_lines_of_deepspeed_come_through():
         log.removeHandler(handler)
         log.filters[:] = before
     assert heard == ["something else"]
+
+
+def test_deepspeed_and_torch_are_silent_of_what_no_user_can_act_on():
+    """The optimizer that DeepSpeed does not know, and its calls of deprecated functions; others are heard."""
+    log, heard = logging.getLogger("DeepSpeed"), []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())
+    before = list(log.filters)
+    where = ("c10d_logger.py", 1, "torch.distributed.c10d_logger")
+    deprecated = "`torch.distributed.{}` is deprecated. Please use another."
+    try:
+        log.addHandler(handler)
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.resetwarnings()
+            warnings.simplefilter("always")
+            silence_known_noise()
+            log.warning("**** You are using ZeRO with an untested optimizer, proceed with caution *****")
+            log.warning("the loss is strange")
+            warnings.warn_explicit(deprecated.format("all_gather_into_tensor"), FutureWarning, *where)
+            warnings.warn_explicit(deprecated.format("broadcast"), FutureWarning, *where)
+            warnings.warn_explicit(deprecated.format("reduce_scatter_tensor"), FutureWarning, "mine.py", 1, "mine")
+    finally:
+        log.removeHandler(handler)
+        log.filters[:] = before
+    assert heard == ["the loss is strange"]
+    assert [str(each.message).split("`")[1] for each in warned] == [
+        "torch.distributed.broadcast",
+        "torch.distributed.reduce_scatter_tensor",
+    ]

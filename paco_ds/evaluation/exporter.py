@@ -10,7 +10,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from paco_ds.errors import UserError
 from paco_ds.evaluation.hub_folder import channels, write_hub_folder
 from paco_ds.evaluation.predictor import Predictor
-from paco_ds.files import whole_file
+from paco_ds.files import fsync, storage_errors, whole_file
 from paco_ds.models.experts import Experts
 from paco_ds.models.output import ModelOutput
 from paco_ds.models.recogniser import Recogniser
@@ -234,12 +234,15 @@ def _about(model: Predictor) -> dict[str, Any]:
 @contextmanager
 def _beside(output: Path, folder: bool = False) -> Iterator[str]:
     """A file or folder beside the output, which takes its name at the end; removed after an error."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as place:
+    with storage_errors(output), ExitStack() as stack:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        place = stack.enter_context(tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-"))
         part = Path(place, f"part{output.suffix}")
         if folder:
             part.mkdir()
         yield str(part)
+        for file in part.iterdir() if folder else [part]:
+            fsync(file)
         shutil.move(part, output)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from paco_ds.evaluation.predictor import Predictor
@@ -21,7 +21,7 @@ def write_hub_folder(
         architecture: timm's name of the network.
         run: whose `metrics.json` the model card is made from.
     """
-    save_file(tensors, folder / "model.safetensors")
+    (folder / "model.safetensors").write_bytes(save(tensors))
     size, mean, std = model.view.size, channels(model, "mean"), channels(model, "std")
     pretrained = {
         "input_size": [3, size, size],

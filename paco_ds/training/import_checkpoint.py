@@ -20,13 +20,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from paco_ds.command import one_line_on_interrupt, report_user_errors, say
+from paco_ds.command import one_line_on_interrupt, report_user_errors, say, silence_known_noise
 from paco_ds.config.plugins import AllowCode
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     arguments = _parser().parse_args(argv)
+    silence_known_noise()
     with one_line_on_interrupt(), report_user_errors():
         from paco_ds.training.imported import import_published  # torch: only who asks for it waits
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -74,9 +76,6 @@ def import_published(
             queue = _queue(published, recipe.queue, recipe.model, path)
         else:
             queue = KeyQueue(recipe.queue.length, recipe.model.key_dim).state_dict()
-    with storage_errors(run):
-        run.mkdir(parents=True, exist_ok=True)
-    replace_text(run / "recipe.yaml", recipe.to_yaml())
     about = {
         "world_size": 1,
         "zero_stage": 0,
@@ -96,8 +95,24 @@ def import_published(
     }
     momentum = [(name, torch.zeros_like(p)) for name, p in model.named_parameters() if p.requires_grad]
     weights = [(name, tensor) for name, tensor in model.state_dict().items()]
-    Checkpoints(run, recipe, manifest.sha256).save(0, weights, momentum, queue, about)
+    with _whole_run(run):
+        replace_text(run / "recipe.yaml", recipe.to_yaml())
+        Checkpoints(run, recipe, manifest.sha256).save(0, weights, momentum, queue, about)
     return imported
+
+
+@contextmanager
+def _whole_run(run: Path) -> Iterator[None]:
+    """A new run directory, which is removed if the block fails; one that was there stays."""
+    new = not run.exists()
+    try:
+        with storage_errors(run):
+            run.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        if new:
+            shutil.rmtree(run, ignore_errors=True)
+        raise
 
 
 def _fill(

@@ -6,6 +6,8 @@ Nothing is unpickled but tensors: .pth files are read with torch's `weights_only
 from __future__ import annotations
 
 import difflib
+import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +171,13 @@ def read_tensors(path: Path, where: str) -> Any:
             return load_file(path)
         with torch.serialization.safe_globals([(_Placeholder, name) for name in _PLACEHOLDERS]):
             return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # torch's own text advises to read it unsafely
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"it asks for {found[1]}" if found else "it is no file of torch.save, or damaged"
+        raise RecipeError(
+            f"{where} holds no weights that can be read safely: {what}; nothing in a file is executed: give one of "
+            f"tensors alone, as torch.save(model.state_dict(), FILE) writes it"
+        ) from error
     except Exception as error:  # a damaged file, or one that asks for code, raises nearly anything
         raise RecipeError(f"{where} holds no weights that can be read safely: {one_line(error)}") from error
 

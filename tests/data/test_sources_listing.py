@@ -1,8 +1,10 @@
 """List and CSV files as they are published and as people write them."""
 
+import json
 import tracemalloc
+import unicodedata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -174,3 +176,43 @@ def test_rows_cost_bytes_not_objects(tmp_path: Path) -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak / 100_000 < 200
+
+
+@pytest.mark.parametrize("kind", ["list", "csv", "inaturalist"])
+@pytest.mark.parametrize("on_disk", ["NFC", "NFD"])
+def test_names_of_another_unicode_form_are_the_files_on_disk(
+    tmp_path: Path, kind: str, on_disk: Literal["NFC", "NFD"]
+) -> None:
+    """In folders too, and it is said. A file that both forms of a list name is listed twice."""
+    folder = tmp_path / unicodedata.normalize(on_disk, "bäckerei")
+    folder.mkdir()
+    (folder / unicodedata.normalize(on_disk, "café.jpg")).write_bytes(encoded())
+    names = [unicodedata.normalize(form, "bäckerei/café.jpg") for form in ("NFC", "NFD")]
+    if kind == "list":
+        source = listed(tmp_path, "".join(f"{name} 0\n" for name in names))
+    elif kind == "csv":
+        source = tabled(tmp_path, "path,label\n" + "".join(f"{name},x\n" for name in names))
+    else:
+        page = {
+            "images": [{"id": number, "file_name": name} for number, name in enumerate(names)],
+            "annotations": [{"image_id": number, "category_id": 5} for number in range(2)],
+            "categories": [{"id": 5, "name": "x"}],
+        }
+        (tmp_path / "train.json").write_text(json.dumps(page))
+        source = list_source(card("inaturalist", {"train": {"annotations": "train.json"}}), tmp_path)
+    source = source.checked()
+    train = source.splits["train"]
+    assert (tmp_path / train.names[0]).stat().st_size == train.sizes[0]
+    assert len(train) == 1
+    assert [bad.reason for bad in source.bad] == ["listed_twice"]
+    assert "1 names have another Unicode form on disk" in source.notes[0]
+
+
+def test_a_name_of_several_files_is_told_and_not_guessed(tmp_path: Path) -> None:
+    """Of both forms one is what the list says; a third form could be either."""
+    forms = ["\u1ec7.jpg", "\u1eb9\u0302.jpg", "e\u0323\u0302.jpg"]
+    for form in forms[:2]:
+        (tmp_path / form).write_bytes(encoded())
+    source = tabled(tmp_path, f"path,label\n{forms[0]},x\n{forms[2]},x\n").checked()
+    assert list(source.splits["train"].names) == forms[:1]
+    assert [bad.reason for bad in source.bad] == ["several_files_of_this_name"]

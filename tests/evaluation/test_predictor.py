@@ -26,6 +26,8 @@ from paco_ds.evaluation import embed, neighbours, temperature
 from paco_ds.evaluation.embeddings import load_embeddings
 from paco_ds.evaluation.predict import main
 from paco_ds.evaluation.runner import load_recogniser
+from tests.commands import run_command
+from tests.damaged import copy_with_damage
 from tests.recipes import evaluation_batches, write_tiny_recipe
 
 
@@ -241,3 +243,47 @@ def test_embeddings_of_shards_have_labels_and_a_new_image_its_neighbours(trained
     assert neighbours.main([str(table), "--query", str(images[0]), "--run", str(run), "-k", "1"]) == 0
     (row,) = capsys.readouterr().out.splitlines()[1:]
     assert row.split(",")[1:3] == ["1.000000", images[0].parent.name]
+
+
+def test_a_damaged_sample_of_shards_is_listed_and_ends_nothing(trained, striped_shards, tmp_path, capsys):
+    """Its row is empty; the others are predicted."""
+    tar = next(path.name for path in sorted(striped_shards.glob("*.tar")) if "test" in path.name)
+    shards = copy_with_damage(striped_shards, tmp_path / "shards", tar)
+    output = tmp_path / "o.csv"
+    words = [str(trained[0]), str(shards), "--split", "test", "--device", "cpu", "--output", str(output)]
+    assert main(words) == 0
+    rows = list(csv.reader(output.open(newline="")))[1:]
+    assert [len(row) for row in rows].count(1) == 1
+    assert len(rows) == 20
+    assert "1 unreadable" in capsys.readouterr().err
+
+
+def test_a_temperature_is_fitted_by_the_command_and_used(trained, striped_shards, tmp_path):
+    """On validation, stored in the run; it changes the probabilities and no class."""
+    run = tmp_path / "run"
+    shutil.copytree(trained[0], run)
+    words = ("--run", run, "--set", f"data.shards={striped_shards}", "--output", tmp_path / "metrics.json")
+    said = run_command("paco_ds.evaluate", *words, "--fit-temperature").stdout
+    assert "temperature.json: temperature " in said
+    stored = json.loads((run / "temperature.json").read_text())
+    assert (stored["split"], stored["images"]) == ("val", 24)
+    assert stored["nll_after"] <= stored["nll_before"]
+    rows = []
+    for name, options in (("plain", []), ("scaled", ["--temperature", "auto"])):
+        output = tmp_path / f"{name}.csv"
+        assert main([str(run), str(trained[1][0]), "--device", "cpu", "--output", str(output), *options]) == 0
+        rows.append(output.read_text().split(","))
+    assert rows[0][-2] == rows[1][-2]
+    assert rows[0][-1] != rows[1][-1]
+
+
+def test_a_reader_that_leaves_ends_the_command_quietly(trained, monkeypatch, capsys):
+    """As `| head` does: status of SIGPIPE, no line."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as closed, monkeypatch.context() as patched:
+        patched.setattr("sys.stdout", closed)
+        with pytest.raises(SystemExit) as ended:
+            main([str(trained[0]), str(trained[1][0]), "--device", "cpu"])
+    assert ended.value.code == 141
+    assert capsys.readouterr().err == ""

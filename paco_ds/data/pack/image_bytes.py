@@ -6,6 +6,7 @@ import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import numpy as np
 import simplejpeg
@@ -19,6 +20,7 @@ MAX_PIXELS = 178_956_970
 Encoded = bytes | memoryview
 _PIL_FORMAT = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP"}
 Color = tuple[int, int, int]  # red, green, blue, of 255
+_HEARD: ContextVar[list[str] | None] = ContextVar("heard of Pillow", default=None)
 
 
 class BadImage(Exception):  # noqa: N818 (the builder counts and lists them; only too many are an error)
@@ -156,11 +158,32 @@ def _refuse_costly(data: bytes, height: int, width: int) -> None:
 
 
 @contextmanager
+def pillow_warnings() -> Iterator[list[str]]:
+    """Collects what Pillow warns of in the block, as of palettes, EXIF and color profiles; it is not shown."""
+    heard: list[str] = []
+    before = _HEARD.set(heard)
+    try:
+        yield heard
+    finally:
+        _HEARD.reset(before)
+
+
+@contextmanager
+def _kept(caught: list[warnings.WarningMessage]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        if (heard := _HEARD.get()) is not None:
+            heard += (" ".join(str(each.message).split()) for each in caught)
+
+
+@contextmanager
 def _as_bad_image() -> Iterator[None]:
     """Turn any error that Pillow raises for damaged bytes into BadImage; it raises more than it documents."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # one an image: of size, where MAX_PIXELS decides, and of palettes
+        with warnings.catch_warnings(record=True) as caught, _kept(caught):
+            warnings.simplefilter("always")
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS decides
             yield
     except Image.DecompressionBombError as error:
         raise BadImage("too_many_pixels", detail=str(error)) from error

@@ -149,6 +149,9 @@ def write_plan(
             file.write(made.model_dump_json(indent=1, exclude_none=True).encode() + b"\n")
         manifest = load_manifest(output)
         clear_state(state)
+        if first := next((done.first_warning for done in written if done and done.first_warning), None):
+            count = sum(done.warned for done in written if done)
+            console.print(f"{count} images made Pillow warn, the first {first[0]}: {first[1]}", highlight=False)
 
     if found > max(options.max_bad, _MOST_BAD):
         refuse_bad(output, [*plan.source.bad, *(BadImage(*b) for w in own.values() for b in w.bad)], 0, rank)

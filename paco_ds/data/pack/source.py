@@ -15,7 +15,8 @@ import numpy.typing as npt
 from paco_ds.data.names import same_name
 from paco_ds.data.pack.image_bytes import BadImage, Encoded
 from paco_ds.data.pack.root import MapOver, Root, Walk
-from paco_ds.data.pack.samples import MISSING, Samples, SamplesBuilder
+from paco_ds.data.pack.samples import MISSING, Names, Samples, SamplesBuilder
+from paco_ds.data.pack.spelling import Spellings
 from paco_ds.data.storage import MissingFile
 from paco_ds.errors import DataError
 
@@ -130,11 +131,19 @@ class Source:
 
     def checked(self, look_up: MapOver = map) -> Source:
         """The source with file sizes looked up; missing, empty and repeated images move to `bad`."""
-        splits, bad = {}, list(self.bad)
+        splits, bad, notes = {}, list(self.bad), list(self.notes)
         for name, samples in self.splits.items():
+            several: list[int] = []
             if isinstance(self.images, Files):
                 samples = samples.sized(*self.images.root.sizes(samples.names, look_up))
+                samples, respelled, several = _as_on_disk(samples, self.images.root)
+                if respelled:
+                    notes.append(
+                        f"{name}: {len(respelled)} names have another Unicode form on disk (NFC, NFD) and were "
+                        f"matched, the first: {respelled[0]}"
+                    )
             reasons = {
+                "several_files_of_this_name": np.array(several, np.int64),
                 "missing": np.flatnonzero(samples.sizes == MISSING),
                 "empty": np.flatnonzero(samples.sizes == 0),
                 "listed_twice": samples.names.repeated(),
@@ -144,7 +153,22 @@ class Source:
                 bad += [BadImage(reason, samples.names[row]) for row in rows.tolist() if keep[row]]
                 keep[rows] = False
             splits[name] = samples if keep.all() else samples.take(np.flatnonzero(keep))
-        return replace(self, splits=splits, bad=bad)
+        return replace(self, splits=splits, bad=bad, notes=notes)
+
+
+def _as_on_disk(samples: Samples, root: Root) -> tuple[Samples, list[str], list[int]]:
+    """(rows with the names that the disk has, names that were written otherwise, rows of more than one such file)."""
+    missing = [(row, samples.names[row]) for row in np.flatnonzero(samples.sizes == MISSING).tolist()]
+    spellings = Spellings(root)
+    found = {row: spellings.of(name) for row, name in missing if not name.isascii()}
+    renamed = {row: names[0] for row, names in found.items() if len(names) == 1}
+    several = [row for row, names in found.items() if len(names) > 1]
+    if not renamed:
+        return samples, [], several
+    names = Names.of(renamed.get(row, name) for row, name in enumerate(samples.names))
+    rows, sizes, stamps = list(renamed), samples.sizes.copy(), samples.stamps.copy()
+    sizes[rows], stamps[rows] = root.sizes(Names.of(renamed.values()))
+    return replace(samples, names=names, sizes=sizes, stamps=stamps), [samples.names[row] for row in rows], several
 
 
 @overload

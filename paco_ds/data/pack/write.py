@@ -15,7 +15,16 @@ import numpy.typing as npt
 
 from paco_ds.data.manifest import Name, Shard, StrictModel, sample_key
 from paco_ds.data.pack.card import Resize
-from paco_ds.data.pack.image_bytes import BadImage, Color, Encoded, ending_of, on_background, resized, verify
+from paco_ds.data.pack.image_bytes import (
+    BadImage,
+    Color,
+    Encoded,
+    ending_of,
+    on_background,
+    pillow_warnings,
+    resized,
+    verify,
+)
 from paco_ds.data.pack.samples import Samples
 from paco_ds.data.pack.source import Images
 from paco_ds.data.pack.tar import BLOCK, SampleTar
@@ -52,12 +61,14 @@ class ShardJob:
 
 class Written(StrictModel):
     """Result of a job: the shard, None without a usable image; images per class; reason, place and detail of each bad
-    image."""
+    image; images of which Pillow warned, and of the first its place and the text."""
 
     name: Name
     shard: Shard | None
     counts: dict[int, int]
     bad: tuple[tuple[str, str, str], ...]
+    warned: int = 0
+    first_warning: tuple[str, str] | None = None
 
 
 def plan_shards(samples: Samples, split: str, seed: int, shard_bytes: int) -> list[npt.NDArray[np.int64]]:
@@ -88,6 +99,7 @@ def write_shard(settings: WriteSettings, job: ShardJob, report: Report) -> Writt
     samples = job.samples
     counts: dict[int, int] = {}
     bad: list[tuple[str, str, str]] = []
+    warned: list[tuple[str, str]] = []
     progress = _Progress(report)
     sizes, labels = samples.sizes.tolist(), samples.labels.tolist()
     read = 0
@@ -97,7 +109,8 @@ def write_shard(settings: WriteSettings, job: ShardJob, report: Report) -> Writt
                 tar = SampleTar(file)
                 for row, (size, label, source) in enumerate(zip(sizes, labels, samples.names.texts(), strict=True)):
                     try:
-                        image, ending = _image(settings, samples, row, tar.room(size + 1))
+                        with pillow_warnings() as heard:
+                            image, ending = _image(settings, samples, row, tar.room(size + 1))
                     except BadImage as error:
                         bad.append((error.reason, source, error.detail))
                     else:
@@ -105,6 +118,7 @@ def write_shard(settings: WriteSettings, job: ShardJob, report: Report) -> Writt
                         key = sample_key(job.split, job.first_key + row - len(bad))
                         tar.add(key, ending, image, about, label)
                         counts[label] = counts.get(label, 0) + 1
+                        warned += [(source, text) for text in heard[:1]]
                     read += size
                     if row % _REPORT_EVERY == 0:
                         progress(row + 1, read, len(bad))
@@ -129,7 +143,14 @@ def write_shard(settings: WriteSettings, job: ShardJob, report: Report) -> Writt
         index_sha256=hashlib.sha256(index.getvalue()).hexdigest(),
         first_key=job.first_key,
     )
-    return Written(name=job.name, shard=shard, counts=counts, bad=tuple(bad))
+    return Written(
+        name=job.name,
+        shard=shard,
+        counts=counts,
+        bad=tuple(bad),
+        warned=len(warned),
+        first_warning=warned[0] if warned else None,
+    )
 
 
 class _NothingLeft(Exception):  # noqa: N818 (leaves the shard unwritten)

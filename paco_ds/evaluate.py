@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    with report_user_errors():  # a typo is told before torch is loaded
+    with report_user_errors():  # mistakes in settings are reported before torch is loaded
         recipes = [load_recipe(run / "recipe.yaml", arguments.set) for run in arguments.run]
     # not at the top: loader processes read this file again, and need none of it
     from paco_ds.checkpoint import chosen_checkpoint

@@ -43,10 +43,12 @@ def main(argv: list[str] | None = None) -> int:
         with report_user_errors():
             return _keep_running(arguments, sys.argv[1:] if argv is None else argv)
     stop_request = StopRequest()  # before what takes seconds to load
-    if not arguments.replay:
-        with report_user_errors():
-            load_recipe(arguments.config or "demo", arguments.set)  # a typo is told before that, too
     silence_known_noise()
+    if arguments.replay:
+        with report_user_errors():
+            return _replay(arguments.replay)
+    with report_user_errors():  # mistakes in settings are reported before torch is loaded
+        recipe = load_recipe(arguments.config or "demo", arguments.set)
     # not at the top: loader processes read this file again, and need no DeepSpeed
     from paco_ds.checkpoint import hint_after_storage_errors, resume_hint
     from paco_ds.distributed.launch import leave_job
@@ -57,9 +59,6 @@ def main(argv: list[str] | None = None) -> int:
     from paco_ds.training.saver import sole_writer
     from paco_ds.training.trainer import Trainer
 
-    if arguments.replay:
-        with report_user_errors():
-            return _replay(arguments.replay)
     output = run_directory(arguments.output, arguments.config)
     with (
         report_user_errors(),
@@ -68,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         RankWatchdog(lambda: resume_hint(output), ending.end_process) as watchdog,
     ):
         ending.message = lambda: watchdog.message
-        recipe = load_recipe(arguments.config, arguments.set) if arguments.config else _demo(arguments.set)
+        recipe = recipe if arguments.config else _demo(recipe, arguments.set)
         ranks = engine.start(recipe.step, recipe.engine.threads, arguments.expect_ranks)
         if ranks.first and not arguments.config:
             say(
@@ -139,11 +138,10 @@ def _replay(folder: Path) -> int:
     return 0
 
 
-def _demo(overrides: Sequence[str]) -> Recipe:
+def _demo(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     """The demo on any number of ranks: those that cannot share its step evenly run one micro-batch each."""
     from paco_ds.distributed.launch import environment_ranks
 
-    recipe = load_recipe("demo", overrides)
     _, world_size, _ = environment_ranks()
     if recipe.step.micro_batches % world_size:
         recipe = load_recipe("demo", (f"step.micro_batches={world_size}", *overrides))

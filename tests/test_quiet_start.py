@@ -1,4 +1,4 @@
-"""A typo is told before torch is loaded; of DeepSpeed's lines the one that says nothing new is left out."""
+"""Mistakes in settings are reported before torch is loaded; DeepSpeed's lines that say nothing new are left out."""
 
 import logging
 import subprocess

@@ -41,7 +41,7 @@ class RunLogger:
         total_steps: int,
         steps_done: int,
     ) -> None:
-        self.sinks = Sinks(settings.sinks, run, ranks.first, steps_done)
+        self.sinks = Sinks(settings.sinks, run, ranks.first, steps_done, settings.log_every)
         self.log = MetricsLog(run / "metrics.jsonl" if ranks.first else None, self.sinks.line)
         self.log.cut_after(steps_done if steps_done else -1)
         self.metrics = metrics

@@ -22,10 +22,12 @@ from statistics import fmean, stdev
 from typing import Any
 
 from paco_ds.command import one_line_on_interrupt, report_user_errors, say
-from paco_ds.config.parse import brief, read_json, read_yaml
+from paco_ds.config.load import load_recipe
+from paco_ds.config.parse import brief, read_json
 from paco_ds.data.manifest import SHOTS
 from paco_ds.errors import DataError, UserError, printable
 from paco_ds.files import replace_text
+from paco_ds.paper.results import Identity
 from paco_ds.paper.tables import load_table
 
 GROUPS = ("all", *SHOTS)
@@ -34,7 +36,7 @@ SAME_DATA = {
     "split": "evaluated split",
     "class_names": "classes",
 }
-NO_SETTING = ("seed", "name", "data.shards")  # the shards are compared by their digest
+CORRECTIONS = ("tau_normalization", "logit_adjustment")  # of an evaluation, beside the settings of the training
 _LATEX = {c: rf"\{c}" for c in "&%$#_{}"} | {
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
@@ -51,7 +53,7 @@ class Run:
         path: its directory.
         seed: of its recipe.
         figures: metrics.json.
-        settings: {dotted key: value as JSON} of recipe.yaml without NO_SETTING, and the scale of the learning rate.
+        settings: {dotted key: value as text} of what decides the result, but the seed, and of the evaluation.
     """
 
     path: Path
@@ -86,17 +88,17 @@ def read_finished_run(path: Path) -> Run:
         raise UserError(f"{path} is not the run directory of a training: {recipe_path} is missing")
     if not final_path.is_file():
         raise UserError(f"{final_path} is missing: the run is not finished; paco-evaluate --run {path} writes it")
-    recipe, final = read_yaml(recipe_path, DataError), read_json(final_path, DataError, "; evaluate the run again")
-    for file, content in ((recipe_path, recipe), (final_path, final)):
-        if not isinstance(content, dict):
-            raise DataError(f"{file} holds {brief(content)}, not the mapping that a run writes")
+    recipe, final = load_recipe(recipe_path), read_json(final_path, DataError, "; evaluate the run again")
+    if not isinstance(final, dict):
+        raise DataError(f"{final_path} holds {brief(final)}, not the mapping that a run writes")
     wrong = [g for g in GROUPS if not isinstance(final.get(g, ""), int | float | None)]
     if wrong or any(key not in final for key in SAME_DATA):
         missing = wrong or [key for key in SAME_DATA if key not in final]
         raise DataError(f"{final_path} has no usable {', '.join(missing)}; evaluate the run again")
-    settings = {key: value for key, value in _flat(recipe).items() if key not in NO_SETTING}
-    settings["scale"] = json.dumps(final.get("scale", 1.0))
-    return Run(path, final.get("seed", recipe.get("seed")), final, settings)
+    corrected = {key: final[key] for key in CORRECTIONS if key in final}
+    settings = {**Identity.of(recipe).settings, **corrected, "scale": final.get("scale", 1.0)}
+    texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in settings.items() if k != "seed"}
+    return Run(path, recipe.seed, final, texts)
 
 
 def compare(runs: Sequence[Run]) -> tuple[list[Line], list[str]]:
@@ -207,17 +209,6 @@ def _mean_std(percents: Sequence[float]) -> str:
     if not percents:
         return "-"
     return f"{fmean(percents):.1f}" + (f" ± {stdev(percents):.1f}" if len(percents) > 1 else "")
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """{dotted key: value as JSON}."""
-    flat: dict[str, str] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, default=str)
-    return flat
 
 
 def _parser() -> argparse.ArgumentParser:

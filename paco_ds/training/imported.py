@@ -63,7 +63,7 @@ def import_published(
     """
     if step_folders(run / "checkpoints"):
         raise RecipeError(f"{run} has checkpoints already: give another --output")
-    load_recipe(config, overrides)  # a typo is told before a large file is read
+    load_recipe(config, overrides)  # mistakes in settings are reported before a large file is read
     published = read_published(path)
     recipe = load_recipe(config, (*overrides, *backbone_of(published, overrides)))
     manifest = open_data(recipe.data, [])

@@ -168,6 +168,7 @@ def test_randaugment_is_timms(count, magnitude):
         (SimView(), 0.2, 0.5, 1, False, False),
         (Sim02View(), 0.2, 0.5, 1, False, False),
         (MocoV2View(), 0.2, 0.5, 0.8, True, False),
+        (RegularView(gray=0.2, gray_first=True), 0.2, 0, 1, False, False),  # MoCo's first version
         (CifarKeyView(), 0.2, 0.5, 0.8, True, False),
     ],
     ids=lambda value: getattr(value, "name", ""),

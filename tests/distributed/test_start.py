@@ -62,6 +62,10 @@ def test_a_build_that_fails_ends_every_rank_with_the_builders_message(pool, card
 def test_the_demo_without_settings_runs_on_any_number_of_ranks(ranks, micro_batches, monkeypatch):
     """An override still decides."""
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
-    assert train._demo(()).step.micro_batches == micro_batches
-    assert train._demo(("step.micro_batches=16",)).step.micro_batches == 16
-    assert train._demo(()).step.reference_micro_batches == load_recipe("demo").step.reference_micro_batches
+
+    def demo(*overrides):
+        return train._demo(load_recipe("demo", overrides), overrides).step
+
+    assert demo().micro_batches == micro_batches
+    assert demo("step.micro_batches=16").micro_batches == 16
+    assert demo().reference_micro_batches == load_recipe("demo").step.reference_micro_batches

@@ -26,6 +26,9 @@ MODULES = {
     "job": "paco_ds.planning.job",
     "reproduce": "paco_ds.paper.reproduce",
     "theory": "paco_ds.paper.theory",
+    "report": "paco_ds.report.entry",
+    "compare": "paco_ds.paper.compare",
+    "wrong-labels": "paco_ds.report.wrong_labels",
 }
 COMMANDS = [  # WHAT is the input that is wrong
     "train --config WHAT --output new",
@@ -42,6 +45,9 @@ COMMANDS = [  # WHAT is the input that is wrong
     "job WHAT --for slurm",
     "reproduce --table WHAT --output new",
     "theory --card WHAT --output new.png",
+    "report WHAT",
+    "compare WHAT --output new.md",
+    "wrong-labels WHAT --output new.html",
 ]
 WRONG = ["nowhere", "empty", "foreign.json", "text.txt", "image.png", "foreign.zip"]
 FAULTS = {errno.EROFS: "have it mounted for writing", errno.ENOSPC: "make room there"}

@@ -24,10 +24,10 @@ def no_settings_of_this_machine(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def train(run, name, first, last, rank=0):
+def train(run, name, first, last, rank=0, every=1):
     """Log steps first + 1 to last, as a run that is resumed after `first`."""
     run.mkdir(exist_ok=True)
-    recipe = tiny_recipe(f"metrics.sinks=[{name}]")
+    recipe = tiny_recipe(f"metrics.sinks=[{name}]", f"metrics.log_every={every}")
     ranks = Ranks(rank, 1, 0, torch.device("cpu"))
     logger = RunLogger(recipe.metrics, run, ranks, Exporter(), epochs=2, total_steps=10, steps_done=first)
     for step in range(first + 1, last + 1):
@@ -98,6 +98,13 @@ def test_a_sink_has_the_steps_of_the_log_and_a_resumed_run_goes_on_in_it(sink, s
     assert logged == [(step, 10.0 + step) for step in range(1, 6)]
     assert steps_in(tmp_path / "run", "train/loss") == logged
     assert len(steps_in(tmp_path / "run", "train/center_probability/many")) == 5
+
+
+def test_steps_between_those_of_log_every_are_left_to_metrics_jsonl(tmp_path):
+    """A sink may be a server far away; training waits for it only then."""
+    pytest.importorskip("tensorboard")
+    train(tmp_path / "run", "tensorboard", 0, 7, every=3)
+    assert steps_in_tensorboard(tmp_path / "run", "train/loss") == [(3, 13.0), (6, 16.0)]
 
 
 def test_other_ranks_write_nothing(tmp_path):

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from paco_ds.paper.compare import main
+from tests.recipes import write_tiny_recipe
 
 
-def _run(folder: Path, name: str, seed: int, accuracy: float, **other: object) -> str:
+def _run(folder: Path, name: str, seed: int, accuracy: float, *more: str, **other: object) -> str:
     run = folder / name
     run.mkdir()
-    method = other.pop("method", "paco")
-    (run / "recipe.yaml").write_text(f"seed: {seed}\nloss: {{method: '{method}', alpha: 0.05}}\n")
+    method, split = other.pop("method", "paco"), other.pop("train_split", "train")
+    write_tiny_recipe(run / "recipe.yaml", f"seed={seed}", f"loss.method={method}", f"data.train_split={split}", *more)
     final = {"seed": seed, "split": "test", "manifest_sha256": "ab", "class_names": ["a", "b"], "few": None}
     final |= {"many": 0.9, "medium": 0.5, "all": accuracy}
     (run / "metrics.json").write_text(json.dumps(final | other))
@@ -25,12 +26,30 @@ def _run(folder: Path, name: str, seed: int, accuracy: float, **other: object) -
 
 def test_seeds_are_one_line_and_differing_settings_are_columns(tmp_path: Path, capsys) -> None:
     """0.80 and 0.84 are 82.0 ± 2.8; what both methods share is not shown."""
-    runs = [_run(tmp_path, "p0", 0, 0.80), _run(tmp_path, "p1", 1, 0.84), _run(tmp_path, "ce", 0, 0.7, method="ce")]
+    runs = [
+        _run(tmp_path, "p0", 0, 0.80),
+        _run(tmp_path, "p1", 1, 0.84),
+        _run(tmp_path, "ce", 0, 0.7, method="cross_entropy"),
+    ]
     assert main([*runs, "--format", "csv"]) == 0
     header, first, second = csv.reader(io.StringIO(capsys.readouterr().out))
     assert header == ["run", "seeds", "All, %", "Many, %", "Medium, %", "Few, %", "loss.method"]
     assert first == ["p0 and 1 more", "2", "82.0 ± 2.8", "90.0 ± 0.0", "50.0 ± 0.0", "-", "paco"]
-    assert second == ["ce", "1", "70.0", "90.0", "50.0", "-", "ce"]
+    assert second == ["ce", "1", "70.0", "90.0", "50.0", "-", "cross_entropy"]
+
+
+def test_ports_and_processes_part_no_seeds_and_corrections_of_an_evaluation_do(tmp_path: Path, capsys) -> None:
+    """What does not decide the result is no column; what an evaluation corrected is one."""
+    runs = [
+        _run(tmp_path, "p0", 0, 0.80),
+        _run(tmp_path, "p1", 1, 0.84, "metrics.port=19777", "data.workers=3"),
+        _run(tmp_path, "adjusted", 0, 0.85, logit_adjustment=1.0),
+    ]
+    assert main([*runs, "--format", "csv"]) == 0
+    header, first, second = csv.reader(io.StringIO(capsys.readouterr().out))
+    assert header[6:] == ["logit_adjustment"]
+    assert (first[1], first[6]) == ("2", "-")
+    assert (second[1], second[6]) == ("1", "1.0")
 
 
 def test_rows_of_the_paper_stand_below(tmp_path: Path, capsys) -> None:
@@ -44,7 +63,7 @@ def test_rows_of_the_paper_stand_below(tmp_path: Path, capsys) -> None:
 
 def test_names_are_text_in_every_format(tmp_path: Path, capsys) -> None:
     """Markup of LaTeX and of Markdown in a value stays text."""
-    runs = [_run(tmp_path, "a_b", 0, 0.5), _run(tmp_path, "c", 0, 0.5, method=r"x|\input{y}")]
+    runs = [_run(tmp_path, "a_b", 0, 0.5), _run(tmp_path, "c", 0, 0.5, train_split=r"x|\input{y}")]
     main([*runs, "--format", "latex"])
     latex = capsys.readouterr().out
     assert r"a\_b" in latex
@@ -80,4 +99,4 @@ def test_what_is_no_finished_run_is_told_with_the_remedy(tmp_path: Path, capsys)
             main([str(run)])
         assert ended.value.code == 2
         assert said in capsys.readouterr().err
-        (unfinished / "recipe.yaml").write_text("seed: 1\n")
+        write_tiny_recipe(unfinished / "recipe.yaml")

@@ -1,4 +1,4 @@
-"""Owns the bench of paco-predict: images a second from JPEG files, against decoding alone and the model alone.
+"""paco-predict: images a second from JPEG files, against decoding alone and the model alone.
 
     python tools/bench/predict.py [--images N] [--recipe NAME] [--batch N] [--wait MS] [--rounds N] [--json]
 

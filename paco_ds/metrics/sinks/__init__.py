@@ -20,10 +20,13 @@ _NO_FIGURES = ("kind", "step", "split")
 
 
 class Sinks:
-    """Passes the figures of each line of metrics.jsonl on. A sink that fails is left out from then on, with a warning.
+    """Passes on the figures of evaluations and of every `every`-th step. A sink that fails is left out, with a warning.
+
+    Not of every step: a server answers each call of MLflow's, while all ranks wait for the first.
 
     Args:
         names: `metrics.sinks`.
+        every: `metrics.log_every`.
         run: the run directory, whose name is that of the sinks' runs.
         first: whether this is the first rank: others open none.
         steps_done: of a run that is resumed; later figures of before are replaced where a sink can.
@@ -32,8 +35,9 @@ class Sinks:
         RecipeError: an unknown name, or a library that is not installed.
     """
 
-    def __init__(self, names: Sequence[str], run: Path, first: bool, steps_done: int) -> None:
+    def __init__(self, names: Sequence[str], run: Path, first: bool, steps_done: int, every: int = 1) -> None:
         self._open: dict[str, Sink] = {}
+        self._every = every
         for name in names:
             if name not in (known := sink_names()):
                 near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
@@ -49,8 +53,8 @@ class Sinks:
                 self._drop(name, error)
 
     def line(self, line: Mapping[str, Any]) -> None:
-        """Pass on a line of metrics.jsonl; of one without figures nothing."""
-        if line["kind"] not in ("step", "evaluation"):
+        """Pass on a line of metrics.jsonl, if it is one of those."""
+        if line["kind"] not in ("step", "evaluation") or (line["kind"] == "step" and line["step"] % self._every):
             return
         group = "train" if line["kind"] == "step" else line["split"]
         rest = {key: value for key, value in line.items() if key not in _NO_FIGURES}

@@ -3,6 +3,7 @@
 import logging
 import struct
 import sys
+import time
 import types
 
 import pytest
@@ -93,6 +94,7 @@ def test_a_sink_has_the_steps_of_the_log_and_a_resumed_run_goes_on_in_it(sink, s
     """With the real library and no network; null is no figure."""
     pytest.importorskip(sink)
     train(tmp_path / "run", sink, 0, 3)
+    time.sleep(sink == "wandb")  # it names folders by the second; a process that starts again needs longer
     train(tmp_path / "run", sink, 3, 5)
     logged = [(line["step"], line["loss"]) for line in read(tmp_path / "run" / "metrics.jsonl")]
     assert logged == [(step, 10.0 + step) for step in range(1, 6)]

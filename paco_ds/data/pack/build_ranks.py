@@ -13,13 +13,13 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
 from paco_ds.config.parse import parse_json
 from paco_ds.data.storage import MissingFile, Storage
 from paco_ds.distributed.folder_lock import FolderLock
-from paco_ds.errors import DataError
+from paco_ds.errors import DataError, StorageError
 
 PLAN_FILE = "plan.json"
 _BEAT_EVERY = 5.0  # seconds
@@ -138,7 +138,10 @@ class BuildRank:
     def _beat(self, state: Storage, over: threading.Event) -> None:
         count = 0
         while not over.is_set():
-            _put(state, _alive(self.number), {"beat": count, "process": os.getpid()})
+            # The main thread may remove the folder between two calls of this one; where it cannot be written at all,
+            # that thread meets the same error, and others see silence.
+            with suppress(StorageError):
+                _put(state, _alive(self.number), {"beat": count, "process": os.getpid()})
             count += 1
             over.wait(min(_BEAT_EVERY, self.patience / 8))
 

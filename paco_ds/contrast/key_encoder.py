@@ -17,7 +17,7 @@ from torch import Tensor
 
 from paco_ds.config.recipe import KeyEncoderSettings
 from paco_ds.contrast.key_exchange import key_exchange
-from paco_ds.distributed.ranks import MicroBatchLayout, Pending, Ranks
+from paco_ds.distributed.ranks import MicroBatchLayout, Pending, Ranks, to_device
 from paco_ds.distributed.zero import move_average
 from paco_ds.randomness import DrawPurpose, permutation
 
@@ -26,12 +26,12 @@ from paco_ds.randomness import DrawPurpose, permutation
 class Keys:
     """Keys of a step in slot order, the same on every rank: `keys_GD` float32 unit rows, `labels_G` int64.
 
-    `finite` is False if any rank made a key that is not finite.
+    `finite` is a bool scalar on the device: False if any rank made a key that is not finite.
     """
 
     keys_GD: Tensor
     labels_G: Tensor
-    finite: bool
+    finite: Tensor
 
 
 class PendingImages:
@@ -49,7 +49,7 @@ class PendingImages:
         del self._arriving
         if self._in_group_order is None:
             return images
-        return images[torch.from_numpy(self._in_group_order).to(images.device)]
+        return images[to_device(torch.from_numpy(self._in_group_order), images.device)]
 
 
 class PendingKeys:
@@ -164,7 +164,7 @@ class KeyEncoder:
         return slots.reshape(layout.micro_batches, layout.micro_batch)
 
     def _encode(self, images: Tensor) -> Tensor:
-        keys: Tensor = self.engine(images.to(self.ranks.device, non_blocking=True), keys=True)
+        keys: Tensor = self.engine(to_device(images, self.ranks.device), keys=True)
         return keys
 
 
@@ -182,8 +182,8 @@ def gather_keys(
     packed = torch.cat(
         [
             keys.flatten(),
-            labels.to(keys.device, torch.int32).view(torch.float32),
-            torch.isfinite(keys).all().float()[None],
+            to_device(labels.int(), keys.device).view(torch.float32),
+            (torch.linalg.vector_norm(keys) < math.inf).float()[None],  # nan is not
         ]
     )
 
@@ -191,11 +191,11 @@ def gather_keys(
         keys_GD = layout.global_order(gathered[:, : rows * dim].reshape(-1, rows, dim))
         lane_labels = gathered[:, rows * dim : -1].contiguous().view(torch.int32)
         if groups is not None:
-            keys_GD = keys_GD[torch.from_numpy(np.argsort(groups.ravel())).to(keys.device)]
+            keys_GD = keys_GD[to_device(torch.from_numpy(np.argsort(groups.ravel())), keys.device)]
         return Keys(
             keys_GD=keys_GD,
             labels_G=layout.global_order(lane_labels).long(),
-            finite=bool(gathered[:, -1].all()),
+            finite=gathered[:, -1].all(),
         )
 
     return PendingKeys(ranks.begin_gather(packed), unpack)

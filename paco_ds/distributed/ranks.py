@@ -34,6 +34,34 @@ class Pending:
         return self._result
 
 
+class HostCopy:
+    """A tensor on its way to the host, behind the work that makes it: nobody waits for the device before `wait`."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._copied: torch.cuda.Event | None = None
+        if tensor.device.type == "cuda":
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        else:
+            self._host = tensor.clone()
+
+    def wait(self) -> Tensor:
+        """The tensor on the host; may be called repeatedly."""
+        if self._copied is not None:
+            self._copied.synchronize()
+            self._copied = None
+        return self._host
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device. From page-locked memory, so that the host does not wait for the copy."""
+    if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 @dataclass
 class Ranks:
     """This process among the ranks of a job; `group` None means a job of one."""

@@ -70,7 +70,7 @@ def trace_step(recipe: Recipe, class_counts: tuple[int, ...], autocast: bool) ->
         "trained": tuple(p.numel() for p in trained),
         "followed": tuple(p.numel() for p in followed),
         "buffers": sum(b.nbytes for b in model.buffers()),
-        "statistics": sum(b.numel() for b in RunningStatistics(model).buffers),
+        "statistics": RunningStatistics(model).flat.numel(),
     }
     loss = make_loss(recipe.loss, class_counts)
     sizes["loss_parts"] = len(loss.part_names) + (recipe.loss.distill is not None)

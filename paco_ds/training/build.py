@@ -20,6 +20,7 @@ from paco_ds.losses.distillation import Distillation
 from paco_ds.models.recogniser import Recogniser, make_recogniser
 from paco_ds.training.engine import initialise
 from paco_ds.training.forward import Forward
+from paco_ds.training.gradients import GradientMean
 from paco_ds.training.initial_weights import freeze
 from paco_ds.training.mixup import Mixup
 from paco_ds.training.step import Step
@@ -136,4 +137,5 @@ def build_step(
         steps_per_epoch=steps_per_epoch,
         mixup=Mixup(recipe.step.mixup, recipe.seed) if recipe.step.mixup else None,
         max_grad_norm_ratio=recipe.engine.max_grad_norm_ratio,
+        gradients=GradientMean([p for p in model.parameters() if p.requires_grad], ranks) if optimizer.whole else None,
     )

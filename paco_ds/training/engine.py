@@ -154,9 +154,13 @@ def initialise(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # offload with SGD, of which DeepSpeed has no CPU version
         "steps_per_print": 10**9,
+        # its timer of throughput waits for the device three times a micro-batch
+        "timers": {"throughput": {"enabled": False}},
+        "wall_clock_breakdown": False,
         # 0 is no clipping; left out, DeepSpeed clips at 1. Without ZeRO the optimizer clips, which knows the norm
         "gradient_clipping": (settings.clip_norm or 0.0) if stage > 0 else 0.0,
     }
     import_muon_uncompiled()
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=complete)
+    engine.enable_backward_allreduce = stage > 0  # see `GradientMean`
     return engine, optimizer

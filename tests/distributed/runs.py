@@ -176,8 +176,8 @@ def message_after_a_flipped_bit(ranks: Ranks, what: str, rank: int) -> str:
     recipe = tiny_recipe()
     step(0, [made_micro_batch(recipe, 0, j) for j in step.layout.own], recipe.lr)
     if ranks.rank == rank:
-        changed = step.contrast.queue.keys_KD if what == "queue" else step.statistics.buffers[2]
-        changed.view(torch.int32).view(-1)[2] ^= 1
+        changed = step.contrast.queue.keys_KD if what == "queue" else step.statistics.flat
+        changed.view(torch.int32).view(-1)[42] ^= 1
     try:
         check_equal(step)
     except TrainingError as error:
@@ -261,7 +261,7 @@ def _micro_batch_lost(step: Step, active: bool) -> None:
 
 
 def _statistics_not_averaged(step: Any, active: bool) -> None:
-    step.statistics.finish_step = lambda micro_batches, number: None
+    step.statistics.finish_step = lambda micro_batches, number, applied: None
 
 
 def _second_view_detached(step: Step, active: bool) -> None:

@@ -32,7 +32,8 @@ from paco_ds.files import replace_text, sha256_file
 from paco_ds.models.output import ModelOutput
 from paco_ds.training.build import Classes, build_model, build_step
 from paco_ds.training.engine import read_deepspeed_config
-from paco_ds.training.step import Step, StepResult
+from paco_ds.training.step import Step
+from paco_ds.training.step_result import StepResult
 
 ABOUT, RECIPE = "step.json", "recipe.yaml"
 

@@ -45,7 +45,7 @@ from paco_ds.training.initial_weights import load_initial_weights
 from paco_ds.training.optimizer import UsualNorm, learning_rate
 from paco_ds.training.replay import keep_step
 from paco_ds.training.saver import Saver
-from paco_ds.training.step import OUTLIER, StepResult
+from paco_ds.training.step_result import OUTLIER, StepResult
 from paco_ds.training.stop_request import StopRequest
 from paco_ds.training.teacher import Teacher
 

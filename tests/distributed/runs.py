@@ -19,7 +19,8 @@ from paco_ds.losses.base import Anchors, LossOutput
 from paco_ds.training.agreement import check_replicas_equal
 from paco_ds.training.build import Classes, build_model, build_step
 from paco_ds.training.optimizer import UsualNorm
-from paco_ds.training.step import Step, StepResult
+from paco_ds.training.step import Step
+from paco_ds.training.step_result import StepResult
 from tests.recipes import tiny_recipe
 
 CLASS_COUNTS = (80, 40, 20, 8)

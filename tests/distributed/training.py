@@ -28,7 +28,7 @@ from paco_ds.evaluation.split import EvaluationSplit
 from paco_ds.metrics.targets import served_metrics
 from paco_ds.training.images_ahead import ImagesAhead
 from paco_ds.training.replay import read_kept_step, replay
-from paco_ds.training.step import StepResult
+from paco_ds.training.step_result import StepResult
 from paco_ds.training.trainer import Trainer
 
 

@@ -23,14 +23,14 @@ def _queue_bincount(step: Step) -> None:
     assert step.contrast is not None
     queue = step.contrast.queue
     push = queue.push
-    queue.push = lambda *given: (queue.labels_K.bincount(), push(*given))[1]  # type: ignore[method-assign]
+    queue.push = lambda *given: (queue.labels_K.bincount(), push(*given))[1]
 
 
 def _keys_masked(step: Step) -> None:
     assert step.contrast is not None
     queue = step.contrast.queue
     push = queue.push
-    queue.push = lambda *given: (queue.keys_KD[queue.labels_K > 1], push(*given))[1]  # type: ignore[method-assign]
+    queue.push = lambda *given: (queue.keys_KD[queue.labels_K > 1], push(*given))[1]
 
 
 WAITS = {"item": _loss_read, "bincount": _queue_bincount, "boolean index": _keys_masked}

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from paco_ds.distributed.ranks import HostCopy
+
 _READ_BY_HOST = {
     "_local_scalar_dense",
     "nonzero",
@@ -60,6 +62,9 @@ _NO_WORK = {  # views, metadata and numbers of the host: nothing is started on a
     "set_",
     "is_same_size",
 }
+
+
+HOST_COPY = "copy to the host, not waited for"  # its name among the operations
 
 
 @dataclass
@@ -108,6 +113,13 @@ def counting() -> Iterator[Counted]:
     """Count the operations and host reads of the block."""
     kept: dict[str, Callable[..., Any]] = {}
     with Counting() as mode:
+        begin_copy = HostCopy.__init__
+
+        def begun(copy: HostCopy, tensor: Tensor) -> None:
+            mode.counted.operations[HOST_COPY] += 1
+            begin_copy(copy, tensor)
+
+        HostCopy.__init__ = begun  # type: ignore[method-assign]
         for name in ("tolist", "numpy", "cpu"):
             kept[name] = method = getattr(Tensor, name)
 
@@ -119,5 +131,6 @@ def counting() -> Iterator[Counted]:
         try:
             yield mode.counted
         finally:
+            HostCopy.__init__ = begin_copy  # type: ignore[method-assign]
             for name, method in kept.items():
                 setattr(Tensor, name, method)

@@ -29,8 +29,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
+import torchvision
 from gpu_figures import Figures, measure
-from gpu_ours import Ours, Size, Way, figures, micro_batch
+from gpu_ours import Size, Way, figures, joined, micro_batch
 from gpu_parts import decode, softmax_errors
 from gpu_published import PublishedLoop
 from report import Bar, at_least, print_bars, print_table
@@ -94,13 +95,12 @@ def ours(name: str, size: Size, way: Way) -> Row:
 
 
 def published(name: str, size: Size) -> Row:
-    """The paper's loop on this network; ResNets of torchvision alone."""
-    first = Ours(replace(size, micro_batch=2), WAYS["ours, float32, read at once"])  # joins the process group
-    device = first.ranks.device
-    first.close()
+    """The paper's loop on this network of torchvision, or on its smallest."""
+    device = joined().device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    loop = PublishedLoop(size.backbone, size.classes, size.queue, device)
+    backbone = size.backbone if size.backbone in torchvision.models.__dict__ else "resnet18"
+    loop = PublishedLoop(backbone, size.classes, size.queue, device)
     batches = [micro_batch(size, pinned=False) for _ in range(2)]
     views = [[view.float().sub_(127).div_(60) for view in (b.query, b.key) if view is not None] for b in batches]
     placed = [[v.pin_memory() if device.type == "cuda" else v for v in both] for both in views]
@@ -160,7 +160,7 @@ def _need_cuda() -> None:
 
 def plan(dry: bool, checkout: Path | None, left: Callable[[], float]) -> Iterator[tuple[str, float, Work]]:
     """(name, seconds that it takes on an H200 at most, work) of every row, the most telling first."""
-    tiny = Size("resnet18", 4, pixels=32, classes=10, queue=64, warm_up=1, steps=1)
+    tiny = Size("cifar_resnet8", 4, pixels=16, classes=10, queue=64, width=4, warm_up=1, steps=1)
     sizes = [tiny] if dry else [Size("resnet50", 32), Size("resnet50", 128)]
     for size in sizes:
         at = f"{size.backbone}, m = {size.micro_batch}: "
@@ -276,8 +276,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     print_bars(bars := bars_of(rows), as_json=False)
     if arguments.json:
-        for each in (*rows, *bars):
-            print(json.dumps(asdict(each)))
+        lines = [asdict(row) for row in rows] + [asdict(bar) for bar in bars]
+        print("\n".join(map(json.dumps, lines)))
     return 1 if any(row.failed for row in rows) else 0
 
 

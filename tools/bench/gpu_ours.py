@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,13 +21,14 @@ from torch import Tensor
 from paco_ds.config.load import load_recipe
 from paco_ds.config.recipe import EngineSettings, Recipe
 from paco_ds.data.stream.batches import MicroBatch
+from paco_ds.distributed.ranks import Ranks
 from paco_ds.training import engine
 from paco_ds.training.build import Classes, build_model, build_step
 
 
 @dataclass(frozen=True)
 class Size:
-    """A network and its batch; `method` by its name in recipes, `experts` of it."""
+    """A network and its batch; of experts RIDE's loss. `width` is a CIFAR ResNet's, others have their own."""
 
     backbone: str
     micro_batch: int
@@ -34,6 +36,7 @@ class Size:
     classes: int = 1000
     queue: int = 8192
     experts: int | None = None
+    width: int = 16
     warm_up: int = 8
     steps: int = 30
 
@@ -57,8 +60,7 @@ class Ours:
 
     def __init__(self, size: Size, way: Way) -> None:
         self.way, recipe = way, make_recipe(size, way)
-        self.ranks = engine.start(recipe.step, recipe.engine.threads) if not _joined else _joined[0]
-        _joined[:] = [self.ranks]
+        self.ranks = joined()
         device = self.ranks.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -101,7 +103,10 @@ class Ours:
         self.step = None  # type: ignore[assignment]
 
 
-_joined: list[Any] = []  # a process joins once
+@cache
+def joined() -> Ranks:
+    """This process as the one rank of a job."""
+    return engine.start(load_recipe("imagenet_lt_resnet50").step, threads=None)
 
 
 def make_recipe(size: Size, way: Way) -> Recipe:
@@ -112,6 +117,7 @@ def make_recipe(size: Size, way: Way) -> Recipe:
         "imagenet_lt_resnet50",
         (
             f"model.backbone={size.backbone}",
+            f"model.width={size.width}",
             f"data.classes={size.classes}",
             f"queue.length={size.queue}",
             f"step.micro_batch={size.micro_batch}",

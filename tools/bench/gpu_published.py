@@ -10,6 +10,7 @@ but for what its text leaves out: masks made on the device, the constants within
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,7 +35,7 @@ class MoCo(nn.Module):
     queue_l: Tensor
     queue_ptr: Tensor
 
-    def __init__(self, encoder: Callable[..., nn.Module], classes: int, keys: int) -> None:
+    def __init__(self, encoder: Callable[..., Any], classes: int, keys: int) -> None:
         super().__init__()
         self.K = keys
         self.encoder_q, self.encoder_k = encoder(num_classes=DIM), encoder(num_classes=DIM)

@@ -31,7 +31,7 @@ from paco_ds.training.outcome import Ending, run_directory
 from paco_ds.training.stop_request import StopRequest
 
 if TYPE_CHECKING:
-    from paco_ds.config.recipe import Recipe
+    from paco_ds.config.recipe import EngineSettings, Recipe
     from paco_ds.distributed.ranks import Ranks
     from paco_ds.training.trainer import Trainer
 
@@ -82,8 +82,24 @@ def main(argv: list[str] | None = None) -> int:
             served_metrics(recipe.metrics, output, ranks, build, watchdog.heartbeat) as metrics,
         ):
             before = ending.begin() if ranks.first else ""
+
+            def plan_stage(chosen: EngineSettings, gpu_memory: int) -> tuple[int, str]:
+                from paco_ds.planning.plan import find_data, make_plan, planned_stage  # loads torch's compiler
+
+                planned, data = recipe.model_copy(update={"engine": chosen}), find_data(recipe.data, None, None)
+                plan = make_plan(planned, ranks.world_size, data, gpu_memory=gpu_memory, remedies=False)
+                return planned_stage(plan)
+
             trainer = Trainer(
-                recipe, output, ranks, arguments.stop_at_step, stop_request, lock, watchdog.heartbeat, metrics
+                recipe,
+                output,
+                ranks,
+                arguments.stop_at_step,
+                stop_request,
+                lock,
+                watchdog.heartbeat,
+                metrics,
+                plan_stage,
             )
             ending.step = lambda: trainer.steps_done
             if 0 < trainer.steps_done < trainer.total_steps:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import re
 import typing
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,6 +23,7 @@ RENAMED = {"engine.max_refused": "engine.max_skipped"}  # {name until 0.8: name}
 PATH_KEYS = ("data.shards", "data.cache.directory", "engine.deepspeed", "model.start_from", "loss.distill.teacher")
 
 
+_FORMER_AUTOCAST = re.compile(r"(zero[0-3](?:_offload)?)_autocast(\.json)?$")  # shipped until 0.13
 _MOST_EXPLAINED = 20  # mistakes of a recipe
 
 log = logging.getLogger(__name__)
@@ -50,6 +52,8 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     for override in overrides:
         key = _apply_override(tree, override)
         origin[key] = _place_of(override)
+        if key == "engine.deepspeed":
+            _split_autocast(tree, Path.cwd(), _place_of(override))
     for key in PATH_KEYS:  # those of the file are absolute by now
         _anchor_path(tree, key, Path.cwd())
     if isinstance(tree.get("step"), dict):
@@ -75,6 +79,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise RecipeError(f"{path} must be a mapping of settings, not {type(tree).__name__}")
     _rename(tree, str(path))
+    _split_autocast(tree, path.parent, str(path))
     for key in PATH_KEYS:
         _anchor_path(tree, key, path.parent)
     return tree
@@ -100,6 +105,8 @@ def _get(tree: Any, key: str) -> Any:
 def _anchor_path(tree: dict[str, Any], key: str, base: Path) -> None:
     section, _, name = key.rpartition(".")
     value = _get(tree, key)
+    if (key, value) == ("engine.deepspeed", "auto"):
+        return
     if isinstance(value, str) and not is_url(value) and not value.startswith("torchvision:"):
         if "\0" in value:
             raise RecipeError(f"{key} {brief(value)} is no path: it has a zero byte in it")
@@ -122,6 +129,20 @@ def _rename(tree: dict[str, Any], place: str) -> None:
             raise RecipeError(f"{place}: {old!r} is the former name of {new!r}, and both are given; keep {new!r}")
         log.warning("%s: %s is called %s now; rename it", place, old, new)
         settings[new_name] = settings.pop(old_name)
+
+
+def _split_autocast(tree: dict[str, Any], base: Path, place: str) -> None:
+    """`zero1_autocast` of earlier versions is `zero1` and `engine.precision: bfloat16` now, in place, with a warning.
+    A file of the user by that name stays what it is."""
+    value = _get(tree, "engine.deepspeed")
+    former = _FORMER_AUTOCAST.search(value) if isinstance(value, str) else None
+    if former is None or (base / value).exists():
+        return
+    log.warning("%s: %s is %s and engine.precision=bfloat16 now; write that", place, former[0], former[1])
+    engine = tree["engine"]
+    engine["deepspeed"] = str(shipped.DEEPSPEED / f"{former[1]}.json")
+    if engine.get("precision", "auto") == "auto":
+        engine["precision"] = "bfloat16"
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> str:

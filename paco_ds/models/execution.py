@@ -1,4 +1,4 @@
-"""Execution of the model: memory format, activation checkpointing, compilation.
+"""Execution of the model: precision, memory format, recomputation, compilation, and what `auto` is on which hardware.
 
 None changes losses or weights beyond rounding, so a resumed run may switch them.
 """
@@ -6,9 +6,11 @@ None changes losses or weights beyond rounding, so a resumed run may switch them
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +21,115 @@ from paco_ds.errors import RecipeError
 from paco_ds.models.recogniser import Recogniser
 
 
+@dataclass(frozen=True)
+class Hardware:
+    """What ranks compute on.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        capability: compute capability of a GPU, such as (9, 0); None on CPU.
+        memory: bytes of a GPU; None on CPU, or where it is not known.
+    """
+
+    device: str = "cpu"
+    capability: tuple[int, int] | None = None
+    memory: int | None = None
+
+    @classmethod
+    def of(cls, device: torch.device) -> Hardware:
+        """That of a rank's device."""
+        if device.type != "cuda":
+            return cls(device.type)
+        properties = torch.cuda.get_device_properties(device)
+        return cls("cuda", (properties.major, properties.minor), properties.total_memory)
+
+    @classmethod
+    def least(cls, every: Sequence[Hardware]) -> Hardware:
+        """What all of them have: ranks compute alike."""
+        first = every[0]
+        if first.capability is None:
+            return first
+        memory = [each.memory for each in every if each.memory is not None]
+        return cls(first.device, min(each.capability or (0, 0) for each in every), min(memory, default=None))
+
+    def has(self, major: int) -> bool:
+        """Whether it is a GPU of this compute capability or above."""
+        return self.capability is not None and self.capability >= (major, 0)
+
+
+def choose(settings: EngineSettings, hardware: Hardware, autocast: bool | None = None) -> EngineSettings:
+    """The settings with each `auto` decided, and what the hardware cannot do replaced; `deepspeed` is left as it is.
+    Settings that were chosen before stay.
+
+    Args:
+        autocast: what `precision: auto` keeps to: the DeepSpeed JSON's `torch_autocast`, or the precision of the
+            checkpoint that a run resumes from; None: the hardware decides.
+
+    Raises:
+        RecipeError: `precision: published` of a recipe that has none.
+    """
+    precision = settings.precision
+    if precision == "published":
+        if settings.published_precision is None:
+            raise RecipeError(
+                "engine.precision: this recipe has no published precision (engine.published_precision); "
+                "choose auto, float32 or bfloat16"
+            )
+        precision = "float32" if settings.published_precision == "float32" else "bfloat16"
+    if precision == "auto":
+        precision = "bfloat16" if (hardware.has(8) if autocast is None else autocast) else "float32"
+    cuda = hardware.device == "cuda"
+    layout, tf32, mode = settings.channels_last, settings.tf32, settings.compile
+    return settings.model_copy(
+        update={
+            "precision": precision,
+            "channels_last": hardware.has(7) if layout == "auto" else layout,
+            "tf32": cuda and (precision == "bfloat16" if tf32 == "auto" else tf32),
+            "compile": "default" if mode == "reduce-overhead" and not cuda else mode,
+        }
+    )
+
+
+def deviation(settings: EngineSettings) -> str | None:
+    """How the chosen precision differs from the published one, in words; None where it does not."""
+    published = settings.published_precision
+    if published is None or published == settings.precision:
+        return None
+    return f"{settings.precision} where {published} is published"
+
+
+def described(settings: EngineSettings, stage: int) -> dict[str, Any]:
+    """What was chosen for a run: `execution` of metrics.json and of the log."""
+    named = ("precision", "published_precision", "tf32", "channels_last", "activation_checkpointing", "compile")
+    return {"zero_stage": stage, **{name: getattr(settings, name) for name in named}}
+
+
+def in_words(execution: Mapping[str, Any]) -> str:
+    """What `described` returned, on one line: `bfloat16 autocast, channels_last, compiled (default)`."""
+    precision, published = execution.get("precision"), execution.get("published_precision")
+    words = ["bfloat16 autocast" if precision == "bfloat16" else str(precision)]
+    if published not in (None, precision):
+        words[0] += f" where {published} is published"
+    words += ["convolutions in TF32"] if execution.get("tf32") and precision == "float32" else []
+    words += [name for name in ("channels_last", "activation_checkpointing") if execution.get(name)]
+    words += [f"compiled ({execution['compile']})"] if execution.get("compile") else []
+    return ", ".join(words)
+
+
+def choose_kernels(settings: EngineSettings) -> None:
+    """Let cuDNN time its kernels for each size, since those of training do not change, and convolutions use TF32 where
+    `engine.tf32` says so. For this process; no effect on CPU."""
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = settings.tf32 is True
+
+
 def prepare(model: Recogniser, settings: EngineSettings, stage: int) -> None:
     """Apply `engine.channels_last`, `engine.activation_checkpointing` and `engine.compile` to a model, in place.
 
     Names and shapes of parameters and buffers stay the same.
+
+    Args:
+        settings: as `choose` returned them.
 
     Raises:
         RecipeError: `engine.compile` at ZeRO stage 3.
@@ -32,7 +139,7 @@ def prepare(model: Recogniser, settings: EngineSettings, stage: int) -> None:
             "engine.compile: ZeRO stage 3 gathers and frees the weights of each layer from outside the compiled code, "
             "which does not support it; set engine.compile=false, or engine.deepspeed to a file of stage 0, 1 or 2"
         )
-    if settings.channels_last:
+    if settings.channels_last is True:
         # Weights keep their format: ZeRO lays them out flat, and convolutions follow the format of the images.
         model.normalize.memory_format = torch.channels_last
     if settings.activation_checkpointing:
@@ -40,9 +147,33 @@ def prepare(model: Recogniser, settings: EngineSettings, stage: int) -> None:
         for block in model.query_encoder.backbone.blocks():
             block.forward = types.MethodType(_recomputed_in_backward, block)
     if settings.compile:
-        model.query_encoder.compile()
-        if model.key_encoder is not None:
-            model.key_encoder.compile()
+        for encoder in filter(None, (model.query_encoder, model.key_encoder)):
+            _compile(encoder, settings.compile)
+    if settings.compile == "reduce-overhead":
+        _keep_beyond_graphs(model)
+
+
+def _compile(encoder: nn.Module, mode: str) -> None:
+    """A graph is recorded for each size, and code for any size cannot be."""
+    if mode == "reduce-overhead":
+        encoder.compile(mode=mode, dynamic=False)
+    else:
+        encoder.compile()
+
+
+def _keep_beyond_graphs(model: Recogniser) -> None:
+    """Copy what outlives a replay: CUDA graphs write each result to the same memory.
+
+    Keys of one group wait for those of the next, and gradients for those of the next micro-batch.
+    """
+
+    def copy_keys(module: nn.Module, inputs: Any, options: dict[str, Any], output: Any) -> Any:
+        return output.clone() if options.get("keys") else output
+
+    model.register_forward_hook(copy_keys, with_kwargs=True)
+    for parameter in model.query_encoder.parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(torch.clone)
 
 
 def _recomputed_in_backward(block: nn.Module, images: Tensor) -> Tensor:

@@ -47,12 +47,14 @@ class MethodResults:
         seeds: at least one run.
         paper: the paper's figures as fractions by many, medium, few, all, where it has them.
         backbone: if several backbones are compared; PaCo is compared with methods on the same backbone.
+        deviation: in which the runs differ from the published one, in words, or None.
     """
 
     method: str
     seeds: Sequence[SeedResult]
     paper: Mapping[str, float] | None = None
     backbone: str | None = None
+    deviation: str | None = None
 
     @property
     def key(self) -> str:
@@ -87,7 +89,7 @@ def write_comparison(
     """Print the table, write the page, its picture and (beside the page, .json) the numbers.
 
     Returns:
-        The sentences of `verdicts`, which are also printed and in the page.
+        The sentences of `verdicts` and a row's deviation, which are also printed and in the page.
 
     Raises:
         ValueError: there is no method, one has no runs, or two have the same name.
@@ -99,7 +101,7 @@ def write_comparison(
             raise ValueError(f"method {row.method!r} has no runs to compare; train it or leave it out")
     if len({(row.backbone, row.key) for row in rows}) < len(rows):
         raise ValueError(f"two methods share a name among {', '.join(row.method for row in rows)}; rename one")
-    sentences = verdicts(rows)
+    sentences = verdicts(rows) + [f"{row.label}: run in {row.deviation}." for row in rows if row.deviation]
     console = Screen() if console is None else console
     console.print(_table(rows, title))
     for sentence in sentences:

@@ -19,7 +19,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -280,6 +280,7 @@ def draw(table: Table, jobs: Sequence[Job], output: Path) -> None:
             [job.read() for job in jobs if job.row is row],
             row.paper.fractions() if row.paper else None,
             row.backbone,
+            _deviation(job for job in jobs if job.row is row),
         )
         for row in table.rows
         if row.drawn
@@ -288,6 +289,17 @@ def draw(table: Table, jobs: Sequence[Job], output: Path) -> None:
     page, picture = output / "comparison.html", output / "comparison.png"
     write_comparison(rows, page, picture, title=table.title)
     say(f"written: {page}, {picture}")
+
+
+def _deviation(jobs: Iterable[Job]) -> str | None:
+    """The precision of runs, by their metrics, where another one is published: the recipes say which."""
+    found = set()
+    for job in jobs:
+        execution = job.figures().get("execution") or {}
+        ran, published = execution.get("precision"), job.recipe.engine.published_precision
+        if None not in (ran, published) and ran != published:
+            found.add(f"{ran} where {published} is published")
+    return ", ".join(sorted(found)) or None
 
 
 def _check_same_data(jobs: Sequence[Job]) -> None:
@@ -312,6 +324,8 @@ def write_commands(jobs: Sequence[Job], path: Path) -> None:
         lines += ["", _comment(f"{job.row.name}, seed {job.seed}")]
         if job.row.inferred:
             lines.append(_comment(f"inferred: {job.row.inferred}"))
+        if (published := job.recipe.engine.published_precision) is not None:
+            lines.append(_comment(f"published in {published}: --set engine.precision=published"))
         lines.append(shlex.join(job.training(["deepspeed", "--hostfile", "hosts"])))
         if (evaluation := job.evaluation()) is not None:
             lines.append(shlex.join(["python", *evaluation[1:]]))

@@ -19,11 +19,11 @@ from paco_ds.data.shard import BadSample, ShardReader
 from paco_ds.data.stream.views import MakeViews, make_view
 from paco_ds.errors import DataError, UserError
 from paco_ds.losses import make_loss
-from paco_ds.models.execution import prepare
+from paco_ds.models.execution import Hardware, choose, choose_kernels, prepare
 from paco_ds.models.recogniser import split_experts
 from paco_ds.randomness import DrawPurpose, generator, permutation
 from paco_ds.training.build import Classes, build_model
-from paco_ds.training.engine import read_deepspeed_config
+from paco_ds.training.engine import autocast_of, read_deepspeed_config
 from paco_ds.training.forward import Forward
 
 HEADROOM = 1.25  # images take turns: a worker that meets large ones must not keep its GPU waiting
@@ -136,8 +136,11 @@ def measure_step(recipe: Recipe, class_counts: Sequence[int], device: torch.devi
     m, size = recipe.step.micro_batch, recipe.views.query.size
     model = build_model(recipe, Classes(class_counts, ())).to(device)
     forward = Forward(model, make_loss(recipe.loss, class_counts).to(device), keys_from=recipe.keys_from)
-    prepare(model, recipe.engine, stage=0)
-    autocast = bool(read_deepspeed_config(recipe.engine.deepspeed).get("torch_autocast", {}).get("enabled"))
+    said = autocast_of(read_deepspeed_config(recipe.engine.deepspeed))
+    execution = choose(recipe.engine, Hardware.of(device), said)
+    choose_kernels(execution)
+    prepare(model, execution, stage=0)
+    autocast = execution.precision == "bfloat16"
     query, key = torch.randint(0, 256, (2, m, 3, size, size), dtype=torch.uint8, device=device)
     labels = torch.randint(0, len(class_counts), (m,), device=device)
     queue = None

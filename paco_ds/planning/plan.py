@@ -13,15 +13,18 @@ from paco_ds.data.stream.order import EpochOrder
 from paco_ds.data.stream.partition import held_bytes, micro_batches_ahead, shards_at_once
 from paco_ds.distributed.ranks import MicroBatchLayout, legal_world_sizes
 from paco_ds.errors import DataError, RecipeError, UserError
+from paco_ds.models.execution import Hardware, choose
 from paco_ds.planning.memory import Device, Memory, offloads, plan_memory, zero_settings
 from paco_ds.planning.planned_rank import PlannedRank
+from paco_ds.planning.sizes import format_bytes
 from paco_ds.planning.trace import StepTrace, trace_step
 from paco_ds.planning.traffic import Traffic, plan_traffic
-from paco_ds.training.engine import read_deepspeed_config
+from paco_ds.training.engine import autocast_of, read_deepspeed_config
 
 STAGES = (0, 1, 2, 3)
 SMALL_BUCKET = 20_000_000  # elements; DeepSpeed's default of 5e8 is 2 GB of float32
 OUTSIDE = 2**30  # of a GPU's memory: CUDA context, NCCL, cuDNN; not counted by torch's allocator
+GPU_CAPABILITY = (8, 0)  # assumed of the GPUs that a plan is for
 MARGIN = 0.15  # relative error of a plan
 
 
@@ -122,8 +125,12 @@ def make_plan(
     gpu_memory: int | None = None,
     images_per_second: float | None = None,
     device: Device = "cuda",
+    remedies: bool = True,
 ) -> Plan:
-    """Plan a recipe on a number of ranks.
+    """Plan a recipe on a number of ranks. What it leaves to `auto` is decided as for GPUs of compute capability 8.
+
+    Args:
+        remedies: look for what would make it fit; takes up to a minute more.
 
     Raises:
         RecipeError: the ranks cannot share the step's micro-batches (the legal numbers are named), the global batch is
@@ -138,13 +145,17 @@ def make_plan(
         raise RecipeError("step.micro_batch is 1: BatchNorm needs at least 2 images; raise it")
     layout = MicroBatchLayout(recipe.step.micro_batch, recipe.step.micro_batches, 0, ranks)
     config = read_deepspeed_config(recipe.engine.deepspeed)
+    hardware = Hardware(device, GPU_CAPABILITY if device == "cuda" else None, gpu_memory)
+    recipe = recipe.model_copy(update={"engine": choose(recipe.engine, hardware, autocast_of(config))})
     order = EpochOrder(data.shards, layout.global_batch, seed=recipe.seed, epoch=0, window=recipe.data.window)
-    autocast = bool(config.get("torch_autocast", {}).get("enabled"))
+    autocast = recipe.engine.precision == "bfloat16"
     trace = trace_step(recipe, data.class_counts, autocast)
     rank = PlannedRank(recipe, trace, len(data.class_counts), layout)
     zeros = {stage: zero_settings(config, stage) for stage in STAGES}
     memory = {s: plan_memory(rank, zero, device) for s, zero in zeros.items()}
     stage = int(zero_settings(config).stage)
+    if recipe.engine.deepspeed == "auto" and device == "cuda":
+        stage = 0 if gpu_memory is None or judge(memory[0].total, gpu_memory, device) == "fits" else 1
     verdict = None if gpu_memory is None else judge(memory[stage].total, gpu_memory, device)
     plan = Plan(
         recipe=recipe,
@@ -166,9 +177,17 @@ def make_plan(
         gpu_memory=gpu_memory,
         verdict=verdict,
     )
-    if gpu_memory is not None and verdict != "fits":
+    if remedies and gpu_memory is not None and verdict != "fits":
         plan.remedies.extend(_remedies(plan, config, gpu_memory))
     return plan
+
+
+def planned_stage(plan: Plan) -> tuple[int, str]:
+    """The ZeRO stage of a plan, and why, on one line."""
+    assert plan.gpu_memory is not None
+    needed, there = format_bytes(plan.memory[plan.stage].total), format_bytes(plan.gpu_memory)
+    said = "" if plan.verdict == "fits" else f", {plan.verdict}: see paco-preflight --plan --gpu-memory {there}"
+    return plan.stage, f"auto: {needed} planned of {there}{said}"
 
 
 def judge(total: int, gpu_memory: int, device: Device = "cuda") -> str:
@@ -214,7 +233,9 @@ def _remedies(plan: Plan, config: dict[str, Any], gpu_memory: int) -> list[str]:
     # compiled encoders cannot be partitioned, see paco_ds.models.execution
     stages = STAGES[:3] if recipe.engine.compile else STAGES
     found = [
-        f'ZeRO stage {stage}: "stage": {stage}'
+        f"ZeRO stage {stage}: engine.deepspeed=zero{stage}"
+        if recipe.engine.deepspeed == "auto"
+        else f'ZeRO stage {stage}: "stage": {stage}'
         + (' without "offload_optimizer"' if stage == 0 and offloads(zero_settings(config)) else "")
         + f' in "zero_optimization" of {recipe.engine.deepspeed}'
         for stage in stages
@@ -276,7 +297,7 @@ def _way(plan: Plan, recomputed: bool, autocast: bool) -> str:
     engine = plan.recipe.engine
     ways = []
     if recomputed and not engine.activation_checkpointing:
-        ways.append("engine.activation_checkpointing=true" + " engine.compile=false" * engine.compile)
+        ways.append("engine.activation_checkpointing=true" + " engine.compile=false" * bool(engine.compile))
     if autocast and not plan.autocast:
-        ways.append('bfloat16 autocast ("torch_autocast" as in ds_configs/zero1_autocast.json)')
+        ways.append("bfloat16 autocast (engine.precision=bfloat16)")
     return " and ".join(ways)

@@ -129,9 +129,10 @@ def _memory(plan: Plan) -> Table:
     executed = "bfloat16 autocast" if plan.autocast else "float32"
     if plan.recipe.engine.activation_checkpointing:
         executed += ", activation checkpointing"
+    whose = "with engine.deepspeed=auto the" if plan.recipe.engine.deepspeed == "auto" else "the recipe's"
     table = Table(
         title=f"Memory {held} at the peak of a step, by ZeRO stage",
-        caption=f"the recipe's stage is {plan.stage}, {executed}",
+        caption=f"{whose} stage is {plan.stage}, {executed}",
         title_justify="left",
         caption_justify="left",
     )

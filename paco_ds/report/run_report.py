@@ -14,6 +14,7 @@ from paco_ds.data.manifest import SHOTS
 from paco_ds.errors import DataError
 from paco_ds.evaluation.accuracy import GROUPS, percent
 from paco_ds.files import replace_text
+from paco_ds.models.execution import in_words
 from paco_ds.report.history import History, section
 from paco_ds.report.page import render, with_scripts
 from paco_ds.report.used_settings import used_and_rest
@@ -150,6 +151,9 @@ def _facts(run: RunFiles) -> list[tuple[str, str]]:
     ):
         if value := section(recipe, name).get(key):
             facts.append((label, str(value)))
+    execution = section(final, "execution") or section(history.starts[-1] if history.starts else {}, "execution")
+    if execution:
+        facts.append(("Execution", f"{in_words(execution)}, ZeRO stage {execution.get('zero_stage')}"))
     if history.steps:
         facts.append(("Training", f"{history.epochs:,} epochs, {history.last:,} steps"))
     if "world_size" in final:

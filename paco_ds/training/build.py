@@ -17,8 +17,9 @@ from paco_ds.data.stream.batches import TrainingStream
 from paco_ds.distributed.ranks import MicroBatchLayout, Ranks
 from paco_ds.losses import make_loss
 from paco_ds.losses.distillation import Distillation
+from paco_ds.models.execution import Hardware, choose
 from paco_ds.models.recogniser import Recogniser, make_recogniser
-from paco_ds.training.engine import initialise
+from paco_ds.training.engine import autocast_of, initialise
 from paco_ds.training.forward import Forward
 from paco_ds.training.gradients import GradientMean
 from paco_ds.training.initial_weights import freeze
@@ -107,7 +108,8 @@ def build_step(
         RecipeError: settings that do not fit each other or this number of ranks.
     """
     layout = MicroBatchLayout(recipe.step.micro_batch, recipe.step.micro_batches, ranks.rank, ranks.world_size)
-    engine, optimizer = initialise(model, recipe.optimizer, recipe.lr, recipe.engine, config, layout)
+    execution = choose(recipe.engine, Hardware.of(ranks.device), autocast_of(config))
+    engine, optimizer = initialise(model, recipe.optimizer, recipe.lr, execution, config, layout)
     loss = make_loss(recipe.loss, classes.counts, classes.names).to(ranks.device)
     distill = recipe.loss.distill
     distillation = Distillation(distill, teacher) if distill and teacher else None

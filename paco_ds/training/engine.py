@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from deepspeed.runtime import compiler
 
 from paco_ds.config.parse import brief, read_json
 from paco_ds.config.recipe import EngineSettings, OptimizerSettings, StepSettings
+from paco_ds.config.shipped import DEEPSPEED
 from paco_ds.distributed.launch import environment_ranks, join_job
 from paco_ds.distributed.ranks import MicroBatchLayout, Ranks
 from paco_ds.errors import RecipeError, UserError
-from paco_ds.models.execution import prepare
+from paco_ds.models.execution import Hardware, choose, choose_kernels, prepare
 from paco_ds.models.recogniser import Recogniser
 from paco_ds.training.optimizer import GuardedSGD
 
@@ -29,21 +31,27 @@ _OWNED = {  # DeepSpeed keys that the recipe decides: {key: recipe setting}
     "scheduler": "the schedule section",
 }
 _REFUSED = {
-    "fp16": "its loss scaling never recovers with this step; use torch_autocast with bfloat16",
-    "bf16": "it casts the weights, which breaks BatchNorm; use torch_autocast with bfloat16",
-    "amp": "use torch_autocast with bfloat16",
+    "fp16": "its loss scaling never recovers with this step; use engine.precision=bfloat16",
+    "bf16": "it casts the weights, which breaks BatchNorm; use engine.precision=bfloat16",
+    "amp": "use engine.precision=bfloat16",
 }
+PlanStage = Callable[[EngineSettings, int], tuple[int, str]]
+"""(ZeRO stage, why) for chosen settings and the bytes of a GPU."""
+
+_AUTOCAST = {"dtype": "bfloat16", "lower_precision_safe_modules": []}  # gradients are reduced in float32
 
 
 def read_deepspeed_config(path: str | Path) -> dict[str, Any]:
-    """The DeepSpeed JSON a recipe names.
+    """The DeepSpeed JSON a recipe names. For `auto` stage 1, which is what it is on CPU; see `choose_on_ranks`.
 
     Raises:
         RecipeError: it is missing, is not JSON, or sets what the recipe decides or what cannot work.
     """
+    if path == "auto":
+        return stage_config(1)
     path = Path(path)
     if not path.exists():
-        raise RecipeError(f"engine.deepspeed: no file {path}; ds_configs/ holds zero0.json to zero3.json")
+        raise RecipeError(f"engine.deepspeed: no file {path}; give auto, or zero0 to zero3")
     config = read_json(path, RecipeError)
     if not isinstance(config, dict):
         raise RecipeError(f"engine.deepspeed: {path} is not a DeepSpeed configuration: {brief(config)}")
@@ -58,6 +66,68 @@ def read_deepspeed_config(path: str | Path) -> dict[str, Any]:
         raise RecipeError(f"engine.deepspeed: {path}: torch_autocast.dtype must be 'bfloat16'; {_REFUSED['fp16']}")
     _check_offload(path, config.get("zero_optimization", {}))
     return config
+
+
+def stage_config(stage: int) -> dict[str, Any]:
+    """DeepSpeed's configuration of a ZeRO stage, as the shipped files have it."""
+    return {"zero_optimization": {"stage": stage}}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What was chosen for a run.
+
+    Attributes:
+        settings: nothing is left to `auto`.
+        why_stage: what decided the ZeRO stage.
+        changed_precision: (before, now) of a resumed run that goes on in another precision; else None.
+        notes: lines for the user, where a setting is not what one might expect.
+    """
+
+    settings: EngineSettings
+    why_stage: str
+    changed_precision: tuple[str, str] | None = None
+    notes: tuple[str, ...] = ()
+
+
+def choose_on_ranks(
+    settings: EngineSettings, ranks: Ranks, trained_with: bool | None = None, plan_stage: PlanStage | None = None
+) -> Chosen:
+    """Decide what is left to `auto`, alike on all ranks, which all call it.
+
+    Args:
+        trained_with: whether the checkpoint that the run resumes from was trained with autocast, which
+            `precision: auto` keeps; None for a new run.
+        plan_stage: asked for `deepspeed: auto` on CUDA; without it the stage is 0.
+
+    Raises:
+        RecipeError: see `read_deepspeed_config` and `choose`.
+    """
+    hardware = Hardware.least(ranks.gather_objects(Hardware.of(ranks.device)))
+    said = autocast_of(read_deepspeed_config(settings.deepspeed))
+    chosen = choose(settings, hardware, trained_with if said is None else said)
+    before = None if trained_with is None else ("bfloat16" if trained_with else "float32")
+    changed = None if before in (None, chosen.precision) else (before, chosen.precision)
+    notes = []
+    if settings.precision == "auto" and (new := choose(settings, hardware, said).precision) != chosen.precision:
+        notes.append(
+            f"precision stays {chosen.precision}, in which the run was trained; a new run would have {new} here, and "
+            f"--set engine.precision={new} changes this one"
+        )
+    if settings.compile != chosen.compile:
+        notes.append(f"engine.compile={settings.compile} needs CUDA: the encoders are compiled in the default mode")
+    if settings.deepspeed != "auto":
+        return Chosen(chosen, Path(settings.deepspeed).name, changed, tuple(notes))
+    stage, why = 1, "auto: ranks on CPU share the memory of their host"
+    if hardware.memory is not None:
+        stage, why = plan_stage(chosen, hardware.memory) if plan_stage else (0, "auto: its memory was not planned")
+    chosen = chosen.model_copy(update={"deepspeed": str(DEEPSPEED / f"zero{stage}.json")})
+    return Chosen(chosen, why, changed, tuple(notes))
+
+
+def autocast_of(config: Mapping[str, Any]) -> bool | None:
+    """What a DeepSpeed JSON says about autocast; None where it says nothing, as the shipped ones."""
+    return bool(config["torch_autocast"].get("enabled")) if "torch_autocast" in config else None
 
 
 def _check_offload(path: Path, zero: dict[str, Any]) -> None:
@@ -133,10 +203,11 @@ def initialise(
 
     Args:
         lr: peak learning rate.
-        execution: memory format, activation checkpointing, compilation.
-        config: of DeepSpeed, see :func:`read_deepspeed_config`.
+        execution: precision, memory format, activation checkpointing, compilation; nothing is left to `auto`.
+        config: of DeepSpeed, see :func:`read_deepspeed_config`; `execution.precision` decides about autocast.
     """
     stage = config.get("zero_optimization", {}).get("stage", 0)
+    choose_kernels(execution)
     prepare(model, execution, stage)
     optimizer = GuardedSGD(
         [p for p in model.parameters() if p.requires_grad],
@@ -148,7 +219,7 @@ def initialise(
         nesterov=settings.nesterov,
     )
     complete = {
-        **config,
+        **{key: value for key, value in config.items() if key != "torch_autocast"},
         "train_micro_batch_size_per_gpu": layout.micro_batch,
         "gradient_accumulation_steps": layout.accumulation,
         "zero_allow_untested_optimizer": True,
@@ -160,6 +231,8 @@ def initialise(
         # 0 is no clipping; left out, DeepSpeed clips at 1. Without ZeRO the optimizer clips, which knows the norm
         "gradient_clipping": (settings.clip_norm or 0.0) if stage > 0 else 0.0,
     }
+    if execution.precision == "bfloat16":
+        complete["torch_autocast"] = _AUTOCAST | config.get("torch_autocast", {}) | {"enabled": True}
     import_muon_uncompiled()
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=complete)
     engine.enable_backward_allreduce = stage > 0  # see `GradientMean`

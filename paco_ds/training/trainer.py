@@ -35,11 +35,12 @@ from paco_ds.files import replace_text, storage_errors
 from paco_ds.metrics.exporter import Exporter
 from paco_ds.metrics.log import StepRecord
 from paco_ds.metrics.run_logger import BadSamples, RunLogger
+from paco_ds.models.execution import described, in_words
 from paco_ds.report.history import History
 from paco_ds.report.run_report import write_report
 from paco_ds.training.agreement import check_replicas_equal
 from paco_ds.training.build import Classes, build_model, build_step, build_stream
-from paco_ds.training.engine import read_deepspeed_config
+from paco_ds.training.engine import PlanStage, choose_on_ranks, read_deepspeed_config
 from paco_ds.training.images_ahead import ImagesAhead
 from paco_ds.training.initial_weights import load_initial_weights
 from paco_ds.training.optimizer import UsualNorm, learning_rate
@@ -82,6 +83,7 @@ class Trainer:
         lock: of the run directory, checked before each save on the rank that has it, see `sole_writer`.
         heartbeat: marked at each progress.
         metrics: receives the figures of the run; by default nothing does.
+        plan_stage: decides `engine.deepspeed: auto` on CUDA, see `choose_on_ranks`.
 
     Raises:
         UserError: recipe, shards or checkpoint do not fit each other.
@@ -97,17 +99,22 @@ class Trainer:
         lock: FolderLock | None = None,
         heartbeat: Heartbeat | None = None,
         metrics: Exporter | None = None,
+        plan_stage: PlanStage | None = None,
     ) -> None:
-        self.recipe, self.run_dir, self.ranks, self.stop_at_step = recipe, run, ranks, stop_at_step
+        self.run_dir, self.ranks, self.stop_at_step = run, ranks, stop_at_step
         self.lock, self.saver, self.started = lock, Saver(), now()
         self.heartbeat = heartbeat or Heartbeat()
         self.heartbeat.mark("start", 0, slow=True)
         splits = (recipe.data.train_split, recipe.evaluation.split, recipe.evaluation.test_split)
         self.manifest = manifest = open_data(recipe.data, set(filter(None, splits)))
         self.layout = MicroBatchLayout(recipe.step.micro_batch, recipe.step.micro_batches, ranks.rank, ranks.world_size)
-        config = read_deepspeed_config(recipe.engine.deepspeed)
         self.checkpoints = Checkpoints(run, recipe, manifest.sha256, self.saver)
         checkpoint = self._same_on_all_ranks(self.checkpoints.latest())
+        as_given = recipe
+        trained_with = checkpoint.state.get("autocast") if checkpoint else None
+        self.chosen = choose_on_ranks(recipe.engine, ranks, trained_with, plan_stage)
+        self.recipe = recipe = recipe.model_copy(update={"engine": self.chosen.settings})
+        config = read_deepspeed_config(recipe.engine.deepspeed)
 
         self.steps_done = self.first_step = checkpoint.step if checkpoint else 0
         best = self.checkpoints.best(until=self.steps_done)
@@ -149,7 +156,8 @@ class Trainer:
         if ranks.first:
             with storage_errors(run):
                 run.mkdir(parents=True, exist_ok=True)
-            replace_text(run / "recipe.yaml", recipe.to_yaml())  # a second stage may be reading it
+            # a second stage may be reading it; `auto` stays, for a continuation on other hardware
+            replace_text(run / "recipe.yaml", as_given.to_yaml())
         self.logger = RunLogger(
             recipe.metrics,
             run,
@@ -163,7 +171,7 @@ class Trainer:
             self.logger.checkpoint_saved(checkpoint.path)
         self.history = History(run / "metrics.jsonl")
         if ranks.first:
-            self.logger.log.start(self.steps_done, about_process())
+            self.logger.log.start(self.steps_done, about_process() | {"execution": self._execution})
         self.bad_samples = BadSamples(
             self.logger, recipe.data, ranks, planned=self.steps_per_epoch * self.layout.global_batch
         )
@@ -307,6 +315,10 @@ class Trainer:
             return evaluate(model, model, self._judged(split), self.ranks, experts, leave)
 
     @property
+    def _execution(self) -> dict[str, Any]:
+        return described(self.recipe.engine, stage_of(self.engine))
+
+    @property
     def _trained_data(self) -> dict[str, Any]:
         return asdict(self.manifest.trained_data(self.recipe.data.train_split))
 
@@ -392,15 +404,15 @@ class Trainer:
 
     def _announce(self) -> None:
         recipe, ranks, step = self.recipe, self.ranks, self.layout
-        autocast = self.engine.torch_autocast_enabled()
         images = self.manifest.split(recipe.data.train_split).samples
         self.logger.say(
             f"{recipe.name}: {recipe.loss.method} with {recipe.model.backbone}, into {self.run_dir}\n"
             f"  data       {images} images of {len(self.manifest.classes)} classes, {recipe.data.shards}\n"
-            f"  ranks      {ranks.world_size} on {ranks.device.type}, ZeRO stage {stage_of(self.engine)}\n"
+            f"  ranks      {ranks.world_size} on {ranks.device.type}, "
+            f"ZeRO stage {stage_of(self.engine)} ({self.chosen.why_stage})\n"
             f"  step       {step.micro_batches} micro-batches of {step.micro_batch} ({step.accumulation} a rank)\n"
             f"  length     {self.total_steps} steps in {recipe.schedule.epochs} epochs\n"
-            f"  precision  {'bfloat16 autocast' if autocast else 'float32'}"
+            f"  precision  {in_words(self._execution)}"
         )
         if recipe.step.scale != 1:
             self.logger.say(
@@ -411,6 +423,10 @@ class Trainer:
                 self.logger.say(hint)
         for key, (before, lowered) in self.checkpoints.lowered.items():
             self.logger.changed_setting(self.steps_done, key, before, lowered)
+        if (changed := self.chosen.changed_precision) is not None:
+            self.logger.changed_setting(self.steps_done, "engine.precision", *changed)
+        for note in self.chosen.notes:
+            self.logger.say(note)
         if self.steps_done:
             self.logger.say(f"resumes from the checkpoint of step {self.steps_done} of {self.total_steps}")
 
@@ -536,6 +552,7 @@ class Trainer:
                 step=step,
                 world_size=self.ranks.world_size,
                 started=self.started,
+                about={"execution": self._execution},
             )
             self.logger.progress.close()
             self.logger.say(accuracy.table(f"{self.recipe.name} on {split}"))

@@ -21,9 +21,9 @@ def path(tmp_path):
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_shipped_recipes_are_valid(path):
-    """And the DeepSpeed JSON that each names is there."""
+    """And leave to the hardware what it decides."""
     recipe = load_recipe(path)
-    assert Path(recipe.engine.deepspeed).is_file()
+    assert (recipe.engine.deepspeed, recipe.engine.precision, recipe.engine.channels_last) == ("auto", "auto", "auto")
     assert recipe.step.scale == 1
 
 
@@ -164,6 +164,40 @@ class TestRenamed:
         recipe = load_recipe(tmp_path / "old.yaml", ["engine.max_refused=7"] if place == "override" else [])
         assert recipe.engine.max_skipped == 7
         assert "engine.max_refused is called engine.max_skipped now" in caplog.text
+
+    @pytest.mark.parametrize("place", ["file", "override"])
+    @pytest.mark.parametrize("name", ["zero1_autocast", "zero2_offload_autocast", "/gone/zero1_autocast.json"])
+    def test_deepspeed_files_with_autocast_are_a_stage_and_a_precision(self, name, place, tmp_path, caplog):
+        """Of a run folder's recipe.yaml too, whose checkout is gone; a precision given by name stands."""
+        file = f"engine: {{deepspeed: {name}}}" if place == "file" else "engine: {deepspeed: zero0}"
+        (tmp_path / "old.yaml").write_text(f"base: demo\n{file}\n")
+        override = [f"engine.deepspeed={name}"] if place == "override" else []
+        engine = load_recipe(tmp_path / "old.yaml", override).engine
+        stage = name.rpartition("/")[2].partition("_autocast")[0]
+        assert (Path(engine.deepspeed).name, engine.precision) == (f"{stage}.json", "bfloat16")
+        assert Path(engine.deepspeed).is_file()
+        assert f"{stage} and engine.precision=bfloat16 now" in caplog.text
+        assert load_recipe(tmp_path / "old.yaml", [*override, "engine.precision=float32"]).engine.precision == "float32"
+
+    def test_a_users_own_file_of_that_name_stays(self, tmp_path):
+        """What it says about autocast is read with it."""
+        (tmp_path / "zero1_autocast.json").write_text("{}")
+        (tmp_path / "mine.yaml").write_text("base: demo\nengine: {deepspeed: zero1_autocast.json}\n")
+        engine = load_recipe(tmp_path / "mine.yaml").engine
+        assert (engine.deepspeed, engine.precision) == (str(tmp_path / "zero1_autocast.json"), "auto")
+
+    def test_the_engine_of_an_earlier_version_loads(self, tmp_path):
+        """As a run of 0.13 wrote it into its folder."""
+        engine = "{deepspeed: /gone/zero1.json, channels_last: false, activation_checkpointing: false, compile: true}"
+        (tmp_path / "recipe.yaml").write_text(f"base: demo\nengine: {engine}\n")
+        loaded = load_recipe(tmp_path / "recipe.yaml").engine
+        assert (loaded.channels_last, loaded.compile, loaded.precision) == (False, "default", "auto")
+
+    def test_auto_is_no_path(self, tmp_path):
+        """Neither in a file nor on the command line."""
+        (tmp_path / "mine.yaml").write_text("base: demo\nengine: {deepspeed: auto}\n")
+        assert load_recipe(tmp_path / "mine.yaml").engine.deepspeed == "auto"
+        assert load_recipe("demo", ["engine.deepspeed=auto"]).engine.deepspeed == "auto"
 
     def test_both_names_in_one_file_are_refused(self, tmp_path):
         """Which of them should hold?"""

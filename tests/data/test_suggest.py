@@ -128,7 +128,7 @@ def test_command_writes_a_card_and_a_recipe_that_load(
     recipe = load_recipe(tmp_path / "out" / "recipe.yaml")
     assert (recipe.data.shards, recipe.data.classes) == (str(damaged.directory), 3)
     assert recipe.views.query.size == 8
-    assert Path(recipe.engine.deepspeed).is_file()
+    assert (recipe.engine.deepspeed, recipe.engine.precision) == ("auto", "auto")
     card = load_card(tmp_path / "out" / "card.yaml")
     assert (card.source, card.root, set(card.splits)) == ("webdataset", str(damaged.directory), {"train", "test"})
     assert main(["build", str(tmp_path / "out" / "card.yaml"), "--output", str(tmp_path / "again")]) == 0

@@ -58,11 +58,9 @@ def made_micro_batch(recipe: Recipe, step: int, j: int) -> MicroBatch:
 
 
 def deepspeed_config(stage: int, autocast: bool, **zero: Any) -> dict[str, Any]:
-    """What the files in ds_configs/ say, with further zero_optimization settings."""
-    config: dict[str, Any] = {"zero_optimization": {"stage": stage, **zero}}
-    if autocast:
-        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
-    return config
+    """What the files in ds_configs/ say, with further zero_optimization settings, and the precision of the step."""
+    autocasting = {"enabled": autocast, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    return {"zero_optimization": {"stage": stage, **zero}, "torch_autocast": autocasting}
 
 
 CLASSES = Classes(CLASS_COUNTS, SHOTS, None, *NORMALIZATION)

@@ -12,15 +12,18 @@ from torch.utils.checkpoint import checkpoint
 from paco_ds.config.recipe import ModelSettings
 from paco_ds.errors import RecipeError
 from paco_ds.models.backbones import make_backbone
-from paco_ds.models.execution import prepare
+from paco_ds.models.execution import Hardware, choose, described, deviation, in_words, prepare
 from paco_ds.models.recogniser import Recogniser
 from tests.recipes import model_of, tiny_recipe
+
+CPU = Hardware()
+V100, A100, H200 = (Hardware("cuda", (major, 0), 80 * 2**30) for major in (7, 8, 9))
 
 
 def made(*overrides: str, stage: int = 0) -> Recogniser:
     recipe = tiny_recipe(*overrides)
     model = model_of(recipe, 5)
-    prepare(model, recipe.engine, stage)
+    prepare(model, choose(recipe.engine, CPU), stage)
     return model
 
 
@@ -131,3 +134,101 @@ def test_these_settings_may_change_when_a_run_goes_on():
     """They are no part of a recipe's meaning."""
     fast = tiny_recipe("engine.compile=true", "engine.channels_last=true")
     assert fast.resume_identity() == tiny_recipe().resume_identity()
+
+
+@pytest.mark.parametrize(
+    ("hardware", "precision", "channels_last", "tf32"),
+    [
+        (CPU, "float32", False, False),
+        (Hardware("cuda", (6, 1)), "float32", False, False),
+        (V100, "float32", True, False),
+        (A100, "bfloat16", True, True),
+        (H200, "bfloat16", True, True),
+    ],
+)
+def test_auto_is_what_the_hardware_is_good_at(hardware, precision, channels_last, tf32):
+    """bfloat16 from capability 8, channels_last from 7; float32, planes and no TF32 on CPU, as always. A choice is
+    final: nothing changes it."""
+    chosen = choose(tiny_recipe().engine, hardware)
+    assert (chosen.precision, chosen.channels_last, chosen.tf32) == (precision, channels_last, tf32)
+    assert choose(chosen, CPU if hardware is H200 else H200) == chosen.model_copy(
+        update={"tf32": chosen.tf32 and hardware is not H200}
+    )
+
+
+@pytest.mark.parametrize("hardware", [CPU, V100, H200])
+def test_what_a_recipe_says_stands_on_any_hardware(hardware):
+    """bfloat16 on a CPU too; float32 by name has no TF32, unless that is asked for."""
+    assert choose(tiny_recipe("engine.precision=bfloat16").engine, hardware).precision == "bfloat16"
+    exact = choose(tiny_recipe("engine.precision=float32", "engine.channels_last=false").engine, hardware)
+    assert (exact.precision, exact.tf32, exact.channels_last) == ("float32", False, False)
+    rounded = choose(tiny_recipe("engine.precision=float32", "engine.tf32=true").engine, hardware)
+    assert rounded.tf32 == (hardware.device == "cuda")
+
+
+@pytest.mark.parametrize(
+    ("published", "computed", "deviates"),
+    [("float32", "float32", None), ("float16", "bfloat16", "bfloat16 where float16 is published")],
+)
+def test_the_published_precision_is_had_by_name(published, computed, deviates):
+    """float16 is computed as bfloat16, whose loss needs no scaling; that is a deviation. Convolutions are exact."""
+    settings = ("engine.precision=published", f"engine.published_precision={published}")
+    chosen = choose(tiny_recipe(*settings).engine, H200)
+    assert (chosen.precision, deviation(chosen)) == (computed, deviates)
+    assert chosen.tf32 == (computed == "bfloat16")
+
+
+def test_a_recipe_without_a_published_precision_says_so():
+    """The setting that would have it is named."""
+    with pytest.raises(RecipeError, match=r"engine.precision: .*engine.published_precision.*choose auto, float32"):
+        choose(tiny_recipe("engine.precision=published").engine, CPU)
+
+
+def test_cuda_graphs_are_for_cuda():
+    """On CPU the default mode is what compiles; `true` of earlier versions is that mode."""
+    assert choose(tiny_recipe("engine.compile=reduce-overhead").engine, H200).compile == "reduce-overhead"
+    assert choose(tiny_recipe("engine.compile=reduce-overhead").engine, CPU).compile == "default"
+    assert tiny_recipe("engine.compile=true").engine.compile == "default"
+    assert tiny_recipe("engine.compile=false").engine.compile is False
+    with pytest.raises(RecipeError, match=r"engine.compile.*'default' or 'reduce-overhead'.*given: 'max-autotune'"):
+        tiny_recipe("engine.compile=max-autotune")
+
+
+def test_ranks_compute_what_the_least_of_them_can():
+    """The lowest capability, the smallest memory."""
+    small = Hardware("cuda", (8, 6), 24 * 2**30)
+    assert Hardware.least([H200, small]) == small
+    assert Hardware.least([V100, small]) == Hardware("cuda", (7, 0), 24 * 2**30)
+    assert Hardware.least([CPU, CPU]) == CPU
+
+
+def test_what_outlives_a_replay_of_a_graph_is_copied(monkeypatch):
+    """Keys and gradients; everything else is used before the graph is replayed. Compilation is left out here."""
+    modes = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: modes.append(options))
+    recipe = tiny_recipe("engine.compile=reduce-overhead")
+    model = model_of(recipe, 5)
+    kept = torch.nn.functional.normalize(torch.ones(6, 8), dim=1)
+    monkeypatch.setattr(model.key_encoder, "forward", lambda images: (None, kept))
+    prepare(model, choose(recipe.engine, H200), 0)
+    assert modes == [{"mode": "reduce-overhead", "dynamic": False}] * 2
+    keys = model(images(), keys=True)
+    assert torch.equal(keys, kept)
+    assert keys.data_ptr() != kept.data_ptr()
+    weight = next(p for p in model.query_encoder.parameters() if p.ndim > 1)
+    given = torch.ones_like(weight)
+    torch.autograd.backward(weight * 1.0, given)
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, given)
+    assert weight.grad.data_ptr() != given.data_ptr()
+
+
+def test_a_choice_is_told_on_one_line():
+    """Only what is on."""
+    engine = tiny_recipe("engine.published_precision=float32", "engine.compile=reduce-overhead").engine
+    assert in_words(described(choose(engine, CPU), 1)) == "float32, compiled (default)"
+    told = in_words(described(choose(engine, H200), 0))
+    assert told == "bfloat16 autocast where float32 is published, channels_last, compiled (reduce-overhead)"
+    assert in_words(described(choose(tiny_recipe("engine.tf32=true", "engine.precision=float32").engine, V100), 0)) == (
+        "float32, convolutions in TF32, channels_last"
+    )

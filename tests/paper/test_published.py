@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from paco_ds.config.load import load_recipe
+from paco_ds.models.execution import Hardware, choose, deviation
 from paco_ds.paper.tables import SMALL_RECIPES, load_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,6 +51,7 @@ PUBLISHED = {
     "imagenet_resnet50": {"step.micro_batch": 64, "step.micro_batches": 4, "lr": 0.04, "loss.class_prior": False},
     "imagenet_resnet101": {"step.global_batch": 256, "lr": 0.04, "optimizer.weight_decay": 1e-4, "loss.alpha": 0.05},
     "imagenet_resnet200": {
+        "engine.published_precision": "float16",
         "views.query.name": "randclsstack",
         "views.query.randaugment.operations": 3,
         "views.query.randaugment.magnitude": 12,
@@ -68,19 +70,28 @@ PUBLISHED = {
     # GPaCo/LT/sh/LT/*.sh: --gres=gpu:4 of the Inat_train_R152, no --fp16 in ImageNetLT_train_X50 and _X101
     "gpaco_inaturalist2018_resnet152": {"step.micro_batch": 32, "step.micro_batches": 4, "lr": 0.04},
     "gpaco_imagenet_lt_resnext50": {
-        "deepspeed": "zero1.json",
+        "engine.published_precision": "float32",
         "loss.alpha": 0.05,
         "views.query.randaugment.operations": 3,
     },
-    "gpaco_imagenet_lt_resnext101": {"deepspeed": "zero1.json", "lr": 0.06, "views.query.randaugment.operations": 5},
+    "gpaco_imagenet_lt_resnext101": {
+        "engine.published_precision": "float32",
+        "lr": 0.06,
+        "views.query.randaugment.operations": 5,
+    },
     # sh/PlacesLT_train_R152.sh: --aug sim_sim --epochs 30 --reload_torch resnet152-394f9c45.pth, IMAGENET1K_V1's file
-    "places_lt_resnet152": {"model.start_from": "torchvision:IMAGENET1K_V1", "schedule.epochs": 30},
+    "places_lt_resnet152": {
+        "model.start_from": "torchvision:IMAGENET1K_V1",
+        "schedule.epochs": 30,
+        "engine.published_precision": "float16",
+    },
     "gpaco_places_lt_resnet152": {
         "model.start_from": "torchvision:IMAGENET1K_V1",
         "views.query.name": "sim",
         "views.key.name": "sim",
         "schedule.epochs": 30,
         "loss.alpha": 0.02,
+        "engine.published_precision": "float16",
     },
 }
 
@@ -89,8 +100,6 @@ def value(recipe, key):
     """A setting by its dotted key, and what is written in another way in the sources."""
     if key == "taus":
         return [1 - each for each in recipe.loss.balpoe.lambdas]
-    if key == "deepspeed":
-        return recipe.engine.deepspeed.rpartition("/")[2]
     found = recipe
     for name in key.split("."):
         found = getattr(found, name)
@@ -125,6 +134,25 @@ def test_the_share_is_of_the_epochs_that_are_trained():
     key = "loss.ride.reweight_epoch"
     assert value(table.resolve(row, None, ("schedule.epochs=50",)), key) == 40
     assert value(table.resolve(row, None, (f"{key}=7",)), key) == 7
+
+
+FLOAT16 = {"places_lt_resnet152", "gpaco_places_lt_resnet152", "imagenet_resnet200"}  # --fp16 of PaCo's and GPaCo's sh/
+
+
+def test_every_recipe_of_a_table_says_in_what_precision_it_was_published():
+    """float16 in scripts with --fp16; float32 elsewhere: RIDE's and BalPoE's `use_fp16` is False, and BCL's and ProCo's
+    code has no autocast. What a run has chosen otherwise is a deviation."""
+    tables = [load_table(path.stem) for path in sorted((ROOT / "ds_configs" / "tables").glob("*.yaml"))]
+    paths = {Path(table.recipe_of(row)) for table in tables if table.scale == "paper" for row in table.rows}
+    assert len(paths) > 20
+    for path in paths:
+        engine = load_recipe(path).engine
+        assert engine.published_precision == ("float16" if path.stem in FLOAT16 else "float32"), path.stem
+        assert engine.precision == "auto"
+        assert deviation(choose(engine, Hardware())) == (
+            "float32 where float16 is published" if path.stem in FLOAT16 else None
+        )
+        assert deviation(choose(engine, Hardware("cuda", (9, 0)))).startswith("bfloat16 where ")
 
 
 def counted(table):

@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import re
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from paco_ds.command import Screen
 from paco_ds.distributed.ranks import MicroBatchLayout
 from paco_ds.errors import DataError, RecipeError, UserError
 from paco_ds.losses import make_loss
-from paco_ds.planning.memory import PARTS, plan_memory, zero_settings
-from paco_ds.planning.plan import find_data, judge, make_plan
+from paco_ds.planning.memory import PARTS, Device, plan_memory, zero_settings
+from paco_ds.planning.plan import Plan, find_data, judge, make_plan, planned_stage
 from paco_ds.planning.planned_rank import PlannedRank
 from paco_ds.planning.preflight import main
 from paco_ds.planning.print_plan import as_json, print_plan, verdict_lines
@@ -242,7 +243,14 @@ def test_activation_checkpointing_is_offered_where_it_makes_a_plan_fit(tmp_path)
     """Beside autocast, which fits too; compiled encoders must give way, and are never offered stage 3."""
     path = tmp_path / "zero1.json"
     path.write_text('{"zero_optimization": {"stage": 1, "reduce_bucket_size": 100000}}')
-    settings = (DEEP, f"engine.deepspeed={path}", "step.micro_batch=128", "views.query.size=96", "views.key.size=96")
+    settings = (
+        DEEP,
+        "engine.precision=float32",
+        f"engine.deepspeed={path}",
+        "step.micro_batch=128",
+        "views.query.size=96",
+        "views.key.size=96",
+    )
     data = find_data(tiny_recipe().data, 1000, 10)
     recipe = tiny_recipe(*settings, "engine.compile=true")
     needed = make_plan(recipe, 1, data).memory[1].total
@@ -253,11 +261,33 @@ def test_activation_checkpointing_is_offered_where_it_makes_a_plan_fit(tmp_path)
     assert "stage 3" not in " ".join(remedies)
 
 
+def test_the_stage_left_to_a_plan_is_0_where_it_fits_and_1_where_not():
+    """For GPUs; without their memory 0 is planned, on CPU 1, as a run there has it. A start says it on one line."""
+    recipe = tiny_recipe("engine.deepspeed=auto")
+    data = find_data(recipe.data, 1000, 10)
+
+    def plan(gpu_memory: int | None, device: Device = "cuda") -> Plan:
+        return make_plan(recipe, 2, data, gpu_memory=gpu_memory, device=device, remedies=False)
+
+    ample, tight = plan(80 * GIB), plan(GIB + 2**17)
+    assert (ample.stage, ample.autocast, ample.verdict) == (0, True, "fits")
+    assert planned_stage(ample)[0] == 0
+    assert re.fullmatch(r"auto: [\d.]+ KiB planned of 80.0 GiB", planned_stage(ample)[1])
+    assert tight.stage == 1
+    assert re.fullmatch(
+        r"auto: [\d.]+ GiB planned of [\d.]+ GiB, does not fit: see paco-preflight .*", planned_stage(tight)[1]
+    )
+    assert plan(None).stage == 0
+    assert plan(None, "cpu").stage == 1
+    assert plan(None, "cpu").autocast is False
+
+
 def test_what_is_offloaded_stands_under_the_total(tmp_path):
     """A row of its own, and in the JSON."""
     path = tmp_path / "zero2_offload.json"
     path.write_text('{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}')
-    recipe = tiny_recipe(f"engine.deepspeed={path}", "engine.activation_checkpointing=true")
+    exact = "engine.precision=float32"
+    recipe = tiny_recipe(f"engine.deepspeed={path}", "engine.activation_checkpointing=true", exact)
     plan = make_plan(recipe, 1, find_data(recipe.data, 1000, 10))
     printed = io.StringIO()
     print_plan(plan, Screen(printed, width=160))

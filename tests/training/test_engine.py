@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from paco_ds.distributed.ranks import Ranks
 from paco_ds.errors import RecipeError, UserError
+from paco_ds.models.execution import Hardware
 from paco_ds.training import engine
 from tests.recipes import tiny_recipe
 
@@ -18,11 +21,11 @@ CONFIGS = sorted((ROOT / "ds_configs").glob("zero*.json"))
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_shipped_configurations_are_accepted_and_are_what_their_name_says(path):
-    """zeroN.json, with _offload and _autocast where they say so."""
+    """zeroN.json, with _offload where they say so; precision is the recipe's."""
     config = engine.read_deepspeed_config(path)
     zero = config["zero_optimization"]
-    offload, autocast = "_offload" * ("offload_optimizer" in zero), "_autocast" * ("torch_autocast" in config)
-    assert path.stem == f"zero{zero['stage']}{offload}{autocast}"
+    assert path.stem == f"zero{zero['stage']}{'_offload' * ('offload_optimizer' in zero)}"
+    assert config.keys() == {"zero_optimization"}
 
 
 @pytest.mark.parametrize(
@@ -32,7 +35,7 @@ def test_shipped_configurations_are_accepted_and_are_what_their_name_says(path):
         ({"gradient_accumulation_steps": 2}, r"'gradient_accumulation_steps'.*step.micro_batches"),
         ({"gradient_clipping": 1.0}, r"'gradient_clipping'.*optimizer.clip_norm"),
         ({"optimizer": {"type": "Adam"}}, r"'optimizer'.*the optimizer section"),
-        ({"fp16": {"enabled": True}}, r"'fp16' block.*torch_autocast with bfloat16"),
+        ({"fp16": {"enabled": True}}, r"'fp16' block.*engine.precision=bfloat16"),
         ({"bf16": {"enabled": True}}, r"'bf16' block.*breaks BatchNorm"),
         ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, r"torch_autocast.dtype must be 'bfloat16'"),
         (
@@ -53,11 +56,88 @@ def test_a_configuration_that_decides_what_the_recipe_decides_is_refused(tmp_pat
 
 def test_a_missing_or_broken_configuration_is_named(tmp_path):
     """With where others lie."""
-    with pytest.raises(RecipeError, match=r"no file .*absent.json; ds_configs/ holds zero0.json"):
+    with pytest.raises(RecipeError, match=r"no file .*absent.json; give auto, or zero0 to zero3"):
         engine.read_deepspeed_config(tmp_path / "absent.json")
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(RecipeError, match=r"broken.json is not JSON"):
         engine.read_deepspeed_config(tmp_path / "broken.json")
+
+
+ONE_RANK = Ranks(0, 1, 0, torch.device("cpu"))
+H200 = Hardware("cuda", (9, 0), 141 * 10**9)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The rank's device passes for an H200."""
+    monkeypatch.setattr(Hardware, "of", lambda device: H200)
+
+
+def test_on_cpu_nothing_is_chosen_that_a_recipe_did_not_have():
+    """float32 at stage 1, as recipes had it before there was a choice; the file is there."""
+    chosen = engine.choose_on_ranks(tiny_recipe("engine.deepspeed=auto").engine, ONE_RANK)
+    assert Path(chosen.settings.deepspeed) == ROOT / "ds_configs" / "zero1.json"
+    assert (chosen.settings.precision, chosen.settings.channels_last) == ("float32", False)
+    assert chosen.why_stage == "auto: ranks on CPU share the memory of their host"
+    assert (chosen.changed_precision, chosen.notes) == (None, ())
+
+
+def test_on_cuda_the_stage_is_that_of_the_plan(gpu):
+    """Which is asked with the precision that was chosen and the memory of the smallest GPU; a file is not planned."""
+    asked = []
+
+    def plan(settings, memory):
+        asked.append((settings.precision, memory))
+        return 0, "auto: 3 GiB planned of 131 GiB"
+
+    chosen = engine.choose_on_ranks(tiny_recipe("engine.deepspeed=auto").engine, ONE_RANK, plan_stage=plan)
+    assert asked == [("bfloat16", H200.memory)]
+    assert Path(chosen.settings.deepspeed) == ROOT / "ds_configs" / "zero0.json"
+    assert chosen.why_stage == "auto: 3 GiB planned of 131 GiB"
+    given = tiny_recipe(f"engine.deepspeed={ROOT / 'ds_configs' / 'zero2.json'}").engine
+    assert engine.choose_on_ranks(given, ONE_RANK, plan_stage=plan).why_stage == "zero2.json"
+    assert len(asked) == 1
+
+
+def test_a_resumed_run_keeps_its_precision_where_the_recipe_leaves_it_to_the_hardware(gpu):
+    """A float32 run of 0.13 or of a CPU stays float32 on a GPU, and one in bfloat16 stays so; it is told."""
+    auto = tiny_recipe("engine.deepspeed=auto").engine
+    stays = engine.choose_on_ranks(auto, ONE_RANK, trained_with=False)
+    assert (stays.settings.precision, stays.changed_precision) == ("float32", None)
+    assert stays.notes == (
+        "precision stays float32, in which the run was trained; a new run would have bfloat16 here, and "
+        "--set engine.precision=bfloat16 changes this one",
+    )
+    same = engine.choose_on_ranks(auto, ONE_RANK, trained_with=True)
+    assert (same.settings.precision, same.changed_precision, same.notes) == ("bfloat16", None, ())
+
+
+def test_a_resumed_run_changes_its_precision_where_the_recipe_says_so():
+    """Which is announced as a changed setting."""
+    exact = tiny_recipe("engine.deepspeed=auto", "engine.precision=float32").engine
+    changed = engine.choose_on_ranks(exact, ONE_RANK, trained_with=True)
+    assert (changed.settings.precision, changed.changed_precision) == ("float32", ("bfloat16", "float32"))
+    assert changed.notes == ()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_autocast_of_a_users_deepspeed_json_decides_where_the_recipe_does_not(tmp_path, enabled):
+    """As in earlier versions; a precision in the recipe stands over it."""
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"torch_autocast": {"enabled": enabled, "dtype": "bfloat16"}}))
+    settings = tiny_recipe(f"engine.deepspeed={path}").engine
+    said = "bfloat16" if enabled else "float32"
+    assert engine.choose_on_ranks(settings, ONE_RANK, trained_with=not enabled).settings.precision == said
+    named = tiny_recipe(f"engine.deepspeed={path}", "engine.precision=float32").engine
+    assert engine.choose_on_ranks(named, ONE_RANK).settings.precision == "float32"
+
+
+def test_graphs_on_a_cpu_are_told_to_be_none():
+    """Compiled all the same."""
+    chosen = engine.choose_on_ranks(
+        tiny_recipe("engine.deepspeed=auto", "engine.compile=reduce-overhead").engine, ONE_RANK
+    )
+    assert chosen.notes == ("engine.compile=reduce-overhead needs CUDA: the encoders are compiled in the default mode",)
 
 
 def test_a_job_of_other_size_than_expected_ends(monkeypatch):

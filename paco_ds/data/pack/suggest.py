@@ -22,7 +22,6 @@ import numpy as np
 import yaml
 
 import paco_ds
-from paco_ds.config.shipped import DEEPSPEED
 from paco_ds.data.manifest import Manifest
 from paco_ds.data.pack.image_bytes import BadImage, colors_of, size_of
 from paco_ds.data.shard import BadSample, ShardReader
@@ -244,7 +243,7 @@ def recipe_of(manifest: Manifest, suggestion: Suggestion, folder: Path) -> dict[
             "warmup_epochs": 5 if small else 10,
             "per": "step" if small else "epoch",
         },
-        "engine": {"deepspeed": _path(str(DEEPSPEED / ("zero1.json" if small else "zero1_autocast.json")), folder)},
+        "engine": {"precision": "auto"},
         "evaluation": {
             "every_epochs": 5,
             "split": "val" if "val" in splits else None,

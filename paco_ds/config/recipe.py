@@ -276,7 +276,9 @@ class MetricsSettings(Section):
     linger_seconds: float = Field(
         0.0, ge=0, le=60, description="how long a run that finished or failed is still served; two scrapes suffice"
     )
-    log_every: Count = Field(10, description="steps between lines when the output is no terminal")
+    log_every: Count = Field(
+        10, description="steps of a line of metrics.jsonl, and between lines when the output is no terminal"
+    )
     sinks: tuple[str, ...] = Field((), description="where figures go beside metrics.jsonl: tensorboard, wandb, mlflow")
 
 

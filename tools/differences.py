@@ -22,6 +22,7 @@ VERSION_FIELDS = (
     "version",
     "state_sha256",
     "usual_norm",
+    "log_window",
     "data",
 )  # of state.json; the digest is of all others
 NEW_SETTINGS: dict[str, Any] = {}  # younger than the older version: dotted key in state.json's "meaning" -> its default

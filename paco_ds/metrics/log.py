@@ -11,11 +11,13 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from paco_ds.evaluation.accuracy import ShotAccuracy
 from paco_ds.files import storage_errors
 from paco_ds.metrics.steps import StepRecord, StepWindow, skips_of, steps_of
+
+if TYPE_CHECKING:
+    from paco_ds.evaluation.accuracy import ShotAccuracy  # with torch, which readers of a log do not need
 
 logger = logging.getLogger(__name__)
 

@@ -70,22 +70,29 @@ class StepRecord:
     grad_norm_ratio: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Spread:
-    """Count, sum and extremes of values."""
+    """Count, sum and extremes of the finite values among those added."""
 
-    count: int
-    total: float
-    low: float
-    high: float
+    count: int = 0
+    total: float = 0.0
+    low: float = 0.0
+    high: float = 0.0
 
     @property
-    def mean(self) -> float:
-        return self.total / self.count
+    def mean(self) -> float | None:
+        """None without a value."""
+        return self.total / self.count if self.count else None
 
-    def __add__(self, other: Spread) -> Spread:
-        low, high = min(self.low, other.low), max(self.high, other.high)
-        return Spread(self.count + other.count, self.total + other.total, low, high)
+    def add(self, value: float | None) -> None:
+        if value is None or not math.isfinite(value):
+            return
+        if not self.count or value < self.low:
+            self.low = value
+        if not self.count or value > self.high:
+            self.high = value
+        self.count += 1
+        self.total += value
 
 
 @dataclass
@@ -98,7 +105,7 @@ class StepWindow:
         steps, skipped, bad_samples: their numbers.
         images: of all ranks together.
         last: figures of which the last step's count.
-        figures: of finite values, by section of a record ("" for those of none) and name.
+        figures: by section of a record ("" for `RANGED`, of none) and name.
         skips: (step, why) of the first skipped steps.
     """
 
@@ -143,22 +150,22 @@ class StepWindow:
     def _add(self, section: str, values: Mapping[str, float | None]) -> None:
         figures = self.figures.setdefault(section, {})
         for name, value in values.items():
-            if value is not None and math.isfinite(value):
-                new = Spread(1, value, value, value)
-                figures[name] = figures[name] + new if name in figures else new
+            if name not in figures:
+                figures[name] = Spread()
+            figures[name].add(value)
 
     def line(self) -> dict[str, Any]:
         """The line of the log, with the keys of a single step's: means over the steps that have a finite value (null if
         none has), of `_LAST` the last step's values, `images_per_second` over the whole window. Beside them `steps`,
         their number, `range`, [lowest, highest] of `RANGED`; and `skipped`, `skips` and `bad_samples` where there are
         any."""
-        of_steps = self.figures.get("", {})
-        seconds = of_steps.get("step_seconds")
+        of_steps = self.figures[""]
+        seconds = of_steps["step_seconds"].total
         line: dict[str, Any] = {"step": self.last["step"], "steps": self.steps, **self.last}
-        line |= {name: of_steps[name].mean if name in of_steps else None for name in RANGED}
-        line["images_per_second"] = self.images / seconds.total if seconds and seconds.total else None
+        line |= {name: spread.mean for name, spread in of_steps.items()}
+        line["images_per_second"] = self.images / seconds if seconds else None
         line |= {section: {n: s.mean for n, s in self.figures[section].items()} for section in _BY_NAME}
-        line["range"] = {name: [spread.low, spread.high] for name, spread in of_steps.items()}
+        line["range"] = {name: [spread.low, spread.high] for name, spread in of_steps.items() if spread.count}
         if self.bad_samples:
             line["bad_samples"] = self.bad_samples
         return _shortened(line) | skips_of(self.skipped, self.skips)
@@ -184,5 +191,5 @@ def _shortened(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.{_DIGITS}g}")
     if isinstance(value, dict):
-        return {key: _shortened(each) for key, each in value.items() if each != {}}
+        return {key: _shortened(each) for key, each in value.items()}
     return [_shortened(each) for each in value] if isinstance(value, list) else value

@@ -12,7 +12,7 @@ from typing import Any
 from paco_ds.config.parse import brief, one_line, read_json, read_yaml
 from paco_ds.data.manifest import SHOTS
 from paco_ds.errors import DataError
-from paco_ds.evaluation.accuracy import GROUPS, percent
+from paco_ds.evaluation.groups import GROUPS, percent
 from paco_ds.files import replace_text
 from paco_ds.report.history import History, section
 from paco_ds.report.page import render, with_scripts

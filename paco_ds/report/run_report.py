@@ -155,7 +155,7 @@ def _facts(run: RunFiles) -> list[tuple[str, str]]:
     if "world_size" in final:
         facts.append(("Ranks", str(final["world_size"])))
     if final.get("scale", 1) != 1:
-        facts.append(("Scaled", f"{final['scale']:g} times the recipe's micro-batches a step, and learning rate"))
+        facts.append(("Scaled", f"{final['scale']:g} times the recipe's micro-batches a step"))
     times = [datetime.fromisoformat(final[key]) for key in ("started", "finished") if key in final]
     if len(times) == 2:
         facts.append(("Finished", f"{times[1]:%Y-%m-%d %H:%M}"))

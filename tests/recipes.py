@@ -30,7 +30,7 @@ optimizer: {lr: 0.05}
 schedule: {epochs: 2, warmup_epochs: 0, per: step}
 engine: {deepspeed: unused, threads: 1}
 evaluation: {batch: 16}
-metrics: {serve: false}
+metrics: {serve: false, log_every: 1}
 """
 
 

@@ -6,6 +6,7 @@ how it is computed: free to change on resume). Sections and fields marked `RUNNI
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
@@ -126,6 +127,18 @@ class KeyEncoderSettings(Section):
     momentum_schedule: Literal["constant", "cosine"] = Field("constant", description="cosine rises to 1 (BYOL)")
     scale_momentum: bool = Field(False, description="momentum^(M / M_ref), as long as the recipe's in images seen")
     batch_norm: Literal["shuffle", "local"] = Field("shuffle", description="groups over which keys are normalised")
+    shuffle_block: Count | None = Field(
+        None,
+        ge=2,
+        description="consecutive micro-batches whose images are shuffled among themselves, such as the ranks of a node; "
+        "null: all of a step, as published",
+    )
+
+    @model_validator(mode="after")
+    def _a_block_is_shuffled(self) -> Self:
+        if self.shuffle_block is not None and self.batch_norm == "local":
+            raise ValueError("shuffle_block bounds the shuffle, which batch_norm local does without: leave it null")
+        return self
 
 
 class QueueSettings(Section):
@@ -145,6 +158,9 @@ class StepSettings(Section):
     reference_micro_batches: Count | None = Field(
         None, description="what the learning rate was chosen for: the recipe file's own step.micro_batches"
     )
+    lr_scaling: Literal["linear", "square_root", "none"] = Field(
+        "linear", description="how the learning rate follows micro_batches / reference_micro_batches"
+    )
 
     @property
     def global_batch(self) -> int:
@@ -152,8 +168,13 @@ class StepSettings(Section):
 
     @property
     def scale(self) -> float:
-        """Factor of the learning rate: M / M_ref (1.0 when the recipe is run as written)."""
+        """M / M_ref (1.0 when the recipe is run as written)."""
         return self.micro_batches / (self.reference_micro_batches or self.micro_batches)
+
+    @property
+    def lr_scale(self) -> float:
+        """Factor of the learning rate, a function of `scale`."""
+        return {"linear": self.scale, "square_root": math.sqrt(self.scale), "none": 1.0}[self.lr_scaling]
 
 
 class OptimizerSettings(Section):
@@ -306,7 +327,9 @@ class MetricsSettings(Section):
     linger_seconds: float = Field(
         0.0, ge=0, le=60, description="how long a run that finished or failed is still served; two scrapes suffice"
     )
-    log_every: Count = Field(10, description="steps between lines when the output is no terminal")
+    log_every: Count = Field(
+        10, description="steps of a line of metrics.jsonl, and between lines when the output is no terminal"
+    )
     sinks: tuple[str, ...] = Field((), description="where figures go beside metrics.jsonl: tensorboard, wandb, mlflow")
 
 
@@ -344,6 +367,17 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _blocks_fill_the_step(self) -> Self:
+        block, M = self.key_encoder.shuffle_block if self.key_encoder else None, self.step.micro_batches
+        if block is not None and M % block:
+            fitting = ", ".join(str(n) for n in range(2, M + 1) if M % n == 0)
+            raise ValueError(
+                f"key_encoder.shuffle_block {block} does not divide step.micro_batches {M}: "
+                + (f"set it to one of {fitting}, or null" if fitting else "set it to null")
+            )
+        return self
+
+    @model_validator(mode="after")
     def _method_suits_run(self) -> Self:
         self.method.check(self)
         return self
@@ -368,8 +402,8 @@ class Recipe(Section):
 
     @property
     def lr(self) -> float:
-        """Peak learning rate of this run: the recipe's, scaled with M / M_ref."""
-        return self.optimizer.lr * self.step.scale
+        """Peak learning rate of this run: the recipe's, scaled by `step.lr_scaling`."""
+        return self.optimizer.lr * self.step.lr_scale
 
     def resume_identity(self) -> dict[str, Any]:
         """The settings that decide what is learnt, as {dotted key: value}."""

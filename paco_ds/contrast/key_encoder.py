@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from paco_ds.config.recipe import KeyEncoderSettings
-from paco_ds.contrast.key_exchange import key_exchange
+from paco_ds.contrast.key_exchange import key_exchange, key_groups
 from paco_ds.distributed.ranks import MicroBatchLayout, Pending, Ranks, to_device
 from paco_ds.distributed.zero import move_average
-from paco_ds.randomness import DrawPurpose, permutation
 
 
 @dataclass(frozen=True)
@@ -90,6 +89,7 @@ class KeyEncoder:
         momentum: m of key <- m key + (1 - m) query: a number, or a function of the step.
         batch_norm: "shuffle" normalises keys over groups of m drawn from the whole global batch by (seed, step),
             so that a query cannot find its key by shared statistics; "local" over the micro-batches themselves.
+        shuffle_block: micro-batches whose images are shuffled among themselves; None: all of a step.
     """
 
     def __init__(
@@ -101,10 +101,11 @@ class KeyEncoder:
         momentum: float | Callable[[int], float],
         batch_norm: Literal["shuffle", "local"],
         seed: int,
+        shuffle_block: int | None = None,
     ) -> None:
         self.engine, self.layout, self.ranks = engine, layout, ranks
         self.momentum: Callable[[int], float] = momentum if callable(momentum) else lambda step: momentum
-        self.batch_norm, self.seed = batch_norm, seed
+        self.batch_norm, self.seed, self.shuffle_block = batch_norm, seed, shuffle_block
         model = engine.module
         queries = dict(model.query_encoder.named_parameters())
         self._key = [p for _, p in model.key_encoder.named_parameters()]
@@ -137,7 +138,9 @@ class KeyEncoder:
         rows = torch.empty(images.shape, dtype=images.dtype, pin_memory=torch.cuda.is_available())
         torch.index_select(images, 0, torch.from_numpy(exchange.rows), out=rows)
         rows = rows.to(self.ranks.device, non_blocking=True)
-        arriving = self.ranks.begin_exchange(rows, exchange.send, exchange.receive)
+        arriving = self.ranks.begin_exchange(
+            rows, exchange.send, exchange.receive, among_peers=self.shuffle_block is not None
+        )
         return PendingImages(step, groups, arriving, exchange.in_group_order)
 
     def keys(self, step: int, images: PendingImages, labels: Sequence[Tensor]) -> PendingKeys:
@@ -157,11 +160,9 @@ class KeyEncoder:
 
     def _groups(self, step: int) -> np.ndarray:
         """Slots of each group, [M, m]: group g is normalised together, by rank g mod W."""
-        layout = self.layout
-        slots = np.arange(layout.global_batch)
         if self.batch_norm == "shuffle":
-            slots = permutation(len(slots), DrawPurpose.KEY_GROUPS, self.seed, step)
-        return slots.reshape(layout.micro_batches, layout.micro_batch)
+            return key_groups(self.layout, self.shuffle_block, self.seed, step)
+        return np.arange(self.layout.global_batch).reshape(-1, self.layout.micro_batch)
 
     def _encode(self, images: Tensor) -> Tensor:
         keys: Tensor = self.engine(to_device(images, self.ranks.device), keys=True)

@@ -14,9 +14,9 @@ from rich.table import Table
 from torch import Tensor
 
 from paco_ds.data.manifest import SHOTS
+from paco_ds.evaluation.groups import GROUPS, percent
 from paco_ds.evaluation.predictions import Detail
 
-GROUPS = (*SHOTS, "all")
 TOP_K = 5
 
 
@@ -140,11 +140,6 @@ class ShotAccuracy:
         if self.images_by_experts is None or self.experts_used is None:
             return None
         return f"{self.experts_used:.2f} of {len(self.images_by_experts)} experts an image"
-
-
-def percent(fraction: float | None) -> str:
-    """A fraction as percent with one decimal, a dash for None."""
-    return "-" if fraction is None else f"{100 * fraction:.1f}"
 
 
 def shot_accuracy(counts: ClassCounts, shots_of_classes: Sequence[str]) -> ShotAccuracy:

@@ -16,8 +16,8 @@ import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, disable_created_metrics
 
 from paco_ds.evaluation.accuracy import ShotAccuracy
-from paco_ds.metrics.log import StepRecord
 from paco_ds.metrics.server import MetricsServer
+from paco_ds.metrics.steps import StepRecord
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import Any
 from paco_ds.config.parse import brief, one_line, read_json, read_yaml
 from paco_ds.data.manifest import SHOTS
 from paco_ds.errors import DataError
-from paco_ds.evaluation.accuracy import GROUPS, percent
+from paco_ds.evaluation.groups import GROUPS, percent
 from paco_ds.files import replace_text
 from paco_ds.models.execution import in_words
 from paco_ds.report.history import History, section
@@ -159,7 +159,7 @@ def _facts(run: RunFiles) -> list[tuple[str, str]]:
     if "world_size" in final:
         facts.append(("Ranks", str(final["world_size"])))
     if final.get("scale", 1) != 1:
-        facts.append(("Scaled", f"{final['scale']:g} times the recipe's micro-batches a step, and learning rate"))
+        facts.append(("Scaled", f"{final['scale']:g} times the recipe's micro-batches a step"))
     times = [datetime.fromisoformat(final[key]) for key in ("started", "finished") if key in final]
     if len(times) == 2:
         facts.append(("Finished", f"{times[1]:%Y-%m-%d %H:%M}"))

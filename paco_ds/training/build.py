@@ -124,6 +124,7 @@ def build_step(
                 ranks,
                 momentum=lambda step: key_momentum(settings, step, total_steps, recipe.step.scale),
                 batch_norm=settings.batch_norm,
+                shuffle_block=settings.shuffle_block,
                 seed=recipe.seed,
             )
         contrast = Contrast(queue, key_encoder, recipe.loss.contrast_scope, len(classes.counts), recipe.model.experts)

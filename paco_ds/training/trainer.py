@@ -33,8 +33,8 @@ from paco_ds.evaluation.runner import EvaluationLeftError, evaluate, load_recogn
 from paco_ds.evaluation.split import EvaluationSplit
 from paco_ds.files import replace_text, storage_errors
 from paco_ds.metrics.exporter import Exporter
-from paco_ds.metrics.log import StepRecord
 from paco_ds.metrics.run_logger import BadSamples, RunLogger
+from paco_ds.metrics.steps import StepRecord
 from paco_ds.models.execution import described, in_words
 from paco_ds.report.history import History
 from paco_ds.report.run_report import write_report
@@ -166,6 +166,7 @@ class Trainer:
             epochs=recipe.schedule.epochs,
             total_steps=self.total_steps,
             steps_done=self.steps_done,
+            window=checkpoint.state.get("log_window") if checkpoint else None,
         )
         if checkpoint and ranks.first:
             self.logger.checkpoint_saved(checkpoint.path)
@@ -208,6 +209,7 @@ class Trainer:
         self._wait_until_saved()
         if self.steps_done < self.total_steps:
             self.images.drain()
+            self.logger.log.end_window()
             self._draw_page()
             self.logger.say(
                 f"stopped after step {self.steps_done} of {self.total_steps}; the same command resumes from here"
@@ -337,6 +339,7 @@ class Trainer:
                 "autocast": bool(self.engine.torch_autocast_enabled()),
                 "scale": self.recipe.step.scale,
                 "usual_norm": self.step.usual_norm.state(),
+                "log_window": self.logger.log.window(),
                 "epoch": self.steps_done / self.steps_per_epoch,
                 "versions": versions(),
                 "teacher_sha256": self.teacher.sha256 if self.teacher else None,

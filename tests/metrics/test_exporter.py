@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from paco_ds.evaluation.accuracy import ShotAccuracy
 from paco_ds.metrics import exporter as exporter_module
 from paco_ds.metrics.exporter import Exporter, reachable_host
-from paco_ds.metrics.log import StepRecord
+from paco_ds.metrics.steps import StepRecord
 from paco_ds.metrics.targets import target_files, targets
 
 RECORD = StepRecord(

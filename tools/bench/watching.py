@@ -45,7 +45,8 @@ from paco_ds.distributed.ranks import Ranks
 from paco_ds.losses.base import Anchors, LossOutput
 from paco_ds.losses.paco import ParametricContrastiveLoss
 from paco_ds.metrics.exporter import Exporter
-from paco_ds.metrics.log import MetricsLog, StepRecord
+from paco_ds.metrics.log import MetricsLog
+from paco_ds.metrics.steps import StepRecord
 from paco_ds.training import engine
 from paco_ds.training.build import Classes, build_model, build_step
 from paco_ds.training.step import Step

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from paco_ds.config.recipe import Recipe
 from paco_ds.contrast.contrast import Contrast
-from paco_ds.contrast.key_encoder import KeyEncoder, key_momentum
+from paco_ds.contrast.key_encoder import KeyEncoder, groups_of_keys, key_momentum
 from paco_ds.contrast.key_queue import KeyQueue
 from paco_ds.data.manifest import Manifest
 from paco_ds.data.stream.batches import TrainingStream
 from paco_ds.distributed.ranks import MicroBatchLayout, Ranks
 from paco_ds.losses import make_loss
 from paco_ds.losses.distillation import Distillation
+from paco_ds.models.families import ImageSizes
 from paco_ds.models.recogniser import Recogniser, make_recogniser
 from paco_ds.training.engine import initialise
 from paco_ds.training.forward import Forward
@@ -74,6 +75,7 @@ def build_model(recipe: Recipe, classes: Classes) -> Recogniser:
         len(classes.counts),
         classes.mean,
         classes.std,
+        sizes=ImageSizes(recipe.views.query.size, recipe.views.evaluation.size),
         with_key_encoder=recipe.keys_from == "key_encoder",
         seed=recipe.seed,
     )
@@ -106,6 +108,9 @@ def build_step(
         RecipeError: settings that do not fit each other or this number of ranks.
     """
     layout = MicroBatchLayout(recipe.step.micro_batch, recipe.step.micro_batches, ranks.rank, ranks.world_size)
+    key_groups: Literal["shuffle", "local"] | None = None
+    if recipe.key_encoder is not None and model.key_encoder is not None:
+        key_groups = groups_of_keys(recipe.key_encoder, model.key_encoder)
     engine, optimizer = initialise(model, recipe.optimizer, recipe.lr, recipe.engine, config, layout)
     loss = make_loss(recipe.loss, classes.counts, classes.names).to(ranks.device)
     distill = recipe.loss.distill
@@ -114,13 +119,13 @@ def build_step(
     if recipe.keys_from is not None:
         queue = KeyQueue(recipe.queue.length, recipe.model.key_dim, ranks.device)
         settings, key_encoder = recipe.key_encoder, None
-        if settings is not None:
+        if settings is not None and key_groups is not None:
             key_encoder = KeyEncoder(
                 engine,
                 layout,
                 ranks,
                 momentum=lambda step: key_momentum(settings, step, total_steps, recipe.step.scale),
-                batch_norm=settings.batch_norm,
+                batch_norm=key_groups,
                 seed=recipe.seed,
             )
         contrast = Contrast(queue, key_encoder, recipe.loss.contrast_scope, len(classes.counts), recipe.model.experts)

@@ -157,7 +157,7 @@ def _another_network(
         *([f"{len(fit.unused)} have no place here, {fit.unused[0]} among them"] if fit.unused else []),
         *(f"{name} is {tuple(best[name].shape)}, not {tuple(state[name].shape)}" for name in fit.reshaped[:1]),
     ]
-    has = "" if fit.taken else f"; the file has {_some(sorted(tensors))}"
+    has = "" if fit.taken or fit.reshaped else f"; the file has {_some(sorted(tensors))}"
     read = f" ({errors[0]})" if errors and not fit.taken else ""
     return (
         f"{where} does not fit this network: {'; '.join(problems)}{has}{read}. {100 * fit.share:.1f} % of the weights "

@@ -72,7 +72,12 @@ class ModelSettings(Section):
     """Backbone and projection head; the centers have the backbone's feature dimension (F(x), Eq. 4)."""
 
     backbone: str = Field(description="cifar_resnetN, a classifier of torchvision by its name, or timm:NAME")
-    experts: Count | None = Field(None, le=8, description="branches of RIDE, from the last but one stage on")
+    kwargs: dict[str, Any] = Field(
+        {}, description="arguments of a timm network, as drop_path_rate; img_size is that of views.query by default"
+    )
+    experts: Count | None = Field(
+        None, le=8, description="branches of RIDE, from the last but one stage on; of a ViT from its last quarter on"
+    )
     expert_width: Literal["full", "reduced"] = Field(
         "full", description="channels of the experts' stages; reduced: three quarters, as RIDE is published"
     )
@@ -80,7 +85,14 @@ class ModelSettings(Section):
     centers_scale: Positive = Field(30.0, description="of cosine centers")
     width: Count = Field(16, description="channels of a CIFAR ResNet's first stage; others have their own")
     start_from: str | None = running(
-        None, description="run directory of a first stage, file of weights, or torchvision:NAME; null: random weights"
+        None,
+        description="run directory of a first stage, file or HuggingFace folder of weights, torchvision:NAME or "
+        "timm:TAG; null: random weights",
+    )
+    start_from_min_share: Fraction = running(
+        0.9,
+        description="share of the backbone's weights that a file must have, and of the file's that the backbone must "
+        "take; less is refused",
     )
     trained: Literal["all", "last_block", "centers", "center_scales", "routers"] = Field(
         "all",
@@ -126,11 +138,15 @@ class KeyEncoderSettings(Section):
     momentum: Fraction = Field(0.999, description="share that a key weight keeps of itself in a step")
     momentum_schedule: Literal["constant", "cosine"] = Field("constant", description="cosine rises to 1 (BYOL)")
     scale_momentum: bool = Field(False, description="momentum^(M / M_ref), as long as the recipe's in images seen")
-    batch_norm: Literal["shuffle", "local"] = Field("shuffle", description="groups over which keys are normalised")
+    batch_norm: Literal["shuffle", "local", "auto"] = Field(
+        "shuffle",
+        description="groups over which keys are normalised; auto: shuffle where the key encoder has BatchNorm, its "
+        "projection's too, else local, which exchanges no images",
+    )
     shuffle_block: Count | None = Field(
         None,
         ge=2,
-        description="consecutive micro-batches whose images are shuffled among themselves, such as the ranks of a node; "
+        description="consecutive micro-batches whose images are shuffled among themselves, such as those of a node; "
         "null: all of a step, as published",
     )
 

@@ -13,12 +13,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from paco_ds.config.recipe import KeyEncoderSettings
 from paco_ds.contrast.key_exchange import key_exchange, key_groups
 from paco_ds.distributed.ranks import MicroBatchLayout, Pending, Ranks, to_device
 from paco_ds.distributed.zero import move_average
+from paco_ds.errors import RecipeError
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,23 @@ def key_momentum(settings: KeyEncoderSettings, step: int, total_steps: int, scal
     if settings.momentum_schedule == "constant":
         return momentum
     return 1 - (1 - momentum) * (math.cos(math.pi * step / total_steps) + 1) / 2
+
+
+def groups_of_keys(settings: KeyEncoderSettings, key_encoder: nn.Module) -> Literal["shuffle", "local"]:
+    """What `key_encoder.batch_norm` is for this key encoder: of `auto`, shuffle where it has BatchNorm.
+
+    Raises:
+        RecipeError: shuffle without BatchNorm, which would send every image to another rank for nothing.
+    """
+    normalises = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in key_encoder.modules())
+    if settings.batch_norm == "auto":
+        return "shuffle" if normalises else "local"
+    if settings.batch_norm == "shuffle" and not normalises:
+        raise RecipeError(
+            "key_encoder.batch_norm shuffle: neither backbone nor projection has BatchNorm, so no query can find its "
+            "key by shared statistics, and images would be exchanged for nothing; set it to auto or local"
+        )
+    return settings.batch_norm
 
 
 class KeyEncoder:

@@ -16,6 +16,7 @@ from paco_ds.distributed.ranks import Ranks
 from paco_ds.evaluation.accuracy import ClassCounts, ShotAccuracy, shot_accuracy
 from paco_ds.evaluation.predictions import Recorder, detail
 from paco_ds.evaluation.split import EvaluationSplit
+from paco_ds.models.families import ImageSizes
 from paco_ds.models.output import ModelOutput
 from paco_ds.models.recogniser import Recogniser, make_recogniser
 
@@ -78,6 +79,7 @@ def load_recogniser(checkpoint: Checkpoint, recipe: Recipe, data: Manifest | Tra
         len(data.classes),
         data.mean,
         data.std,
+        sizes=ImageSizes(recipe.views.query.size, recipe.views.evaluation.size),
         with_key_encoder=recipe.keys_from == "key_encoder",
         seed=recipe.seed,
     )

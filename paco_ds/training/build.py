@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from paco_ds.config.recipe import Recipe
 from paco_ds.contrast.contrast import Contrast
-from paco_ds.contrast.key_encoder import KeyEncoder, key_momentum
+from paco_ds.contrast.key_encoder import KeyEncoder, groups_of_keys, key_momentum
 from paco_ds.contrast.key_queue import KeyQueue
 from paco_ds.data.manifest import Manifest
 from paco_ds.data.stream.batches import TrainingStream
@@ -18,6 +18,7 @@ from paco_ds.distributed.ranks import MicroBatchLayout, Ranks
 from paco_ds.losses import make_loss
 from paco_ds.losses.distillation import Distillation
 from paco_ds.models.execution import Hardware, choose
+from paco_ds.models.families import ImageSizes
 from paco_ds.models.recogniser import Recogniser, make_recogniser
 from paco_ds.training.engine import autocast_of, initialise
 from paco_ds.training.forward import Forward
@@ -76,6 +77,7 @@ def build_model(recipe: Recipe, classes: Classes) -> Recogniser:
         len(classes.counts),
         classes.mean,
         classes.std,
+        sizes=ImageSizes(recipe.views.query.size, recipe.views.evaluation.size),
         with_key_encoder=recipe.keys_from == "key_encoder",
         seed=recipe.seed,
     )
@@ -109,6 +111,9 @@ def build_step(
     """
     layout = MicroBatchLayout(recipe.step.micro_batch, recipe.step.micro_batches, ranks.rank, ranks.world_size)
     execution = choose(recipe.engine, Hardware.of(ranks.device), autocast_of(config))
+    groups: Literal["shuffle", "local"] | None = None
+    if recipe.key_encoder is not None and model.key_encoder is not None:
+        groups = groups_of_keys(recipe.key_encoder, model.key_encoder)
     engine, optimizer = initialise(model, recipe.optimizer, recipe.lr, execution, config, layout)
     loss = make_loss(recipe.loss, classes.counts, classes.names).to(ranks.device)
     distill = recipe.loss.distill
@@ -117,13 +122,13 @@ def build_step(
     if recipe.keys_from is not None:
         queue = KeyQueue(recipe.queue.length, recipe.model.key_dim, ranks.device)
         settings, key_encoder = recipe.key_encoder, None
-        if settings is not None:
+        if settings is not None and groups is not None:
             key_encoder = KeyEncoder(
                 engine,
                 layout,
                 ranks,
                 momentum=lambda step: key_momentum(settings, step, total_steps, recipe.step.scale),
-                batch_norm=settings.batch_norm,
+                batch_norm=groups,
                 shuffle_block=settings.shuffle_block,
                 seed=recipe.seed,
             )

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,11 +37,13 @@ from paco_ds.metrics.exporter import Exporter
 from paco_ds.metrics.run_logger import BadSamples, RunLogger
 from paco_ds.metrics.steps import StepRecord
 from paco_ds.models.execution import described, in_words
+from paco_ds.models.families import ImageSizes
 from paco_ds.report.history import History
 from paco_ds.report.run_report import write_report
 from paco_ds.training.agreement import check_replicas_equal
 from paco_ds.training.build import Classes, build_model, build_step, build_stream
 from paco_ds.training.engine import PlanStage, choose_on_ranks, read_deepspeed_config
+from paco_ds.training.fitting import Fit
 from paco_ds.training.images_ahead import ImagesAhead
 from paco_ds.training.initial_weights import load_initial_weights
 from paco_ds.training.optimizer import UsualNorm, learning_rate
@@ -51,6 +54,7 @@ from paco_ds.training.stop_request import StopRequest
 from paco_ds.training.teacher import Teacher
 
 logger = logging.getLogger(__name__)
+STARTED_FROM = "started_from.json"  # what became of the tensors of model.start_from
 
 
 @dataclass(frozen=True)
@@ -130,10 +134,12 @@ class Trainer:
         self.stream = build_stream(recipe, manifest, self.layout, start=self.steps_done)
         classes = Classes.of(manifest, recipe.data.train_split)
         model = build_model(recipe, classes)
+        self.started_from: Fit | None = None
         if checkpoint:
             model.load_state_dict(checkpoint.model())
         else:
-            load_initial_weights(model, recipe.model)
+            sizes = ImageSizes(recipe.views.query.size, recipe.views.evaluation.size)
+            self.started_from = load_initial_weights(model, recipe.model, sizes)
         self.step = build_step(
             recipe,
             model,
@@ -158,6 +164,8 @@ class Trainer:
                 run.mkdir(parents=True, exist_ok=True)
             # a second stage may be reading it; `auto` stays, for a continuation on other hardware
             replace_text(run / "recipe.yaml", as_given.to_yaml())
+            if self.started_from is not None:
+                replace_text(run / STARTED_FROM, json.dumps(self.started_from.lists(), indent=1) + "\n")
         self.logger = RunLogger(
             recipe.metrics,
             run,
@@ -417,6 +425,15 @@ class Trainer:
             f"  length     {self.total_steps} steps in {recipe.schedule.epochs} epochs\n"
             f"  precision  {in_words(self._execution)}"
         )
+        key_encoder = self.step.contrast.key_encoder if self.step.contrast else None
+        if key_encoder is not None and recipe.key_encoder is not None and recipe.key_encoder.batch_norm == "auto":
+            has = "has" if key_encoder.batch_norm == "shuffle" else "has no"
+            self.logger.say(f"key_encoder.batch_norm auto: {key_encoder.batch_norm}, the key encoder {has} BatchNorm")
+        if self.started_from is not None:
+            self.logger.say(
+                f"starts from {recipe.model.start_from}: {self.started_from.in_words()}; all names: "
+                f"{self.run_dir / STARTED_FROM}"
+            )
         if recipe.step.scale != 1:
             self.logger.say(
                 f"scaled: {step.micro_batches} micro-batches a step where the recipe has "

@@ -261,6 +261,10 @@ class EngineSettings(Section):
         description="convolutions that stay in float32 in TF32 (10 bits of mantissa) on CUDA; matrix products, the "
         "loss among them, never; auto: not where precision is float32",
     )
+    gradients: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="what ranks send of their gradients; bfloat16 is half as much, and rounds each to a part in 256",
+    )
     threads: Count | None = Field(None, description="CPU threads of a rank; cores / ranks on the host by default")
     max_skipped: Count = Field(50, description="steps in a row that may change nothing, something not being finite")
     max_grad_norm_ratio: Positive | None = Field(

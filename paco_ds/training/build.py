@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from paco_ds.config.recipe import Recipe
@@ -145,5 +146,9 @@ def build_step(
         steps_per_epoch=steps_per_epoch,
         mixup=Mixup(recipe.step.mixup, recipe.seed) if recipe.step.mixup else None,
         max_grad_norm_ratio=recipe.engine.max_grad_norm_ratio,
-        gradients=GradientMean([p for p in model.parameters() if p.requires_grad], ranks) if optimizer.whole else None,
+        gradients=GradientMean(
+            [p for p in model.parameters() if p.requires_grad], ranks, getattr(torch, execution.gradients)
+        )
+        if optimizer.whole
+        else None,
     )

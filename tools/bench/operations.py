@@ -119,7 +119,7 @@ def counting() -> Iterator[Counted]:
             mode.counted.operations[HOST_COPY] += 1
             begin_copy(copy, tensor)
 
-        HostCopy.__init__ = begun  # type: ignore[method-assign]
+        HostCopy.__init__ = begun  # type: ignore[assignment,method-assign]
         for name in ("tolist", "numpy", "cpu"):
             kept[name] = method = getattr(Tensor, name)
 

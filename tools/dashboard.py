@@ -59,7 +59,7 @@ class Server:
         found = self._get("query_range", query=expression, start=f"{start}", end=f"{end}", step=f"{step}")
         return [
             (
-                re.sub(r"{{(\w+)}}", lambda name: str(each["metric"].get(name[1], "")), legend),
+                _legend(each["metric"], legend),
                 [float(time) - start for time, _ in each["values"]],
                 [float(value) for _, value in each["values"]],
             )
@@ -76,6 +76,11 @@ class Server:
         return result
 
 
+def _legend(labels: dict[str, str], template: str) -> str:
+    """`rank {{rank}}` with the label's value."""
+    return re.sub(r"{{(\w+)}}", lambda name: labels.get(name[1], ""), template)
+
+
 def draw(server: Server, run: str, output: Path) -> list[str]:
     """Draw every panel; returns the expressions that had no data."""
     import matplotlib
@@ -87,18 +92,16 @@ def draw(server: Server, run: str, output: Path) -> list[str]:
     span, empty = server.span(run), list[str]()
     rows = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in panels)
     with pyplot.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = pyplot.figure(figsize=(15, 0.32 * rows), dpi=80)
-        grid = figure.add_gridspec(rows, COLUMNS, left=0.04, right=0.985, top=0.985, bottom=0.02, hspace=0.6, wspace=3)
+        figure = pyplot.figure(figsize=(15, 0.3 * rows), dpi=80)
         for panel in panels:
             place = panel["gridPos"]
-            axes = figure.add_subplot(
-                # the last row and column of a panel are its margin
-                grid[place["y"] : place["y"] + max(1, place["h"] - 2), place["x"] : place["x"] + place["w"]]
-            )
+            left, top = place["x"] / COLUMNS, 1 - place["y"] / rows
             if panel["type"] == "row":
-                axes.set_axis_off()
-                axes.text(0, 0, panel["title"], fontsize=14, weight="bold")
+                figure.text(left + 0.01, top - 0.9 / rows, panel["title"], fontsize=14, weight="bold")
                 continue
+            width, height = place["w"] / COLUMNS, place["h"] / rows
+            # within the panel, room for its title above and the axes' labels below and on the left
+            axes = figure.add_axes((left + 0.045, top - height + 1.2 / rows, width - 0.06, height - 2.4 / rows))
             axes.set_title(panel["title"], loc="left", fontsize=9, weight="bold")
             found = []
             for target in panel["targets"]:

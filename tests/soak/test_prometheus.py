@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.metrics.test_monitoring import EXPRESSIONS, GPU, named
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+
+from dashboard import Server, draw
+
+from tests.metrics.test_monitoring import EXPRESSIONS, GPU, ROOT, named
 from tests.multinode.training import steps
 from tests.soak.launched import Launched
 from tests.soak.prometheus import Prometheus
@@ -72,6 +77,9 @@ def test_a_run_is_seen_from_its_first_steps_and_its_end_raises_no_alert(
     )
     assert seen.keys() == {"0", "1"}
     assert max(seen.values()) <= 0.1 * done
+    picture = ROOT / "build" / "screenshots" / "dashboard.png"
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    assert all(GPU in expression for expression in draw(Server(prometheus.url), "run", picture))
     states = prometheus.query('max_over_time(paco_run_state{rank="0"}[1h]) == 1')
     assert {"training", "finished"} <= {series["metric"]["state"] for series in states}
     assert set(prometheus.rules().values()) == {"ok"}
@@ -95,5 +103,5 @@ def test_a_killed_rank_raises_an_alert_until_the_run_is_started_again(
     prometheus.wait_until(lambda: ("PacoLostRank", "1") in prometheus.firing(), 300)
     record("a rank is killed: seconds to PacoLostRank, which waits for 120", f"{time.monotonic() - killed:.0f}", True)
     again = start()
-    prometheus.wait_until(lambda: len(prometheus.query("up == 1")) == 2 and not prometheus.firing(), 120)
+    prometheus.wait_until(lambda: len(prometheus.query("up == 1")) == 2 and not prometheus.firing(), 400)
     assert again.process.poll() is None

@@ -7,6 +7,7 @@ import io
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,12 @@ def pictures_of_mistakes(run: Path, final: Mapping[str, Any]) -> Pictures:
         if manifest.sha256 != final.get("manifest_sha256"):
             raise DataError(f"{manifest.storage.url} holds other shards than those that were evaluated")
         with ShardReader(manifest.storage, manifest.split(final["split"])) as reader:
-            found = {image: thumbnail(lambda image=image: reader.read(image).image) for image in wanted}
+            found = {image: thumbnail(partial(_encoded, reader, image)) for image in wanted}
             names = {image: reader.key_of(image) for image in wanted}
     except (UserError, OSError, IndexError, KeyError) as error:
         return Pictures(missing=one_line(error))
     return Pictures({image: jpeg for image, jpeg in found.items() if jpeg}, names)
+
+
+def _encoded(reader: ShardReader, sample: int) -> bytes:
+    return reader.read(sample).image

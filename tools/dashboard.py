@@ -128,7 +128,7 @@ def _draw_panel(axes: Any, panel: dict[str, Any], found: list[Series]) -> None:
         for name, times, values in found:
             axes.plot(times, values, linewidth=1.1, label=name, linestyle="--" if "optimum" in name else "-")
         axes.yaxis.set_major_formatter(lambda value, _: _with_unit(value, unit))
-        axes.xaxis.set_major_formatter(lambda value, _: _with_unit(value, "s"))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f} s")
         axes.grid(alpha=0.25)
         axes.legend(fontsize=6.5, frameon=False, ncols=2, loc="best")
 

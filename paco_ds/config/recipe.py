@@ -319,6 +319,7 @@ class EvaluationSettings(Section):
     checkpoint: Literal["last", "best_all", "best_balanced"] = Field(
         "last", description="which weights the test split is given: the last, or the best on `split`, never on test"
     )
+    pictures: bool = Field(True, description="misclassified test images are shown on report.html")
 
     @model_validator(mode="after")
     def _best_is_judged_on_something(self) -> Self:

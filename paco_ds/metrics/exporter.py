@@ -137,8 +137,11 @@ class Exporter:
             "paco_checkpoint_blocked_seconds", "Time for which checkpoints blocked training.", registry=registry
         )
         self._last_step = Gauge(
-            "paco_last_step_timestamp_seconds", "Unix time at which the last step ended.", registry=registry
+            "paco_last_step_timestamp_seconds",
+            "Unix time at which the last step ended; before the first, that of the start.",
+            registry=registry,
         )
+        self._last_step.set_to_current_time()  # not 0: an alert would take the first step for 50 years late
         self._step = Gauge("paco_step", "Optimizer steps of the job so far, including earlier runs.", registry=registry)
         self._epoch = Gauge("paco_epoch", "Current epoch, counted from 0.", registry=registry)
         self._images = Gauge("paco_images_per_second", "Images per second of all ranks, last step.", registry=of_job)

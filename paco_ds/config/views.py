@@ -177,6 +177,11 @@ class ViewSettings(Section):
     query: Annotated[TrainView, Field(discriminator="name")]
     key: Annotated[TrainView, Field(discriminator="name")]
     evaluation: EvalView = EvalView()
+    device: Literal["cpu", "accelerator"] = Field(
+        "cpu",
+        description="what makes training views: loader processes, or the rank's device, for which they only decode and "
+        "crop; the draws are the same, pixels differ by rounding and by how colors of JPEGs are decoded",
+    )
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> Self:

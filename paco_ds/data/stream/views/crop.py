@@ -13,6 +13,7 @@ from torch.nn import functional
 from paco_ds.data.stream.views.draws import below, uniform
 from paco_ds.data.stream.views.view import Pixels
 
+
 @dataclass(frozen=True)
 class Axis:
     """Where the rows, or the columns, of a view lie in the part of an image that they are sampled from.

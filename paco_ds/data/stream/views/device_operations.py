@@ -96,8 +96,9 @@ def _hue(images: Tensor, numbers: Tensor, tables: Tensor) -> Tensor:
     )
     turn = torch.round(sixth * 256 / (6 * spread).clamp_min(1)) + numbers[:, :1, None]
     saturation = torch.round(spread * 255 / value.clamp_min(1)) / 255
+    # OpenCV counts 256 hues but takes 255 for the whole circle on the way back
     # red, green and blue lie 5, 3 and 1 sixths of the circle before the color at which they are least
-    place = turn.remainder(256)[:, None] * 6 / 256 + (5 - 2 * torch.arange(3, device=images.device)).view(3, 1, 1)
+    place = turn.remainder(256)[:, None] * 6 / 255 + (5 - 2 * torch.arange(3, device=images.device)).view(3, 1, 1)
     place = place.remainder(6)
     share = torch.minimum(place, 4 - place).clamp(0, 1)
     return (value[:, None] - (value * saturation)[:, None] * share).round_().to(torch.uint8)

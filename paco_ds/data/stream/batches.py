@@ -35,8 +35,8 @@ from paco_ds.errors import RecipeError
 class MicroBatch:
     """m images: `query` and `key` uint8 [m, 3, H, W] (`key` None without a key encoder), `labels` int64 [m].
 
-    Images are on the device if they were rendered there. `ids` int64 [m] are the planned sample ids; `valid` bool [m] is
-    False where an evaluation batch is padded.
+    Images are on the device if they were rendered there. `ids` int64 [m] are the planned sample ids; `valid` bool [m]
+    is False where an evaluation batch is padded.
     """
 
     query: Tensor

@@ -145,10 +145,10 @@ def _stacked(views: Sequence[Sequence[np.ndarray]]) -> Tensor:
 
 def _joined(views: Sequence[RawView]) -> tuple[Tensor, RawBatch]:
     batch = raw_batch(views)
-    # in shared memory from the start, where a loader process would otherwise copy it to
-    pixels = torch.empty(batch.bytes, dtype=torch.uint8)
-    if get_worker_info() is not None:
-        pixels.share_memory_()
+    pixels = torch.empty(0, dtype=torch.uint8)
+    if get_worker_info() is not None:  # to which a loader process would copy it otherwise, as torch's own collate knows
+        pixels = pixels.set_(torch.UntypedStorage._new_shared(batch.bytes))
+    pixels.resize_(batch.bytes)
     place, flat = 0, pixels.numpy()
     for view in views:
         part = view.part.pixels

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -14,8 +15,7 @@ from paco_ds.data.stream.views.draws import below, uniform
 from paco_ds.data.stream.views.view import Pixels
 
 
-@dataclass(frozen=True)
-class Axis:
+class Axis(NamedTuple):
     """Where the rows, or the columns, of a view lie in the part of an image that they are sampled from.
 
     Attributes:
@@ -32,8 +32,7 @@ class Axis:
         return Axis((self.first + 0.5) / by - 0.5, self.step / by, max(self.support / by, 1))
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """A part of an image, uint8 [H, W, 3], and how a view is sampled from it."""
 
     pixels: Pixels

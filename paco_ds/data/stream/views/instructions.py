@@ -7,9 +7,9 @@ Tables of bytes are made here by the operations themselves, from the 256 values 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from enum import IntEnum
 from functools import singledispatch
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -39,7 +39,8 @@ BLUR_ONE = 2**8
 
 _HALF = ONE // 2
 _KEEP = ONE // 1000  # PIL truncates; this keeps what is an integer but for its factor's rounding
-_BYTES = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2)
+_BYTES = np.arange(258).clip(0, 255).astype(np.uint8).reshape(1, 86, 3)  # all values, as a view of 86 pixels
+_RED, _GREEN, _BLUE = LUMA.tolist()
 
 
 class Kind(IntEnum):
@@ -68,8 +69,7 @@ _BY_INTERPOLATION = {
 }
 
 
-@dataclass(frozen=True)
-class Instruction:
+class Instruction(NamedTuple):
     """An operation on one view: its kind and numbers, which float32 holds exactly where they are integers.
 
     `table` uint8 [256] is what becomes of each byte, for TABLE.
@@ -98,13 +98,18 @@ def _flip(operation: Flip, size: int) -> Instruction:
     return Instruction(Kind.FLIP)
 
 
-@instruction.register(Brightness)
+@instruction.register
+def _brightness(operation: Brightness, size: int) -> Instruction:
+    factor = round(operation.factor * ONE)
+    return Instruction(Kind.MATRIX, (factor, 0, 0, 0, factor, 0, 0, 0, factor, _KEEP))
+
+
 @instruction.register(Invert)
 @instruction.register(Posterize)
 @instruction.register(Solarize)
 @instruction.register(SolarizeAdd)
 def _table(operation: Operation, size: int) -> Instruction:
-    return Instruction(Kind.TABLE, table=operation(_BYTES)[0, :, 0])
+    return Instruction(Kind.TABLE, table=operation(_BYTES).ravel()[:256])
 
 
 @instruction.register
@@ -124,19 +129,20 @@ def _equalize(operation: Equalize, size: int) -> Instruction:
 
 @instruction.register
 def _saturation(operation: Saturation, size: int) -> Instruction:
-    return _matrix((1 - operation.factor) * np.tile(LUMA, (3, 1)) + operation.factor * np.eye(3), _KEEP)
+    return _toward_gray(operation.factor, _KEEP)
 
 
 @instruction.register
 def _gray(operation: Gray, size: int) -> Instruction:
-    return _matrix(np.tile(LUMA, (3, 1)), _HALF)
+    return _toward_gray(0, _HALF)
 
 
-def _matrix(matrix: np.ndarray, offset: int) -> Instruction:
+def _toward_gray(factor: float, offset: int) -> Instruction:
     """A 3 x 4 matrix; each row of factors adds up to 1, so that gray stays as it is."""
-    factors = np.rint(matrix * ONE)
-    factors[np.arange(3), np.arange(3)] += ONE - factors.sum(1)
-    return Instruction(Kind.MATRIX, (*factors.ravel().tolist(), offset))
+    red, green, blue = ((1 - factor) * weight * ONE for weight in (_RED, _GREEN, _BLUE))
+    r, g, b = round(red), round(green), round(blue)
+    rows = (ONE - g - b, g, b, r, ONE - r - b, b, r, g, ONE - r - g)
+    return Instruction(Kind.MATRIX, (*rows, offset))
 
 
 @instruction.register

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 
 from paco_ds.data.shard import RawSample
-from paco_ds.data.stream.views.crop import Axis, Part
+from paco_ds.data.stream.views.crop import Part
 from paco_ds.data.stream.views.instructions import Instruction, instruction
 from paco_ds.data.stream.views.pair import draw_and_decode
 from paco_ds.data.stream.views.view import Drawn, Pixels, View
@@ -30,11 +29,6 @@ class RawView:
 
     part: Part
     instructions: tuple[Instruction, ...]
-
-
-@runtime_checkable
-class _HasPart(Protocol):
-    def part(self, image: Pixels) -> Part: ...
 
 
 @dataclass(frozen=True)
@@ -56,12 +50,13 @@ class MakeRawViews:
         return tuple(self._raw(each, image) for each in drawn)
 
     def _raw(self, drawn: Drawn, image: Pixels) -> RawView:
-        if not isinstance(drawn.sampling, _HasPart):
+        part_of = getattr(drawn.sampling, "part", None)
+        if part_of is None:
             raise RecipeError(
                 f"views.device: accelerator has no {type(drawn.sampling).__name__}, which a view of this recipe draws; "
                 f"set views.device to cpu"
             )
-        part = _shrunk(drawn.sampling.part(image))
+        part = _shrunk(part_of(image))
         if part.pixels.nbytes * _KEPT < image.nbytes:
             part = Part(part.pixels.copy(), part.rows, part.columns)
         return RawView(part, tuple(instruction(operation, self.size) for operation in drawn.operations))
@@ -120,15 +115,11 @@ def raw_batch(views: Sequence[RawView]) -> RawBatch:
                 tables[row, place] = each.table
     return RawBatch(
         sides=np.array([view.part.pixels.shape[:2] for view in views], np.int64),
-        axes=np.array([[_numbers(view.part.rows), _numbers(view.part.columns)] for view in views]),
+        axes=np.array([[view.part.rows, view.part.columns] for view in views]),
         kinds=kinds,
         numbers=numbers,
         tables=tables,
     )
-
-
-def _numbers(axis: Axis) -> tuple[float, float, float]:
-    return axis.first, axis.step, axis.support
 
 
 def concatenated(batches: Sequence[RawBatch]) -> RawBatch:

@@ -76,12 +76,12 @@ def _finished(parts: Sequence[Part]) -> list[Tensor]:
     return [_joined([part[number] for part in views]) for number in range(len(views[0]))]
 
 
-def _rendered(parts: Sequence[Part], render_on: RenderOn) -> list[Tensor]:
+def _rendered(parts: Sequence[Part], render_on: RenderOn) -> Sequence[Tensor]:
     """The views of a micro-batch, together: loader processes make any share of it, but the batch is the same."""
-    of_views = list(zip(*(part.raw for part in parts), strict=True))
-    pixels = [_joined([pixels for pixels, _ in of_view]) for of_view in of_views]
-    batches = [concatenated([batch for _, batch in of_view]) for of_view in of_views]
-    return render(pixels, batches, render_on.size, render_on.device)
+    of_views = [raw for of_view in zip(*(part.raw for part in parts), strict=True) for raw in of_view]
+    pixels, batch = _joined([pixels for pixels, _ in of_views]), concatenated([batch for _, batch in of_views])
+    views = render(pixels, batch, render_on.size, render_on.device)
+    return views.chunk(len(parts[0].raw))
 
 
 def _joined(images: list[Tensor]) -> Tensor:

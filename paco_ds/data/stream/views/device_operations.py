@@ -34,11 +34,8 @@ def _table(images: Tensor, numbers: Tensor, tables: Tensor) -> Tensor:
 def _matrix(images: Tensor, numbers: Tensor, tables: Tensor) -> Tensor:
     """numbers: 3 x 3 factors, row by row, and an offset for all."""
     factors = numbers.int()
-    columns = factors[:, :9].view(-1, 3, 3, 1, 1).unbind(2)
-    total = factors[:, 9].view(-1, 1, 1, 1)
-    for column, channel in zip(columns, images.int().split(1, dim=1), strict=True):
-        total = total + column * channel
-    return _bytes(total)
+    mixed = (factors[:, :9].view(-1, 3, 3, 1, 1) * images.int()[:, None]).sum(2, dtype=torch.int32)
+    return _bytes(mixed + factors[:, 9].view(-1, 1, 1, 1))
 
 
 def _contrast(images: Tensor, numbers: Tensor, tables: Tensor) -> Tensor:
@@ -134,12 +131,12 @@ def _sharpness(images: Tensor, numbers: Tensor, tables: Tensor) -> Tensor:
 def _affine(mode: str) -> Operate:
     def affine(images: Tensor, numbers: Tensor, tables: Tensor) -> Tensor:
         """numbers: 2 x 3 of the transform in pixels, row by row, and the color of what comes from outside."""
-        height, width = images.shape[2:]
-        x = torch.arange(width, dtype=torch.float32, device=images.device)
-        y = torch.arange(height, dtype=torch.float32, device=images.device)[:, None]
-        a, b, c, d, e, f, *fill = numbers[:, :9, None, None].unbind(1)
-        grid = torch.stack([_unit(x * a + y * b + c, width), _unit(x * d + y * e + f, height)], 3)
-        color = torch.stack(fill, 1)
+        side = images.shape[3]
+        x = torch.arange(side, dtype=torch.float32, device=images.device)
+        y = x[:, None]
+        of_x, of_y, offset = numbers[:, :6].view(-1, 1, 1, 2, 3).unbind(4)
+        grid = _unit(x[:, None] * of_x + y[:, :, None] * of_y + offset, side)
+        color = numbers[:, 6:9, None, None]
         # outside is 0, so that at the edge pixels and the color mix as in OpenCV
         moved = functional.grid_sample(images.float() - color, grid, mode, "zeros", align_corners=False) + color
         return moved.round_().clamp_(0, 255).to(torch.uint8)

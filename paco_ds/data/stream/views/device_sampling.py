@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 _ONE = 2**11  # the weights of a pixel add up to about that
-_MOST = 2**26  # values of a chunk of images in float32: 256 MiB
+_MOST = 2**25  # values of a chunk of images in float32: 128 MiB, and about as much for each of its places
 
 
 def sampled(pixels: Tensor, starts: Tensor, sides: Tensor, axes: Tensor, lengths: np.ndarray, size: int) -> Tensor:
@@ -29,11 +29,11 @@ def sampled(pixels: Tensor, starts: Tensor, sides: Tensor, axes: Tensor, lengths
     for chunk in _chunks(lengths):
         height, width = lengths[chunk].max(0).tolist()
         parts = _unpacked(pixels, starts[chunk], sides[chunk], height, width)
-        rows, row_sums = _weights(axes[chunk, 0], sides[chunk, 0], size, height)
-        columns, column_sums = _weights(axes[chunk, 1], sides[chunk, 1], size, width)
-        half = torch.round(torch.bmm(rows, parts) / row_sums[:, :, None])
+        weights, sums = _weights(axes[chunk].flatten(0, 1), sides[chunk].flatten(), size, max(height, width))
+        (rows, columns), (row_sums, column_sums) = (t.unflatten(0, (-1, 2)).unbind(1) for t in (weights, sums))
+        half = torch.round(torch.bmm(rows[:, :, :height], parts) / row_sums[:, :, None])
         planes = half.view(-1, size, width, 3).permute(0, 3, 1, 2).reshape(-1, 3 * size, width)
-        whole = torch.bmm(planes, columns.transpose(1, 2)) / column_sums[:, None, :]
+        whole = torch.bmm(planes, columns[:, :, :width].transpose(1, 2)) / column_sums[:, None, :]
         chunks.append(whole.round_().clamp_(0, 255).to(torch.uint8).view(-1, 3, size, size))
     return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
@@ -58,7 +58,8 @@ def _unpacked(pixels: Tensor, starts: Tensor, sides: Tensor, height: int, width:
 
 
 def _weights(axis: Tensor, lengths: Tensor, size: int, longest: int) -> tuple[Tensor, Tensor]:
-    """Integer weights, float32 [n, size, longest], of a part's rows in each row of its view, and by what to divide."""
+    """Integer weights, float32 [n, size, longest], of a part's rows (or columns) in those of its view, and by what to
+    divide."""
     first, step, support = axis[:, :, None].unbind(1)
     centers = _count(size, lengths) * step + first
     source = _count(longest, lengths)

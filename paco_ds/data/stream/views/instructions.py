@@ -44,7 +44,7 @@ _RED, _GREEN, _BLUE = LUMA.tolist()
 
 
 class Kind(IntEnum):
-    """What is done on a device by one function. Those of least work first: see `schedule`."""
+    """What is done on a device by one function."""
 
     NOTHING = 0
     FLIP = 1

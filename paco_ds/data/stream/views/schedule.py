@@ -27,17 +27,21 @@ class Layer:
 def schedule(batch: RawBatch) -> list[Layer]:
     """Layers that carry out the operations of each image in its own order.
 
-    A kind runs when no image waits for a cheaper one, so that images that need a dear one meet there.
+    The next kind is the one that the largest share of those who still need it wait for, so that few layers are left.
     """
     images = np.arange(len(batch))
     kinds = np.pad(batch.kinds, ((0, 0), (0, 1)))
     place = np.zeros(len(batch), np.int64)
+    left = (kinds[:, :, None] == np.arange(len(Kind))).sum(1)  # operations of each kind that an image still needs
     layers: list[Layer] = []
     while (waiting := kinds[images, place]).any():
-        kind = Kind(int(waiting[waiting > 0].min()))
+        of_kind = np.bincount(waiting, minlength=len(Kind))
+        of_kind[Kind.NOTHING] = 0
+        kind = Kind(int(np.argmax(of_kind / np.maximum((left > 0).sum(0), 1))))
         members = np.flatnonzero(waiting == kind)
         at = members, place[members]
         tables = batch.tables[at] if kind is Kind.TABLE else np.empty((0, 256), np.uint8)
         layers.append(Layer(kind, members, batch.numbers[at], tables))
         place[members] += 1
+        left[members, kind] -= 1
     return layers

@@ -27,6 +27,7 @@ from paco_ds.data.stream.views import (
     Drawn,
     MakeRawViews,
     MakeViews,
+    Operation,
     RawView,
     concatenated,
     make_view,

@@ -152,10 +152,14 @@ class KeyEncoder:
         if self.batch_norm == "local":
             return PendingImages(step, groups, Pending(images))
         exchange = key_exchange(groups, self.layout)
-        # page-locked where there is a GPU, so that the host does not wait for it
-        rows = torch.empty(images.shape, dtype=images.dtype, pin_memory=torch.cuda.is_available())
-        torch.index_select(images, 0, torch.from_numpy(exchange.rows), out=rows)
-        rows = rows.to(self.ranks.device, non_blocking=True)
+        order = torch.from_numpy(exchange.rows)
+        if images.is_cuda:  # views rendered there
+            rows = images.index_select(0, to_device(order, images.device))
+        else:
+            # page-locked where there is a GPU, so that the host does not wait for it
+            rows = torch.empty(images.shape, dtype=images.dtype, pin_memory=torch.cuda.is_available())
+            torch.index_select(images, 0, order, out=rows)
+            rows = rows.to(self.ranks.device, non_blocking=True)
         arriving = self.ranks.begin_exchange(
             rows, exchange.send, exchange.receive, among_peers=self.shuffle_block is not None
         )

@@ -14,7 +14,7 @@ from paco_ds.contrast.contrast import Contrast
 from paco_ds.contrast.key_encoder import KeyEncoder, groups_of_keys, key_momentum
 from paco_ds.contrast.key_queue import KeyQueue
 from paco_ds.data.manifest import Manifest
-from paco_ds.data.stream.batches import TrainingStream
+from paco_ds.data.stream.batches import RenderOn, TrainingStream
 from paco_ds.distributed.ranks import MicroBatchLayout, Ranks
 from paco_ds.losses import make_loss
 from paco_ds.losses.distillation import Distillation
@@ -53,8 +53,21 @@ class Classes:
         return cls(counts, shots, manifest.classes, manifest.mean, manifest.std)
 
 
-def build_stream(recipe: Recipe, manifest: Manifest, layout: MicroBatchLayout, start: int = 0) -> TrainingStream:
-    """The training images of a recipe, from global step `start` on. Loader processes start here."""
+def build_stream(
+    recipe: Recipe,
+    manifest: Manifest,
+    layout: MicroBatchLayout,
+    start: int = 0,
+    device: torch.device | None = None,
+) -> TrainingStream:
+    """The training images of a recipe, from global step `start` on. Loader processes start here.
+
+    Args:
+        device: of this rank, which makes the views if the recipe says so; the CPU by default.
+    """
+    render_on = None
+    if recipe.views.device == "accelerator":
+        render_on = RenderOn(device or torch.device("cpu"), recipe.views.query.size)
     return TrainingStream(
         recipe.data,
         recipe.training_views,
@@ -63,6 +76,7 @@ def build_stream(recipe: Recipe, manifest: Manifest, layout: MicroBatchLayout, s
         seed=recipe.seed,
         epochs=recipe.schedule.epochs,
         start=start,
+        render_on=render_on,
     )
 
 

@@ -64,7 +64,7 @@ def keep_step(
         tensors = {"query": batch.query, "labels": batch.labels, "ids": batch.ids}
         if batch.key is not None:
             tensors["key"] = batch.key
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         write_tensors(folder / f"micro-batch-{j:05d}.safetensors", contiguous)
     files: dict[str, Iterable[tuple[str, Tensor]]] = {
         MODEL: whole_model(step.engine),

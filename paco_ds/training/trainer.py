@@ -131,7 +131,7 @@ class Trainer:
             self.teacher.check_taught(checkpoint)
         self.stop_request, self.stop_agreed = stop_request or StopRequest(), False
         # loader processes start here, before DeepSpeed and metrics start threads
-        self.stream = build_stream(recipe, manifest, self.layout, start=self.steps_done)
+        self.stream = build_stream(recipe, manifest, self.layout, self.steps_done, ranks.device)
         classes = Classes.of(manifest, recipe.data.train_split)
         model = build_model(recipe, classes)
         self.started_from: Fit | None = None

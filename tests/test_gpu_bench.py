@@ -76,7 +76,7 @@ def test_every_step_of_the_published_loop_is_taken():
     model, generator = loop.model.module, torch.Generator().manual_seed(0)
     images = [torch.randn(4, 3, 32, 32, generator=generator) for _ in range(2)]
     before = [model.queue.clone(), model.encoder_q.conv1.weight.detach().clone(), model.linear.weight.detach().clone()]
-    losses = [loop(*images, torch.arange(4)) for _ in range(2)]
+    losses = [loop(images[0], images[1], torch.arange(4)) for _ in range(2)]
     assert all(torch.isfinite(torch.tensor(losses)))
     assert not (model.queue == before[0]).all(1).any()
     assert int(model.queue_ptr) == 0

@@ -130,8 +130,8 @@ class KeyEncoderSettings(Section):
     shuffle_block: Count | None = Field(
         None,
         ge=2,
-        description="consecutive micro-batches that shuffle images among themselves, as many as a node has ranks; null: "
-        "all of a step, as published",
+        description="consecutive micro-batches that shuffle images among themselves, as many as a node has ranks; "
+        "null: all of a step, as published",
     )
 
     @model_validator(mode="after")

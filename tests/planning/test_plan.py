@@ -267,7 +267,7 @@ def test_512_ranks_on_paper(zero1, block, peers, op):
 def test_shards_that_are_open_are_bounded():
     """By the shards there are, those read at once, and the reader's limit, in each loader process."""
     layout = MicroBatchLayout(32, 4, 0, 4)
-    assert open_files([1000] * 3, layout, 64, workers=0) == 3
+    assert open_files([1000] * 3, layout, 64, workers=0) == 2  # a rank reads one stretch, which may end in the next
     assert open_files([100] * 10_000, layout, 64, workers=8) == 8 * 53
     assert open_files([100] * 10_000, MicroBatchLayout(512, 4, 0, 4), 64, workers=2) == 2 * 128
 

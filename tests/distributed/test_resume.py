@@ -199,7 +199,7 @@ def lines_without_times(run):
 
 
 def test_a_run_resumed_inside_a_window_of_the_log_writes_the_same_lines(pool, recipe, tmp_path):
-    """By the checkpoint of a stop, on any number of ranks; what the stop wrote of its window is replaced."""
+    """By the checkpoints of two stops; what a stop wrote of its window is replaced."""
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     windows = ("metrics.log_every=3",)
     pool(2).run(TRAIN, recipe=recipe, run=straight, overrides=windows, stop_at_step=END)

@@ -146,7 +146,7 @@ class KeyEncoderSettings(Section):
     shuffle_block: Count | None = Field(
         None,
         ge=2,
-        description="consecutive micro-batches whose images are shuffled among themselves, such as those of a node; "
+        description="consecutive micro-batches that shuffle images among themselves, as many as a node has ranks; "
         "null: all of a step, as published",
     )
 

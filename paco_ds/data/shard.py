@@ -45,7 +45,7 @@ INDEX_DTYPE = np.dtype(
 )
 
 # per process; the usual limit of a process is 1024 open files
-_MAX_OPEN_SHARDS = 128
+MAX_OPEN_SHARDS = 128
 
 GAP = 256 * 1024  # bytes between two samples that cost less to read than another request
 _CHECKED_TOGETHER = 256  # samples
@@ -340,7 +340,7 @@ class ShardReader:
             file = self._open(self.split.shards[number])
             with self._lock:
                 self._files[number] = file
-                while len(self._files) > _MAX_OPEN_SHARDS:
+                while len(self._files) > MAX_OPEN_SHARDS:
                     self._files.popitem(last=False)  # closed once no thread reads it
             return file
 

@@ -80,8 +80,7 @@ class MetricsLog:
         return self._window.state() if self._window.steps else None
 
     def end_window(self) -> None:
-        """Append the line of an unfinished window, for who reads the log of a run that stopped. `cut_after` removes it:
-        the resumed run writes that of the whole window."""
+        """Append the line of an unfinished window, of a run that stops; `cut_after` removes it."""
         window, self._window = self._window, StepWindow()
         if window.steps:
             self._write({"kind": "step", **window.line()})

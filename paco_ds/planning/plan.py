@@ -15,6 +15,7 @@ from paco_ds.distributed.ranks import MicroBatchLayout, legal_world_sizes
 from paco_ds.errors import DataError, RecipeError, UserError
 from paco_ds.models.execution import Hardware, choose
 from paco_ds.planning.memory import Device, Memory, offloads, plan_memory, zero_settings
+from paco_ds.planning.network import connections, open_files
 from paco_ds.planning.planned_rank import PlannedRank
 from paco_ds.planning.sizes import format_bytes
 from paco_ds.planning.trace import StepTrace, trace_step
@@ -58,6 +59,8 @@ class Plan:
             shards.
         cache_bytes: needed in data.cache per rank of a host for the shards read at the same time; None without shards.
         ready_bytes: shared host memory for prefetched micro-batches.
+        connections: of a rank to others, by purpose.
+        open_files: shards that a rank's processes hold open; None without shards.
         verdict: "fits", "tight" (within the plan's margin of 15 %) or "does not fit", at the recipe's stage; None if
             no GPU memory was given.
         remedies: settings that make it fit, the smallest change first.
@@ -78,6 +81,8 @@ class Plan:
     cache_bytes: int | None
     ready_bytes: int
     legal_ranks: tuple[int, ...]
+    connections: dict[str, int]
+    open_files: int | None
     images_per_second: float | None = None
     gpu_memory: int | None = None
     verdict: str | None = None
@@ -173,6 +178,8 @@ def make_plan(
         cache_bytes=_cache_bytes(data, layout, recipe.data.window),
         ready_bytes=_ready_bytes(layout, recipe.data.workers, len(recipe.training_views) * rank.image_bytes),
         legal_ranks=legal_world_sizes(layout.micro_batches),
+        connections=connections(rank, device),
+        open_files=open_files(data.shards, layout, recipe.data.window, recipe.data.workers) if data.built else None,
         images_per_second=images_per_second,
         gpu_memory=gpu_memory,
         verdict=verdict,

@@ -9,6 +9,7 @@ from rich.table import Table
 from paco_ds.command import Screen
 from paco_ds.contrast.key_queue import short_queue_hint
 from paco_ds.planning.memory import PARTS
+from paco_ds.planning.network import few_steps_hint, link_seconds
 from paco_ds.planning.plan import OUTSIDE, STAGES, Plan
 from paco_ds.planning.sizes import format_bytes
 from paco_ds.planning.traffic import Traffic
@@ -19,6 +20,8 @@ def print_plan(plan: Plan, console: Screen) -> None:
     console.print(_settings(plan))
     console.print(_memory(plan))
     console.print(_traffic(plan))
+    if plan.connections:
+        console.print(_network(plan))
     for line in verdict_lines(plan):
         console.print(line, highlight=False, soft_wrap=True)
 
@@ -48,7 +51,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "accumulation": layout.accumulation,
         "global_batch": layout.global_batch,
         "peak_lr": recipe.lr,
-        "lr_scale": recipe.step.scale,
+        "lr_scale": recipe.step.lr_scale,
         "images": plan.data.images,
         "classes": len(plan.data.class_counts),
         "shards": len(plan.data.shards) if plan.data.built else None,
@@ -68,6 +71,10 @@ def as_json(plan: Plan) -> dict[str, Any]:
             for stage, memory in plan.memory.items()
         },
         "traffic": {stage: [vars(row) for row in rows] for stage, rows in plan.traffic.items()},
+        "link_seconds": link_seconds(plan.traffic[plan.stage]),
+        "connections": plan.connections,
+        "open_files": plan.open_files,
+        "few_steps": few_steps_hint(plan.steps_per_epoch, layout),
         "gpu_memory": plan.gpu_memory,
         "verdict": plan.verdict,
         "remedies": plan.remedies,
@@ -85,7 +92,7 @@ def _settings(plan: Plan) -> Table:
         f"{layout.global_batch} images",
         "legal ranks": f"{legal}; for others --set step.micro_batches=(a multiple of them)",
         "learning rate": f"peak {recipe.lr:g}"
-        + (f", {recipe.step.scale:g} x the recipe's: scaled, another model" if recipe.step.scale != 1 else ""),
+        + (f", {recipe.step.lr_scale:g} x the recipe's: scaled, another model" if recipe.step.scale != 1 else ""),
         "shards a rank": f"at most {plan.shards_per_rank} in an epoch, in stretches of {recipe.data.window} images"
         if data.built
         else "known when shards are built",
@@ -97,8 +104,29 @@ def _settings(plan: Plan) -> Table:
         rows["shard cache"] = f"at least {format_bytes(plan.cache_bytes)} for each rank of a host"
     if recipe.keys_from and (hint := short_queue_hint(recipe.queue.length, layout.global_batch)):
         rows["queue"] = hint
+    if hint := few_steps_hint(plan.steps_per_epoch, layout):
+        rows["few steps"] = hint
     for name, value in rows.items():
         table.add_row(name, value)
+    return table
+
+
+def _network(plan: Plan) -> Table:
+    """Of the recipe's stage, by the speed of a rank's share of the network."""
+    files = "" if plan.open_files is None else f"; at most {plan.open_files} shards open a rank"
+    counted = ", ".join(f"{purpose} {number}" for purpose, number in plan.connections.items())
+    table = Table(
+        title=f"Time of a step's bytes on the link at stage {plan.stage}, ms",
+        caption=f"connections: {counted}{files}",
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("what")
+    seconds = link_seconds(plan.traffic[plan.stage])
+    for speed in seconds:
+        table.add_column(f"{speed} Gbit/s", justify="right")
+    for name, key in (("sent a step ahead", "ahead"), ("exposed at most, without overlap", "exposed")):
+        table.add_row(name, *[f"{1000 * times[key]:.3g}" for times in seconds.values()])
     return table
 
 

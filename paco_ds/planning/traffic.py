@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from paco_ds.contrast.key_exchange import key_exchange
+from paco_ds.contrast.key_exchange import key_exchange, key_groups
 from paco_ds.distributed.ranks import MicroBatchLayout
 from paco_ds.planning.planned_rank import FLOAT, PlannedRank
 from paco_ds.planning.trace import StepTrace
-from paco_ds.randomness import DrawPurpose, permutation
 from paco_ds.training.totals import StepTotals
 
 
@@ -40,7 +39,8 @@ class Traffic:
 def plan_traffic(rank: PlannedRank, zero: Any, step: int = 0) -> list[Traffic]:
     """All collectives of global step `step` on rank `rank.layout.rank`; none on one rank.
 
-    The number of images that a rank sends depends on the permutation of the step; on average (W-1)/W of its images.
+    The number of images that a rank sends depends on the permutation of the step; on average (W-1)/W of its images, or
+    (N-1)/N with blocks of N ranks.
     """
     if rank.layout.world_size == 1:
         return []
@@ -52,10 +52,12 @@ def _own(rank: PlannedRank, step: int) -> list[Traffic]:
     W, m, A = layout.world_size, layout.micro_batch, layout.accumulation
     rows = []
     if rank.exchanges_images:
-        slots = permutation(layout.global_batch, DrawPurpose.KEY_GROUPS, recipe.seed, step)
-        exchange = key_exchange(slots.reshape(layout.micro_batches, m), layout)
+        assert recipe.key_encoder is not None
+        block = recipe.key_encoder.shuffle_block
+        exchange = key_exchange(key_groups(layout, block, recipe.seed, step), layout)
         leaving = int(np.sum(exchange.send)) - exchange.send[layout.rank]
-        rows.append(Traffic("key images", "all_to_all", leaving * rank.image_bytes, "paco_ds"))
+        op = "all_to_all" if block is None else "send_receive"
+        rows.append(Traffic("key images", op, leaving * rank.image_bytes, "paco_ds"))
     if recipe.keys_from:
         packed = FLOAT * (A * m * (recipe.model.key_dim + 1) + 1)  # keys, labels, a finite flag
         rows.append(Traffic("keys and labels", "all_gather", packed * (W - 1), "paco_ds"))

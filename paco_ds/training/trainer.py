@@ -437,7 +437,8 @@ class Trainer:
         if recipe.step.scale != 1:
             self.logger.say(
                 f"scaled: {step.micro_batches} micro-batches a step where the recipe has "
-                f"{recipe.step.reference_micro_batches}, so the peak learning rate is {recipe.lr:g}"
+                f"{recipe.step.reference_micro_batches}, so the peak learning rate is {recipe.lr:g} "
+                f"(step.lr_scaling {recipe.step.lr_scaling})"
             )
             if recipe.keys_from and (hint := short_queue_hint(recipe.queue.length, step.global_batch)):
                 self.logger.say(hint)

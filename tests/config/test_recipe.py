@@ -135,6 +135,34 @@ def test_the_learning_rate_scales_with_the_micro_batches(path):
     assert again.lr == 0.1
 
 
+@pytest.mark.parametrize(("scaling", "lr"), [("linear", 0.2), ("square_root", 0.1), ("none", 0.05)])
+def test_the_learning_rate_scales_as_the_recipe_says(path, scaling, lr):
+    """Four times the micro-batches; run as written, it is the recipe's."""
+    how = f"step.lr_scaling={scaling}"
+    assert load_recipe(path, ["step.micro_batches=16", how]).lr == pytest.approx(lr)
+    assert load_recipe(path, [how]).lr == 0.05
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["key_encoder.shuffle_block=3"],
+            r"shuffle_block 3 does not divide step.micro_batches 4: set it to one of 2, 4",
+        ),
+        (["key_encoder.shuffle_block=2", "step.micro_batches=1"], r"does not divide .* 1: set it to null"),
+        (
+            ["key_encoder.shuffle_block=2", "key_encoder.batch_norm=local"],
+            r"shuffle_block bounds the shuffle.*leave it",
+        ),
+        (["key_encoder.shuffle_block=1"], r"key_encoder.shuffle_block"),
+    ],
+)
+def test_a_block_of_the_shuffle_fits_the_step(path, overrides, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(path, overrides)
+
+
 def _written(path, recipe):
     path.write_text(recipe.to_yaml())
     return path

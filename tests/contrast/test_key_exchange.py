@@ -79,7 +79,7 @@ def test_images_of_another_step_are_refused():
 
 
 def test_groups_of_a_block_have_the_images_of_its_micro_batches():
-    """A permutation within each, another in every block and step; null and one block of all are the published one."""
+    """A permutation within each, another in every block and step; one block of all is the published shuffle."""
     layout = MicroBatchLayout(5, 12, 0, 1)
     groups = key_groups(layout, 4, seed=3, step=1)
     for first in range(0, 12, 4):

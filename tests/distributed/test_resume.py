@@ -188,6 +188,29 @@ def test_the_log_is_cut_at_the_checkpoint_a_run_goes_on_from(pool, recipe, tmp_p
     assert [step[0] for step in steps_logged(run)] == list(range(1, END + 1))
 
 
+def lines_without_times(run):
+    wall = ("images_per_second", "data_wait_seconds", "step_seconds")
+    lines = [line for line in read(run / "metrics.jsonl") if line["kind"] == "step"]
+    for line in lines:
+        for place in (line, line.get("range", {})):
+            for name in wall:
+                place.pop(name, None)
+    return lines
+
+
+def test_a_run_resumed_inside_a_window_of_the_log_writes_the_same_lines(pool, recipe, tmp_path):
+    """By the checkpoints of two stops; what a stop wrote of its window is replaced."""
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    windows = ("metrics.log_every=3",)
+    pool(2).run(TRAIN, recipe=recipe, run=straight, overrides=windows, stop_at_step=END)
+    pool(2).run(TRAIN, recipe=recipe, run=resumed, overrides=windows, stop_at_step=2)
+    assert [(line["step"], line["steps"]) for line in lines_without_times(resumed)] == [(2, 2)]
+    for stop in (5, END):
+        pool(2).run(TRAIN, recipe=recipe, run=resumed, overrides=windows, stop_at_step=stop)
+    assert lines_without_times(resumed) == lines_without_times(straight)
+    assert [line["step"] for line in lines_without_times(straight)] == [3, 4, 6]
+
+
 def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(pool, recipe, tmp_path):
     """Said so, and the run goes on from there."""
     run = tmp_path / "run"

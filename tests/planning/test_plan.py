@@ -13,6 +13,7 @@ from paco_ds.distributed.ranks import MicroBatchLayout
 from paco_ds.errors import DataError, RecipeError, UserError
 from paco_ds.losses import make_loss
 from paco_ds.planning.memory import PARTS, Device, plan_memory, zero_settings
+from paco_ds.planning.network import few_steps_hint, open_files
 from paco_ds.planning.plan import Plan, find_data, judge, make_plan, planned_stage
 from paco_ds.planning.planned_rank import PlannedRank
 from paco_ds.planning.preflight import main
@@ -225,6 +226,51 @@ def test_a_plan_says_steps_rate_and_time(zero1):
     for memory in plan.memory.values():
         assert set(memory.parts) == set(PARTS)
         assert memory.total == sum(memory.parts.values())
+
+
+def test_a_set_too_small_for_so_many_ranks_is_told(zero1):
+    """Under 50 steps an epoch, with the largest step that has 50; not at 50."""
+    for images, steps in ((50 * 32 - 1, 49), (50 * 32, 50)):
+        recipe = tiny_recipe(zero1)
+        plan = make_plan(recipe, 4, find_data(recipe.data, images, 10))
+        console = io.StringIO()
+        print_plan(plan, Screen(console, width=200))
+        hint = as_json(plan)["few_steps"]
+        assert plan.steps_per_epoch == steps
+        assert (hint is None) == (steps == 50)
+        assert ("few steps" in console.getvalue()) == (steps < 50)
+    assert few_steps_hint(7, MicroBatchLayout(32, 512, 0, 512)) == (
+        "7 steps an epoch, under 50: the set is small for so many ranks; "
+        "with step.micro_batches=71 or fewer, and as many ranks at most, it has 50"
+    )
+
+
+@pytest.mark.parametrize(("block", "peers", "op"), [("null", 511, "all_to_all"), ("8", 7, "send_receive")])
+def test_512_ranks_on_paper(zero1, block, peers, op):
+    """Bytes, time by link speed, connections: with a node's ranks as blocks, images go to the other seven alone."""
+    recipe = tiny_recipe(zero1, "step.micro_batches=512", f"key_encoder.shuffle_block={block}")
+    plan = make_plan(recipe, 512, find_data(recipe.data, 10**6, 10))
+    said = as_json(plan)
+    assert said["connections"]["key images"] == peers
+    assert said["connections"]["watchdog and store, rank 0"] == 2 * 511
+    images = next(row for row in plan.traffic[1] if row.what == "key images")
+    assert (images.op, images.bytes % (3 * 12 * 12)) == (op, 0)
+    rest = sum(row.bytes for row in plan.traffic[1]) - images.bytes
+    for speed, seconds in said["link_seconds"].items():
+        assert seconds["ahead"] == pytest.approx(images.bytes * 8 / (speed * 1e9))
+        assert seconds["exposed"] == pytest.approx(rest * 8 / (speed * 1e9))
+    console = io.StringIO()
+    print_plan(plan, Screen(console, width=200))
+    assert f"key images {peers}" in console.getvalue()
+    assert "400 Gbit/s" in console.getvalue()
+
+
+def test_shards_that_are_open_are_bounded():
+    """By the shards there are, those read at once, and the reader's limit, in each loader process."""
+    layout = MicroBatchLayout(32, 4, 0, 4)
+    assert open_files([1000] * 3, layout, 64, workers=0) == 2  # a rank reads one stretch, which may end in the next
+    assert open_files([100] * 10_000, layout, 64, workers=8) == 8 * 53
+    assert open_files([100] * 10_000, MicroBatchLayout(512, 4, 0, 4), 64, workers=2) == 2 * 128
 
 
 def test_what_does_not_fit_is_told_what_would(zero1):

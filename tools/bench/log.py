@@ -87,10 +87,21 @@ def cut(path: Path, step: int) -> float:
 
 
 def make_report(run: Path) -> tuple[float, int]:
-    """Seconds of paco-report, and the bytes of its peak."""
-    subprocess.run([sys.executable, "-m", "paco_ds.report.entry", run], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    """Seconds of paco-report, and the bytes of its peak; that of rusage would begin with the fork of this process."""
+    command = [sys.executable, "-c", _REPORT, str(run)]
+    done = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime, used.ru_maxrss * 1024
+    return used.ru_utime + used.ru_stime, int(done.stdout.split()[-1])
+
+
+_REPORT = """
+import sys
+sys.path[:0] = ["", "tools/bench"]
+from paco_ds.report.entry import main
+from report import status_bytes
+main(sys.argv[1:])
+print(status_bytes("VmHWM"))
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -45,7 +45,7 @@ from paco_ds.data.stream.views.schedule import schedule
 from paco_ds.errors import RecipeError
 
 CPU, SIZE, FILL = torch.device("cpu"), 96, (124, 116, 104)
-PHOTOGRAPHS = load_sample_images().images
+PHOTOGRAPHS = list(map(np.array, load_sample_images().images))
 MOVES = [
     kind(amount, interpolation, FILL)
     for interpolation in Interpolation
@@ -159,7 +159,7 @@ def test_any_image_can_be_rendered(shape):
     image = np.random.default_rng(1).integers(0, 256, (*shape, 3), dtype=np.uint8)
     for settings in SETTINGS:
         small = settings.model_copy(update={"size": 28})
-        drawn = make_view(small).draw(*shape, np.random.default_rng(0))
+        drawn = make_view(small).draw(shape[0], shape[1], np.random.default_rng(0))
         assert_alike(rendered([raw(image, drawn.sampling, size=28)], 28)[0], drawn.sampling(image), limit=8)
 
 

@@ -17,8 +17,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 @pytest.mark.parametrize("tf32", [False, True])
 def test_each_operation_is_that_of_the_cpu(tf32):
     """Integer arithmetic is the same, also where float32 is rounded for tensor cores; affine transforms round."""
-    part = Box(31, 52, 300, 410, 427, 640, 96).part(PHOTOGRAPHS[0])
-    raws = [RawView(part, (instruction(operation, 96),)) for operation in OPERATIONS]
+    patch = Box(31, 52, 300, 410, 427, 640, 96).patch(PHOTOGRAPHS[0])
+    raws = [RawView(patch, (instruction(operation, 96),)) for operation in OPERATIONS]
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = tf32
     try:

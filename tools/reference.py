@@ -36,6 +36,8 @@ _BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "ex
 _SIGNS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 _PLUGIN = {"type": "string", "pattern": r"^[\w.]+:\w+$"}
 
+_HEADER = "| setting | type | default | meaning |\n|---|---|---|---|"
+
 _SETTINGS = """# Settings
 
 Every setting of a recipe; `make pages` writes this page from the code. `--set KEY=VALUE` overrides one on the command
@@ -99,6 +101,9 @@ def settings_page() -> str:
     for prefix, model, running in _sections(Recipe, "", False):
         parts += [f"## {prefix or 'The recipe'}", _sentence(model.__doc__), _table(model, schema, running)]
     parts += ["## views", _sentence(ViewSettings.__doc__), "`views.evaluation` is `eval`; `name` chooses the others."]
+    device = ViewSettings.model_fields["device"]
+    kind = _kind(ViewSettings.model_json_schema()["properties"]["device"])
+    parts += [f"{_HEADER}\n| `device` | {kind} | {_default(device)} | {_cell(device.description or '')} |"]
     for view in (ChainView, *typing.get_args(TrainView), ViewSettings.model_fields["evaluation"].annotation):
         parts += _view(view, schema)
     return "\n\n".join(parts) + "\n"
@@ -133,7 +138,7 @@ def _view(view: Any, schema: Mapping[str, Any]) -> list[str]:
 def _table(model: type[BaseModel], schema: Mapping[str, Any], running: bool) -> str:
     """A row for each setting; a section inside is a row that points to its own heading."""
     properties = schema.get("$defs", {}).get(model.__name__, schema)["properties"]
-    rows = ["| setting | type | default | meaning |", "|---|---|---|---|"]
+    rows = [_HEADER]
     for name, field in model.model_fields.items():
         if name == "name" and model is not Recipe:
             continue  # chooses the view

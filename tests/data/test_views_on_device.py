@@ -45,7 +45,7 @@ from paco_ds.data.stream.views.schedule import schedule
 from paco_ds.errors import RecipeError
 
 CPU, SIZE, FILL = torch.device("cpu"), 96, (124, 116, 104)
-PHOTOGRAPHS = load_sample_images().images
+PHOTOGRAPHS = list(map(np.array, load_sample_images().images))
 MOVES = [
     kind(amount, interpolation, FILL)
     for interpolation in Interpolation
@@ -64,11 +64,11 @@ OPERATIONS: list[Operation] = [
 
 
 def raw(image, sampling, operations=(), size=SIZE):
-    return RawView(sampling.part(image), tuple(instruction(each, size) for each in operations))
+    return RawView(sampling.patch(image), tuple(instruction(each, size) for each in operations))
 
 
 def flat(raws):
-    return torch.cat([torch.from_numpy(view.part.pixels.copy()).flatten() for view in raws])
+    return torch.cat([torch.from_numpy(view.patch.pixels.copy()).flatten() for view in raws])
 
 
 def rendered(raws, size=SIZE):
@@ -169,7 +169,7 @@ def test_a_part_of_many_pixels_is_averaged_first():
     box = Box(20, 33, 1203, 1407, 1281, 1920, SIZE)
     maker = MakeRawViews((), 10**9, SIZE)
     view = maker._raw(Drawn(box), image)
-    assert min(view.part.pixels.shape[:2]) < 2 * SIZE
+    assert min(view.patch.pixels.shape[:2]) < 2 * SIZE
     ours, theirs = rendered([view])[0].astype(int), box(image).astype(int)
     assert_alike(ours, theirs, limit=1)
     error = np.abs(ours - theirs)[1:-1, 1:-1].mean()
@@ -248,8 +248,8 @@ class Watched(TorchDispatchMode):
 def test_the_host_reads_nothing_and_launches_as_much_for_many_images():
     """All kinds are there; twice the images take as many steps."""
     each_once = {each.kind: each for each in (instruction(operation, 16) for operation in OPERATIONS)}.values()
-    part = Box(0, 0, 60, 50, 427, 640, 16).part(PHOTOGRAPHS[0])
-    raws = [RawView(part, (each,)) for each in each_once]
+    patch = Box(0, 0, 60, 50, 427, 640, 16).patch(PHOTOGRAPHS[0])
+    raws = [RawView(patch, (each,)) for each in each_once]
     counts = []
     for times in (1, 2):
         pixels, batch = flat(raws * times), raw_batch(raws * times)

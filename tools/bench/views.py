@@ -168,7 +168,7 @@ def on_device(device: torch.device, *, dry: bool = False) -> dict[str, float]:
     count, repeats = (4, 1) if dry else (32, 30)
     pairs = [made(maker, sample) for sample in photographs(count)]
     views: list[RawView] = [pair[number] for number in range(2) for pair in pairs]
-    pixels = torch.from_numpy(np.concatenate([view.part.pixels.ravel() for view in views]))
+    pixels = torch.from_numpy(np.concatenate([view.patch.pixels.ravel() for view in views]))
     pixels = pixels.pin_memory() if device.type == "cuda" else pixels
     batch = raw_batch(views)
     host: list[float] = []

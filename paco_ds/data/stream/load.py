@@ -151,9 +151,9 @@ def _joined(views: Sequence[RawView]) -> tuple[Tensor, RawBatch]:
     pixels.resize_(batch.bytes)
     place, flat = 0, pixels.numpy()
     for view in views:
-        part = view.part.pixels
-        flat[place : place + part.size].reshape(part.shape)[:] = part
-        place += part.size
+        patch = view.patch.pixels
+        flat[place : place + patch.size].reshape(patch.shape)[:] = patch
+        place += patch.size
     return pixels, batch
 
 

@@ -32,7 +32,7 @@ class Axis(NamedTuple):
         return Axis((self.first + 0.5) / by - 0.5, self.step / by, max(self.support / by, 1))
 
 
-class Part(NamedTuple):
+class Patch(NamedTuple):
     """A part of an image, uint8 [H, W, 3], and how a view is sampled from it."""
 
     pixels: Pixels
@@ -66,11 +66,11 @@ class Box:
         a pixel of the view."""
         return resampled(self._pixels(image), self.size, self.size)
 
-    def part(self, image: Pixels) -> Part:
+    def patch(self, image: Pixels) -> Patch:
         """What the view is sampled from, elsewhere."""
         pixels = self._pixels(image)
         rows, columns = pixels.shape[:2]
-        return Part(pixels, _resized(rows, self.size), _resized(columns, self.size))
+        return Patch(pixels, _resized(rows, self.size), _resized(columns, self.size))
 
     def _pixels(self, image: Pixels) -> Pixels:
         rows, columns = image.shape[:2]
@@ -156,11 +156,11 @@ class PaddedCrop:
         view[down : down + part.shape[0], across : across + part.shape[1]] = part
         return view
 
-    def part(self, image: Pixels) -> Part:
+    def patch(self, image: Pixels) -> Patch:
         """What the view is sampled from, elsewhere; rows and columns centered outside of it are black."""
         height, width = image.shape[:2]
         rows = _resized(height, self.resized_height, self.top - self.padding)
-        return Part(image, rows, _resized(width, self.resized_width, self.left - self.padding))
+        return Patch(image, rows, _resized(width, self.resized_width, self.left - self.padding))
 
 
 def padded_crop(height: int, width: int, size: int, padding: int, rng: np.random.Generator) -> PaddedCrop:
@@ -209,10 +209,10 @@ class ScaledAndShifted:
         # linear resampling blurs small images, unlike evaluation's (docs/results/history.md; one seed, within noise)
         return cv2.warpAffine(image, matrix, (self.size, self.size), flags=cv2.INTER_CUBIC)
 
-    def part(self, image: Pixels) -> Part:
+    def patch(self, image: Pixels) -> Patch:
         """What the view is sampled from, elsewhere."""
         height, width = image.shape[:2]
-        return Part(image, self._axis(height, self.down), self._axis(width, self.right))
+        return Patch(image, self._axis(height, self.down), self._axis(width, self.right))
 
     def _offset(self, side: int, shift: int) -> float:
         """Where the image's first pixel comes to lie in the view."""

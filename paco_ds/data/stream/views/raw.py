@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from paco_ds.data.shard import RawSample
-from paco_ds.data.stream.views.crop import Part
+from paco_ds.data.stream.views.crop import Patch
 from paco_ds.data.stream.views.instructions import Instruction, instruction
 from paco_ds.data.stream.views.pair import draw_and_decode
 from paco_ds.data.stream.views.view import Drawn, Pixels, View
@@ -27,7 +27,7 @@ _KEPT = 4  # a whole image stays in memory for its part only if it is at most so
 class RawView:
     """A view before it is rendered: a part of the image, how it is sampled, and the operations after that."""
 
-    part: Part
+    patch: Patch
     instructions: tuple[Instruction, ...]
 
 
@@ -50,27 +50,27 @@ class MakeRawViews:
         return tuple(self._raw(each, image) for each in drawn)
 
     def _raw(self, drawn: Drawn, image: Pixels) -> RawView:
-        part_of = getattr(drawn.sampling, "part", None)
-        if part_of is None:
+        patch_of = getattr(drawn.sampling, "patch", None)
+        if patch_of is None:
             raise RecipeError(
                 f"views.device: accelerator has no {type(drawn.sampling).__name__}, which a view of this recipe draws; "
                 f"set views.device to cpu"
             )
-        part = _shrunk(part_of(image))
-        if part.pixels.nbytes * _KEPT < image.nbytes:
-            part = Part(part.pixels.copy(), part.rows, part.columns)
-        return RawView(part, tuple(instruction(operation, self.size) for operation in drawn.operations))
+        patch = _shrunk(patch_of(image))
+        if patch.pixels.nbytes * _KEPT < image.nbytes:
+            patch = Patch(patch.pixels.copy(), patch.rows, patch.columns)
+        return RawView(patch, tuple(instruction(operation, self.size) for operation in drawn.operations))
 
 
-def _shrunk(part: Part) -> Part:
+def _shrunk(patch: Patch) -> Patch:
     """A part with at least two pixels for each of the view is averaged over 2 x 2 or more, as JPEG decoders do."""
-    by = int(min(part.rows.step, part.columns.step))
-    if by < 2 or not part.rows.support:
-        return part
-    height, width = (side // by for side in part.pixels.shape[:2])
+    by = int(min(patch.rows.step, patch.columns.step))
+    if by < 2 or not patch.rows.support:
+        return patch
+    height, width = (side // by for side in patch.pixels.shape[:2])
     # only whole squares, which OpenCV averages in a tenth of the time: less than a pixel of the view is left out
-    pixels = cv2.resize(part.pixels[: height * by, : width * by], (width, height), interpolation=cv2.INTER_AREA)
-    return Part(pixels, part.rows.shrunk(by), part.columns.shrunk(by))
+    pixels = cv2.resize(patch.pixels[: height * by, : width * by], (width, height), interpolation=cv2.INTER_AREA)
+    return Patch(pixels, patch.rows.shrunk(by), patch.columns.shrunk(by))
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,8 @@ def raw_batch(views: Sequence[RawView]) -> RawBatch:
             if each.table is not None:
                 tables[row, place] = each.table
     return RawBatch(
-        sides=np.array([view.part.pixels.shape[:2] for view in views], np.int64),
-        axes=np.array([[view.part.rows, view.part.columns] for view in views]),
+        sides=np.array([view.patch.pixels.shape[:2] for view in views], np.int64),
+        axes=np.array([[view.patch.rows, view.patch.columns] for view in views]),
         kinds=kinds,
         numbers=numbers,
         tables=tables,

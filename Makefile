@@ -80,6 +80,7 @@ bench: $(INSTALLED)
 	$(BIN)/python tools/bench/key_queue.py
 	$(BIN)/python tools/bench/watching.py
 	$(BIN)/python tools/bench/saving.py
+	$(BIN)/python tools/bench/log.py
 	$(BIN)/python tools/bench/scale.py
 	$(BIN)/python tools/bench/step.py
 	$(BIN)/python tools/bench/shards.py

@@ -11,6 +11,7 @@ from paco_ds.config.load import load_recipe, validate_recipe
 from paco_ds.config.recipe import Recipe
 from paco_ds.data.manifest import Manifest
 from paco_ds.data.stream.batches import MicroBatch, evaluation_stream
+from paco_ds.models.families import ImageSizes
 from paco_ds.models.recogniser import Recogniser, make_recogniser
 
 TINY = """
@@ -30,7 +31,7 @@ optimizer: {lr: 0.05}
 schedule: {epochs: 2, warmup_epochs: 0, per: step}
 engine: {deepspeed: unused, threads: 1}
 evaluation: {batch: 16}
-metrics: {serve: false}
+metrics: {serve: false, log_every: 1}
 """
 
 
@@ -60,9 +61,15 @@ def model_of(
     recipe: Recipe, classes: int, mean: Sequence[float] = (0.5,) * 3, std: Sequence[float] = (0.2,) * 3
 ) -> Recogniser:
     """The recipe's model with the weights of its seed; nothing is frozen."""
-    with_key_encoder = recipe.keys_from == "key_encoder"
     return make_recogniser(
-        recipe.model, recipe.method, classes, mean, std, with_key_encoder=with_key_encoder, seed=recipe.seed
+        recipe.model,
+        recipe.method,
+        classes,
+        mean,
+        std,
+        sizes=ImageSizes(recipe.views.query.size, recipe.views.evaluation.size),
+        with_key_encoder=recipe.keys_from == "key_encoder",
+        seed=recipe.seed,
     )
 
 

@@ -67,7 +67,7 @@ schedule: {epochs: 6, warmup_epochs: 1, per: step}
 engine: {threads: 1}
 checkpoint: {every_epochs: 100, every_steps: 10}
 evaluation: {batch: 16}
-metrics: {serve: false}
+metrics: {serve: false, log_every: 1}
 """
 RECIPES = {
     "paco": (),

@@ -22,9 +22,13 @@ VERSION_FIELDS = (
     "version",
     "state_sha256",
     "usual_norm",
+    "log_window",
     "data",
 )  # of state.json; the digest is of all others
-NEW_SETTINGS: dict[str, Any] = {}  # younger than the older version: dotted key in state.json's "meaning" -> its default
+NEW_SETTINGS: dict[str, Any] = {  # younger than the older version: dotted key in state.json's "meaning" -> its default
+    "key_encoder.shuffle_block": None,
+    "step.lr_scaling": "linear",
+}
 
 
 def difference_of_folders(old: Path, new: Path, ignored: frozenset[Path] = frozenset()) -> str:

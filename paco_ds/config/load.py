@@ -107,7 +107,7 @@ def _anchor_path(tree: dict[str, Any], key: str, base: Path) -> None:
     value = _get(tree, key)
     if (key, value) == ("engine.deepspeed", "auto"):
         return
-    if isinstance(value, str) and not is_url(value) and not value.startswith("torchvision:"):
+    if isinstance(value, str) and not is_url(value) and not value.startswith(("torchvision:", "timm:")):
         if "\0" in value:
             raise RecipeError(f"{key} {brief(value)} is no path: it has a zero byte in it")
         path = shipped.find_deepspeed(value, base) if key == "engine.deepspeed" else base / value

@@ -6,6 +6,7 @@ how it is computed: free to change on resume). Sections and fields marked `RUNNI
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
@@ -71,7 +72,12 @@ class ModelSettings(Section):
     """Backbone and projection head; the centers have the backbone's feature dimension (F(x), Eq. 4)."""
 
     backbone: str = Field(description="cifar_resnetN, a classifier of torchvision by its name, or timm:NAME")
-    experts: Count | None = Field(None, le=8, description="branches of RIDE, from the last but one stage on")
+    kwargs: dict[str, Any] = Field(
+        {}, description="arguments of a timm network, as drop_path_rate; img_size is that of views.query by default"
+    )
+    experts: Count | None = Field(
+        None, le=8, description="branches of RIDE, from the last but one stage on; of a ViT from its last quarter on"
+    )
     expert_width: Literal["full", "reduced"] = Field(
         "full", description="channels of the experts' stages; reduced: three quarters, as RIDE is published"
     )
@@ -79,7 +85,14 @@ class ModelSettings(Section):
     centers_scale: Positive = Field(30.0, description="of cosine centers")
     width: Count = Field(16, description="channels of a CIFAR ResNet's first stage; others have their own")
     start_from: str | None = running(
-        None, description="run directory of a first stage, file of weights, or torchvision:NAME; null: random weights"
+        None,
+        description="run directory of a first stage, file or HuggingFace folder of weights, torchvision:NAME or "
+        "timm:TAG; null: random weights",
+    )
+    start_from_min_share: Fraction = running(
+        0.9,
+        description="share of the backbone's weights that a file must have, and of the file's that the backbone must "
+        "take; less is refused",
     )
     trained: Literal["all", "last_block", "centers", "center_scales", "routers"] = Field(
         "all",
@@ -125,7 +138,23 @@ class KeyEncoderSettings(Section):
     momentum: Fraction = Field(0.999, description="share that a key weight keeps of itself in a step")
     momentum_schedule: Literal["constant", "cosine"] = Field("constant", description="cosine rises to 1 (BYOL)")
     scale_momentum: bool = Field(False, description="momentum^(M / M_ref), as long as the recipe's in images seen")
-    batch_norm: Literal["shuffle", "local"] = Field("shuffle", description="groups over which keys are normalised")
+    batch_norm: Literal["shuffle", "local", "auto"] = Field(
+        "shuffle",
+        description="groups over which keys are normalised; auto: shuffle where the key encoder has BatchNorm, its "
+        "projection's too, else local, which exchanges no images",
+    )
+    shuffle_block: Count | None = Field(
+        None,
+        ge=2,
+        description="consecutive micro-batches whose images are shuffled among themselves, such as those of a node; "
+        "null: all of a step, as published",
+    )
+
+    @model_validator(mode="after")
+    def _a_block_is_shuffled(self) -> Self:
+        if self.shuffle_block is not None and self.batch_norm == "local":
+            raise ValueError("shuffle_block bounds the shuffle, which batch_norm local does without: leave it null")
+        return self
 
 
 class QueueSettings(Section):
@@ -145,6 +174,9 @@ class StepSettings(Section):
     reference_micro_batches: Count | None = Field(
         None, description="what the learning rate was chosen for: the recipe file's own step.micro_batches"
     )
+    lr_scaling: Literal["linear", "square_root", "none"] = Field(
+        "linear", description="how the learning rate follows micro_batches / reference_micro_batches"
+    )
 
     @property
     def global_batch(self) -> int:
@@ -152,8 +184,13 @@ class StepSettings(Section):
 
     @property
     def scale(self) -> float:
-        """Factor of the learning rate: M / M_ref (1.0 when the recipe is run as written)."""
+        """M / M_ref (1.0 when the recipe is run as written)."""
         return self.micro_batches / (self.reference_micro_batches or self.micro_batches)
+
+    @property
+    def lr_scale(self) -> float:
+        """Factor of the learning rate, a function of `scale`."""
+        return {"linear": self.scale, "square_root": math.sqrt(self.scale), "none": 1.0}[self.lr_scaling]
 
 
 class OptimizerSettings(Section):
@@ -224,6 +261,10 @@ class EngineSettings(Section):
         description="convolutions that stay in float32 in TF32 (10 bits of mantissa) on CUDA; matrix products, the "
         "loss among them, never; auto: not where precision is float32",
     )
+    gradients: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="what ranks send of their gradients; bfloat16 is half as much, and rounds each to a part in 256",
+    )
     threads: Count | None = Field(None, description="CPU threads of a rank; cores / ranks on the host by default")
     max_skipped: Count = Field(50, description="steps in a row that may change nothing, something not being finite")
     max_grad_norm_ratio: Positive | None = Field(
@@ -278,6 +319,7 @@ class EvaluationSettings(Section):
     checkpoint: Literal["last", "best_all", "best_balanced"] = Field(
         "last", description="which weights the test split is given: the last, or the best on `split`, never on test"
     )
+    pictures: bool = Field(True, description="misclassified test images are shown on report.html")
 
     @model_validator(mode="after")
     def _best_is_judged_on_something(self) -> Self:
@@ -306,7 +348,9 @@ class MetricsSettings(Section):
     linger_seconds: float = Field(
         0.0, ge=0, le=60, description="how long a run that finished or failed is still served; two scrapes suffice"
     )
-    log_every: Count = Field(10, description="steps between lines when the output is no terminal")
+    log_every: Count = Field(
+        10, description="steps of a line of metrics.jsonl, and between lines when the output is no terminal"
+    )
     sinks: tuple[str, ...] = Field((), description="where figures go beside metrics.jsonl: tensorboard, wandb, mlflow")
 
 
@@ -344,6 +388,17 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _blocks_fill_the_step(self) -> Self:
+        block, M = self.key_encoder.shuffle_block if self.key_encoder else None, self.step.micro_batches
+        if block is not None and M % block:
+            fitting = ", ".join(str(n) for n in range(2, M + 1) if M % n == 0)
+            raise ValueError(
+                f"key_encoder.shuffle_block {block} does not divide step.micro_batches {M}: "
+                + (f"set it to one of {fitting}, or null" if fitting else "set it to null")
+            )
+        return self
+
+    @model_validator(mode="after")
     def _method_suits_run(self) -> Self:
         self.method.check(self)
         return self
@@ -368,8 +423,8 @@ class Recipe(Section):
 
     @property
     def lr(self) -> float:
-        """Peak learning rate of this run: the recipe's, scaled with M / M_ref."""
-        return self.optimizer.lr * self.step.scale
+        """Peak learning rate of this run: the recipe's, scaled by `step.lr_scaling`."""
+        return self.optimizer.lr * self.step.lr_scale
 
     def resume_identity(self) -> dict[str, Any]:
         """The settings that decide what is learnt, as {dotted key: value}."""

@@ -15,6 +15,7 @@ from paco_ds.config.section import Count, Fraction, Natural, NotNegative, Number
 Byte = Annotated[int, Number, Field(ge=0, le=255)]
 Hue = Annotated[float, Number, Field(ge=0, le=0.5)]
 Range = tuple[Positive, Positive]
+ViewDevice = Literal["cpu", "accelerator"]
 ViewT = TypeVar("ViewT", bound=Section)
 
 
@@ -177,6 +178,11 @@ class ViewSettings(Section):
     query: Annotated[TrainView, Field(discriminator="name")]
     key: Annotated[TrainView, Field(discriminator="name")]
     evaluation: EvalView = EvalView()
+    device: ViewDevice = Field(
+        "cpu",
+        description="what makes training views: loader processes, or the rank's device, for which they only decode and "
+        "crop; the draws are the same, pixels differ by rounding and by how colors of JPEGs are decoded",
+    )
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> Self:

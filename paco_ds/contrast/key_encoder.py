@@ -13,25 +13,25 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from paco_ds.config.recipe import KeyEncoderSettings
-from paco_ds.contrast.key_exchange import key_exchange
-from paco_ds.distributed.ranks import MicroBatchLayout, Pending, Ranks
+from paco_ds.contrast.key_exchange import key_exchange, key_groups
+from paco_ds.distributed.ranks import MicroBatchLayout, Pending, Ranks, to_device
 from paco_ds.distributed.zero import move_average
-from paco_ds.randomness import DrawPurpose, permutation
+from paco_ds.errors import RecipeError
 
 
 @dataclass(frozen=True)
 class Keys:
     """Keys of a step in slot order, the same on every rank: `keys_GD` float32 unit rows, `labels_G` int64.
 
-    `finite` is False if any rank made a key that is not finite.
+    `finite` is a bool scalar on the device: False if any rank made a key that is not finite.
     """
 
     keys_GD: Tensor
     labels_G: Tensor
-    finite: bool
+    finite: Tensor
 
 
 class PendingImages:
@@ -49,7 +49,7 @@ class PendingImages:
         del self._arriving
         if self._in_group_order is None:
             return images
-        return images[torch.from_numpy(self._in_group_order).to(images.device)]
+        return images[to_device(torch.from_numpy(self._in_group_order), images.device)]
 
 
 class PendingKeys:
@@ -83,6 +83,23 @@ def key_momentum(settings: KeyEncoderSettings, step: int, total_steps: int, scal
     return 1 - (1 - momentum) * (math.cos(math.pi * step / total_steps) + 1) / 2
 
 
+def groups_of_keys(settings: KeyEncoderSettings, key_encoder: nn.Module) -> Literal["shuffle", "local"]:
+    """What `key_encoder.batch_norm` is for this key encoder: of `auto`, shuffle where it has BatchNorm.
+
+    Raises:
+        RecipeError: shuffle without BatchNorm, which would send every image to another rank for nothing.
+    """
+    normalises = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in key_encoder.modules())
+    if settings.batch_norm == "auto":
+        return "shuffle" if normalises else "local"
+    if settings.batch_norm == "shuffle" and not normalises:
+        raise RecipeError(
+            "key_encoder.batch_norm shuffle: neither backbone nor projection has BatchNorm, so no query can find its "
+            "key by shared statistics, and images would be exchanged for nothing; set it to auto or local"
+        )
+    return settings.batch_norm
+
+
 class KeyEncoder:
     """Follows the query encoder and makes keys (He et al. 2020), exactly at any ZeRO stage and number of ranks.
 
@@ -90,6 +107,7 @@ class KeyEncoder:
         momentum: m of key <- m key + (1 - m) query: a number, or a function of the step.
         batch_norm: "shuffle" normalises keys over groups of m drawn from the whole global batch by (seed, step),
             so that a query cannot find its key by shared statistics; "local" over the micro-batches themselves.
+        shuffle_block: micro-batches whose images are shuffled among themselves; None: all of a step.
     """
 
     def __init__(
@@ -101,10 +119,11 @@ class KeyEncoder:
         momentum: float | Callable[[int], float],
         batch_norm: Literal["shuffle", "local"],
         seed: int,
+        shuffle_block: int | None = None,
     ) -> None:
         self.engine, self.layout, self.ranks = engine, layout, ranks
         self.momentum: Callable[[int], float] = momentum if callable(momentum) else lambda step: momentum
-        self.batch_norm, self.seed = batch_norm, seed
+        self.batch_norm, self.seed, self.shuffle_block = batch_norm, seed, shuffle_block
         model = engine.module
         queries = dict(model.query_encoder.named_parameters())
         self._key = [p for _, p in model.key_encoder.named_parameters()]
@@ -133,11 +152,17 @@ class KeyEncoder:
         if self.batch_norm == "local":
             return PendingImages(step, groups, Pending(images))
         exchange = key_exchange(groups, self.layout)
-        # page-locked where there is a GPU, so that the host does not wait for it
-        rows = torch.empty(images.shape, dtype=images.dtype, pin_memory=torch.cuda.is_available())
-        torch.index_select(images, 0, torch.from_numpy(exchange.rows), out=rows)
-        rows = rows.to(self.ranks.device, non_blocking=True)
-        arriving = self.ranks.begin_exchange(rows, exchange.send, exchange.receive)
+        order = torch.from_numpy(exchange.rows)
+        if images.is_cuda:  # views rendered there
+            rows = images.index_select(0, to_device(order, images.device))
+        else:
+            # page-locked where there is a GPU, so that the host does not wait for it
+            rows = torch.empty(images.shape, dtype=images.dtype, pin_memory=torch.cuda.is_available())
+            torch.index_select(images, 0, order, out=rows)
+            rows = rows.to(self.ranks.device, non_blocking=True)
+        arriving = self.ranks.begin_exchange(
+            rows, exchange.send, exchange.receive, among_peers=self.shuffle_block is not None
+        )
         return PendingImages(step, groups, arriving, exchange.in_group_order)
 
     def keys(self, step: int, images: PendingImages, labels: Sequence[Tensor]) -> PendingKeys:
@@ -157,14 +182,12 @@ class KeyEncoder:
 
     def _groups(self, step: int) -> np.ndarray:
         """Slots of each group, [M, m]: group g is normalised together, by rank g mod W."""
-        layout = self.layout
-        slots = np.arange(layout.global_batch)
         if self.batch_norm == "shuffle":
-            slots = permutation(len(slots), DrawPurpose.KEY_GROUPS, self.seed, step)
-        return slots.reshape(layout.micro_batches, layout.micro_batch)
+            return key_groups(self.layout, self.shuffle_block, self.seed, step)
+        return np.arange(self.layout.global_batch).reshape(-1, self.layout.micro_batch)
 
     def _encode(self, images: Tensor) -> Tensor:
-        keys: Tensor = self.engine(images.to(self.ranks.device, non_blocking=True), keys=True)
+        keys: Tensor = self.engine(to_device(images, self.ranks.device), keys=True)
         return keys
 
 
@@ -182,8 +205,8 @@ def gather_keys(
     packed = torch.cat(
         [
             keys.flatten(),
-            labels.to(keys.device, torch.int32).view(torch.float32),
-            torch.isfinite(keys).all().float()[None],
+            to_device(labels.int(), keys.device).view(torch.float32),
+            (torch.linalg.vector_norm(keys) < math.inf).float()[None],  # nan is not
         ]
     )
 
@@ -191,11 +214,11 @@ def gather_keys(
         keys_GD = layout.global_order(gathered[:, : rows * dim].reshape(-1, rows, dim))
         lane_labels = gathered[:, rows * dim : -1].contiguous().view(torch.int32)
         if groups is not None:
-            keys_GD = keys_GD[torch.from_numpy(np.argsort(groups.ravel())).to(keys.device)]
+            keys_GD = keys_GD[to_device(torch.from_numpy(np.argsort(groups.ravel())), keys.device)]
         return Keys(
             keys_GD=keys_GD,
             labels_G=layout.global_order(lane_labels).long(),
-            finite=bool(gathered[:, -1].all()),
+            finite=gathered[:, -1].all(),
         )
 
     return PendingKeys(ranks.begin_gather(packed), unpack)

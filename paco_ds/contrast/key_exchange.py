@@ -1,4 +1,4 @@
-"""The all-to-all plan of ShuffleBN: row order and send/receive counts, computed without communication.
+"""ShuffleBN's groups, and the plan of their exchange: row order and send/receive counts, without communication.
 
 Shapes: G global batch, m micro-batch, M micro-batches, W ranks, A = M / W.
 """
@@ -10,11 +10,38 @@ from dataclasses import dataclass
 import numpy as np
 
 from paco_ds.distributed.ranks import MicroBatchLayout
+from paco_ds.randomness import DrawPurpose, permutation
+
+
+def key_groups(layout: MicroBatchLayout, block: int | None, seed: int, step: int) -> np.ndarray:
+    """Batch slots of each group, int64 [M, m]: group g is normalised together, by rank g mod W.
+
+    A permutation of the step's slots that depends on (seed, step) alone, not on the number of ranks. With blocks,
+    groups b to b + N - 1 share the slots of micro-batches b to b + N - 1, for b = 0, N, 2N ...
+
+    Args:
+        block: N, which divides M; None: all M.
+    """
+    M, m = layout.micro_batches, layout.micro_batch
+    if block is None or block == M:
+        return permutation(M * m, DrawPurpose.KEY_GROUPS, seed, step).reshape(M, m)
+    length = block * m
+    blocks = [
+        first + permutation(length, DrawPurpose.KEY_GROUPS, seed, step, first) for first in range(0, M * m, length)
+    ]
+    return np.concatenate(blocks).reshape(M, m)
+
+
+def exchange_peers(layout: MicroBatchLayout, block: int | None) -> set[int]:
+    """The other ranks that this rank exchanges images with: those that run micro-batches of its blocks."""
+    M, W, N = layout.micro_batches, layout.world_size, block or layout.micro_batches
+    blocks = {j // N for j in layout.own}
+    return {j % W for b in blocks for j in range(b * N, min((b + 1) * N, M))} - {layout.rank}
 
 
 @dataclass(frozen=True)
 class KeyExchange:
-    """A rank's part of the all-to-all.
+    """A rank's part of the exchange.
 
     Attributes:
         rows: order in which the rank's A m images are sent: by receiver, then in the receiver's order.

@@ -29,8 +29,8 @@ class QueueSnapshot:
         keys_ND: keys of the filled slots, in slot order; [E, N, D] after :meth:`experts`.
         labels_N: their classes, int64.
         class_count_C: n_y, the number of keys of each class, int64.
-        present_sum_RD: S_y of the classes with a key, then one row of zeros for all others; dtype of the keys. With
-            100,000 classes most have no key in the queue.
+        present_sum_RD: S_y of the classes with a key, then rows of zeros, the last for all other classes; dtype of the
+            keys. R = min(C, N) + 1: with 100,000 classes most have no key in the queue.
         row_C: row of each class in present_sum_RD.
         version: torch's version counter of the keys, to detect a later push; None in inference mode.
     """
@@ -45,26 +45,23 @@ class QueueSnapshot:
     @classmethod
     def of(cls, keys_ND: Tensor, labels_N: Tensor, num_classes: int) -> "QueueSnapshot":
         """Compute the class sums. One thread sums each class in slot order, so that equal queues have bit-equal sums on
-        any device and number of threads.
+        any device and number of threads. No shape depends on the labels, so that the host does not wait for them.
 
         index_add_ is not deterministic on CUDA; segment_reduce is, at 9 times the
         cost (C = 8142, N = 8192, D = 128, two cores: .4 ms index_add_, .7 this, 6.4 segment_reduce).
 
-        Raises:
-            ValueError: a label outside [0, num_classes).
+        Args:
+            labels_N: each in [0, num_classes); see :meth:`KeyQueue.load_state_dict` for where that is checked.
         """
-        count_C = torch.bincount(labels_N, minlength=num_classes)
-        if len(count_C) > num_classes:
-            raise ValueError(
-                f"the queue holds a key of class {len(count_C) - 1}, but there are {num_classes} classes: "
-                "is it the checkpoint of another data set?"
-            )
-        present_C = count_C > 0
-        row_C = torch.where(present_C, present_C.cumsum(0) - 1, present_C.sum())
+        sorted_N, by_class_N = labels_N.sort(stable=True)
+        start_C1 = torch.searchsorted(sorted_N, torch.arange(num_classes + 1, device=labels_N.device))
+        count_C, last = start_C1.diff(), min(num_classes, len(labels_N))
+        absent_C = count_C == 0
+        row_C = ((~absent_C).cumsum(0) - 1).masked_fill_(absent_C, last)
         if len(keys_ND):
-            by_class_N = labels_N.argsort(stable=True)
-            # start of each class with a key, and an empty bag after the last: the row of zeros
-            starts_R = F.pad((count_C.cumsum(0) - count_C)[present_C], (0, 1), value=len(labels_N))
+            # start of each class with a key, then empty bags: rows of zeros
+            start_C = start_C1[:-1].masked_fill(absent_C, len(labels_N))
+            starts_R = labels_N.new_full((last + 1,), len(labels_N)).scatter_(0, row_C, start_C)
             sum_RD = F.embedding_bag(by_class_N, keys_ND, starts_R, mode="sum")
         else:
             sum_RD = keys_ND.new_zeros(1, keys_ND.shape[1])
@@ -108,6 +105,9 @@ class KeyQueue:
     The n-th pushed key (from 0) lies in slot n mod length, so the queue does not depend on how pushes are divided.
     Unfilled slots are not used. A queue of length 0 stays empty.
 
+    How many were pushed is a number on the device, since it alone knows whether a step was refused. The host reads it
+    until the queue is full, and for checkpoints.
+
     Args:
         length: K >= 0.
         dim: D >= 1, the dimension of keys.
@@ -122,26 +122,31 @@ class KeyQueue:
             raise ValueError(f"queue.length must be at least 0 and the key dimension 1, got {length} and {dim}")
         self.keys_KD = torch.zeros(length, dim, dtype=torch.float32, device=device)
         self.labels_K = torch.zeros(length, dtype=torch.int64, device=device)
-        self.count = 0
-        self._warned = False
+        self.pushed = torch.zeros((), dtype=torch.int64, device=device)
+        self._is_full, self._unchecked, self._warned = length == 0, False, False
+
+    @property
+    def count(self) -> int:
+        """Number of keys pushed so far, read from the device."""
+        return int(self.pushed)
 
     def __len__(self) -> int:
         """Number of filled slots."""
-        return min(self.count, len(self.keys_KD))
-
-    @property
-    def fill_ratio(self) -> float:
-        """Filled share of the slots, 0 to 1; a queue of length 0 counts as full."""
         length = len(self.keys_KD)
-        return len(self) / length if length else 1.0
+        if not self._is_full:
+            filled = min(self.count, length)
+            self._is_full = filled == length
+            return filled
+        return length
 
     @torch.no_grad()
-    def push(self, keys_GD: Tensor, labels_G: Tensor) -> None:
+    def push(self, keys_GD: Tensor, labels_G: Tensor, applied: Tensor | None = None) -> None:
         """Replace the oldest keys by a global batch, in order; if G > K only the last K are kept.
 
         Args:
             keys_GD: float32, any G >= 0.
             labels_G: int64.
+            applied: a bool scalar on the device; where it is False nothing changes.
 
         Raises:
             ValueError: wrong shapes or dtypes.
@@ -160,10 +165,13 @@ class KeyQueue:
             self._warned = True
             log.warning("queue.length is %d but a step brings %d keys: only its last %d are kept", length, new, length)
         if kept:
-            slots = torch.arange(self.count + new - kept, self.count + new, device=self.labels_K.device) % length
-            self.keys_KD[slots] = keys_GD[new - kept :].to(self.keys_KD.device)
-            self.labels_K[slots] = labels_G[new - kept :].to(self.labels_K.device)
-        self.count += new
+            slots = (self.pushed + torch.arange(new - kept, new, device=self.pushed.device)).remainder_(length)
+            keys_GD, labels_G = (t[new - kept :].to(self.pushed.device) for t in (keys_GD, labels_G))
+            if applied is not None:
+                keys_GD = torch.where(applied, keys_GD, self.keys_KD[slots])
+                labels_G = torch.where(applied, labels_G, self.labels_K[slots])
+            self.keys_KD[slots], self.labels_K[slots] = keys_GD, labels_G
+        self.pushed += new if applied is None else new * applied
 
     def snapshot(self, num_classes: int, newest: tuple[Tensor, Tensor] | None = None) -> QueueSnapshot:
         """The filled slots with their class sums. Without `newest` it shares the queue's memory (a million keys take
@@ -173,27 +181,35 @@ class KeyQueue:
             newest: keys [G, D] and labels [G] of this step, appended to those of the queue.
 
         Raises:
-            ValueError: a label outside [0, num_classes).
+            ValueError: the queue was loaded and holds a label outside [0, num_classes).
         """
-        keys_ND, labels_N = self.keys_KD[: len(self)], self.labels_K[: len(self)]
+        filled = len(self)
+        keys_ND, labels_N = self.keys_KD[:filled], self.labels_K[:filled]
+        if self._unchecked and filled:
+            self._unchecked = False
+            if not 0 <= (largest := int(labels_N.max())) < num_classes or int(labels_N.min()) < 0:
+                raise ValueError(
+                    f"the queue holds a key of class {largest}, but there are {num_classes} classes: "
+                    "is it the checkpoint of another data set?"
+                )
         if newest is not None:
             keys_ND, labels_N = torch.cat([keys_ND, newest[0]]), torch.cat([labels_N, newest[1]])
         return QueueSnapshot.of(keys_ND, labels_N, num_classes)
 
     def digest(self) -> Tensor:
         """Bit-exact checksum of keys, labels and count (see :func:`digest`), to compare queues of ranks."""
-        return digest((self.keys_KD, self.labels_K, torch.tensor(self.count, device=self.labels_K.device)))
+        return digest((self.keys_KD, self.labels_K, self.pushed))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of `keys` [K, D] float32 and `labels` [K] int64, and `count`, an int64 scalar."""
         return {
             "keys": self.keys_KD.clone(),
             "labels": self.labels_K.clone(),
-            "count": torch.tensor(self.count, dtype=torch.int64),
+            "count": self.pushed.cpu().clone(),
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load the contents of another queue of the same length and dimension.
+        """Load the contents of another queue of the same length and dimension. The next snapshot checks its labels.
 
         Raises:
             CheckpointError: tensors missing, unknown, or of another shape or dtype; a negative count.
@@ -216,7 +232,8 @@ class KeyQueue:
             raise CheckpointError(f"saved queue: count is {count}, the checkpoint is damaged")
         self.keys_KD.copy_(state["keys"])
         self.labels_K.copy_(state["labels"])
-        self.count = count
+        self.pushed.fill_(count)
+        self._is_full, self._unchecked = count >= len(self.keys_KD), True
 
 
 def short_queue_hint(length: int, global_batch: int) -> str | None:

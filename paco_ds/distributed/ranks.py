@@ -21,17 +21,49 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 
 class Pending:
-    """An asynchronous collective: `wait` for its result where it is needed."""
+    """An asynchronous collective: `wait` for its result where it is needed.
 
-    def __init__(self, result: Tensor, work: dist.Work | None = None) -> None:
-        self._result, self._work = result, work
+    Args:
+        kept: tensors that are read until then.
+    """
+
+    def __init__(self, result: Tensor, *works: dist.Work | None, kept: Sequence[Tensor] = ()) -> None:
+        self._result, self._works, self._kept = result, works, kept
 
     def wait(self) -> Tensor:
         """The result; may be called repeatedly."""
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
+        for work in filter(None, self._works):
+            work.wait()
+        self._works, self._kept = (), ()
         return self._result
+
+
+class HostCopy:
+    """A tensor on its way to the host, behind the work that makes it: nobody waits for the device before `wait`."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._copied: torch.cuda.Event | None = None
+        if tensor.device.type == "cuda":
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        else:
+            self._host = tensor.clone()
+
+    def wait(self) -> Tensor:
+        """The tensor on the host; may be called repeatedly."""
+        if self._copied is not None:
+            self._copied.synchronize()
+            self._copied = None
+        return self._host
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device. From page-locked memory, so that the host does not wait for the copy."""
+    if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 @dataclass
@@ -75,17 +107,41 @@ class Ranks:
         self.on_bytes("all_gather", rows.nbytes * (self.world_size - 1))
         return Pending(out.view(self.world_size, *rows.shape), work)
 
-    def begin_exchange(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Pending:
-        """Begin an all-to-all of rows: the first send[0] go to rank 0, and so on; receive[r] come from rank r."""
+    def begin_exchange(
+        self, rows: Tensor, send: Sequence[int], receive: Sequence[int], *, among_peers: bool = False
+    ) -> Pending:
+        """Begin an all-to-all of rows: the first send[0] go to rank 0, and so on; receive[r] come from rank r.
+
+        Args:
+            among_peers: by sends and receives between ranks that have rows for each other. NCCL's all-to-all connects
+                every rank with every other, even for no bytes. The same on all ranks.
+        """
         if self.world_size == 1:
             return Pending(rows)
+        rows = rows.contiguous()
         out = torch.empty((sum(receive), *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
-        work = dist.all_to_all_single(
-            out, rows.contiguous(), list(receive), list(send), group=self.group, async_op=True
-        )
         row_bytes = rows[:1].nbytes if len(rows) else 0
-        self.on_bytes("all_to_all", row_bytes * (sum(send) - send[self.rank]))
-        return Pending(out, work)
+        op = "send_receive" if among_peers else "all_to_all"
+        self.on_bytes(op, row_bytes * (sum(send) - send[self.rank]))
+        if among_peers:
+            return Pending(out, *self._send_and_receive(rows, out, send, receive), kept=[rows])
+        return Pending(
+            out, dist.all_to_all_single(out, rows, list(receive), list(send), group=self.group, async_op=True)
+        )
+
+    def _send_and_receive(
+        self, rows: Tensor, out: Tensor, send: Sequence[int], receive: Sequence[int]
+    ) -> list[dist.Work]:
+        outgoing, arriving = rows.split(list(send)), out.split(list(receive))
+        arriving[self.rank].copy_(outgoing[self.rank])
+        others = [rank for rank in range(self.world_size) if rank != self.rank]
+        transfers = [
+            dist.P2POp(op, parts[rank], group=self.group, group_peer=rank)
+            for op, parts in ((dist.isend, outgoing), (dist.irecv, arriving))
+            for rank in others
+            if len(parts[rank])
+        ]
+        return list(dist.batch_isend_irecv(transfers)) if transfers else []
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Small host-side values of all ranks (addresses, lists of names); not for the training step."""

@@ -14,9 +14,10 @@ from rich.table import Table
 from torch import Tensor
 
 from paco_ds.data.manifest import SHOTS
+from paco_ds.evaluation.groups import GROUPS, percent
+from paco_ds.evaluation.mistakes import Mistakes
 from paco_ds.evaluation.predictions import Detail
 
-GROUPS = (*SHOTS, "all")
 TOP_K = 5
 
 
@@ -91,6 +92,7 @@ class ShotAccuracy:
         top5: the same four figures for the five largest logits, by name.
         per_class: top-1 accuracy of each class, None for a class without images.
         detail: metrics from single predictions, if they were kept.
+        mistakes: misclassified images that are worth a look, if predictions were kept.
         images_by_experts: number of images that used 1, 2, ... experts, with routers.
         left_out: images that could not be read, by name; the figures are of the others.
     """
@@ -102,6 +104,7 @@ class ShotAccuracy:
     top5: Mapping[str, float | None]
     per_class: Sequence[float | None]
     detail: Detail | None = None
+    mistakes: Mistakes | None = None
     images_by_experts: Sequence[int] | None = None
     left_out: Sequence[str] = ()
 
@@ -140,11 +143,6 @@ class ShotAccuracy:
         if self.images_by_experts is None or self.experts_used is None:
             return None
         return f"{self.experts_used:.2f} of {len(self.images_by_experts)} experts an image"
-
-
-def percent(fraction: float | None) -> str:
-    """A fraction as percent with one decimal, a dash for None."""
-    return "-" if fraction is None else f"{100 * fraction:.1f}"
 
 
 def shot_accuracy(counts: ClassCounts, shots_of_classes: Sequence[str]) -> ShotAccuracy:

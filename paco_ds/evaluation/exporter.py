@@ -86,7 +86,7 @@ def _torchvision(model: Predictor, output: Path, run: Path | None) -> None:
     name = model.backbone
     if name not in torchvision.models.list_models(module=torchvision.models):
         raise UserError(f"--to torchvision: {name} is no network of torchvision's; give --to onnx or safetensors")
-    theirs = torchvision.models.get_model(name, weights=None, num_classes=len(model.class_names))
+    theirs = torchvision.models.get_model(name, weights=None, num_classes=len(model.class_names), **_arguments(model))
     tensors = _with_classifier(model, theirs, "torchvision")
     _require_equal(model, theirs)
     with whole_file(output) as file:
@@ -94,10 +94,11 @@ def _torchvision(model: Predictor, output: Path, run: Path | None) -> None:
 
 
 def _timm(model: Predictor, output: Path, run: Path | None) -> None:
-    """A safetensors file for `timm.create_model(NAME, num_classes=C, checkpoint_path=FILE)`."""
+    """A safetensors file for `timm.create_model(NAME, num_classes=C, checkpoint_path=FILE, **ARGS)`; ARGS, such as
+    img_size of a ViT, are JSON in its metadata under `model_args`."""
     tensors = _timm_tensors(model)
     with whole_file(output) as file:
-        file.write(save(tensors, {"architecture": _timm_name(model)}))
+        file.write(save(tensors, {"architecture": _timm_name(model), "model_args": json.dumps(_arguments(model))}))
 
 
 def _timm_tensors(model: Predictor) -> dict[str, Tensor]:
@@ -105,10 +106,15 @@ def _timm_tensors(model: Predictor) -> dict[str, Tensor]:
     name = _timm_name(model)
     if name not in timm.list_models():
         raise UserError(f"--to timm: {model.backbone} is no network of timm's; give --to onnx or safetensors")
-    theirs = timm.create_model(name, pretrained=False, num_classes=len(model.class_names))
+    theirs = timm.create_model(name, pretrained=False, num_classes=len(model.class_names), **_arguments(model))
     tensors = _with_classifier(model, theirs, "timm")
     _require_equal(model, theirs)
     return tensors
+
+
+def _arguments(model: Predictor) -> dict[str, Any]:
+    """With which another library builds this network, beside the number of classes."""
+    return model.recogniser.query_encoder.backbone.arguments
 
 
 def _timm_name(model: Predictor) -> str:

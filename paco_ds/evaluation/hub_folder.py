@@ -33,8 +33,10 @@ def write_hub_folder(
         "num_classes": len(model.class_names),
     }
     names = dict(enumerate(model.class_names))
+    arguments = model.recogniser.query_encoder.backbone.arguments
     config = {
         "architecture": architecture,
+        **({"model_args": arguments} if arguments else {}),
         "num_classes": len(names),
         "num_features": model.recogniser.query_encoder.backbone.feature_dim,
         "label_names": list(model.class_names),

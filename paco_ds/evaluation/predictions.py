@@ -25,25 +25,29 @@ class Recorder:
     def __init__(self) -> None:
         self._batches: list[Tensor] = []
 
-    def add(self, logits_BC: Tensor, labels_B: Tensor, valid_B: Tensor) -> None:
-        """Add a batch: floating logits [B, C], int64 labels [B], bool valid [B] (False for padding)."""
+    def add(self, logits_BC: Tensor, labels_B: Tensor, ids_B: Tensor, valid_B: Tensor) -> None:
+        """Add a batch: floating logits [B, C], int64 labels [B], int64 ids of the samples [B], bool valid [B] (False
+        for padding)."""
         confidence_B, predicted_B = logits_BC.double().softmax(1).max(1)
-        self._batches.append(torch.stack([labels_B.double(), predicted_B.double(), confidence_B, valid_B.double()], 1))
+        columns = [labels_B.double(), predicted_B.double(), confidence_B, ids_B.double(), valid_B.double()]
+        self._batches.append(torch.stack(columns, 1))
 
     def gather(self, ranks: Ranks) -> Predictions:
         """All images of the split, once. A collective: every rank has equally many batches."""
         rows = ranks.gather(torch.cat(self._batches)).flatten(0, 1).cpu()
-        rows = rows[rows[:, 3] > 0]
-        return Predictions(rows[:, 0].long(), rows[:, 1].long(), rows[:, 2])
+        rows = rows[rows[:, 4] > 0]
+        return Predictions(rows[:, 0].long(), rows[:, 1].long(), rows[:, 2], rows[:, 3].long())
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Labels int64 [N], predicted classes int64 [N], and their probabilities float64 [N]."""
+    """Labels int64 [N], predicted classes int64 [N], their probabilities float64 [N], and ids of the samples in their
+    split int64 [N]."""
 
     labels_N: Tensor
     predicted_N: Tensor
     confidence_N: Tensor
+    ids_N: Tensor
 
 
 @dataclass(frozen=True)

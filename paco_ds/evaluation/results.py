@@ -103,6 +103,7 @@ def write_results(
     results = {
         **accuracy.to_json(),
         **(accuracy.detail.to_json(manifest.classes) if accuracy.detail else {}),
+        **({"mistakes": accuracy.mistakes.to_json(manifest.classes)} if accuracy.mistakes else {}),
         "run": run,
         "split": split,
         "step": step,

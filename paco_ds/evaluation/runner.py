@@ -14,8 +14,10 @@ from paco_ds.data.manifest import Manifest, TrainedData
 from paco_ds.data.stream.load import Replaced
 from paco_ds.distributed.ranks import Ranks
 from paco_ds.evaluation.accuracy import ClassCounts, ShotAccuracy, shot_accuracy
+from paco_ds.evaluation.mistakes import mistakes
 from paco_ds.evaluation.predictions import Recorder, detail
 from paco_ds.evaluation.split import EvaluationSplit
+from paco_ds.models.families import ImageSizes
 from paco_ds.models.output import ModelOutput
 from paco_ds.models.recogniser import Recogniser, make_recogniser
 
@@ -56,7 +58,7 @@ def evaluate(
         logits, used = output.mean_logits(), output.experts_used
         labels, valid = batch.labels.to(ranks.device), batch.valid.to(ranks.device)
         counts.add(logits, labels, valid)
-        recorder.add(logits, labels, valid)
+        recorder.add(logits, labels, batch.ids.to(ranks.device), valid)
         bad += batch.replaced
         if used is not None:
             found_E = torch.bincount(used[valid] - 1, minlength=experts or 1)
@@ -64,10 +66,12 @@ def evaluate(
     module.train(was_training)
     left_out = split.left_out(bad, ranks)
     total = ClassCounts.from_tensor(ranks.sum(counts.as_tensor()))
-    figures = detail(recorder.gather(ranks), split.class_counts)
+    predictions = recorder.gather(ranks)
+    figures = detail(predictions, split.class_counts)
+    wrong = mistakes(predictions, figures.confusions, split.class_counts, split.shots)
     by_experts = None if by_experts_E is None else ranks.sum(by_experts_E).tolist()
     accuracy = shot_accuracy(total, split.shots)
-    return replace(accuracy, detail=figures, images_by_experts=by_experts, left_out=left_out)
+    return replace(accuracy, detail=figures, mistakes=wrong, images_by_experts=by_experts, left_out=left_out)
 
 
 def load_recogniser(checkpoint: Checkpoint, recipe: Recipe, data: Manifest | TrainedData) -> Recogniser:
@@ -78,6 +82,7 @@ def load_recogniser(checkpoint: Checkpoint, recipe: Recipe, data: Manifest | Tra
         len(data.classes),
         data.mean,
         data.std,
+        sizes=ImageSizes(recipe.views.query.size, recipe.views.evaluation.size),
         with_key_encoder=recipe.keys_from == "key_encoder",
         seed=recipe.seed,
     )

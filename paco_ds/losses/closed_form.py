@@ -123,11 +123,12 @@ class ClosedForm(torch.autograd.Function):
 
         center_B = center_optimum_B = positive_B = positive_optimum_B = None
         if formed.own_EB is not None:
-            center_B = (formed.own_EB - lse_EB).exp_().mean(0)
+            center_B = _mean_of_experts((formed.own_EB - lse_EB).exp_())
             center_optimum_B = form.beta * (1 - form.smoothing) * inverse_weight_B
         if contrast_pull_EB is not None and positives_B is not None:
             # 0 / 0 where there is no positive: nan, as documented.
-            positive_B = _times(form.gamma, (contrast_pull_EB / positives_B).sub_(lse_EB).exp_().mean(0))
+            positive_EB = (contrast_pull_EB / positives_B).sub_(lse_EB).exp_()
+            positive_B = _times(form.gamma, _mean_of_experts(positive_EB))
             positive_optimum_B = (form.alpha * inverse_weight_B).masked_fill_(positives_B == 0, math.nan)
         probabilities = (center_B, center_optimum_B, positive_B, positive_optimum_B)
         ctx.mark_non_differentiable(*(p for p in probabilities if p is not None))
@@ -285,6 +286,10 @@ class _QueueTerm:
 def _times(factor: float, tensor: Tensor) -> Tensor:
     """Their product. An operation on a few anchors costs microseconds whatever it does: none for a factor of 1."""
     return tensor if factor == 1 else factor * tensor
+
+
+def _mean_of_experts(values_EB: Tensor) -> Tensor:
+    return values_EB[0] if len(values_EB) == 1 else values_EB.mean(0)
 
 
 def _log(gamma: float) -> float:

@@ -16,8 +16,8 @@ import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, disable_created_metrics
 
 from paco_ds.evaluation.accuracy import ShotAccuracy
-from paco_ds.metrics.log import StepRecord
 from paco_ds.metrics.server import MetricsServer
+from paco_ds.metrics.steps import StepRecord
 
 logger = logging.getLogger(__name__)
 
@@ -137,8 +137,11 @@ class Exporter:
             "paco_checkpoint_blocked_seconds", "Time for which checkpoints blocked training.", registry=registry
         )
         self._last_step = Gauge(
-            "paco_last_step_timestamp_seconds", "Unix time at which the last step ended.", registry=registry
+            "paco_last_step_timestamp_seconds",
+            "Unix time at which the last step ended; before the first, that of the start.",
+            registry=registry,
         )
+        self._last_step.set_to_current_time()  # not 0: an alert would take the first step for 50 years late
         self._step = Gauge("paco_step", "Optimizer steps of the job so far, including earlier runs.", registry=registry)
         self._epoch = Gauge("paco_epoch", "Current epoch, counted from 0.", registry=registry)
         self._images = Gauge("paco_images_per_second", "Images per second of all ranks, last step.", registry=of_job)

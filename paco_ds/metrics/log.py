@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON line per optimizer step and per evaluation; truncated and continued when a run resumes."""
+"""metrics.jsonl: a JSON line per window of optimizer steps and per evaluation; cut and continued when a run resumes."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import UTC, datetime
 from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from paco_ds.evaluation.accuracy import ShotAccuracy
 from paco_ds.files import storage_errors
+from paco_ds.metrics.steps import StepRecord, StepWindow, skips_of, steps_of
+
+if TYPE_CHECKING:
+    from paco_ds.evaluation.accuracy import ShotAccuracy  # with torch, which readers of a log do not need
 
 logger = logging.getLogger(__name__)
 
@@ -23,62 +26,29 @@ _LONGEST = 2**20  # bytes of a line; ours have a few hundred
 _BLOCK = 2**16  # bytes read at a time from the end
 
 
-@dataclass(frozen=True)
-class StepRecord:
-    """The record of one optimizer step.
-
-    Attributes:
-        step: optimizer steps done, this one included.
-        epoch: the current epoch, counted from 0.
-        loss: mean over the anchors of the global batch.
-        lr: learning rate of the step.
-        grad_norm: L2 norm before clipping.
-        images_per_second: of all ranks together.
-        data_wait_seconds: time this rank waited for its images.
-        step_seconds: wall time of the step, the wait included.
-        queue_fill: filled share of the key queue, 0..1.
-        center_probability: mean of p_c over the anchors of a shot; None for a shot without anchors in this step.
-        center_probability_optimum: p_c* = beta / W_i (Remark 2, exact for the keys present), likewise.
-        positive_probability: mean of p+, the geometric mean over an anchor's positives, over the anchors of a shot
-            that have one; None for a shot without such anchors.
-        positive_probability_optimum: p+* = alpha / W_i, likewise.
-        parts: parts of the loss by name, for methods with several; means over the global batch.
-        skipped: the step changed nothing, since a value was not finite or the gradient norm far off.
-        bad_samples: samples replaced in this step because they could not be read.
-        grad_norm_ratio: `grad_norm` over its usual value in recent steps; None in the first steps.
-    """
-
-    step: int
-    epoch: int
-    loss: float
-    lr: float
-    grad_norm: float
-    images_per_second: float
-    data_wait_seconds: float
-    step_seconds: float
-    queue_fill: float = 0.0
-    center_probability: Mapping[str, float | None] = field(default_factory=dict)
-    center_probability_optimum: Mapping[str, float | None] = field(default_factory=dict)
-    positive_probability: Mapping[str, float | None] = field(default_factory=dict)
-    positive_probability_optimum: Mapping[str, float | None] = field(default_factory=dict)
-    parts: Mapping[str, float] = field(default_factory=dict)
-    skipped: bool = False
-    bad_samples: int = 0
-    grad_norm_ratio: float | None = None
-
-
 class MetricsLog:
     """Appends to metrics.jsonl; with path None (every rank but 0) writes nothing.
 
-    Floats are written so that reading gives the same bits. JSON has no NaN or infinity: these become null (a skipped
-    step also has `"skipped": true`).
+    Steps are written in windows, which end after every `every`-th step of the run and after every epoch. The line of a
+    window of one step is its record; that of several steps has means and extremes in few digits, see `StepWindow.line`.
+    Other floats are written so that reading gives the same bits. JSON has no NaN or infinity: these become null.
 
     Args:
-        also: called with each line after it was written.
+        also: called with each line after it was written; not with that of an unfinished window.
+        every: steps of a window.
+        steps_per_epoch: where windows end, too; None: nowhere.
     """
 
-    def __init__(self, path: Path | None, also: Callable[[Mapping[str, Any]], None] = lambda line: None) -> None:
-        self._path, self._also = path, also
+    def __init__(
+        self,
+        path: Path | None,
+        also: Callable[[Mapping[str, Any]], None] = lambda line: None,
+        *,
+        every: int = 1,
+        steps_per_epoch: int | None = None,
+    ) -> None:
+        self._path, self._also, self._ends = path, also, (every, steps_per_epoch or every)
+        self._window = StepWindow()
         self._open()
         self.restarts = 0  # lines {"kind": "restart", ...} that `cut_after` kept, and written since
 
@@ -89,9 +59,32 @@ class MetricsLog:
             with storage_errors(self._path):
                 self._file = self._path.open("ab", buffering=0)
 
-    def step(self, record: StepRecord) -> None:
-        """Append {"kind": "step", ...}, flushed."""
-        self._append({"kind": "step", **asdict(record)})
+    def step(self, record: StepRecord, skipped: str | None = None) -> None:
+        """Add the next step to its window and, if it ends that, append {"kind": "step", ...}, flushed.
+
+        Args:
+            skipped: why the step changed nothing, if so.
+        """
+        ends = any(record.step % steps == 0 for steps in self._ends)
+        if ends and not self._window.steps:
+            skips = skips_of(record.skipped, [(record.step, skipped or "")])
+            self._append({"kind": "step", **asdict(record), **skips})
+            return
+        self._window.add(record, skipped)
+        if ends:
+            self._append({"kind": "step", **self._window.line()})
+            self._window = StepWindow()
+
+    def window(self) -> dict[str, Any] | None:
+        """The unfinished window, for a checkpoint and `cut_after`; None if none has begun."""
+        return self._window.state() if self._window.steps else None
+
+    def end_window(self) -> None:
+        """Append the line of an unfinished window, for who reads the log of a run that stopped. `cut_after` removes it:
+        the resumed run writes that of the whole window."""
+        window, self._window = self._window, StepWindow()
+        if window.steps:
+            self._write({"kind": "step", **window.line()})
 
     def start(self, step: int, about: Mapping[str, Any]) -> None:
         """Append {"kind": "start", ...}: a process begins or resumes the run after `step` steps, see
@@ -137,12 +130,20 @@ class MetricsLog:
         time = datetime.now(UTC).isoformat(timespec="seconds")
         self._append({"kind": "restart", "step": step, "number": self.restarts, "reason": reason, "time": time})
 
-    def cut_after(self, step: int) -> None:
+    def cut_after(self, step: int, window: object = None) -> None:
         """Remove the lines of later steps, and what a crash left after them; a resumed run writes them again.
 
         Reads from the end of the file, only what is removed. Damaged lines before stay, and readers pass over them.
         cut_after(-1) empties the file, for a run that starts again.
+
+        Args:
+            window: the unfinished window of the checkpoint after `step` steps, which goes on.
+
+        Raises:
+            CheckpointError: the window is not what `window` returned.
         """
+        self._window = StepWindow() if window is None else StepWindow.from_state(window)
+        begun = step - self._window.steps  # the last step that no unfinished window has
         if self._path is None or self._file is None:
             return
         self._file.close()
@@ -151,7 +152,7 @@ class MetricsLog:
             for after, line in _from_end(file):
                 if step < 0:
                     break  # damage does not matter in a file that is emptied
-                if line is not None and line["step"] <= step:
+                if line is not None and line["step"] <= (begun if line["kind"] == "step" else step):
                     end = after
                     break
                 damaged += line is None
@@ -180,12 +181,19 @@ class MetricsLog:
             self._file.close()
 
     def _append(self, line: Mapping[str, Any]) -> None:
-        if self._file is not None and self._path is not None:
-            with storage_errors(self._path):
-                rest = memoryview(json.dumps(_nan_to_none(line), allow_nan=False).encode() + b"\n")
-                while rest:
-                    rest = rest[self._file.write(rest) :]
+        self._write(line)
+        if self._file is not None:
             self._also(_nan_to_none(line))
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        if self._file is None or self._path is None:
+            return
+        spaces = (",", ":") if steps_of(line) > 1 else None  # nearly all of a long log
+        with storage_errors(self._path):
+            text = json.dumps(_nan_to_none(line), allow_nan=False, separators=spaces)
+            rest = memoryview(text.encode() + b"\n")
+            while rest:
+                rest = rest[self._file.write(rest) :]
 
 
 class Lines:

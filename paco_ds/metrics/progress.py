@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from paco_ds.command import Screen
-from paco_ds.metrics.log import StepRecord
+from paco_ds.metrics.steps import StepRecord
 
 
 class ProgressView(Protocol):

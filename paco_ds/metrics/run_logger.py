@@ -5,19 +5,21 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from rich.table import Table
 
 from paco_ds.config.recipe import DataSettings, MetricsSettings
 from paco_ds.distributed.ranks import Ranks
-from paco_ds.errors import DataError
+from paco_ds.errors import DataError, StorageError
 from paco_ds.evaluation.accuracy import ShotAccuracy
 from paco_ds.files import storage_errors
 from paco_ds.metrics.exporter import Exporter
-from paco_ds.metrics.log import MetricsLog, StepRecord
+from paco_ds.metrics.log import MetricsLog
 from paco_ds.metrics.progress import progress_view
 from paco_ds.metrics.sinks import Sinks
+from paco_ds.metrics.steps import StepRecord
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +30,7 @@ class RunLogger:
     Args:
         metrics: served during the run, see `served_metrics`; closed by whoever made it.
         steps_done: steps done before; later lines of the log are removed.
+        window: of the log in the checkpoint after them, see `MetricsLog.window`.
     """
 
     def __init__(
@@ -40,10 +43,16 @@ class RunLogger:
         epochs: int,
         total_steps: int,
         steps_done: int,
+        window: object = None,
     ) -> None:
-        self.sinks = Sinks(settings.sinks, run, ranks.first, steps_done, settings.log_every)
-        self.log = MetricsLog(run / "metrics.jsonl" if ranks.first else None, self.sinks.line)
-        self.log.cut_after(steps_done if steps_done else -1)
+        self.sinks = Sinks(settings.sinks, run, ranks.first, steps_done)
+        self.log = MetricsLog(
+            run / "metrics.jsonl" if ranks.first else None,
+            self.sinks.line,
+            every=settings.log_every,
+            steps_per_epoch=total_steps // epochs,
+        )
+        self.log.cut_after(steps_done if steps_done else -1, window)
         self.metrics = metrics
         metrics.planned(total_steps)
         self.progress = progress_view(
@@ -56,7 +65,7 @@ class RunLogger:
 
     def step(self, record: StepRecord, samples: int, skipped: str | None) -> None:
         """Log a finished step; this rank processed `samples` images. `skipped` says in words why it changed nothing."""
-        self.log.step(record)
+        self.log.step(record, skipped)
         self.metrics.observe_step(record, samples)
         self.progress.update(record)
         if skipped:
@@ -95,6 +104,8 @@ class RunLogger:
     def close(self) -> None:
         """Stop the progress display, and close the log."""
         self.progress.close()
+        with suppress(StorageError):  # a full disk was told by whatever ended the run
+            self.log.end_window()
         self.log.close()
         self.sinks.close()
 

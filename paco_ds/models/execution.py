@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from paco_ds.config.recipe import EngineSettings
 from paco_ds.errors import RecipeError
+from paco_ds.models.backbones import Backbone
 from paco_ds.models.recogniser import Recogniser
 
 
@@ -132,7 +133,7 @@ def prepare(model: Recogniser, settings: EngineSettings, stage: int) -> None:
         settings: as `choose` returned them.
 
     Raises:
-        RecipeError: `engine.compile` at ZeRO stage 3.
+        RecipeError: `engine.compile` at ZeRO stage 3, or activation checkpointing of a backbone that has none.
     """
     if settings.compile and stage == 3:
         raise RecipeError(
@@ -144,8 +145,7 @@ def prepare(model: Recogniser, settings: EngineSettings, stage: int) -> None:
         model.normalize.memory_format = torch.channels_last
     if settings.activation_checkpointing:
         # Keys carry no gradient: the key encoder saves no activations.
-        for block in model.query_encoder.backbone.blocks():
-            block.forward = types.MethodType(_recomputed_in_backward, block)
+        _checkpoint_activations(model.query_encoder.backbone)
     if settings.compile:
         for encoder in filter(None, (model.query_encoder, model.key_encoder)):
             _compile(encoder, settings.compile)
@@ -176,6 +176,35 @@ def _keep_beyond_graphs(model: Recogniser) -> None:
             parameter.register_hook(torch.clone)
 
 
+def _checkpoint_activations(backbone: Backbone) -> None:
+    """Of timm's networks by their own switch, of others by residual blocks."""
+    checkpoint_all = backbone.family.checkpoint if backbone.family else None
+    if checkpoint_all is not None and checkpoint_all(backbone):
+        for norm in _batch_norms(backbone):
+            norm.forward = types.MethodType(_averaged_once, norm)  # type: ignore[method-assign]
+        return
+    blocks = backbone.blocks()
+    if not blocks:
+        raise RecipeError(
+            "engine.activation_checkpointing: this backbone names no blocks to run again in backward, as ResNets and "
+            "most of timm's networks do; set it to false, or take another model.backbone"
+        )
+    for block in blocks:
+        block.forward = types.MethodType(_recomputed_in_backward, block)
+
+
+def _averaged_once(norm: nn.modules.batchnorm._BatchNorm, *inputs: Tensor) -> Tensor:
+    """A BatchNorm's forward, which leaves running statistics alone where it is run again during backward."""
+    recomputes = torch._C._current_graph_task_id() != -1
+    with _statistics_left_alone(norm) if recomputes else nullcontext():
+        normalised: Tensor = type(norm).forward(norm, *inputs)
+    return normalised
+
+
+def _batch_norms(module: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    return [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
 def _recomputed_in_backward(block: nn.Module, images: Tensor) -> Tensor:
     """The block's forward, keeping only its input for backward."""
     forward = type(block).forward
@@ -196,7 +225,7 @@ def _statistics_left_alone(block: nn.Module) -> Iterator[None]:
     Momentum 0 keeps running statistics unchanged. Disabling them would save other tensors than the forward did, which
     checkpointing refuses.
     """
-    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = _batch_norms(block)
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, None

@@ -17,6 +17,7 @@ from paco_ds.config.methods import Method
 from paco_ds.config.recipe import ModelSettings
 from paco_ds.models.backbones import Backbone, make_backbone
 from paco_ds.models.experts import Experts
+from paco_ds.models.families import USUAL_SIZES, ImageSizes
 from paco_ds.models.heads import CosineCenters, LinearCenters, Normalize, PerExpert, Projection, ScaledCenters
 from paco_ds.models.initialisation import initialise_as_published
 from paco_ds.models.output import ModelOutput
@@ -159,6 +160,7 @@ def make_recogniser(
     mean: Sequence[float],
     std: Sequence[float],
     *,
+    sizes: ImageSizes = USUAL_SIZES,
     with_key_encoder: bool,
     seed: int,
 ) -> Recogniser:
@@ -166,6 +168,7 @@ def make_recogniser(
 
     Args:
         mean, std: of the channels, in the 0-1 range.
+        sizes: of the views, for backbones whose weights depend on them.
         seed: of the initial weights.
 
     Raises:
@@ -173,7 +176,7 @@ def make_recogniser(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        backbone = make_backbone(settings)
+        backbone = make_backbone(settings, sizes)
         dim = backbone.feature_dim
 
         def project() -> nn.Module:

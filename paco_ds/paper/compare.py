@@ -1,10 +1,12 @@
-"""Put runs beside each other, and beside the rows of a table of the paper: accuracy by shot and settings that differ.
+"""Put runs beside each other, and beside the paper's rows: accuracy by shot and settings that differ.
 
-Runs that differ by seed only are one line, mean ± standard deviation over seeds.
+Runs that differ by seed only are one line, mean ± standard deviation over seeds. A run with the settings of a row of
+the paper's tables stands beside that row; --table and --row name others, --no-paper leaves them out.
 
 examples:
   paco-compare runs/ce-0 runs/ce-1 runs/paco-0 runs/paco-1
   paco-compare runs/paco --table 13 --format latex --output table.tex
+  paco-compare runs/mine --table 9 --row 'ResNet-50, PaCo'
 """
 
 from __future__ import annotations
@@ -27,8 +29,9 @@ from paco_ds.config.parse import brief, read_json
 from paco_ds.data.manifest import SHOTS
 from paco_ds.errors import DataError, UserError, printable
 from paco_ds.files import replace_text
+from paco_ds.paper.matching import CORRECTIONS, matching_row
 from paco_ds.paper.results import Identity
-from paco_ds.paper.tables import load_table
+from paco_ds.paper.tables import Row, load_table
 
 GROUPS = ("all", *SHOTS)
 SAME_DATA = {
@@ -36,7 +39,6 @@ SAME_DATA = {
     "split": "evaluated split",
     "class_names": "classes",
 }
-CORRECTIONS = ("tau_normalization", "logit_adjustment")  # of an evaluation, beside the settings of the training
 _LATEX = {c: rf"\{c}" for c in "&%$#_{}"} | {
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
@@ -54,12 +56,14 @@ class Run:
         seed: of its recipe.
         figures: metrics.json.
         settings: {dotted key: value as text} of what decides the result, but the seed, and of the evaluation.
+        identity: {dotted key: value} of what decides the result.
     """
 
     path: Path
     seed: Any
     figures: Mapping[str, Any]
     settings: Mapping[str, str]
+    identity: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -96,9 +100,10 @@ def read_finished_run(path: Path) -> Run:
         missing = wrong or [key for key in SAME_DATA if key not in final]
         raise DataError(f"{final_path} has no usable {', '.join(missing)}; evaluate the run again")
     corrected = {key: final[key] for key in CORRECTIONS if key in final}
-    settings = {**Identity.of(recipe).settings, **corrected, "scale": final.get("scale", 1.0)}
+    identity = Identity.of(recipe).settings
+    settings = {**identity, **corrected, "scale": final.get("scale", 1.0)}
     texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in settings.items() if k != "seed"}
-    return Run(path, recipe.seed, final, texts)
+    return Run(path, recipe.seed, final, texts, identity)
 
 
 def compare(runs: Sequence[Run]) -> tuple[list[Line], list[str]]:
@@ -130,13 +135,27 @@ def compare(runs: Sequence[Run]) -> tuple[list[Line], list[str]]:
     return [_line(same) for same in groups.values()], differing
 
 
-def paper_lines(table: str) -> list[Line]:
-    """The paper's figures of a table, a line for each row that has some."""
-    return [
-        Line(f"paper: {row.name}", 0, {g: _percents([row.paper.fractions().get(g)]) for g in GROUPS}, {})
-        for row in load_table(table).rows
-        if row.paper is not None
-    ]
+def paper_lines(table: str, row: str | None = None) -> list[Line]:
+    """The paper's figures of a table, a line for each row that has some, or for the one named.
+
+    Raises:
+        RecipeError: no such table.
+        UserError: no such row with figures; lists those that there are.
+    """
+    lines = {each.name: _paper_line(Path(table).stem, each) for each in load_table(table).rows if each.paper}
+    if row is not None and row not in lines:
+        raise UserError(f"table {table} has no row {row!r} with figures of the paper; there are: {'; '.join(lines)}")
+    return [lines[row]] if row is not None else list(lines.values())
+
+
+def matching_lines(runs: Sequence[Run]) -> list[Line]:
+    """The paper's figures of the rows that have the settings of these runs, each once."""
+    lines: dict[str, Line] = {}
+    for run in {tuple(sorted(run.settings.items())): run for run in runs}.values():
+        if found := matching_row(run.identity, run.figures):
+            line = _paper_line(*found)
+            lines[line.name] = line
+    return list(lines.values())
 
 
 def as_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -180,10 +199,17 @@ FORMATS: Mapping[str, Callable[[Sequence[str], Sequence[Sequence[str]]], str]] =
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.row and not arguments.table:
+        parser.error("--row is of a table: name it with --table")
     with one_line_on_interrupt(), report_user_errors():
-        lines, differing = compare([read_finished_run(run) for run in arguments.run])
-        lines += paper_lines(arguments.table) if arguments.table else []
+        runs = [read_finished_run(run) for run in arguments.run]
+        lines, differing = compare(runs)
+        if arguments.table:
+            lines += paper_lines(arguments.table, arguments.row)
+        elif not arguments.no_paper:
+            lines += matching_lines(runs)
         header = ["run", "seeds", *(f"{group.capitalize()}, %" for group in GROUPS), *differing]
         text = FORMATS[arguments.format](header, [[printable(c) for c in line.cells(differing)] for line in lines])
         if arguments.output is None:
@@ -201,6 +227,13 @@ def _line(same: Sequence[Run]) -> Line:
     return Line(name, len(same), percents, same[0].settings)
 
 
+def _paper_line(table: str, row: Row) -> Line:
+    fractions = row.paper.fractions() if row.paper else {}
+    number = table.removeprefix("table")
+    name = f"Table {number}" if number.isdigit() else table
+    return Line(f"paper, {name}: {row.name}", 0, {g: _percents([fractions.get(g)]) for g in GROUPS}, {})
+
+
 def _percents(fractions: Sequence[float | None]) -> list[float]:
     return [100 * fraction for fraction in fractions if fraction is not None]
 
@@ -214,7 +247,10 @@ def _mean_std(percents: Sequence[float]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, nargs="+", help="run directory of a finished training")
-    parser.add_argument("--table", help="also the paper's rows of this table: a number (9 to 14), a name or a path")
+    beside = parser.add_mutually_exclusive_group()
+    beside.add_argument("--table", help="the paper's rows of this table: a number (9 to 14), a name or a path")
+    beside.add_argument("--no-paper", action="store_true", help="without the paper's row of the runs' own settings")
+    parser.add_argument("--row", help="of --table, this row alone, such as 'ResNet-50, PaCo'")
     parser.add_argument("--format", choices=FORMATS, default="markdown", help="markdown, also plain text, by default")
     parser.add_argument("--output", type=Path, help="file to write; standard output by default")
     return parser

@@ -12,7 +12,7 @@ from statistics import fmean
 from rich.table import Table
 
 from paco_ds.command import Screen
-from paco_ds.evaluation.accuracy import GROUPS
+from paco_ds.evaluation.groups import GROUPS
 from paco_ds.files import replace_text
 from paco_ds.report import charts
 from paco_ds.report.page import render

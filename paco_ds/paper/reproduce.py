@@ -161,9 +161,10 @@ class Job:
         if self.keep is None:
             return
         from paco_ds.metrics.log import read as read_log
+        from paco_ds.metrics.steps import steps_of
 
         trained = read_json(self.run / "metrics.json", UserError)
-        steps = (line for line in read_log(self.run / "metrics.jsonl") if line["kind"] == "step")
+        counted = ((steps_of(line), line) for line in read_log(self.run / "metrics.jsonl"))
         self.keep.keep(
             self.run.name,
             read_json(self.results, UserError),
@@ -171,7 +172,7 @@ class Job:
             self._first_identity,
             self.row.evaluate,
             ranks=trained["world_size"],
-            seconds=sum(step["step_seconds"] for step in steps),
+            seconds=sum(steps * line["step_seconds"] for steps, line in counted if steps),
         )
 
     @property

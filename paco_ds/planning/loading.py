@@ -12,11 +12,11 @@ import cv2
 import torch
 
 from paco_ds.config.recipe import DataSettings, Recipe
-from paco_ds.config.views import TrainView
+from paco_ds.config.views import TrainView, ViewDevice
 from paco_ds.contrast.key_queue import KeyQueue
 from paco_ds.data.manifest import Manifest
-from paco_ds.data.shard import BadSample, ShardReader
-from paco_ds.data.stream.views import MakeViews, make_view
+from paco_ds.data.shard import BadSample, RawSample, ShardReader
+from paco_ds.data.stream.views import MakeRawViews, MakeViews, make_view
 from paco_ds.errors import DataError, UserError
 from paco_ds.losses import make_loss
 from paco_ds.models.execution import Hardware, choose, choose_kernels, prepare
@@ -91,41 +91,67 @@ def plan_loading(per_worker: float, per_gpu: float, gpus: int, configured: int, 
 
 
 def measure_loading(
-    data: DataSettings, views: Sequence[TrainView], manifest: Manifest, seed: int, seconds: float = 3.0
+    data: DataSettings,
+    views: Sequence[TrainView],
+    manifest: Manifest,
+    seed: int,
+    seconds: float = 3.0,
+    *,
+    views_on: ViewDevice = "cpu",
 ) -> float:
     """Training images/s of one process with one thread: read, decoded, views made; samples in random order.
 
     Args:
         views: of each image, see `Recipe.training_views`.
+        views_on: as `views.device`; what a device does is not part of it.
 
     Raises:
         DataError: no sample can be read.
     """
-    make_views = MakeViews(tuple(map(make_view, views)), data.max_pixels)
-    threads = cv2.getNumThreads(), torch.get_num_threads()
+    with ShardReader(manifest.storage, manifest.split(data.train_split)) as reader:
+        order = permutation(len(reader), DrawPurpose.WINDOW, seed)
+        rate = loading_rate(lambda n: reader.read(int(order[n % len(order)])), data, views, seed, seconds, views_on)
+    if not rate:
+        raise DataError(f"no sample of {data.shards} could be read; run paco-build-shards check on it")
+    return rate
+
+
+def loading_rate(
+    read: Callable[[int], RawSample],
+    data: DataSettings,
+    views: Sequence[TrainView],
+    seed: int,
+    seconds: float,
+    views_on: ViewDevice,
+) -> float:
+    """Images/s of one process with one thread, see `measure_loading`; 0 if no image can be decoded.
+
+    Args:
+        read: the sample of each number from 0.
+    """
+    drawn, size = tuple(map(make_view, views)), views[0].size
+    make_views: MakeViews | MakeRawViews = MakeViews(drawn, data.max_pixels)
+    if views_on == "accelerator":
+        make_views = MakeRawViews(drawn, data.max_pixels, size)
+    threads, made = (cv2.getNumThreads(), torch.get_num_threads()), 0
+
+    def load(position: int) -> None:
+        nonlocal made
+        rngs = (generator(s, seed, 0, position) for s in (DrawPurpose.QUERY_VIEW, DrawPurpose.KEY_VIEW))
+        try:
+            make_views(read(position), *list(rngs)[: len(views)])
+            made += 1
+        except BadSample:
+            pass
+
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     try:
-        with ShardReader(manifest.storage, manifest.split(data.train_split)) as reader:
-            order = permutation(len(reader), DrawPurpose.WINDOW, seed)
-            made = 0
-
-            def load(position: int) -> None:
-                nonlocal made
-                rngs = (generator(s, seed, 0, position) for s in (DrawPurpose.QUERY_VIEW, DrawPurpose.KEY_VIEW))
-                try:
-                    make_views(reader.read(int(order[position % len(order)])), *list(rngs)[: len(views)])
-                    made += 1
-                except BadSample:
-                    pass
-
-            elapsed = _repeat(load, seconds)
+        elapsed = _repeat(load, seconds)
+        return made / elapsed
     finally:
         cv2.setNumThreads(threads[0])
         torch.set_num_threads(threads[1])
-    if not made:
-        raise DataError(f"no sample of {data.shards} could be read; run paco-build-shards check on it")
-    return made / elapsed
 
 
 def measure_step(recipe: Recipe, class_counts: Sequence[int], device: torch.device, seconds: float = 5.0) -> float:

@@ -152,7 +152,7 @@ class _RankMemory:
         if recipe.keys_from != "key_encoder" or recipe.key_encoder is None:
             return {}
         # in group order; with batch_norm local they stay on the host
-        whole = recipe.key_encoder.batch_norm == "local"
+        whole = not trace.shuffles_keys
         moving = 0 if whole and self.device == "cuda" else self.rank.layout.accumulation * self._view_bytes
         return {
             "input images": moving,

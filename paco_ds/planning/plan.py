@@ -262,7 +262,12 @@ def _remedies(plan: Plan, config: dict[str, Any], gpu_memory: int) -> list[str]:
             "step": recipe.step.model_copy(update={"micro_batch": micro_batch}),
         }
         changed = recipe.model_copy(update=sections)
-        trace = trace_step(changed, counts, autocast)
+        try:
+            trace = trace_step(changed, counts, autocast)
+        except RecipeError:  # a backbone without activation checkpointing
+            if recomputed:
+                return None
+            raise
         rank = PlannedRank(changed, trace, len(counts), replace(layout, micro_batch=micro_batch))
         for stage in sorted(stages, key=lambda stage: stage != plan.stage):
             if fits(plan_memory(rank, _small_buckets(config, stage), device).total):

@@ -39,5 +39,4 @@ class PlannedRank:
     @property
     def exchanges_images(self) -> bool:
         """Whether key images are exchanged between ranks (ShuffleBN), one step ahead."""
-        encoder = self.recipe.key_encoder if self.recipe.keys_from else None
-        return encoder is not None and encoder.batch_norm == "shuffle" and self.layout.world_size > 1
+        return self.trace.shuffles_keys and self.layout.world_size > 1

@@ -54,10 +54,28 @@ def _plan(arguments: argparse.Namespace) -> int:
         images_per_second=arguments.images_per_second,
         device=arguments.device,
     )
+    ways = []
+    if arguments.gpu_rate is not None:
+        from paco_ds.data.manifest import open_data
+        from paco_ds.planning.loading_ways import plan_ways, ways_in_words
+
+        manifest = open_data(recipe.data, [recipe.data.train_split]) if plan.data.built else None
+        gpus = 8 if arguments.gpus_per_node is None else arguments.gpus_per_node
+        ways = plan_ways(
+            recipe.data,
+            recipe.training_views,
+            manifest,
+            per_gpu=arguments.gpu_rate,
+            gpus=gpus,
+            short=recipe.views.evaluation.resize,
+        )
     if arguments.json:
-        say(json.dumps(as_json(plan)))
+        cores = {"cores_per_node": {way.name: way.cores for way in ways}} if ways else {}
+        say(json.dumps(as_json(plan) | cores))
     else:
         print_plan(plan, Screen(width=arguments.width))
+        if ways:
+            say("\n".join(ways_in_words(ways, arguments.gpu_rate, gpus, made_up=not plan.data.built)))
     return 1 if plan.verdict == "does not fit" else 0
 
 
@@ -83,7 +101,7 @@ def _workers(arguments: argparse.Namespace) -> int:
             "has shown them (the progress line, or rate(paco_samples_total))"
         )
     plan = plan_loading(
-        measure_loading(recipe.data, recipe.training_views, manifest, recipe.seed),
+        measure_loading(recipe.data, recipe.training_views, manifest, recipe.seed, views_on=recipe.views.device),
         per_gpu,
         gpus or 1 if arguments.gpus_per_node is None else arguments.gpus_per_node,
         recipe.data.workers,
@@ -132,7 +150,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ranks", type=int, help="ranks of the job, over all hosts")
     parser.add_argument("--output", type=Path, default=Path("runs"), help="for --launch; where the run will be written")
     parser.add_argument("--master-port", type=int, default=29500, help="for --launch")
-    parser.add_argument("--gpus-per-node", type=int, help="for --workers; those of this machine by default")
+    parser.add_argument(
+        "--gpus-per-node", type=int, help="for --workers, those of this machine by default; for --gpu-rate, 8"
+    )
+    parser.add_argument(
+        "--gpu-rate",
+        type=float,
+        metavar="X",
+        help="for --plan; images/s of one GPU: also say how many cores a node needs, by each way to make views",
+    )
     parser.add_argument("--gpu-memory", metavar="SIZE", help="of each GPU: 80GiB is 2^30 bytes, 80GB is 10^9")
     parser.add_argument("--images-per-second", type=float, help="of the whole job, as a run of it has shown")
     parser.add_argument("--images", type=int, help="training images, where there are no shards yet")

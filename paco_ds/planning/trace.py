@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from paco_ds.config.recipe import Recipe
+from paco_ds.contrast.key_encoder import groups_of_keys
 from paco_ds.contrast.key_queue import QueueSnapshot
 from paco_ds.losses import make_loss
 from paco_ds.losses.base import Loss
@@ -44,6 +45,7 @@ class StepTrace:
             handed over.
         peak_with_gradients: the same while gradients of weights are kept as they come.
         loss_parts: scalars that the loss is logged by.
+        shuffles_keys: whether key images are shuffled between micro-batches; False without a key encoder.
     """
 
     trained: tuple[int, ...]
@@ -56,6 +58,7 @@ class StepTrace:
     peak: int
     peak_with_gradients: int
     loss_parts: int = 0
+    shuffles_keys: bool = False
 
 
 def trace_step(recipe: Recipe, class_counts: tuple[int, ...], autocast: bool) -> StepTrace:
@@ -70,10 +73,12 @@ def trace_step(recipe: Recipe, class_counts: tuple[int, ...], autocast: bool) ->
         "trained": tuple(p.numel() for p in trained),
         "followed": tuple(p.numel() for p in followed),
         "buffers": sum(b.nbytes for b in model.buffers()),
-        "statistics": sum(b.numel() for b in RunningStatistics(model).buffers),
+        "statistics": RunningStatistics(model).flat.numel(),
     }
     loss = make_loss(recipe.loss, class_counts)
     sizes["loss_parts"] = len(loss.part_names) + (recipe.loss.distill is not None)
+    if recipe.key_encoder is not None and model.key_encoder is not None:
+        sizes["shuffles_keys"] = groups_of_keys(recipe.key_encoder, model.key_encoder) == "shuffle"
     with FakeTensorMode(allow_non_fake_inputs=True):
         model, loss = model.to_empty(device="cpu"), loss.to_empty(device="cpu")
         size = recipe.views.query.size

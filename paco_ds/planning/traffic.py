@@ -59,7 +59,7 @@ def _own(rank: PlannedRank, step: int) -> list[Traffic]:
     if recipe.keys_from:
         packed = FLOAT * (A * m * (recipe.model.key_dim + 1) + 1)  # keys, labels, a finite flag
         rows.append(Traffic("keys and labels", "all_gather", packed * (W - 1), "paco_ds"))
-    totals = StepTotals(torch.device("cpu"), ("",) * trace.loss_parts).vector.nbytes
+    totals = StepTotals(torch.empty(0), ("",) * trace.loss_parts).vector.nbytes
     rows.append(Traffic("loss, flags, probabilities", "all_reduce", _ring(2 * totals, W), "paco_ds"))
     if trace.statistics:
         rows.append(Traffic("running statistics", "all_reduce", _ring(2 * FLOAT * trace.statistics, W), "paco_ds"))

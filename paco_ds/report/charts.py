@@ -18,7 +18,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from paco_ds.evaluation.accuracy import GROUPS
+from paco_ds.evaluation.groups import GROUPS
 from paco_ds.files import whole_file
 
 INK, MUTED, GRID, ALARM = "#1c2530", "#66727e", "#e4e8ec", "#d03b2f"

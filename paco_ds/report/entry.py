@@ -24,13 +24,20 @@ def main(argv: list[str] | None = None) -> int:
         from paco_ds.report.run_report import write_report  # torch: only who draws waits
 
         for run in arguments.run:
-            say(f"report: {write_report(run)}")
+            say(f"report: {write_report(run, pictures=arguments.pictures)}")
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, nargs="+", help="run directory of a training")
+    parser.add_argument(
+        "--no-pictures",
+        dest="pictures",
+        action="store_false",
+        help="leave out the pictures of misclassified images, for a page that goes to others; for every page of a run: "
+        "evaluation.pictures",
+    )
     return parser
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 
 from paco_ds.errors import printable
-from paco_ds.evaluation.accuracy import percent
+from paco_ds.evaluation.groups import percent
 
 HERE = Path(__file__).parent
 

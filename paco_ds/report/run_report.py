@@ -12,11 +12,12 @@ from typing import Any
 from paco_ds.config.parse import brief, one_line, read_json, read_yaml
 from paco_ds.data.manifest import SHOTS
 from paco_ds.errors import DataError
-from paco_ds.evaluation.accuracy import GROUPS, percent
+from paco_ds.evaluation.groups import GROUPS, percent
 from paco_ds.files import replace_text
 from paco_ds.models.execution import in_words
 from paco_ds.report.history import History, section
 from paco_ds.report.page import render, with_scripts
+from paco_ds.report.pictures import Pictures, pictures_of_mistakes
 from paco_ds.report.used_settings import used_and_rest
 
 # label by key of metrics.json and of an evaluation in the log
@@ -44,13 +45,14 @@ class RunFiles:
     final: Mapping[str, Any] | None = None
 
 
-def write_report(run_dir: Path, history: History | None = None) -> Path:
+def write_report(run_dir: Path, history: History | None = None, pictures: bool = True) -> Path:
     """Write RUN/report.html atomically and return its path.
 
     Needs metrics.jsonl; recipe.yaml and metrics.json are used if they exist, and the page says what is missing.
 
     Args:
         history: of this run, read before; only what was logged since is read.
+        pictures: show misclassified images, read from the shards, unless `evaluation.pictures` is false.
 
     Raises:
         FileNotFoundError: there is no metrics.jsonl.
@@ -58,7 +60,9 @@ def write_report(run_dir: Path, history: History | None = None) -> Path:
     """
     run = read_run(run_dir, history)
     try:
-        page = render("run.html.j2", _context(run_dir.resolve().name, run))
+        shown = pictures and section(run.recipe, "evaluation").get("pictures", True) is True
+        of_mistakes = pictures_of_mistakes(run_dir, run.final or {}) if shown else Pictures(missing="left out")
+        page = render("run.html.j2", {**_context(run_dir.resolve().name, run), "pictures": of_mistakes})
         page = with_scripts(page, _data(run))
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise DataError(
@@ -104,6 +108,7 @@ def _context(name: str, run: RunFiles) -> dict[str, Any]:
         "classes": len(_classes(final)),
         "single": _single(headline or {}),
         "confusions": final.get("confusions", ()),
+        "mistakes": final.get("mistakes") or {"confused": (), "tail": ()},
         "reliability": bool(final.get("reliability")),
         "has_final": run.final is not None,
         "evaluated": bool(history.evaluations),
@@ -159,7 +164,7 @@ def _facts(run: RunFiles) -> list[tuple[str, str]]:
     if "world_size" in final:
         facts.append(("Ranks", str(final["world_size"])))
     if final.get("scale", 1) != 1:
-        facts.append(("Scaled", f"{final['scale']:g} times the recipe's micro-batches a step, and learning rate"))
+        facts.append(("Scaled", f"{final['scale']:g} times the recipe's micro-batches a step"))
     times = [datetime.fromisoformat(final[key]) for key in ("started", "finished") if key in final]
     if len(times) == 2:
         facts.append(("Finished", f"{times[1]:%Y-%m-%d %H:%M}"))

@@ -14,14 +14,12 @@ example:
 from __future__ import annotations
 
 import argparse
-import base64
 import csv
 import io
 import os
 import sys
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,8 +33,6 @@ if TYPE_CHECKING:
     from paco_ds.evaluation.label_noise import Candidate, Candidates
 
 SHOWN = 200  # candidates of a page: at most 400 thumbnails, of some 5 KB each
-SIDE = 96  # pixels
-MAX_PIXELS = 100_000_000  # of a picture; larger ones have no thumbnail
 _COLUMNS = ("path", "label", "suggested", "score", "class_size", "neighbour", "similarity", "predicted", "copies")
 
 
@@ -124,11 +120,12 @@ def _context(table: Embeddings, candidates: Candidates, k: int, page: Path) -> d
 def _thumbnails(table: Embeddings, wanted: set[str]) -> tuple[dict[str, str], list[str]]:
     """(JPEG in base64 of each wanted image that can be read, why places cannot be listed)."""
     from paco_ds.evaluation.images import ListedImage, list_images
+    from paco_ds.report.pictures import thumbnail
 
     found, reasons = dict[str, str](), list[str]()
 
     def take(image: ListedImage) -> None:
-        if image.name in wanted and image.name not in found and (jpeg := _jpeg(image.read)):
+        if image.name in wanted and image.name not in found and (jpeg := thumbnail(image.read)):
             found[image.name] = jpeg
 
     for place in table.images:
@@ -144,27 +141,6 @@ def _thumbnails(table: Embeddings, wanted: set[str]) -> tuple[dict[str, str], li
         if os.path.isfile(name):
             take(ListedImage(name))
     return found, reasons
-
-
-def _jpeg(read: Callable[[], bytes]) -> str | None:
-    from PIL import Image
-
-    from paco_ds.data.shard import BadSample
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an image of many pixels is left out below
-            picture = Image.open(io.BytesIO(read()), formats=("JPEG", "PNG", "WEBP", "GIF", "BMP"))
-            if picture.width * picture.height > MAX_PIXELS:
-                return None
-            picture.draft("RGB", (2 * SIDE, 2 * SIDE))
-            thumbnail = picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError, UserError, BadSample, Image.DecompressionBombError):
-        return None
-    thumbnail.thumbnail((SIDE, SIDE))
-    output = io.BytesIO()
-    thumbnail.save(output, "JPEG", quality=75)
-    return base64.b64encode(output.getvalue()).decode()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from paco_ds.config.recipe import Recipe
 from paco_ds.contrast.contrast import Contrast
-from paco_ds.contrast.key_encoder import KeyEncoder, key_momentum
+from paco_ds.contrast.key_encoder import KeyEncoder, groups_of_keys, key_momentum
 from paco_ds.contrast.key_queue import KeyQueue
 from paco_ds.data.manifest import Manifest
-from paco_ds.data.stream.batches import TrainingStream
+from paco_ds.data.stream.batches import RenderOn, TrainingStream
 from paco_ds.distributed.ranks import MicroBatchLayout, Ranks
 from paco_ds.losses import make_loss
 from paco_ds.losses.distillation import Distillation
 from paco_ds.models.execution import Hardware, choose
+from paco_ds.models.families import ImageSizes
 from paco_ds.models.recogniser import Recogniser, make_recogniser
 from paco_ds.training.engine import autocast_of, initialise
 from paco_ds.training.forward import Forward
+from paco_ds.training.gradients import GradientMean
 from paco_ds.training.initial_weights import freeze
 from paco_ds.training.mixup import Mixup
 from paco_ds.training.step import Step
@@ -50,8 +53,21 @@ class Classes:
         return cls(counts, shots, manifest.classes, manifest.mean, manifest.std)
 
 
-def build_stream(recipe: Recipe, manifest: Manifest, layout: MicroBatchLayout, start: int = 0) -> TrainingStream:
-    """The training images of a recipe, from global step `start` on. Loader processes start here."""
+def build_stream(
+    recipe: Recipe,
+    manifest: Manifest,
+    layout: MicroBatchLayout,
+    start: int = 0,
+    device: torch.device | None = None,
+) -> TrainingStream:
+    """The training images of a recipe, from global step `start` on. Loader processes start here.
+
+    Args:
+        device: of this rank, which makes the views if the recipe says so; the CPU by default.
+    """
+    render_on = None
+    if recipe.views.device == "accelerator":
+        render_on = RenderOn(device or torch.device("cpu"), recipe.views.query.size)
     return TrainingStream(
         recipe.data,
         recipe.training_views,
@@ -60,6 +76,7 @@ def build_stream(recipe: Recipe, manifest: Manifest, layout: MicroBatchLayout, s
         seed=recipe.seed,
         epochs=recipe.schedule.epochs,
         start=start,
+        render_on=render_on,
     )
 
 
@@ -75,6 +92,7 @@ def build_model(recipe: Recipe, classes: Classes) -> Recogniser:
         len(classes.counts),
         classes.mean,
         classes.std,
+        sizes=ImageSizes(recipe.views.query.size, recipe.views.evaluation.size),
         with_key_encoder=recipe.keys_from == "key_encoder",
         seed=recipe.seed,
     )
@@ -108,6 +126,9 @@ def build_step(
     """
     layout = MicroBatchLayout(recipe.step.micro_batch, recipe.step.micro_batches, ranks.rank, ranks.world_size)
     execution = choose(recipe.engine, Hardware.of(ranks.device), autocast_of(config))
+    groups: Literal["shuffle", "local"] | None = None
+    if recipe.key_encoder is not None and model.key_encoder is not None:
+        groups = groups_of_keys(recipe.key_encoder, model.key_encoder)
     engine, optimizer = initialise(model, recipe.optimizer, recipe.lr, execution, config, layout)
     loss = make_loss(recipe.loss, classes.counts, classes.names).to(ranks.device)
     distill = recipe.loss.distill
@@ -116,13 +137,14 @@ def build_step(
     if recipe.keys_from is not None:
         queue = KeyQueue(recipe.queue.length, recipe.model.key_dim, ranks.device)
         settings, key_encoder = recipe.key_encoder, None
-        if settings is not None:
+        if settings is not None and groups is not None:
             key_encoder = KeyEncoder(
                 engine,
                 layout,
                 ranks,
                 momentum=lambda step: key_momentum(settings, step, total_steps, recipe.step.scale),
-                batch_norm=settings.batch_norm,
+                batch_norm=groups,
+                shuffle_block=settings.shuffle_block,
                 seed=recipe.seed,
             )
         contrast = Contrast(queue, key_encoder, recipe.loss.contrast_scope, len(classes.counts), recipe.model.experts)
@@ -138,4 +160,9 @@ def build_step(
         steps_per_epoch=steps_per_epoch,
         mixup=Mixup(recipe.step.mixup, recipe.seed) if recipe.step.mixup else None,
         max_grad_norm_ratio=recipe.engine.max_grad_norm_ratio,
+        gradients=GradientMean(
+            [p for p in model.parameters() if p.requires_grad], ranks, getattr(torch, execution.gradients)
+        )
+        if optimizer.whole
+        else None,
     )

@@ -70,7 +70,10 @@ def read_deepspeed_config(path: str | Path) -> dict[str, Any]:
 
 def stage_config(stage: int) -> dict[str, Any]:
     """DeepSpeed's configuration of a ZeRO stage, as the shipped files have it."""
-    return {"zero_optimization": {"stage": stage}}
+    zero: dict[str, Any] = {"stage": stage}
+    if stage in (1, 2):  # gradients are sent during backward, in buckets of 25 MB
+        zero |= {"overlap_comm": True, "reduce_bucket_size": 25 * 2**20 // 4}
+    return {"zero_optimization": zero}
 
 
 @dataclass(frozen=True)
@@ -225,6 +228,10 @@ def initialise(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # offload with SGD, of which DeepSpeed has no CPU version
         "steps_per_print": 10**9,
+        # its timer of throughput waits for the device three times a micro-batch
+        "timers": {"throughput": {"enabled": False}},
+        "wall_clock_breakdown": False,
+        "communication_data_type": {"float32": "fp32", "bfloat16": "bf16"}[execution.gradients],
         # 0 is no clipping; left out, DeepSpeed clips at 1. Without ZeRO the optimizer clips, which knows the norm
         "gradient_clipping": (settings.clip_norm or 0.0) if stage > 0 else 0.0,
     }
@@ -232,4 +239,5 @@ def initialise(
         complete["torch_autocast"] = _AUTOCAST | config.get("torch_autocast", {}) | {"enabled": True}
     import_muon_uncompiled()
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=complete)
+    engine.enable_backward_allreduce = stage > 0  # see `GradientMean`
     return engine, optimizer

@@ -23,8 +23,9 @@ from paco_ds.evaluation.results import versions
 from paco_ds.files import replace_text, sha256_file, storage_errors
 from paco_ds.models.recogniser import Recogniser
 from paco_ds.training.build import Classes, build_model
-from paco_ds.training.published import NETWORK, Published, read_published, weights_file
+from paco_ds.training.published import NETWORK, Published, read_published
 from paco_ds.training.recognised import backbone_of
+from paco_ds.training.weight_files import weights_file
 
 
 @dataclass(frozen=True)

@@ -1,78 +1,62 @@
-"""Where training starts from: the run of a first stage, a file of weights, or torchvision's; and what stays frozen.
-
-Nothing is unpickled but tensors: .pth files are read with torch's `weights_only`.
-"""
+"""Where training starts from: the run of a first stage, a file of weights, or published ones; and what stays frozen."""
 
 from __future__ import annotations
 
-import difflib
-import pickle
-import re
 from pathlib import Path
-from typing import Any
 
-import torch
-from filelock import FileLock
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from paco_ds.checkpoint import open_run
-from paco_ds.config.parse import one_line
 from paco_ds.config.recipe import ModelSettings
 from paco_ds.errors import RecipeError
+from paco_ds.models.backbones import make_backbone
+from paco_ds.models.families import USUAL_SIZES, ImageSizes
 from paco_ds.models.recogniser import Recogniser
+from paco_ds.training.fitting import Fit, fill_backbone, needs_whole
+from paco_ds.training.pretrained import is_published, published_weights
+from paco_ds.training.weight_files import is_hub_folder, read_tensors, state_dict_of, weights_file
 
-TORCHVISION = "torchvision:"
-_SAME = ("backbone", "width", "experts", "expert_width")  # what the first stage must share
+_SAME = ("backbone", "kwargs", "width", "experts", "expert_width")  # what the first stage must share
 _SAME_CENTERS = ("centers", "centers_scale")  # and where its centers are taken over as they are
 _BACKBONE = "query_encoder.backbone."
-_CLASSIFIERS = ("fc", "classifier", "heads", "head")  # what torchvision's networks call theirs
-# What RIDE's files hold beside tensors: their settings and a score. Each is read as a placeholder; nothing is imported.
-_PLACEHOLDERS = (
-    "parse_config.ConfigParser",
-    "pathlib.PosixPath",
-    "pathlib._local.PosixPath",
-    "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray.scalar",
-    "numpy.dtype",
-    "_codecs.encode",
-)
 
 
-class _Placeholder:
-    """Takes the place of a foreign object in a file, and forgets what it is given."""
-
-    def __init__(self, *_: object) -> None:
-        pass
-
-    def __setstate__(self, _: object) -> None:
-        pass
-
-
-def load_initial_weights(model: Recogniser, settings: ModelSettings) -> None:
+def load_initial_weights(model: Recogniser, settings: ModelSettings, sizes: ImageSizes = USUAL_SIZES) -> Fit | None:
     """Put what `model.start_from` names into the encoders of a fresh model, in place.
 
     Of a run: backbone and projection, and for `trained: center_scales` and `routers` its centers; of a file or of
-    torchvision: the backbone.
+    published weights: the backbone. The key encoder starts from the query encoder's weights.
+
+    Args:
+        sizes: of the views, with which the backbone was made.
+
+    Returns:
+        what became of the tensors of a file; None of a run, whose tensors all fit, and without `start_from`.
 
     Raises:
         RecipeError: nothing there, or weights of another network, naming what differs.
     """
     start = settings.start_from
     if start is None:
-        return
-    is_run = not start.startswith(TORCHVISION) and (Path(start).is_dir() or not Path(start).suffix)
+        return None
+    path = Path(start)
+    is_run = not is_published(start) and not is_hub_folder(path) and (path.is_dir() or not path.suffix)
     if settings.trained in ("center_scales", "routers") and not is_run:
         raise RecipeError(
             f"model.trained {settings.trained} needs trained centers too, which {start} has not: let model.start_from "
             f"be the run directory of a first stage"
         )
-    if start.startswith(TORCHVISION):
-        _fill(model, _of_torchvision(settings, start.removeprefix(TORCHVISION)), start)
-    elif is_run:
-        _fill_from_run(model, settings, Path(start))
-    else:
-        _fill(model, _of_file(Path(start)), start)
+    if is_run:
+        _fill_from_run(model, settings, path)
+        return None
+    backbone = model.query_encoder.backbone
+    tensors = published_weights(start, settings.backbone) if is_published(start) else _of_file(path)
+    whole = backbone.network
+    if needs_whole(backbone):
+        whole = make_backbone(settings.model_copy(update={"experts": None}), sizes).network
+    fit = fill_backbone(backbone, whole, tensors, settings.start_from_min_share, f"model.start_from {start}")
+    model.restart_key_encoder()
+    return fit
 
 
 def require_same_network(first: ModelSettings, second: ModelSettings, run: str | Path) -> None:
@@ -123,15 +107,6 @@ def _fill_from_run(model: Recogniser, settings: ModelSettings, run: Path) -> Non
     model.restart_key_encoder()
 
 
-def _fill(model: Recogniser, weights: dict[str, Tensor], where: str) -> None:
-    """Backbone weights as torchvision names them, the classifier's left out."""
-    network = model.query_encoder.backbone.network
-    wanted = network.state_dict().keys()
-    classifier = {name for name in weights.keys() - wanted if name.split(".")[0] in _CLASSIFIERS}
-    _copy(network, {name: t for name, t in weights.items() if name not in classifier}, f"model.start_from {where}")
-    model.restart_key_encoder()
-
-
 def _copy(module: nn.Module, weights: dict[str, Tensor], where: str, missing_ok: str | None = None) -> None:
     wanted = module.state_dict()
     missing = [name for name in wanted.keys() - weights.keys() if not (missing_ok and name.startswith(missing_ok))]
@@ -152,70 +127,8 @@ def _copy(module: nn.Module, weights: dict[str, Tensor], where: str, missing_ok:
 
 
 def _of_file(path: Path) -> dict[str, Tensor]:
-    weights = read_tensors(path, f"model.start_from {path}")
-    if not isinstance(weights, dict) or not all(isinstance(t, Tensor) for t in weights.values()):
+    file = weights_file(path)
+    tensors = state_dict_of(read_tensors(file, f"model.start_from {file}"))
+    if not tensors:
         raise RecipeError(f"model.start_from {path} is not a state dict of tensors by name")
-    return weights
-
-
-def read_tensors(path: Path, where: str) -> Any:
-    """The content of a `.safetensors` file, or of one of `torch.save` with tensors alone: nothing in it is executed.
-
-    Raises:
-        RecipeError: it cannot be read; begins with ``where``.
-    """
-    if not path.is_file():
-        raise RecipeError(f"{where}: there is no such file")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals([(_Placeholder, name) for name in _PLACEHOLDERS]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # torch's own text advises to read it unsafely
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it asks for {found[1]}" if found else "it is no file of torch.save, or damaged"
-        raise RecipeError(
-            f"{where} holds no weights that can be read safely: {what}; nothing in a file is executed: give one of "
-            f"tensors alone, as torch.save(model.state_dict(), FILE) writes it"
-        ) from error
-    except Exception as error:  # a damaged file, or one that asks for code, raises nearly anything
-        raise RecipeError(f"{where} holds no weights that can be read safely: {one_line(error)}") from error
-
-
-def _of_torchvision(settings: ModelSettings, name: str) -> dict[str, Tensor]:
-    import torchvision  # here: its import is 3 s of a core in every rank, and most runs need none of it
-
-    try:
-        known = [w.name for w in torchvision.models.get_model_weights(settings.backbone)]
-    except ValueError:
-        raise RecipeError(
-            f"model.start_from {TORCHVISION}{name}: torchvision has no weights of {settings.backbone}; give a file of "
-            f"weights, or one of its networks"
-        ) from None
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        raise RecipeError(
-            f"model.start_from {TORCHVISION}{name}: {settings.backbone} has {', '.join(known)}"
-            + (f"; did you mean {near[0]}?" if near else "")
-        )
-    return _downloaded(torchvision.models.get_model_weights(settings.backbone)[name])
-
-
-def _downloaded(weights: Any) -> dict[str, Tensor]:
-    """The tensors of one of torchvision's weights, from torch's folder of downloads; one rank of a host fetches them.
-
-    Raises:
-        RecipeError: they are not there and cannot be fetched, with their URL and the place for a copy.
-    """
-    folder = Path(torch.hub.get_dir(), "checkpoints")
-    file = folder / weights.url.rpartition("/")[2]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{file}.lock"):
-            tensors: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True)
-    except (OSError, RuntimeError) as error:  # RuntimeError: of another digest
-        raise RecipeError(
-            f"cannot fetch {weights.url} ({one_line(error)}): where there is no network, put that file to {file}, or "
-            "name it by model.start_from"
-        ) from error
     return tensors

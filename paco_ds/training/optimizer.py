@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import reduce
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils import get_total_norm
 
@@ -17,7 +19,8 @@ from paco_ds.config.recipe import ScheduleSettings
 class UsualNorm:
     """The geometric mean of the gradient norms of recent steps, with a memory of about 100 of them.
 
-    A geometric mean follows a norm that falls by orders of magnitude in training, and one outlier moves it little.
+    A geometric mean follows a norm that falls by orders of magnitude in training, and one outlier moves it little. It
+    lives on the device, since a step may be refused by it before the host knows its norm.
 
     Args:
         log_mean, steps: as `state` of an earlier run gave them.
@@ -25,24 +28,23 @@ class UsualNorm:
 
     MEMORY, FIRST = 100, 20
 
-    def __init__(self, log_mean: float = 0.0, steps: int = 0) -> None:
-        self.log_mean, self.steps = log_mean, steps
+    def __init__(self, log_mean: float = 0.0, steps: int = 0, device: torch.device | str = "cpu") -> None:
+        self._log_mean, self._steps = torch.tensor([log_mean, steps], dtype=torch.float64, device=device)
 
-    def add(self, norm: float) -> None:
-        """Add the norm of a step that was applied."""
-        if norm > 0 and math.isfinite(norm):
-            self.steps += 1
-            self.log_mean += (math.log(norm) - self.log_mean) / min(self.steps, self.MEMORY)
+    def add(self, norm: Tensor, applied: Tensor) -> None:
+        """Add the norm of a step, a finite float64 scalar, if the step was applied, a bool one."""
+        counted = applied & (norm > 0)
+        self._steps += counted
+        change = (norm.log() - self._log_mean) / self._steps.clamp(1, self.MEMORY)
+        self._log_mean += torch.where(counted, change, 0.0)
 
-    def ratio(self, norm: float) -> float | None:
-        """`norm` over the usual one; None before 20 steps, when nothing is usual yet."""
-        if self.steps < self.FIRST or math.isnan(norm):
-            return None
-        return norm / math.exp(self.log_mean)
+    def ratio(self, norm: Tensor) -> Tensor:
+        """`norm` over the usual one; nan before 20 steps, when nothing is usual yet."""
+        return (norm / self._log_mean.exp()).where(self._steps >= self.FIRST, math.nan)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
-        return {"log_mean": self.log_mean, "steps": self.steps}
+        return {"log_mean": float(self._log_mean), "steps": int(self._steps)}
 
 
 # Torch wraps both to say that they are not compiled, and loads its compiler for that: 3 s of a core in every rank.
@@ -51,16 +53,18 @@ _step = inspect.unwrap(torch.optim.SGD.step)
 
 
 class GuardedSGD(torch.optim.SGD):
-    """SGD with momentum whose `step` does nothing where `guard` says so.
+    """SGD with momentum whose `step` changes nothing where it is refused, without the host knowing: torch's fused SGD
+    reads `found_inf` and `grad_scale` on the device.
 
-    `step` calls the guard, so that ranks can agree on its answer during backward. Without ZeRO `step` also computes the
-    global gradient norm, clips, and skips a norm that is not finite; at stages 1 to 3 DeepSpeed does these three first.
+    Without ZeRO `step` also computes the global gradient norm, clips, and refuses a norm that is not finite; at stages
+    1 to 3 DeepSpeed does these three first.
 
     Attributes:
-        guard: whether to skip the step.
-        norm_guard: asked once the gradient norm is known: whether to skip the step for it.
-        skipped: whether the last step did.
-        grad_norm: L2 norm before clipping; None with ZeRO.
+        guard: whether the step may be applied: a bool scalar on the device. Called in `step`, so that ranks can agree
+            on it.
+        norm_guard: asked once the gradient norm is known, likewise.
+        applied: whether the last step was, likewise; None if `step` was not called, or nobody guards it.
+        grad_norm: L2 norm before clipping, on the device; None with ZeRO.
     """
 
     def __init__(
@@ -69,30 +73,38 @@ class GuardedSGD(torch.optim.SGD):
         # one pass over weights, gradients and momentum: a third of the time of torch's loop on CPU
         super().__init__(params, lr, fused=True, **sgd)
         self.clip_norm, self.whole = clip_norm, whole
-        self.guard: Callable[[], bool] = lambda: False
-        self.norm_guard: Callable[[], bool] = lambda: False
-        self.skipped = False
-        self.grad_norm: float | None = None
+        self.guard: Callable[[], Tensor | None] = lambda: None
+        self.norm_guard: Callable[[], Tensor | None] = lambda: None
+        self.applied: Tensor | None = None
+        self.grad_norm: Tensor | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         _add_param_group(self, param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        self.skipped = self.guard()
-        if self.whole and not self.skipped:
-            self.grad_norm = self._clip()
-            self.skipped = not math.isfinite(self.grad_norm)
-        self.skipped = self.skipped or self.norm_guard()
-        if not self.skipped:
-            _step(self, closure)
+        allowed = [self.guard()]
+        if self.whole:
+            self.grad_norm = get_total_norm([p.grad for p in self._trained() if p.grad is not None])
+            allowed.append(self.grad_norm < math.inf)  # nan is not
+            if self.clip_norm:
+                self.grad_scale = (self.grad_norm / self.clip_norm).clamp_(min=1.0)
+        allowed.append(self.norm_guard())
+        if given := [each for each in allowed if each is not None]:
+            self.applied = reduce(torch.logical_and, given)
+            self.found_inf = 1 - self.applied.float()
+        self._begin_momentum()
+        _step(self, closure)
 
-    def _clip(self) -> float:
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = float(get_total_norm(gradients))
-        if self.clip_norm and norm > self.clip_norm:
-            torch._foreach_mul_(gradients, self.clip_norm / norm)
-        return norm
+    def _begin_momentum(self) -> None:
+        """At zero: torch's own first step would leave a momentum without a value where it is refused."""
+        for group in self.param_groups:
+            for parameter in group["params"] if group["momentum"] else ():
+                if parameter.grad is not None and "momentum_buffer" not in self.state[parameter]:
+                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+    def _trained(self) -> Iterator[Tensor]:
+        return (parameter for group in self.param_groups for parameter in group["params"])
 
 
 def learning_rate(schedule: ScheduleSettings, peak: float, step: int, steps_per_epoch: int) -> float:

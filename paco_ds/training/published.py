@@ -12,7 +12,6 @@ DistributedDataParallel puts `module.` before each.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,13 +22,12 @@ import torch
 from torch import Tensor
 
 from paco_ds.errors import RecipeError
-from paco_ds.training.initial_weights import read_tensors
 from paco_ds.training.published_ride import is_ride, name_of_ride
+from paco_ds.training.weight_files import hub_config, read_tensors, state_dict_of, weights_file
 
 NETWORK = "query_encoder.backbone.network."
 _ENCODERS = {"encoder_q": "query_encoder", "encoder_k": "key_encoder"}
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-_FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")  # of the hub
 Kind = Literal["paco", "moco", "ride", "network"]
 
 
@@ -44,6 +42,7 @@ class Published:
         unused: names in the file that our model has no place for.
         epoch: epochs that it was trained, where the file says so.
         timm_name: of the network in timm, where a config.json beside the weights says it.
+        timm_arguments: with which timm builds it, where that file says them.
     """
 
     kind: Kind
@@ -52,6 +51,7 @@ class Published:
     unused: list[str] = field(default_factory=list)
     epoch: int | None = None
     timm_name: str | None = None
+    timm_arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_published(path: Path) -> Published:
@@ -62,7 +62,7 @@ def read_published(path: Path) -> Published:
     """
     file = weights_file(path)
     content = read_tensors(file, str(file))
-    tensors = _tensors_of(content)
+    tensors = state_dict_of(content)
     kind = _kind_of(tensors, path)
     model, unused = {}, []
     for name, tensor in tensors.items():
@@ -75,6 +75,7 @@ def read_published(path: Path) -> Published:
             cosine = transposed and name.replace("weight", "bias") not in tensors  # NormedLinear is [F, C]
             model[ours] = value.T.contiguous() if cosine else value
     epoch = content.get("epoch") if isinstance(content, Mapping) else None
+    architecture, arguments = (hub_config(path).get(key) for key in ("architecture", "model_args"))
     blocks = _flat_blocks(model) if kind in ("paco", "moco") else {}
     return Published(
         kind,
@@ -82,7 +83,8 @@ def read_published(path: Path) -> Published:
         _queue_of(tensors) if kind == "paco" else None,
         sorted(unused),
         epoch if isinstance(epoch, int) else None,
-        _timm_name(path),
+        architecture if isinstance(architecture, str) else None,
+        arguments if isinstance(arguments, Mapping) else {},
     )
 
 
@@ -95,39 +97,6 @@ def _kind_of(tensors: Mapping[str, Tensor], path: Path) -> Kind:
         shown = ", ".join(sorted(tensors)[:3]) or "no tensors"
         raise RecipeError(f"{path} holds no weights of PaCo, GPaCo, RIDE, MoCo, timm or torchvision: it has {shown}")
     return "network"
-
-
-def weights_file(path: Path) -> Path:
-    """The file, or that in a folder of the hub; RecipeError if it has none."""
-    if not path.is_dir():
-        return path
-    for name in _FOLDER_FILES:
-        if (path / name).is_file():
-            return path / name
-    raise RecipeError(f"{path} has neither {' nor '.join(_FOLDER_FILES)}: give a file of weights, or a hub's folder")
-
-
-def _timm_name(path: Path) -> str | None:
-    """`architecture` of the config.json that timm puts beside weights on the hub."""
-    config = (path if path.is_dir() else path.parent) / "config.json"
-    if not config.is_file():
-        return None
-    try:
-        name = json.loads(config.read_text(encoding="utf-8")).get("architecture")
-    except (OSError, ValueError, AttributeError):
-        return None  # another program's config.json
-    return name if isinstance(name, str) else None
-
-
-def _tensors_of(content: Any) -> dict[str, Tensor]:
-    """The state dict of a file, without `module.`."""
-    for key in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    if not isinstance(content, Mapping):
-        return {}
-    return {str(name).removeprefix("module."): t for name, t in content.items() if isinstance(t, Tensor)}
 
 
 def _our_name(kind: Kind, name: str, tensors: Mapping[str, Tensor]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 
 import torchvision
@@ -14,7 +15,9 @@ _SETTING = "model.backbone="
 
 
 def backbone_of(published: Published, overrides: Sequence[str]) -> list[str]:
-    """The override of `model.backbone` that a file asks for; none where the user gave one or nothing is recognised.
+    """The overrides of `model.backbone` and its arguments that a file asks for.
+
+    None where the user gave one or nothing is recognised.
 
     Raises:
         RecipeError: several of torchvision's networks have these shapes.
@@ -22,7 +25,10 @@ def backbone_of(published: Published, overrides: Sequence[str]) -> list[str]:
     if published.kind != "network" or any(override.startswith(_SETTING) for override in overrides):
         return []
     if published.timm_name:
-        return [f"{_SETTING}timm:{published.timm_name}"]
+        # sizes of images are those of the recipe's views
+        arguments = {name: value for name, value in published.timm_arguments.items() if name != "img_size"}
+        given = [f"model.kwargs={json.dumps(arguments)}"] if arguments else []
+        return [f"{_SETTING}timm:{published.timm_name}", *given]
     names = _of_torchvision({name.removeprefix(NETWORK): t for name, t in published.model.items()})
     if len(names) > 1:
         raise RecipeError(f"these weights fit {' and '.join(names)}: set model.backbone to the one they are of")

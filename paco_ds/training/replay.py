@@ -32,7 +32,8 @@ from paco_ds.files import replace_text, sha256_file
 from paco_ds.models.output import ModelOutput
 from paco_ds.training.build import Classes, build_model, build_step
 from paco_ds.training.engine import read_deepspeed_config
-from paco_ds.training.step import Step, StepResult
+from paco_ds.training.step import Step
+from paco_ds.training.step_result import StepResult
 
 ABOUT, RECIPE = "step.json", "recipe.yaml"
 
@@ -63,7 +64,7 @@ def keep_step(
         tensors = {"query": batch.query, "labels": batch.labels, "ids": batch.ids}
         if batch.key is not None:
             tensors["key"] = batch.key
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         write_tensors(folder / f"micro-batch-{j:05d}.safetensors", contiguous)
     files: dict[str, Iterable[tuple[str, Tensor]]] = {
         MODEL: whole_model(step.engine),

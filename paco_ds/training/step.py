@@ -14,6 +14,9 @@ momentum, statistics and queue stay as they were on every rank. So is one whose 
 where `engine.max_grad_norm_ratio` says so. Only the key encoder's moving average may have been updated, which is finite
 whenever the weights are.
 
+The host does not wait for the device in a step: what is not finite is found, and the step refused, on the device. Its
+figures are copied to the host behind it.
+
 Ranks wait for each other twice: before the first loss for the keys, and for the gradients. Key images are exchanged
 one step ahead (`images_ahead`). Sums of losses and of statistics are reduced during the last backward.
 """
@@ -21,56 +24,26 @@ one step ahead (`images_ahead`). Sums of losses and of statistics are reduced du
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from paco_ds.contrast.contrast import Contrast
 from paco_ds.contrast.key_encoder import PendingImages, PendingKeys, gather_keys
 from paco_ds.data.manifest import SHOTS
 from paco_ds.data.stream.batches import MicroBatch
-from paco_ds.distributed.ranks import MicroBatchLayout, Ranks
+from paco_ds.distributed.ranks import MicroBatchLayout, Ranks, to_device
 from paco_ds.losses.base import Loss
 from paco_ds.losses.distillation import PART
 from paco_ds.training.batch_norm import RunningStatistics
 from paco_ds.training.forward import Forward, ForwardResult
+from paco_ds.training.gradients import GradientMean
 from paco_ds.training.mixup import Mixup
 from paco_ds.training.optimizer import GuardedSGD, UsualNorm
+from paco_ds.training.step_result import StepResult, pack
 from paco_ds.training.totals import StepTotals
-
-OUTLIER = "outlier"
-"""The reason of a step that is skipped for its gradient norm, which is finite."""
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a step did, the same on every rank.
-
-    Attributes:
-        loss: mean over the global batch; nan if the step was skipped before it was known.
-        grad_norm: L2 norm before clipping; nan likewise.
-        grad_norm_ratio: `grad_norm` over its usual value in recent steps; None in the first steps.
-        skipped: why nothing was changed ("keys", "loss", "statistics" or "gradient" not finite, or `OUTLIER`), or None.
-        center_probability, center_probability_optimum: mean over the anchors of each shot; None without any.
-        positive_probability, positive_probability_optimum: the same over its anchors that have a positive.
-        parts: terms of the loss by name, means over the global batch; nan like the loss.
-        replaced: samples of this step, on all ranks, that could not be read.
-        stop: some rank was asked to stop.
-    """
-
-    loss: float
-    grad_norm: float
-    grad_norm_ratio: float | None
-    skipped: str | None
-    center_probability: Mapping[str, float | None]
-    center_probability_optimum: Mapping[str, float | None]
-    positive_probability: Mapping[str, float | None]
-    positive_probability_optimum: Mapping[str, float | None]
-    parts: Mapping[str, float]
-    replaced: int
-    stop: bool
 
 
 class Step:
@@ -84,6 +57,7 @@ class Step:
         stop_requested: asked once a step; if any rank says True, all learn it from `StepResult.stop`.
         steps_per_epoch: required if the loss changes with the epoch.
         mixup: mixes the images of each micro-batch in pairs; for methods without contrast.
+        gradients: averages them over ranks; None where DeepSpeed does.
         max_grad_norm_ratio: a step whose gradient norm is more than so many times the usual one is skipped.
 
     Raises:
@@ -104,22 +78,23 @@ class Step:
         steps_per_epoch: int | None = None,
         mixup: Mixup | None = None,
         max_grad_norm_ratio: float | None = None,
+        gradients: GradientMean | None = None,
     ) -> None:
         loss = forward.loss
         assert isinstance(loss, Loss)
         if loss.changes_with_epoch and steps_per_epoch is None:
             raise ValueError("this loss changes from one epoch to the next: Step needs steps_per_epoch")
         self.engine, self.optimizer, self.forward = engine, optimizer, forward
-        self.layout, self.ranks, self.contrast = layout, ranks, contrast
+        self.layout, self.ranks, self.contrast, self.gradients = layout, ranks, contrast, gradients
         self.steps_per_epoch, self.mixup, self.stop_requested = steps_per_epoch, mixup, stop_requested
         self.part_names, self._begin_epoch = loss.part_names, loss.begin_epoch
         if forward.distillation is not None:
             self.part_names = (*self.part_names, PART)
         self.statistics = RunningStatistics(engine.module)
-        self.usual_norm = UsualNorm()
-        if max_grad_norm_ratio is not None:
-            optimizer.norm_guard = lambda: (self.usual_norm.ratio(self._grad_norm()) or 0.0) > max_grad_norm_ratio
-        self._shots_C = torch.tensor([SHOTS.index(s) for s in shots_of_classes], device=ranks.device)
+        self.usual_norm = UsualNorm(device=ranks.device)
+        self.max_grad_norm_ratio = max_grad_norm_ratio
+        shots_C = torch.tensor([SHOTS.index(s) for s in shots_of_classes])
+        self.shots_CS = torch.eye(len(SHOTS), dtype=torch.float64)[shots_C].to(ranks.device)
 
     def begin_exchange(self, step: int, micro_batches: Sequence[MicroBatch]) -> PendingImages | None:
         """Begin to send the key images of a step to the ranks that make their keys; None without a key encoder."""
@@ -137,27 +112,37 @@ class Step:
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.skipped = False
         if self.steps_per_epoch is not None:
             self._begin_epoch(step // self.steps_per_epoch)
         replaced = sum(len(b.replaced) for b in micro_batches)
-        totals = StepTotals(self.ranks.device, self.part_names, replaced, self.stop_requested())
+        totals = StepTotals(self.shots_CS, self.part_names, replaced, self.stop_requested())
 
         pending = self._make_keys(step, micro_batches, key_images)
-        self.optimizer.guard = lambda: totals.not_finite() is not None or _not_finite(pending)
+        self.optimizer.applied = None
+        self.optimizer.guard = lambda: totals.finite() if pending is None else totals.finite() & pending.wait().finite
+        self.optimizer.norm_guard = self._near_the_usual
         newest = self._run_queries(step, micro_batches, pending, totals)
-        skipped = self._skip_reason(totals, pending)
-        keys = None if newest is None else newest.wait()  # of a skipped step too: no collective outlives its step
-        if skipped:
-            self.statistics.skip_step()
-        else:
-            self.statistics.finish_step(self.layout.micro_batches, step)
-            if self.contrast is not None and keys is not None:
-                self.contrast.queue.push(keys.keys_GD, keys.labels_G)
-        result = self._result(totals, skipped, known=skipped != "keys")
-        if not skipped:
-            self.usual_norm.add(result.grad_norm)
-        return result
+        # of a refused step too: no collective outlives its step
+        vector, keys = totals.vector, None if newest is None else newest.wait()
+        applied = self._applied()
+        self.statistics.finish_step(self.layout.micro_batches, step, applied)
+        queue = None if self.contrast is None else self.contrast.queue
+        if queue is not None and keys is not None:
+            queue.push(keys.keys_GD, keys.labels_G, applied)
+        norm = self._grad_norm()
+        ratio = self.usual_norm.ratio(norm)
+        self.usual_norm.add(norm, applied)
+        keys_finite = torch.ones_like(applied) if pending is None else pending.wait().finite
+        figures = pack(
+            keys_finite=keys_finite,
+            applied=applied,
+            grad_norm=norm,
+            ratio=ratio,
+            pushed=norm if queue is None else queue.pushed,
+            totals=vector,
+        )
+        length = None if queue is None else len(queue.keys_KD)
+        return StepResult(figures, self.part_names, self.layout.micro_batches, length)
 
     def _make_keys(
         self, step: int, micro_batches: Sequence[MicroBatch], images: PendingImages | None
@@ -182,65 +167,52 @@ class Step:
                 snapshot = None if self.contrast is None else self.contrast.snapshot(keys)
             own_keys = None if self.contrast is None else self.contrast.keys_of(j, keys, self.layout)
             output = self.forward.run_loss(result, own_keys, snapshot)
-            totals.add(output, self._shots_C[result.labels])
+            totals.add(output, result.labels)
             if self.forward.two_views:
                 second_views.append(result.second_view_rows)
             if micro_batch is micro_batches[-1]:
                 # reduced during the last backward, after which DeepSpeed reduces gradients and steps
                 sums = self.statistics.sums()
-                totals.add_statistics(sums)
-                totals.begin_sum(self.ranks)
+                totals.begin_sum(self.ranks, sums)
                 self.statistics.begin_mean(sums, self.ranks)
                 if second_views:
                     labels = torch.cat([b.labels for b in micro_batches])
                     pending = gather_keys(self.layout, self.ranks, torch.cat(second_views), labels)
+                if self.gradients is not None:
+                    self.gradients.begin()
             self.engine.backward(output.loss)
+            if micro_batch is micro_batches[-1] and self.gradients is not None:
+                self.gradients.finish()
             self.engine.step()
         return pending
 
     def _forward(self, step: int, j: int, micro_batch: MicroBatch) -> ForwardResult:
         """The model's forward on micro-batch j, on the device."""
         device = self.ranks.device
-        query, labels = (t.to(device, non_blocking=True) for t in (micro_batch.query, micro_batch.labels))
+        query, labels = (to_device(t, device) for t in (micro_batch.query, micro_batch.labels))
         key = None
         if self.forward.two_views and micro_batch.key is not None:
-            key = micro_batch.key.to(device, non_blocking=True)
+            key = to_device(micro_batch.key, device)
         mix = None if self.mixup is None else self.mixup.draw(step, j, len(labels))
         return self.forward.run_model(query, key, labels, mix)
 
-    def _skip_reason(self, totals: StepTotals, pending: PendingKeys | None) -> str | None:
-        # first, and always: the flags that ranks must agree on are in the same sum
-        not_finite = totals.not_finite()
-        if _not_finite(pending):
-            return "keys"
-        if not_finite:
-            return not_finite
-        if self.optimizer.skipped or not self.engine.was_step_applied():
-            return OUTLIER if math.isfinite(self._grad_norm()) else "gradient"
-        return None
+    def _applied(self) -> Tensor:
+        """Whether the step of the engine was applied: a bool scalar on the device."""
+        if self.optimizer.applied is None or not self.engine.was_step_applied():  # DeepSpeed refused it, on the host
+            return torch.zeros((), dtype=torch.bool, device=self.ranks.device)
+        return self.optimizer.applied
 
-    def _grad_norm(self) -> float:
-        """The L2 norm before clipping of the last step, from the moment the optimizer is asked to step."""
+    def _near_the_usual(self) -> Tensor | None:
+        """Whether the gradient norm is not too far off the usual one."""
+        if self.max_grad_norm_ratio is None:
+            return None
+        return ~(self.usual_norm.ratio(self._grad_norm()) > self.max_grad_norm_ratio)
+
+    def _grad_norm(self) -> Tensor:
+        """The L2 norm before clipping of the last step, from the moment the optimizer is asked to step: a float64
+        scalar on the device."""
         # the engine's own get_global_grad_norm has it only after the step
         norm = self.optimizer.grad_norm if self.optimizer.whole else self.engine.optimizer._global_grad_norm
-        return float("nan") if norm is None else float(norm)
-
-    def _result(self, totals: StepTotals, skipped: str | None, known: bool) -> StepResult:
-        grad_norm = self._grad_norm() if skipped in (None, "gradient", OUTLIER) else float("nan")
-        return StepResult(
-            loss=totals.loss / self.layout.micro_batches if known else float("nan"),
-            grad_norm=grad_norm,
-            grad_norm_ratio=self.usual_norm.ratio(grad_norm),
-            skipped=skipped,
-            center_probability=totals.centers(0),
-            center_probability_optimum=totals.centers(1),
-            positive_probability=totals.positives(0),
-            positive_probability_optimum=totals.positives(1),
-            parts=totals.parts(self.layout.micro_batches) if known else dict.fromkeys(self.part_names, float("nan")),
-            replaced=totals.replaced,
-            stop=totals.stop,
-        )
-
-
-def _not_finite(keys: PendingKeys | None) -> bool:
-    return keys is not None and not keys.wait().finite
+        if isinstance(norm, Tensor):
+            return norm.detach().to(self.ranks.device, torch.float64).reshape(())
+        return torch.full((), math.nan if norm is None else norm, dtype=torch.float64, device=self.ranks.device)

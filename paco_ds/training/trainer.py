@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,24 +34,47 @@ from paco_ds.evaluation.runner import EvaluationLeftError, evaluate, load_recogn
 from paco_ds.evaluation.split import EvaluationSplit
 from paco_ds.files import replace_text, storage_errors
 from paco_ds.metrics.exporter import Exporter
-from paco_ds.metrics.log import StepRecord
 from paco_ds.metrics.run_logger import BadSamples, RunLogger
+from paco_ds.metrics.steps import StepRecord
 from paco_ds.models.execution import described, in_words
+from paco_ds.models.families import ImageSizes
 from paco_ds.report.history import History
 from paco_ds.report.run_report import write_report
 from paco_ds.training.agreement import check_replicas_equal
 from paco_ds.training.build import Classes, build_model, build_step, build_stream
 from paco_ds.training.engine import PlanStage, choose_on_ranks, read_deepspeed_config
+from paco_ds.training.fitting import Fit
 from paco_ds.training.images_ahead import ImagesAhead
 from paco_ds.training.initial_weights import load_initial_weights
 from paco_ds.training.optimizer import UsualNorm, learning_rate
 from paco_ds.training.replay import keep_step
 from paco_ds.training.saver import Saver
-from paco_ds.training.step import OUTLIER, StepResult
+from paco_ds.training.step_result import OUTLIER, StepResult
 from paco_ds.training.stop_request import StopRequest
 from paco_ds.training.teacher import Teacher
 
 logger = logging.getLogger(__name__)
+STARTED_FROM = "started_from.json"  # what became of the tensors of model.start_from
+
+
+@dataclass(frozen=True)
+class TakenStep:
+    """A step whose figures are still on the device.
+
+    Attributes:
+        number: of the step, from 0.
+        lr: its learning rate.
+        seconds: to take it, and to wait for the one before or, where nothing follows at once, for itself.
+        waited: seconds of them that this rank waited for images.
+        micro_batches: of this rank.
+    """
+
+    number: int
+    lr: float
+    seconds: float
+    waited: float
+    micro_batches: Sequence[MicroBatch]
+    result: StepResult
 
 
 class Trainer:
@@ -100,19 +124,22 @@ class Trainer:
         best = self.checkpoints.best(until=self.steps_done)
         self.best_score = best.state["score"] if best else -1.0
         self.skipped_in_a_row = 0
+        self._taken: TakenStep | None = None
         distill = recipe.loss.distill
         self.teacher = None if distill is None else Teacher(distill, manifest, ranks.device)
         if checkpoint and self.teacher:
             self.teacher.check_taught(checkpoint)
         self.stop_request, self.stop_agreed = stop_request or StopRequest(), False
         # loader processes start here, before DeepSpeed and metrics start threads
-        self.stream = build_stream(recipe, manifest, self.layout, start=self.steps_done)
+        self.stream = build_stream(recipe, manifest, self.layout, self.steps_done, ranks.device)
         classes = Classes.of(manifest, recipe.data.train_split)
         model = build_model(recipe, classes)
+        self.started_from: Fit | None = None
         if checkpoint:
             model.load_state_dict(checkpoint.model())
         else:
-            load_initial_weights(model, recipe.model)
+            sizes = ImageSizes(recipe.views.query.size, recipe.views.evaluation.size)
+            self.started_from = load_initial_weights(model, recipe.model, sizes)
         self.step = build_step(
             recipe,
             model,
@@ -127,7 +154,7 @@ class Trainer:
         self.engine = self.step.engine
         self.queue = self.step.contrast.queue if self.step.contrast else None
         if checkpoint:
-            self.step.usual_norm = UsualNorm(**checkpoint.state.get("usual_norm", {}))
+            self.step.usual_norm = UsualNorm(**checkpoint.state.get("usual_norm", {}), device=ranks.device)
             set_momentum(self.engine, checkpoint.momentum())
             if self.queue is not None:
                 self.queue.load_state_dict(checkpoint.queue())
@@ -137,6 +164,8 @@ class Trainer:
                 run.mkdir(parents=True, exist_ok=True)
             # a second stage may be reading it; `auto` stays, for a continuation on other hardware
             replace_text(run / "recipe.yaml", as_given.to_yaml())
+            if self.started_from is not None:
+                replace_text(run / STARTED_FROM, json.dumps(self.started_from.lists(), indent=1) + "\n")
         self.logger = RunLogger(
             recipe.metrics,
             run,
@@ -145,6 +174,7 @@ class Trainer:
             epochs=recipe.schedule.epochs,
             total_steps=self.total_steps,
             steps_done=self.steps_done,
+            window=checkpoint.state.get("log_window") if checkpoint else None,
         )
         if checkpoint and ranks.first:
             self.logger.checkpoint_saved(checkpoint.path)
@@ -175,6 +205,8 @@ class Trainer:
         self._make_up_evaluation()
         while self.steps_done < self.last_step and not self.stop_agreed:
             self.train_step()
+            if self._pauses():
+                self.read_figures()
             # before the evaluation: nothing that it meets costs the epoch. While steps are skipped nothing changes, and
             # the checkpoints from before the trouble are kept
             due = self._checkpoint_due(self.steps_done) and not self.skipped_in_a_row
@@ -185,6 +217,7 @@ class Trainer:
         self._wait_until_saved()
         if self.steps_done < self.total_steps:
             self.images.drain()
+            self.logger.log.end_window()
             self._draw_page()
             self.logger.say(
                 f"stopped after step {self.steps_done} of {self.total_steps}; the same command resumes from here"
@@ -192,8 +225,16 @@ class Trainer:
             return None
         return self._finish()
 
+    def _pauses(self) -> bool:
+        """Whether something follows that must know of every step: a checkpoint, an evaluation, the end; or a step that,
+        if it is skipped too, ends the run and is kept with the state that it met."""
+        done, most = self.steps_done, self.recipe.engine.max_skipped
+        over = self.stop_agreed or done == self.last_step or self.skipped_in_a_row + 1 >= most
+        return over or done % self.steps_per_epoch == 0 or self._checkpoint_due(done)
+
     def train_step(self) -> StepResult:
-        """One optimizer step: wait for its images, take it, log it."""
+        """One optimizer step: wait for its images and take it; then read the figures of the one before, so that the
+        device has work while the host logs them."""
         began = time.perf_counter()
         number = self.steps_done
         compiles = number == self.first_step
@@ -203,19 +244,38 @@ class Trainer:
         lr = learning_rate(self.recipe.schedule, self.recipe.lr, number, self.steps_per_epoch)
         result = self.step(number, images.micro_batches, lr, images.keys)
         self.steps_done += 1
-        self.stop_agreed = result.stop
+        if self._taken is not None:
+            self._log(self._taken)
         seconds = time.perf_counter() - began
+        self._taken = TakenStep(number, lr, seconds, images.waited, images.micro_batches, result)
+        every = self.recipe.engine.digest_every
+        if every and self.steps_done % every == 0:
+            check_replicas_equal(self.engine.module, self.queue, self.ranks)
+        return result
+
+    def read_figures(self) -> None:
+        """Wait for the step taken last, and log it, unless that is done."""
+        taken, self._taken = self._taken, None
+        if taken is not None:
+            began = time.perf_counter()
+            taken.result.wait()
+            self._log(replace(taken, seconds=taken.seconds + time.perf_counter() - began))
+
+    def _log(self, taken: TakenStep) -> None:
+        """The figures of a step into log and metrics, and what follows from them."""
+        result = taken.result
+        self.stop_agreed = self.stop_agreed or result.stop
         record = StepRecord(
-            step=self.steps_done,
-            epoch=number // self.steps_per_epoch,
+            step=taken.number + 1,
+            epoch=taken.number // self.steps_per_epoch,
             loss=result.loss,
-            lr=lr,
+            lr=taken.lr,
             grad_norm=result.grad_norm,
             grad_norm_ratio=result.grad_norm_ratio,
-            images_per_second=self.layout.global_batch / seconds,
-            data_wait_seconds=images.waited,
-            step_seconds=seconds,
-            queue_fill=self.queue.fill_ratio if self.queue is not None else 0.0,
+            images_per_second=self.layout.global_batch / taken.seconds,
+            data_wait_seconds=taken.waited,
+            step_seconds=taken.seconds,
+            queue_fill=result.queue_fill,
             center_probability=result.center_probability,
             center_probability_optimum=result.center_probability_optimum,
             positive_probability=result.positive_probability,
@@ -225,13 +285,9 @@ class Trainer:
             bad_samples=result.replaced,
         )
         self.logger.step(record, self.layout.accumulation * self.layout.micro_batch, _in_words(result))
-        mine = ((r.key, r.shard, r.reason) for batch in images.micro_batches for r in batch.replaced)
+        mine = ((r.key, r.shard, r.reason) for batch in taken.micro_batches for r in batch.replaced)
         self.bad_samples.add(mine, on_all_ranks=result.replaced)
-        self._abort_after_repeated_skips(result, images.micro_batches)
-        every = self.recipe.engine.digest_every
-        if every and self.steps_done % every == 0:
-            check_replicas_equal(self.engine.module, self.queue, self.ranks)
-        return result
+        self._abort_after_repeated_skips(taken)
 
     def evaluate(self, split: str) -> ShotAccuracy:
         """Accuracy of the present weights."""
@@ -291,6 +347,7 @@ class Trainer:
                 "autocast": bool(self.engine.torch_autocast_enabled()),
                 "scale": self.recipe.step.scale,
                 "usual_norm": self.step.usual_norm.state(),
+                "log_window": self.logger.log.window(),
                 "epoch": self.steps_done / self.steps_per_epoch,
                 "versions": versions(),
                 "teacher_sha256": self.teacher.sha256 if self.teacher else None,
@@ -368,6 +425,15 @@ class Trainer:
             f"  length     {self.total_steps} steps in {recipe.schedule.epochs} epochs\n"
             f"  precision  {in_words(self._execution)}"
         )
+        key_encoder = self.step.contrast.key_encoder if self.step.contrast else None
+        if key_encoder is not None and recipe.key_encoder is not None and recipe.key_encoder.batch_norm == "auto":
+            has = "has" if key_encoder.batch_norm == "shuffle" else "has no"
+            self.logger.say(f"key_encoder.batch_norm auto: {key_encoder.batch_norm}, the key encoder {has} BatchNorm")
+        if self.started_from is not None:
+            self.logger.say(
+                f"starts from {recipe.model.start_from}: {self.started_from.in_words()}; all names: "
+                f"{self.run_dir / STARTED_FROM}"
+            )
         if recipe.step.scale != 1:
             self.logger.say(
                 f"scaled: {step.micro_batches} micro-batches a step where the recipe has "
@@ -446,24 +512,25 @@ class Trainer:
             about = {"score": score, "autocast": bool(self.engine.torch_autocast_enabled()), "data": self._trained_data}
             self.checkpoints.save_best(self.steps_done, whole_model(self.engine), about, self.ranks.first)
 
-    def _abort_after_repeated_skips(self, result: StepResult, micro_batches: Sequence[MicroBatch]) -> None:
+    def _abort_after_repeated_skips(self, taken: TakenStep) -> None:
+        result = taken.result
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
         if self.skipped_in_a_row < self.recipe.engine.max_skipped:
             return
-        kept = self.run_dir / f"skipped-step-{self.steps_done:08d}"
+        kept = self.run_dir / f"skipped-step-{taken.number + 1:08d}"
         reason, recipe = _in_words(result), self.recipe
         with ShardReader(self.manifest.storage, self.manifest.split(recipe.data.train_split)) as reader:
             keep_step(
                 kept,
                 self.step,
-                micro_batches,
+                taken.micro_batches,
                 self.ranks,
                 recipe=recipe.to_yaml(),
                 reader=reader,
                 about={
-                    "step": self.steps_done - 1,
+                    "step": taken.number,
                     "reason": reason,
-                    "lr": learning_rate(recipe.schedule, recipe.lr, self.steps_done - 1, self.steps_per_epoch),
+                    "lr": taken.lr,
                     "steps_per_epoch": self.steps_per_epoch,
                     "total_steps": self.total_steps,
                     "world_size": self.ranks.world_size,

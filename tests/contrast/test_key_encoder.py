@@ -3,9 +3,11 @@
 import math
 
 import pytest
+from torch import nn
 
 from paco_ds.config.recipe import KeyEncoderSettings
-from paco_ds.contrast.key_encoder import key_momentum
+from paco_ds.contrast.key_encoder import groups_of_keys, key_momentum
+from paco_ds.errors import RecipeError
 from tests.recipes import tiny_recipe
 
 
@@ -40,3 +42,32 @@ def test_the_schedule_rises_from_the_scaled_momentum():
     settings = KeyEncoderSettings(momentum=0.99, scale_momentum=True, momentum_schedule="cosine")
     assert key_momentum(settings, 0, 10, scale=2.0) == pytest.approx(0.99**2)
     assert key_momentum(settings, 10, 10, scale=2.0) == 1.0
+
+
+WITH, WITHOUT = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+
+
+@pytest.mark.parametrize(
+    ("setting", "encoder", "groups"),
+    [
+        ("auto", WITH, "shuffle"),
+        ("auto", WITHOUT, "local"),
+        ("shuffle", WITH, "shuffle"),
+        ("local", WITH, "local"),
+        ("local", WITHOUT, "local"),
+    ],
+)
+def test_groups_of_keys_are_shuffled_where_the_key_encoder_has_batch_norm(setting, encoder, groups):
+    """By itself with auto; what the recipe says otherwise."""
+    assert groups_of_keys(KeyEncoderSettings(batch_norm=setting), encoder) == groups
+
+
+def test_a_shuffle_that_would_change_nothing_is_refused_with_the_reason():
+    """Images would travel between ranks for nothing."""
+    with pytest.raises(RecipeError, match=r"neither backbone nor projection has BatchNorm.* set it to auto or local"):
+        groups_of_keys(KeyEncoderSettings(), WITHOUT)
+
+
+def test_the_default_stays_shuffle():
+    """Recipes and runs of before mean what they meant."""
+    assert KeyEncoderSettings().batch_norm == "shuffle"

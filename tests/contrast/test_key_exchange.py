@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from paco_ds.contrast.key_encoder import KeyEncoder
-from paco_ds.contrast.key_exchange import key_exchange
+from paco_ds.contrast.key_exchange import exchange_peers, key_exchange, key_groups
 from paco_ds.distributed.ranks import MicroBatchLayout, Pending
 from paco_ds.randomness import DrawPurpose, permutation
 
@@ -54,13 +54,15 @@ def test_every_image_ends_in_its_group(W, M, m):
     for layout in layouts:
         arriving = torch.cat([part[layout.rank] for part in parts])
 
-        def exchange_rows(rows, send, receive, arriving=arriving, W=W):
+        def exchange_rows(rows, send, receive, among_peers, arriving=arriving, W=W):
+            assert not among_peers
             assert sum(receive) == len(arriving)
             assert len(send) == W
             return Pending(arriving)
 
         encoder = KeyEncoder.__new__(KeyEncoder)
         encoder.layout, encoder.batch_norm, encoder.seed = layout, "shuffle", 3
+        encoder.shuffle_block = None
         ranks: Any = SimpleNamespace(device="cpu", begin_exchange=exchange_rows)
         encoder.ranks = ranks
         arrived = encoder.begin_exchange(1, own[layout.rank].split(m)).take()
@@ -74,3 +76,41 @@ def test_images_of_another_step_are_refused():
     images = encoder.begin_exchange(3, [torch.zeros(2, 3, 4, 4)])
     with pytest.raises(ValueError, match="images of step 3 where keys of step 4 are made"):
         encoder.keys(4, images, [torch.zeros(2)])
+
+
+def test_groups_of_a_block_have_the_images_of_its_micro_batches():
+    """A permutation within each, another in every block and step; null and one block of all are the published one."""
+    layout = MicroBatchLayout(5, 12, 0, 1)
+    groups = key_groups(layout, 4, seed=3, step=1)
+    for first in range(0, 12, 4):
+        assert sorted(groups[first : first + 4].ravel()) == list(range(first * 5, (first + 4) * 5))
+    orders = {tuple(groups[first : first + 4].ravel() - first * 5) for first in (0, 4, 8)}
+    assert len(orders | {tuple(key_groups(layout, 4, 3, 2)[:4].ravel())}) == 4
+    for block in (None, 12):
+        np.testing.assert_array_equal(key_groups(layout, block, 3, 1), shuffled(12, 5, step=1))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "block", "micro_batches", "peers", "leaves"),
+    [
+        pytest.param(16, 4, 16, 3, False, id="a block is a node"),
+        pytest.param(16, 4, 48, 3, False, id="accumulation: the same node at every turn"),
+        pytest.param(16, 2, 16, 1, False, id="half a node"),
+        pytest.param(16, 8, 16, 7, True, id="two nodes"),
+        pytest.param(12, 8, 24, 7, True, id="ranks are no multiple of the block"),
+        pytest.param(16, None, 16, 15, True, id="published"),
+    ],
+)
+def test_no_image_leaves_a_node_whose_ranks_are_a_block(ranks, block, micro_batches, peers, leaves):
+    """Nodes of 4 ranks, images counted over five steps; only ranks of one block are ever connected."""
+    left = 0
+    for rank in range(ranks):
+        layout = MicroBatchLayout(8, micro_batches, rank, ranks)
+        met = set()
+        for step in range(5):
+            exchange = key_exchange(key_groups(layout, block, 3, step), layout)
+            met |= {r for r in range(ranks) if r != rank and exchange.send[r] + exchange.receive[r]}
+            left += sum(count for r, count in enumerate(exchange.send) if r // 4 != rank // 4)
+        assert met <= exchange_peers(layout, block)
+        assert peers <= len(exchange_peers(layout, block)) <= (11 if ranks == 12 else peers)
+    assert (left > 0) == leaves

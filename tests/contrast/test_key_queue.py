@@ -43,7 +43,6 @@ def test_each_key_lies_in_its_slot(length, batch):
             slots[n % length] = n
         assert queue.count == start + batch
         assert len(queue) == sum(n is not None for n in slots)
-        assert queue.fill_ratio == len(queue) / length
         for slot, newest in enumerate(slots):
             if newest is not None:
                 assert queue.keys_KD[slot].tolist() == [newest, newest + 0.25, newest + 0.5]
@@ -188,9 +187,10 @@ class TestSnapshot:
         queue.snapshot(7).check_current()
 
     def test_sums_take_room_for_the_classes_present_only(self):
-        """100,000 classes of which 7 have keys: 7 rows and one of zeros."""
+        """100,000 classes, and a queue of 16 keys: rows for 16 classes, of which 7 have keys, and one of zeros."""
         snapshot = filled(16, 16).snapshot(100_000)
-        assert snapshot.present_sum_RD.shape == (8, DIM)
+        assert snapshot.present_sum_RD.shape == (17, DIM)
+        assert snapshot.present_sum_RD.any(1).sum() == 7
         assert torch.equal(snapshot.class_sums(torch.tensor([7, 99_999])), torch.zeros(2, DIM))
 
     def test_sums_do_not_depend_on_threads(self):
@@ -209,9 +209,20 @@ class TestSnapshot:
         assert torch.equal(*sums)
 
     def test_refuses_labels_beyond_the_classes(self):
-        """A queue of another data set is named as such."""
+        """A checkpoint's queue of another data set is named as such."""
+        loaded = KeyQueue(8, DIM)
+        loaded.load_state_dict(filled(8, 8).state_dict())
         with pytest.raises(ValueError, match="class 6, but there are 5 classes"):
-            filled(8, 8).snapshot(num_classes=5)
+            loaded.snapshot(num_classes=5)
+
+    def test_a_push_of_a_refused_step_changes_nothing(self):
+        """Decided by a flag on the device: keys, labels and count are those before; an applied one goes on."""
+        queue, expected = filled(8, 11), filled(8, 11)
+        queue.push(*numbered(50, 5), torch.tensor(False))
+        assert torch.equal(queue.digest(), expected.digest())
+        queue.push(*numbered(50, 5), torch.tensor(True))
+        expected.push(*numbered(50, 5))
+        assert torch.equal(queue.digest(), expected.digest())
 
 
 class TestDigest:
@@ -247,7 +258,7 @@ class TestDigest:
         swapped, relabelled, counted = filled(16, 16), filled(16, 16), filled(16, 16)
         swapped.keys_KD[[2, 5]] = swapped.keys_KD[[5, 2]]
         relabelled.labels_K[3] += 1
-        counted.count += 16
+        counted.pushed += 16
         digests |= {int(queue.digest()) for queue in (swapped, relabelled, counted)}
         assert len(digests) == 5
 

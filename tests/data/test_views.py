@@ -174,8 +174,8 @@ def test_an_image_is_decoded_once_at_the_scale_of_its_smaller_crop(monkeypatch, 
     """Both views take their parts from the same pixels."""
     asked = []
 
-    def opened(sample, max_pixels):
-        image = pair_open(sample, max_pixels)
+    def opened(sample, max_pixels, **options):
+        image = pair_open(sample, max_pixels, **options)
         return EncodedImage(image.height, image.width, lambda r: asked.append(r) or image.decode(r))
 
     pair_open = pair.open_image

@@ -1,12 +1,16 @@
 """`preflight --views` and `--workers`: a sheet of the user's own images, and workers enough for a node's GPUs."""
 
+import itertools
 import json
 
 import cv2
 import pytest
 import torch
 
+from paco_ds.config.load import load_recipe
 from paco_ds.data.manifest import load_manifest
+from paco_ds.errors import UserError
+from paco_ds.planning import loading_ways
 from paco_ds.planning.loading import measure_loading, measure_step, plan_loading
 from paco_ds.planning.preflight import main
 from tests.recipes import write_tiny_recipe
@@ -62,8 +66,6 @@ def test_too_few_cores_or_workers_are_said_with_the_remedy(monkeypatch):
 
 def test_both_rates_are_measured_on_real_work(recipe_file, striped_shards):
     """Reading, decoding and views of the shards; keys, queries and backward of the model; threads are put back."""
-    from paco_ds.config.load import load_recipe
-
     recipe, threads = load_recipe(recipe_file), torch.get_num_threads()
     assert (
         measure_loading(recipe.data, recipe.training_views, load_manifest(striped_shards), recipe.seed, seconds=0.02)
@@ -89,6 +91,39 @@ def test_the_command_says_how_many_workers(recipe_file, capsys):
         with pytest.raises(SystemExit):
             main(common)
         assert "no GPU to measure: give --images-per-second" in capsys.readouterr().err
+
+
+def test_a_plan_says_how_many_cores_a_node_needs_by_each_way(recipe_file, capsys, monkeypatch):
+    """Views by loader processes or the device, the shards as they are or smaller; without shards, of made-up images."""
+    rates = itertools.cycle([100.0, 250.0, 200.0, 1000.0])
+    monkeypatch.setattr(loading_ways, "loading_rate", lambda *of: next(rates))
+    common = ["--plan", "--recipe", str(recipe_file), "--ranks", "1", "--device", "cpu", "--gpu-rate", "2000"]
+    assert main([*common, "--json"]) == 0
+    cores = json.loads(capsys.readouterr().out)["cores_per_node"]
+    # 8 x (2000 x 1.25 / rate, rounded up, and one for the rank)
+    assert list(cores.values()) == [8 * 26, 8 * 11, 8 * 14, 8 * 4]
+    assert list(cores) == [
+        f"views.device={device}{of}"
+        for of in ("", ", shards built with --resize-short 12")
+        for device in ("cpu", "accelerator")
+    ]
+    assert main([*common, "--gpus-per-node", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "cores of a node of 1 GPUs at 2000 images/s each" in said
+    assert "    26 cores  views.device=cpu (100 images/s a core)" in said
+
+
+def test_ways_are_measured_on_samples_in_memory(recipe_file, striped_shards):
+    """Those of the shards, and made-up photographs, which are those of no shards."""
+    recipe = load_recipe(recipe_file)
+    for manifest in (load_manifest(striped_shards), None):
+        ways = loading_ways.plan_ways(
+            recipe.data, recipe.training_views, manifest, per_gpu=1, gpus=2, short=8, seconds=0.01
+        )
+        assert [way.cores for way in ways] == [4] * 4
+        assert all(way.per_worker > 1.25 for way in ways)
+    with pytest.raises(UserError, match="0 images/s for a GPU: it must be above 0"):
+        loading_ways.plan_ways(recipe.data, recipe.training_views, None, per_gpu=0, gpus=2, short=8, seconds=0.01)
 
 
 def test_something_must_be_asked_for(recipe_file, capsys):

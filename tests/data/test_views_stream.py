@@ -10,8 +10,10 @@ from PIL import Image
 
 from paco_ds.data.manifest import load_manifest
 from paco_ds.data.pack.command import main
+from paco_ds.data.stream.batches import evaluation_stream
 from paco_ds.distributed.ranks import MicroBatchLayout
 from paco_ds.training.build import build_stream
+from tests.data.tiny import same_views
 from tests.recipes import tiny_recipe
 
 VIEWS = (
@@ -21,6 +23,8 @@ VIEWS = (
     "views.query={name: randclsstack, size: 16}",
     "views.key={name: cifar_key, size: 16}",
 )
+
+ON_DEVICE = "views.device=accelerator"
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +69,65 @@ def test_ranks_and_workers_make_the_same_views(one_rank, photographs, world_size
             assert torch.equal(getattr(ours, name), getattr(theirs, name))
 
 
-def test_batches_are_planes_of_bytes(one_rank):
+@pytest.fixture(scope="module")
+def one_rank_on_device(photographs):
+    return micro_batches(tiny_recipe(*VIEWS, ON_DEVICE), photographs)
+
+
+@pytest.mark.parametrize(("world_size", "workers"), [(2, 0), (3, 0), (6, 0), (1, 2)])
+def test_ranks_and_workers_render_the_same_views_on_a_device(one_rank_on_device, photographs, world_size, workers):
+    """Bit for bit on the CPU, so what ranks exchange for keys is the same too."""
+    recipe = tiny_recipe(*VIEWS, ON_DEVICE, f"data.workers={workers}")
+    found = micro_batches(recipe, photographs, world_size)
+    assert len(found) == len(one_rank_on_device) == 12
+    for ours, theirs in zip(one_rank_on_device, found, strict=True):
+        for name in ("query", "key", "ids"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name))
+
+
+def test_a_stream_that_starts_later_renders_what_the_first_would_have(one_rank_on_device, photographs):
+    """As a resumed run does."""
+    recipe = tiny_recipe(*VIEWS, ON_DEVICE)
+    resumed = list(build_stream(recipe, photographs, MicroBatchLayout(2, 6, 0, 1), start=1))
+    assert len(resumed) == 1
+    for ours, theirs in zip(one_rank_on_device[6:], resumed[0], strict=True):
+        assert same_views(ours, theirs)
+
+
+def test_views_of_a_device_have_the_draws_of_the_cpu(one_rank, one_rank_on_device):
+    """The same images and labels; over all, mean and deviation of a channel within 2 / 255."""
+    for name in ("query", "key"):
+        ours, theirs = (torch.cat([getattr(b, name) for b in of]).double() for of in (one_rank_on_device, one_rank))
+        assert (ours.mean((0, 2, 3)) - theirs.mean((0, 2, 3))).abs().max() < 2
+        assert (ours.std((0, 2, 3)) - theirs.std((0, 2, 3))).abs().max() < 2
+        assert (ours - theirs).abs().mean() < 2
+    for ours, theirs in zip(one_rank_on_device, one_rank, strict=True):
+        assert torch.equal(ours.ids, theirs.ids)
+        assert torch.equal(ours.labels, theirs.labels)
+
+
+def test_evaluation_stays_on_the_cpu(photographs):
+    """Its views, and so every accuracy, do not depend on what makes training views."""
+    images = [
+        next(
+            iter(evaluation_stream(recipe.data, recipe.views.evaluation, photographs, "train", 4, leave_out_bad=True))
+        ).query
+        for recipe in (tiny_recipe(*VIEWS, more) for more in ("views.device=cpu", ON_DEVICE))
+    ]
+    assert torch.equal(*images)
+
+
+def test_what_makes_views_is_part_of_what_a_run_resumes():
+    """Pixels differ by rounding: another device would train another model."""
+    assert tiny_recipe().resume_identity()["views.device"] == "cpu"
+    assert tiny_recipe(ON_DEVICE).resume_identity()["views.device"] == "accelerator"
+    assert tiny_recipe().default("views.device") == "cpu"
+
+
+@pytest.mark.parametrize("of", ["one_rank", "one_rank_on_device"])
+def test_batches_are_planes_of_bytes(of, request):
     """[m, 3, H, W] in one piece, as the model takes them."""
-    for batch in one_rank:
+    for batch in request.getfixturevalue(of):
         for images in (batch.query, batch.key):
             assert (images.shape, images.dtype) == ((2, 3, 16, 16), torch.uint8)
             assert images.is_contiguous()

@@ -15,7 +15,7 @@ from paco_ds.distributed import hang, watchdog
 from paco_ds.distributed.launch import free_port
 from paco_ds.distributed.ranks import ByteCounter, Ranks
 from paco_ds.distributed.watchdog import RankWatchdog
-from paco_ds.training.step import StepResult
+from paco_ds.training.step_result import StepResult
 from paco_ds.training.trainer import Trainer
 
 

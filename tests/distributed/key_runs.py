@@ -67,6 +67,18 @@ def key_bytes(ranks: Ranks, overrides: tuple[str, ...], number: int) -> dict[str
     return dict(counter.sent)
 
 
+def keys_of_a_step(ranks: Ranks, overrides: tuple[str, ...], number: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and labels of the global batch, as this rank has them."""
+    recipe = tiny_recipe(*overrides)
+    step = make_step(ranks, recipe, deepspeed_config(0, autocast=False))
+    batches = [made_micro_batch(recipe, number, j) for j in step.layout.own]
+    exchanged = step.begin_exchange(number, batches)
+    assert exchanged is not None
+    keys = step.contrast.key_encoder.keys(number, exchanged, [b.labels for b in batches]).wait()
+    step.engine.destroy()
+    return keys.keys_GD.clone(), keys.labels_G.clone()
+
+
 def published_key_bytes(ranks: Ranks, overrides: tuple[str, ...]) -> dict[str, int]:
     """Bytes this rank sends where, as published, all ranks gather all images as float32, and then all keys and
     labels: once each for a queue of keys, once more to undo the shuffle of the keys."""

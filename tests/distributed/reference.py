@@ -111,7 +111,13 @@ def _keys(model: Recogniser, recipe: Recipe, batches: list[MicroBatch], step: in
     views = torch.cat([b.key for b in batches if b.key is not None])
     slots = np.arange(len(views))
     if recipe.key_encoder.batch_norm == "shuffle":
-        slots = permutation(len(slots), DrawPurpose.KEY_GROUPS, recipe.seed, step)
+        block = recipe.key_encoder.shuffle_block
+        if block is None:
+            slots = permutation(len(slots), DrawPurpose.KEY_GROUPS, recipe.seed, step)
+        else:
+            firsts = range(0, len(slots), size := block * recipe.step.micro_batch)
+            within = (permutation(size, DrawPurpose.KEY_GROUPS, recipe.seed, step, first) for first in firsts)
+            slots = np.concatenate([first + order for first, order in zip(firsts, within, strict=True)])
     keys = torch.empty(len(views), recipe.model.key_dim)
     for group in slots.reshape(recipe.step.micro_batches, -1):
         keys[group] = model(views[group], keys=True)

@@ -19,7 +19,8 @@ from paco_ds.losses.base import Anchors, LossOutput
 from paco_ds.training.agreement import check_replicas_equal
 from paco_ds.training.build import Classes, build_model, build_step
 from paco_ds.training.optimizer import UsualNorm
-from paco_ds.training.step import Step, StepResult
+from paco_ds.training.step import Step
+from paco_ds.training.step_result import StepResult
 from tests.recipes import tiny_recipe
 
 CLASS_COUNTS = (80, 40, 20, 8)
@@ -174,8 +175,8 @@ def message_after_a_flipped_bit(ranks: Ranks, what: str, rank: int) -> str:
     recipe = tiny_recipe()
     step(0, [made_micro_batch(recipe, 0, j) for j in step.layout.own], recipe.lr)
     if ranks.rank == rank:
-        changed = step.contrast.queue.keys_KD if what == "queue" else step.statistics.buffers[2]
-        changed.view(torch.int32).view(-1)[2] ^= 1
+        changed = step.contrast.queue.keys_KD if what == "queue" else step.statistics.flat
+        changed.view(torch.int32).view(-1)[42] ^= 1
     try:
         check_equal(step)
     except TrainingError as error:
@@ -259,7 +260,7 @@ def _micro_batch_lost(step: Step, active: bool) -> None:
 
 
 def _statistics_not_averaged(step: Any, active: bool) -> None:
-    step.statistics.finish_step = lambda micro_batches, number: None
+    step.statistics.finish_step = lambda micro_batches, number, applied: None
 
 
 def _second_view_detached(step: Step, active: bool) -> None:

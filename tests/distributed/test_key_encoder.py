@@ -150,6 +150,40 @@ def test_keys_of_the_global_batch_are_met_by_every_query(pool, world_size, stage
         check(outcome, reference("step.micro_batch=4"), FLOAT32)
 
 
+BLOCKS = ("key_encoder.shuffle_block=2", "step.micro_batches=4", "step.micro_batch=4")
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_blocks_of_the_shuffle_give_one_model_on_any_ranks(pool, world_size):
+    """The step of one process, whose groups are drawn by a plain loop; images leave no block: of four ranks, each has
+    one peer, and no all-to-all is run."""
+    outcomes = pool(world_size).run(RUN_STEPS, stage=0, overrides=BLOCKS)
+    for outcome in outcomes:
+        check(outcome, reference(*BLOCKS), FLOAT32)
+        assert "all_to_all" not in outcome.bytes_sent
+        assert ("send_receive" in outcome.bytes_sent) == (world_size > 1)
+    with pytest.raises(AssertionError, match="differ"):
+        check(outcomes[0], reference(*BLOCKS[1:]), FLOAT32)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_keys_of_a_block_are_bit_equal_on_any_ranks(pool, world_size):
+    """Keys and labels of one step, before any rounding of a reduction."""
+    runs = [pool(size).run("tests.distributed.key_runs:keys_of_a_step", overrides=BLOCKS) for size in (1, world_size)]
+    (keys, labels), others = runs[0][0], runs[1]
+    for keys_there, labels_there in others:
+        assert keys_there.equal(keys)
+        assert labels_there.equal(labels)
+
+
+def test_images_of_blocks_sent_a_step_ahead_change_no_bit(pool):
+    """Sends and receives of two steps do not mix."""
+    ahead, expected = (pool(4).run(RUN_STEPS, stage=1, steps=4, ahead=a, overrides=BLOCKS) for a in (True, False))
+    for outcome, other in zip(ahead, expected, strict=True):
+        assert outcome.bytes_sent == other.bytes_sent
+        assert all(value.equal(outcome.after[name]) for name, value in other.after.items())
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_a_key_view_crosses_at_most_once_and_the_queue_needs_no_collective_of_its_own(pool, world_size):
     """Each rank sends the images that another rank's groups hold, once, as bytes; keys, labels and a flag in one

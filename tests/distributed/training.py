@@ -22,13 +22,13 @@ import torch
 from paco_ds.config.load import load_recipe
 from paco_ds.data.stream.batches import MicroBatch
 from paco_ds.distributed.heartbeat import Heartbeat
-from paco_ds.distributed.ranks import ByteCounter, Ranks
+from paco_ds.distributed.ranks import ByteCounter, HostCopy, Ranks
 from paco_ds.errors import DataError, UserError
 from paco_ds.evaluation.split import EvaluationSplit
 from paco_ds.metrics.targets import served_metrics
 from paco_ds.training.images_ahead import ImagesAhead
 from paco_ds.training.replay import read_kept_step, replay
-from paco_ds.training.step import StepResult
+from paco_ds.training.step_result import StepResult
 from paco_ds.training.trainer import Trainer
 
 
@@ -80,6 +80,7 @@ def scrape_while_training(ranks: Ranks, recipe: Path, run: Path) -> dict[str, st
     ):
         for _ in range(3):
             trainer.train_step()
+        trainer.read_figures()
         ranks.wait_for_all()  # else another rank may not have counted its last step yet
         if ranks.first:
             for target in json.loads((run / "metrics_targets.json").read_text()):
@@ -87,6 +88,29 @@ def scrape_while_training(ranks: Ranks, recipe: Path, run: Path) -> dict[str, st
                     pages[target["labels"]["rank"]] = answer.read().decode()
         ranks.wait_for_all()
     return pages
+
+
+def steps_when_read(ranks: Ranks, recipe: Path, run: Path, overrides: tuple[str, ...]) -> dict[int, int]:
+    """As `train`: {number of a step, from 1: steps taken when its figures were read}."""
+    copies: list[HostCopy] = []
+    read: dict[int, int] = {}
+    begin, wait = HostCopy.__init__, HostCopy.wait
+
+    def begun(copy: HostCopy, tensor: torch.Tensor) -> None:
+        copies.append(copy)
+        begin(copy, tensor)
+
+    def waited(copy: HostCopy) -> torch.Tensor:
+        read.setdefault(copies.index(copy) + 1, trainer.steps_done)
+        return wait(copy)
+
+    with (
+        _trainer(ranks, recipe, run, overrides) as trainer,
+        mock.patch.object(HostCopy, "__init__", begun),
+        mock.patch.object(HostCopy, "wait", waited),
+    ):
+        trainer.run()
+    return read
 
 
 def train_with_a_flipped_bit(ranks: Ranks, recipe: Path, run: Path, rank: int, after: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from paco_ds.config.recipe import Recipe
 from paco_ds.distributed.ranks import ByteCounter, Ranks
 from paco_ds.losses.base import Anchors, LossOutput
-from paco_ds.training.step import StepResult
+from paco_ds.training.step_result import StepResult
 from tests.distributed.runs import CLASS_COUNTS, SHOTS, deepspeed_config, made_micro_batch, make_step
 from tests.recipes import tiny_recipe
 

@@ -20,6 +20,7 @@ SHORT = (
     "schedule.warmup_epochs=1",
     "evaluation.every_epochs=2",
     "metrics.port=19400",
+    "metrics.log_every=1",
     "optimizer.lr=0.05",
     "engine.threads=1",  # two on two cores wait for each other while other tests run
 )

@@ -78,7 +78,11 @@ def test_timms_own_model_takes_it_by_its_path(resnet18, images, expected, tmp_pa
 
 def test_a_network_of_timm_is_one_there(images, tmp_path):
     """A ViT, whose classifier has another name."""
-    model = made("timm:test_vit", "views.evaluation.size=160", "views.evaluation.resize=160")
+    model = made(
+        "timm:test_vit",
+        *(f"views.{view}.size=160" for view in ("query", "key", "evaluation")),
+        "views.evaluation.resize=160",
+    )
     model.view = EvalView(size=160, resize=160)
     export(model, "timm", tmp_path / "model.safetensors")
     theirs = timm.create_model("test_vit", num_classes=5, checkpoint_path=str(tmp_path / "model.safetensors")).eval()

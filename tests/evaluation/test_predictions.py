@@ -22,7 +22,8 @@ def made(images=500, classes=6, seed=0):
 def recorded(logits, labels, valid=None):
     recorder = Recorder()
     valid = torch.ones_like(labels, dtype=torch.bool) if valid is None else valid
-    for part in zip(logits.split(64), labels.split(64), valid.split(64), strict=True):
+    ids = torch.arange(len(labels))
+    for part in zip(logits.split(64), labels.split(64), ids.split(64), valid.split(64), strict=True):
         recorder.add(*part)
     return recorder.gather(Ranks(0, 1, 0, torch.device("cpu")))
 
@@ -40,7 +41,7 @@ def test_figures_equal_sklearn_and_torchmetrics():
 def test_a_class_that_was_only_predicted_lowers_f1():
     """As scikit-learn counts: class 2 has no image, but took one."""
     labels, predicted = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 1, 2])
-    figures = detail(Predictions(labels, predicted, torch.ones(4)), [3, 2, 1])
+    figures = detail(Predictions(labels, predicted, torch.ones(4), torch.arange(4)), [3, 2, 1])
     assert figures.macro_f1 == pytest.approx(f1_score(labels, predicted, average="macro"))
     assert figures.balanced == 0.75
 
@@ -56,7 +57,7 @@ def test_confusions_come_by_what_they_cost():
     """Two pairs, the one of more images first, with its share of the class."""
     labels = torch.tensor([0, 0, 0, 0, 1, 1, 2])
     predicted = torch.tensor([1, 1, 0, 0, 2, 1, 2])
-    found = confusions(Predictions(labels, predicted, torch.ones(7)), 3)
+    found = confusions(Predictions(labels, predicted, torch.ones(7), torch.arange(7)), 3)
     assert found == [(0, 1, 2, 0.5), (1, 2, 1, 0.5)]
 
 
@@ -92,7 +93,7 @@ def test_classes_without_test_images_take_no_part_in_any_distribution():
 def test_nothing_to_judge_gives_none():
     """An empty split."""
     empty = torch.zeros(0, dtype=torch.int64)
-    figures = detail(Predictions(empty, empty, torch.zeros(0)), [2, 1])
+    figures = detail(Predictions(empty, empty, torch.zeros(0), empty), [2, 1])
     assert (figures.balanced, figures.macro_f1, figures.calibration_error) == (None, None, None)
     assert figures.test_agnostic == {}
 

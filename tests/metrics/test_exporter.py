@@ -7,6 +7,7 @@ import logging
 import shutil
 import socket
 import subprocess
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from paco_ds.evaluation.accuracy import ShotAccuracy
 from paco_ds.metrics import exporter as exporter_module
 from paco_ds.metrics.exporter import Exporter, reachable_host
-from paco_ds.metrics.log import StepRecord
+from paco_ds.metrics.steps import StepRecord
 from paco_ds.metrics.targets import target_files, targets
 
 RECORD = StepRecord(
@@ -117,6 +118,12 @@ def taken_port() -> Iterator[int]:
         other.bind(("0.0.0.0", 0))
         other.listen()
         yield other.getsockname()[1]
+
+
+def test_before_the_first_step_its_time_is_that_of_the_start(exporter: Exporter) -> None:
+    """With 0, PacoNoProgress would fire while a first step compiles."""
+    (sample,) = next(f for f in exporter.registry.collect() if f.name == "paco_last_step_timestamp_seconds").samples
+    assert 0 <= time.time() - sample.value < 3600
 
 
 def test_every_metric_of_the_design_is_served_and_parses(exporter: Exporter) -> None:

@@ -13,7 +13,8 @@ import pytest
 
 from paco_ds.errors import StorageError
 from paco_ds.evaluation.accuracy import ShotAccuracy
-from paco_ds.metrics.log import MetricsLog, StepRecord, read
+from paco_ds.metrics.log import MetricsLog, read
+from paco_ds.metrics.steps import StepRecord
 
 RECORD = StepRecord(
     step=1,
@@ -173,7 +174,8 @@ def test_a_resume_reads_the_end_of_a_long_log_alone(path: Path, monkeypatch: pyt
             assert path.stat().st_size == end
     log = MetricsLog(path)
     monkeypatch.setattr(
-        "paco_ds.metrics.log._parsed", lambda raw: pytest.fail("read") if b'"step": 1,' in raw else {"step": 4}
+        "paco_ds.metrics.log._parsed",
+        lambda raw: pytest.fail("read") if b'"step": 1,' in raw else {"kind": "step", "step": 4},
     )
     log.cut_after(4)
     log.close()

@@ -8,8 +8,8 @@ import sys
 from dataclasses import replace
 
 from paco_ds.evaluation.accuracy import ShotAccuracy
-from paco_ds.metrics.log import StepRecord
 from paco_ds.metrics.progress import BarProgress, LineProgress, NullProgress, ProgressView, progress_view
+from paco_ds.metrics.steps import StepRecord
 
 RECORD = StepRecord(1, 0, 1.25, 0.05, 1.0, 640.0, 0.0, 0.1)
 

@@ -13,9 +13,10 @@ import paco_ds.metrics.sinks as sinks_package
 from paco_ds.distributed.ranks import Ranks
 from paco_ds.errors import RecipeError
 from paco_ds.metrics.exporter import Exporter
-from paco_ds.metrics.log import StepRecord, read
+from paco_ds.metrics.log import read
 from paco_ds.metrics.run_logger import RunLogger
 from paco_ds.metrics.sinks import Sinks
+from paco_ds.metrics.steps import StepRecord
 from tests.recipes import tiny_recipe
 
 
@@ -102,11 +103,15 @@ def test_a_sink_has_the_steps_of_the_log_and_a_resumed_run_goes_on_in_it(sink, s
     assert len(steps_in(tmp_path / "run", "train/center_probability/many")) == 5
 
 
-def test_steps_between_those_of_log_every_are_left_to_metrics_jsonl(tmp_path):
-    """A sink may be a server far away; training waits for it only then."""
+def test_a_sink_has_means_and_extremes_of_log_every_steps(tmp_path):
+    """A sink may be a server far away; training waits for it only then. Epochs of 5 steps end windows, too; what a run
+    that stops in one knows of it is left to metrics.jsonl."""
     pytest.importorskip("tensorboard")
     train(tmp_path / "run", "tensorboard", 0, 7, every=3)
-    assert steps_in_tensorboard(tmp_path / "run", "train/loss") == [(3, 13.0), (6, 16.0)]
+    assert steps_in_tensorboard(tmp_path / "run", "train/loss") == [(3, 12.0), (5, 14.5), (6, 16.0)]
+    assert steps_in_tensorboard(tmp_path / "run", "train/loss/max") == [(3, 13.0), (5, 15.0)]
+    assert steps_in_tensorboard(tmp_path / "run", "train/center_probability/many") == [(3, 0.5), (5, 0.5), (6, 0.5)]
+    assert [line["step"] for line in read(tmp_path / "run" / "metrics.jsonl")] == [3, 5, 6, 7]
 
 
 def test_other_ranks_write_nothing(tmp_path):

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from paco_ds.paper.compare import main
+from paco_ds.paper.compare import main, matching_lines, read_finished_run
+from paco_ds.paper.matching import FREE, rows_of_the_paper
+from paco_ds.paper.tables import load_table
 from tests.recipes import write_tiny_recipe
 
 
@@ -58,7 +60,78 @@ def test_rows_of_the_paper_stand_below(tmp_path: Path, capsys) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].startswith("| mine ")
     assert len(lines) > 3
-    assert all(line.startswith("| paper: ") for line in lines[3:])
+    assert all(line.startswith("| paper, Table 13: ") for line in lines[3:])
+
+
+def _run_of_row(folder: Path, table: str, row: str, *overrides: str, **figures: object) -> str:
+    run = folder / f"{len(list(folder.iterdir()))}"
+    run.mkdir()
+    loaded = load_table(table)
+    (found,) = [each for each in loaded.rows if each.name == row]
+    (run / "recipe.yaml").write_text(loaded.resolve(found, None, overrides).to_yaml())
+    final = {"split": "test", "manifest_sha256": "ab", "class_names": ["a"], "all": 0.5, **figures}
+    (run / "metrics.json").write_text(json.dumps(final | dict.fromkeys(("many", "medium", "few"), 0.5)))
+    return str(run)
+
+
+def test_a_run_stands_beside_the_row_that_it_trains(tmp_path: Path, capsys) -> None:
+    """Found by its settings; seeds, ranks and loaders are free, and two seeds have one row."""
+    runs = [
+        _run_of_row(tmp_path, "9", "ResNet-50, PaCo", "seed=1", "step.micro_batches=4", "data.workers=1"),
+        _run_of_row(tmp_path, "9", "ResNet-50, PaCo", "seed=2"),
+        _run_of_row(tmp_path, "13", "CE"),
+    ]
+    assert main([*runs, "--format", "csv"]) == 0
+    rows = list(csv.reader(io.StringIO(capsys.readouterr().out)))
+    assert [row[:6] for row in rows[3:]] == [
+        ["paper, Table 9: ResNet-50, PaCo", "-", "57.0", "65.0", "55.7", "38.2"],
+        ["paper, Table 13: CE", "-", "48.4", "-", "-", "-"],
+    ]
+    assert main([*runs, "--no-paper"]) == 0
+    assert "paper" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("row", "overrides", "figures"),
+    [
+        ("ResNet-50, PaCo", ["loss.alpha=0.06"], {}),
+        ("ResNet-50, PaCo", [], {"logit_adjustment": 1.0}),
+        ("ResNet-50, tau-normalize", [], {}),
+    ],
+)
+def test_a_run_with_other_settings_or_corrections_has_no_row(tmp_path: Path, row, overrides, figures) -> None:
+    """A row of tau-normalization is that of a run which was evaluated so."""
+    run = read_finished_run(Path(_run_of_row(tmp_path, "9", row, *overrides, **figures)))
+    assert matching_lines([run]) == []
+
+
+def test_the_row_of_a_corrected_evaluation_is_found(tmp_path: Path) -> None:
+    run = _run_of_row(tmp_path, "9", "ResNet-50, tau-normalize", tau_normalization=0.7)
+    assert [line.name for line in matching_lines([read_finished_run(Path(run))])] == [
+        "paper, Table 9: ResNet-50, tau-normalize"
+    ]
+
+
+def test_rows_of_the_paper_have_settings_of_their_own() -> None:
+    """So that a run has one row; those that another table repeats have its figures."""
+    seen: dict[str, dict[str, float]] = {}
+    for table, row, settings in rows_of_the_paper():
+        corrections = [option for option in row.evaluate if "tau" in option or "logit" in option]
+        fixed = json.dumps([sorted((k, v) for k, v in settings.items() if k not in FREE), corrections])
+        figures = row.paper.fractions()
+        other = seen.setdefault(fixed, figures)
+        assert all(figures[key] == other[key] for key in figures.keys() & other.keys()), (table, row.name)
+
+
+def test_a_row_is_named_or_refused_with_those_that_there_are(tmp_path: Path, capsys) -> None:
+    run = _run(tmp_path, "mine", 0, 0.5)
+    assert main([run, "--table", "13", "--row", "PaCo"]) == 0
+    assert capsys.readouterr().out.splitlines()[3:][0].startswith("| paper, Table 13: PaCo ")
+    with pytest.raises(SystemExit):
+        main([run, "--table", "13", "--row", "Paco"])
+    said = capsys.readouterr().err
+    assert "no row 'Paco'" in said
+    assert "CE; " in said
 
 
 def test_names_are_text_in_every_format(tmp_path: Path, capsys) -> None:

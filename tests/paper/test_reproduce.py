@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from paco_ds.errors import RecipeError, UserError
-from paco_ds.metrics.log import MetricsLog, StepRecord
+from paco_ds.metrics.log import MetricsLog
+from paco_ds.metrics.steps import StepRecord
 from paco_ds.paper import reproduce
 from paco_ds.paper.results import KeptResults
 from paco_ds.paper.tables import SMALL_RECIPES, Row, Table, load_table, small_recipe

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from paco_ds.evaluation.accuracy import ShotAccuracy
-from paco_ds.metrics.log import MetricsLog, StepRecord
+from paco_ds.metrics.log import MetricsLog
+from paco_ds.metrics.steps import StepRecord
 from paco_ds.report.entry import main
 from paco_ds.report.run_report import write_report
 

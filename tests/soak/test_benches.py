@@ -14,6 +14,7 @@ QUICK = {
     "loss": ["--repeats", "3"],
     "key_encoder": ["--repeats", "3"],
     "key_queue": ["--repeats", "3", "--keys", "100000"],
+    "log": ["--steps", "20000"],
     "watching": ["--repeats", "5"],
     "saving": ["--repeats", "1", "--sizes", "1"],
     "scale": [],

@@ -44,6 +44,7 @@ REDUCED = (
     "evaluation.batch=8",
     "engine.threads=1",
     "metrics.serve=false",
+    "metrics.log_every=1",
 )
 
 

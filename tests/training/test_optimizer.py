@@ -28,7 +28,7 @@ def test_it_is_torchs_sgd_when_nothing_is_wrong(nesterov):
         guarded.step()
         plain.step()
         assert torch.equal(weight, other)
-    assert guarded.grad_norm == pytest.approx(3 * 5**0.5)
+    assert float(guarded.grad_norm) == pytest.approx(3 * 5**0.5)
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
@@ -40,39 +40,56 @@ def test_a_gradient_that_is_not_finite_changes_nothing(wrong):
     before, momentum = weight.detach().clone(), optimizer.state[weight]["momentum_buffer"].clone()
     weight.grad = torch.tensor([1.0, wrong])
     optimizer.step()
-    assert optimizer.skipped
+    assert not optimizer.applied
     assert torch.equal(weight, before)
     assert torch.equal(optimizer.state[weight]["momentum_buffer"], momentum)
 
 
 def test_a_norm_is_judged_by_the_geometric_mean_of_the_last_hundred():
     """From the twentieth step on; it follows a norm that falls, and a state goes on bit for bit."""
-    usual = UsualNorm()
+    usual, yes, no = UsualNorm(), torch.tensor(True), torch.tensor(False)
+
+    def norm(value):
+        return torch.tensor(value, dtype=torch.float64)
+
     for _ in range(19):
-        usual.add(2.0)
-    assert usual.ratio(2.0) is None
-    usual.add(2.0)
-    assert usual.ratio(50.0) == pytest.approx(25.0)
-    usual.add(float("inf"))
-    assert usual.steps == 20
+        usual.add(norm(2.0), yes)
+    assert math.isnan(usual.ratio(norm(2.0)))
+    usual.add(norm(2.0), yes)
+    assert float(usual.ratio(norm(50.0))) == pytest.approx(25.0)
+    usual.add(norm(float("inf")), no)
+    usual.add(norm(0.0), yes)
+    assert usual.state() == {"log_mean": pytest.approx(math.log(2)), "steps": 20}
     for _ in range(1000):
-        usual.add(0.02)
-    assert usual.ratio(0.02) == pytest.approx(1.0, rel=1e-3)
-    assert UsualNorm(**usual.state()).ratio(0.3) == usual.ratio(0.3)
+        usual.add(norm(0.02), yes)
+    assert float(usual.ratio(norm(0.02))) == pytest.approx(1.0, rel=1e-3)
+    assert UsualNorm(**usual.state()).ratio(norm(0.3)) == usual.ratio(norm(0.3))
 
 
 def test_a_step_whose_norm_is_refused_changes_nothing():
     """The guard is asked once the norm is known."""
     weight, optimizer = make(clip_norm=1.0)
-    optimizer.norm_guard = lambda: optimizer.grad_norm > 4
+    optimizer.norm_guard = lambda: optimizer.grad_norm <= 4
     weight.grad = torch.tensor([3.0, 4.0])
     optimizer.step()
-    assert optimizer.skipped
+    assert not optimizer.applied
     assert torch.equal(weight, torch.tensor([1.0, 2.0]))
     weight.grad = torch.tensor([0.3, 0.4])
     optimizer.step()
-    assert not optimizer.skipped
+    assert optimizer.applied
     assert not torch.equal(weight, torch.tensor([1.0, 2.0]))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_first_step_that_is_refused_leaves_a_momentum_of_zero(momentum):
+    """Not memory without a value; the second is then torch's first."""
+    weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = GuardedSGD([weight], 0.1, clip_norm=None, whole=True, momentum=momentum)
+    for gradient in ([float("inf"), 1.0], [1.0, -1.0]):
+        weight.grad = torch.tensor(gradient)
+        optimizer.step()
+    assert torch.allclose(weight, torch.tensor([0.9, 2.1]))
+    assert ("momentum_buffer" in optimizer.state[weight]) == (momentum > 0)
 
 
 def test_clipping_scales_to_the_norm_and_reports_the_norm_before():

@@ -34,7 +34,7 @@ from paco_ds.contrast.key_queue import KeyQueue
 from paco_ds.data.stream.order import EpochOrder
 from paco_ds.distributed.ranks import MicroBatchLayout, Pending
 from paco_ds.metrics.exporter import Exporter
-from paco_ds.metrics.log import StepRecord
+from paco_ds.metrics.steps import StepRecord
 from paco_ds.metrics.targets import targets
 from paco_ds.randomness import DrawPurpose, permutation
 

@@ -45,10 +45,12 @@ from paco_ds.distributed.ranks import Ranks
 from paco_ds.losses.base import Anchors, LossOutput
 from paco_ds.losses.paco import ParametricContrastiveLoss
 from paco_ds.metrics.exporter import Exporter
-from paco_ds.metrics.log import MetricsLog, StepRecord
+from paco_ds.metrics.log import MetricsLog
+from paco_ds.metrics.steps import StepRecord
 from paco_ds.training import engine
 from paco_ds.training.build import Classes, build_model, build_step
-from paco_ds.training.step import Step, StepResult
+from paco_ds.training.step import Step
+from paco_ds.training.step_result import StepResult
 from paco_ds.training.totals import StepTotals
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -229,8 +231,8 @@ def small_works(
     device, accumulation, loss = step.ranks.device, step.layout.accumulation, step.forward.loss
     assert isinstance(loss, ParametricContrastiveLoss)
     silent = LossOutput(output.loss)
-    shots_B = step._shots_C[labels_B]
-    vector = StepTotals(device).vector
+    vector = StepTotals(step.shots_CS).vector
+    alone, nothing = Ranks(0, 1, 0, device), torch.zeros(1)
     exporter, log = Exporter(), MetricsLog(log_path)
     quiet = StepRecord(1, 0, result.loss, 0.1, result.grad_norm, 400.0, 0.0, 0.1, 1.0)
     record = replace(
@@ -242,9 +244,10 @@ def small_works(
     )
 
     def add(outputs: LossOutput) -> None:
-        totals = StepTotals(device)
+        totals = StepTotals(step.shots_CS)
         for _ in range(accumulation):
-            totals.add(outputs, shots_B)
+            totals.add(outputs, labels_B)
+        totals.begin_sum(alone, nothing)
 
     def tell(told: StepRecord) -> None:
         log.step(told)

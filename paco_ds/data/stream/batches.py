@@ -25,7 +25,7 @@ from paco_ds.data.stream.loader_processes import start_loading
 from paco_ds.data.stream.partition import EvaluationPlan, TrainingPlan, micro_batches_ahead, shards_at_once
 from paco_ds.data.stream.read_ahead import EvaluationSamples, TrainingSamples
 from paco_ds.data.stream.sampler import ClassSampler, SharedLabels
-from paco_ds.data.stream.views import MakeViews, make_view
+from paco_ds.data.stream.views import MakeRawViews, MakeViews, concatenated, make_view, render
 from paco_ds.distributed.launch import local_world_size
 from paco_ds.distributed.ranks import MicroBatchLayout
 from paco_ds.errors import RecipeError
@@ -35,7 +35,8 @@ from paco_ds.errors import RecipeError
 class MicroBatch:
     """m images: `query` and `key` uint8 [m, 3, H, W] (`key` None without a key encoder), `labels` int64 [m].
 
-    `ids` int64 [m] are the planned sample ids; `valid` bool [m] is False where an evaluation batch is padded.
+    Images are on the device if they were rendered there. `ids` int64 [m] are the planned sample ids; `valid` bool [m]
+    is False where an evaluation batch is padded.
     """
 
     query: Tensor
@@ -46,10 +47,20 @@ class MicroBatch:
     replaced: tuple[Replaced, ...] = ()
 
 
-def join(parts: Sequence[Part]) -> MicroBatch:
-    """Concatenate the parts of a micro-batch; in pinned memory with a GPU, so that the copy overlaps computation."""
-    first = parts[0].views
-    views = [_joined([part.views[view] for part in parts]) for view in range(len(first))]
+@dataclass(frozen=True)
+class RenderOn:
+    """Where raw views are rendered, and the side of a view in pixels."""
+
+    device: torch.device
+    size: int
+
+
+def join(parts: Sequence[Part], render_on: RenderOn | None = None) -> MicroBatch:
+    """Concatenate the parts of a micro-batch; in pinned memory with a GPU, so that the copy overlaps computation.
+
+    Raw views are rendered, for which `render_on` is needed.
+    """
+    views = _finished(parts) if render_on is None else _rendered(parts, render_on)
     return MicroBatch(
         query=views[0],
         key=views[1] if len(views) > 1 else None,
@@ -58,6 +69,19 @@ def join(parts: Sequence[Part]) -> MicroBatch:
         valid=torch.from_numpy(np.concatenate([part.valid for part in parts])),
         replaced=tuple(r for part in parts for r in part.replaced),
     )
+
+
+def _finished(parts: Sequence[Part]) -> list[Tensor]:
+    views = [part.views for part in parts if part.views is not None]
+    return [_joined([part[number] for part in views]) for number in range(len(views[0]))]
+
+
+def _rendered(parts: Sequence[Part], render_on: RenderOn) -> Sequence[Tensor]:
+    """The views of a micro-batch, together: loader processes make any share of it, but the batch is the same."""
+    of_views = [raw for of_view in zip(*(part.raw for part in parts), strict=True) for raw in of_view]
+    pixels, batch = _joined([pixels for pixels, _ in of_views]), concatenated([batch for _, batch in of_views])
+    views = render(pixels, batch, render_on.size, render_on.device)
+    return views.chunk(len(parts[0].raw))
 
 
 def _joined(images: list[Tensor]) -> Tensor:
@@ -74,6 +98,7 @@ class TrainingStream:
     Args:
         views: of each training image, see `Recipe.training_views`.
         start: global step to begin with; every later one follows until the last epoch.
+        render_on: loader processes only decode and crop, and this device does the rest; None: they make whole views.
     """
 
     def __init__(
@@ -86,6 +111,7 @@ class TrainingStream:
         seed: int,
         epochs: int,
         start: int = 0,
+        render_on: RenderOn | None = None,
     ) -> None:
         split = manifest.split(data.train_split)
         reader = ShardReader(manifest.storage, split)
@@ -109,7 +135,10 @@ class TrainingStream:
             epochs=epochs,
             sampler=sampler,
         )
-        make_views = MakeViews(tuple(map(make_view, views)), data.max_pixels)
+        drawn, self._render_on = tuple(map(make_view, views)), render_on
+        make_views: MakeViews | MakeRawViews = MakeViews(drawn, data.max_pixels)
+        if render_on is not None:
+            make_views = MakeRawViews(drawn, data.max_pixels, render_on.size)
         pipeline = wds.DataPipeline(
             TrainingSamples(self.plan, reader),
             wds.map(Load(reader, make_views, seed, substitute=True)),
@@ -131,7 +160,7 @@ class TrainingStream:
         del self._parts
 
     def _micro_batch(self) -> MicroBatch:
-        return join([next(self._parts) for _ in range(self._parts_of_each)])
+        return join([next(self._parts) for _ in range(self._parts_of_each)], self._render_on)
 
 
 def refuse_small_cache(data: DataSettings, manifest: Manifest, layout: MicroBatchLayout, ranks: int) -> None:

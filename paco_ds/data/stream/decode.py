@@ -47,8 +47,11 @@ class EncodedImage:
         return self._decode(reduction)
 
 
-def open_image(sample: RawSample, max_pixels: int) -> EncodedImage:
+def open_image(sample: RawSample, max_pixels: int, *, quick: bool = False) -> EncodedImage:
     """Read the header of an image.
+
+    Args:
+        quick: of a JPEG whose colors have half the resolution, repeat them instead of interpolating between them.
 
     Raises:
         BadSample: `empty`, `unknown_format`, `too_many_pixels`, `too_many_scans`, `truncated` or `undecodable`.
@@ -58,7 +61,7 @@ def open_image(sample: RawSample, max_pixels: int) -> EncodedImage:
         raise BadSample("empty", sample.key, sample.shard)
     try:
         if data.startswith(_JPEG):
-            return _open_jpeg(sample, max_pixels)
+            return _open_jpeg(sample, max_pixels, quick)
         if data.startswith(_PNG):
             return _open_png(sample, max_pixels)
     except (ValueError, struct.error, cv2.error):
@@ -71,7 +74,7 @@ def decode(sample: RawSample, max_pixels: int) -> Pixels:
     return open_image(sample, max_pixels).decode()
 
 
-def _open_jpeg(sample: RawSample, max_pixels: int) -> EncodedImage:
+def _open_jpeg(sample: RawSample, max_pixels: int, quick: bool) -> EncodedImage:
     data = sample.image
     height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
     _check_costs(height, width, sample, max_pixels)
@@ -83,7 +86,7 @@ def _open_jpeg(sample: RawSample, max_pixels: int) -> EncodedImage:
     def pixels(reduction: int) -> Pixels:
         smallest = {"min_height": -(-height // reduction), "min_width": -(-width // reduction)}
         try:
-            image = simplejpeg.decode_jpeg(data, "RGB", **smallest, min_factor=reduction)
+            image = simplejpeg.decode_jpeg(data, "RGB", fastupsample=quick, **smallest, min_factor=reduction)
         except ValueError:  # it stops at damage that PIL, as used by the published code, tolerates
             return _open_other(sample, max_pixels).decode()
         return _upright(image, orientation)

@@ -8,15 +8,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from paco_ds.data.shard import BadSample, RawSample, ShardReader, Stored
 from paco_ds.data.stream.partition import Planned, TrainingPlan, this_worker
-from paco_ds.data.stream.views import MakeViews
+from paco_ds.data.stream.views import MakeRawViews, MakeViews, RawBatch, RawView, raw_batch
 from paco_ds.errors import DataError
 from paco_ds.randomness import DrawPurpose, generator
 
@@ -32,21 +34,28 @@ class Replaced:
 
 @dataclass(frozen=True)
 class Part:
-    """A loader process's share of a micro-batch: `views` uint8 [views, images, 3, H, W] in one shared memory."""
+    """A loader process's share of a micro-batch.
 
-    views: Tensor
+    Attributes:
+        views: uint8 [views, images, 3, H, W] in one shared memory; without `raw`.
+        raw: of each view, the pixels of all images one after the other, and what else `render` needs.
+    """
+
+    views: Tensor | None
     labels: np.ndarray
     ids: np.ndarray
     valid: np.ndarray
     replaced: tuple[Replaced, ...] = ()
+    raw: tuple[tuple[Tensor, RawBatch], ...] = ()
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A sample's views, uint8 [size, size, 3] each: for the query (or evaluation), and for the key if there is one."""
+    """A sample's views: for the query (or evaluation), and for the key if there is one. They are uint8 [size, size, 3],
+    or yet to be rendered."""
 
     plan: Planned
-    views: tuple[np.ndarray, ...]
+    views: tuple[np.ndarray, ...] | tuple[RawView, ...]
     label: int
     replaced: tuple[Replaced, ...] = ()
 
@@ -59,7 +68,7 @@ class Load:
     """
 
     reader: ShardReader
-    make_views: MakeViews
+    make_views: MakeViews | MakeRawViews
     seed: int
     substitute: bool
     blank: int | None = None
@@ -113,18 +122,39 @@ _VIEW_STREAMS = (DrawPurpose.QUERY_VIEW, DrawPurpose.KEY_VIEW)
 
 def collate(samples: Sequence[Loaded]) -> Part:
     """Stack the views and labels of some images of a micro-batch."""
-    height, width, channels = samples[0].views[0].shape
-    views = torch.empty((len(samples[0].views), len(samples), channels, height, width), dtype=torch.uint8)
-    for number, sample in enumerate(samples):
-        for image, view in zip(views[:, number], sample.views, strict=True):
-            cv2.split(view, list(image.numpy()))  # ten times faster than numpy's transposition
+    views: list[list[Any]] = [[sample.views[number] for sample in samples] for number in range(len(samples[0].views))]
+    raw = isinstance(views[0][0], RawView)
     return Part(
-        views=views,
+        views=None if raw else _stacked(views),
         labels=np.array([s.label for s in samples]),
         ids=np.array([s.plan.sample_id for s in samples]),
         valid=np.array([s.plan.valid for s in samples]),
         replaced=tuple(r for s in samples for r in s.replaced),
+        raw=tuple(map(_joined, views)) if raw else (),
     )
+
+
+def _stacked(views: Sequence[Sequence[np.ndarray]]) -> Tensor:
+    height, width, channels = views[0][0].shape
+    stacked = torch.empty((len(views), len(views[0]), channels, height, width), dtype=torch.uint8)
+    for of_view, images in zip(stacked, views, strict=True):
+        for planes, image in zip(of_view, images, strict=True):
+            cv2.split(image, list(planes.numpy()))  # ten times faster than numpy's transposition
+    return stacked
+
+
+def _joined(views: Sequence[RawView]) -> tuple[Tensor, RawBatch]:
+    batch = raw_batch(views)
+    pixels = torch.empty(0, dtype=torch.uint8)
+    if get_worker_info() is not None:  # to which a loader process would copy it otherwise, as torch's own collate knows
+        pixels = pixels.set_(torch.UntypedStorage._new_shared(batch.bytes))
+    pixels.resize_(batch.bytes)
+    place, flat = 0, pixels.numpy()
+    for view in views:
+        part = view.part.pixels
+        flat[place : place + part.size].reshape(part.shape)[:] = part
+        place += part.size
+    return pixels, batch
 
 
 @dataclass(frozen=True)

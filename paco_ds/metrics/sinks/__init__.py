@@ -16,17 +16,14 @@ from paco_ds.metrics.sinks.base import Sink
 
 logger = logging.getLogger(__name__)
 
-_NO_FIGURES = ("kind", "step", "split")
+_NO_FIGURES = ("kind", "step", "steps", "split", "skips", "range")
 
 
 class Sinks:
-    """Passes on the figures of evaluations and of every `every`-th step. A sink that fails is left out, with a warning.
-
-    Not of every step: a server answers each call of MLflow's, while all ranks wait for the first.
+    """Passes on the lines of steps and evaluations. A sink that fails is left out, with a warning.
 
     Args:
         names: `metrics.sinks`.
-        every: `metrics.log_every`.
         run: the run directory, whose name is that of the sinks' runs.
         first: whether this is the first rank: others open none.
         steps_done: of a run that is resumed; later figures of before are replaced where a sink can.
@@ -35,9 +32,8 @@ class Sinks:
         RecipeError: an unknown name, or a library that is not installed.
     """
 
-    def __init__(self, names: Sequence[str], run: Path, first: bool, steps_done: int, every: int = 1) -> None:
+    def __init__(self, names: Sequence[str], run: Path, first: bool, steps_done: int) -> None:
         self._open: dict[str, Sink] = {}
-        self._every = every
         for name in names:
             if name not in (known := sink_names()):
                 near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
@@ -53,12 +49,14 @@ class Sinks:
                 self._drop(name, error)
 
     def line(self, line: Mapping[str, Any]) -> None:
-        """Pass on a line of metrics.jsonl, if it is one of those."""
-        if line["kind"] not in ("step", "evaluation") or (line["kind"] == "step" and line["step"] % self._every):
+        """Pass on a line of metrics.jsonl, if it is one of those; the range of a figure as its /min and /max."""
+        if line["kind"] not in ("step", "evaluation"):
             return
         group = "train" if line["kind"] == "step" else line["split"]
         rest = {key: value for key, value in line.items() if key not in _NO_FIGURES}
         figures = dict(_figures(group, rest))
+        for name, (low, high) in line.get("range", {}).items():
+            figures |= {f"{group}/{name}/min": low, f"{group}/{name}/max": high}
         for name, sink in list(self._open.items()):
             try:
                 sink.log(line["step"], figures)

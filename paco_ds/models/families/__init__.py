@@ -6,9 +6,9 @@ import importlib
 import pkgutil
 from collections.abc import Iterator
 
-from paco_ds.models.families.base import Family
+from paco_ds.models.families.base import USUAL_SIZES, Family, ImageSizes, Network
 
-__all__ = ["Family", "families"]
+__all__ = ["USUAL_SIZES", "Family", "ImageSizes", "Network", "families"]
 
 
 def families() -> Iterator[Family]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paco_ds.config.recipe import ModelSettings
 from paco_ds.errors import RecipeError
-from paco_ds.models.experts import Experts, Width, he_initialise
-from paco_ds.models.families.base import Family
+from paco_ds.models.experts import Experts, MeanOverPixels, Width, he_initialise
+from paco_ds.models.families.base import Family, ImageSizes, Network
 
 _NAME = re.compile(r"cifar_resnet(\d+)")
 
@@ -72,16 +73,16 @@ class CifarBlock(nn.Module):
         return F.relu(y + x)
 
 
-def _make(settings: ModelSettings) -> tuple[nn.Module, int]:
+def _make(settings: ModelSettings, sizes: ImageSizes) -> Network:
     match = _NAME.fullmatch(settings.backbone)
     assert match is not None
     try:
-        return CifarResNet(int(match[1]), settings.width), 4 * settings.width
+        return Network(CifarResNet(int(match[1]), settings.width), 4 * settings.width)
     except ValueError as error:
         raise RecipeError(f"model.backbone {settings.backbone}: {error}") from None
 
 
-def _branch(network: nn.Module, count: int, width: Width) -> Experts | None:
+def _branch(network: nn.Module, count: int, width: Width, another: Callable[[], nn.Module]) -> Experts | None:
     if not isinstance(network, CifarResNet):
         return None
     base, blocks = network.conv1.out_channels, network.blocks_per_stage
@@ -89,7 +90,9 @@ def _branch(network: nn.Module, count: int, width: Width) -> Experts | None:
     shared = nn.Sequential(network.conv1, network.bn1, nn.ReLU(), *network.blocks[:blocks])
 
     def expert() -> nn.Module:
-        stages = nn.Sequential(*cifar_stage(base, second, blocks), *cifar_stage(second, third, blocks))
+        stages = nn.Sequential(
+            *cifar_stage(base, second, blocks), *cifar_stage(second, third, blocks), MeanOverPixels()
+        )
         he_initialise(stages)
         return stages
 

@@ -11,12 +11,12 @@ import torchvision
 from torch import nn
 
 from paco_ds.config.recipe import ModelSettings
-from paco_ds.models.families.base import Family
+from paco_ds.models.families.base import Family, ImageSizes, Network
 
 _NAME = re.compile(r"(resnet(?:18|34|50|101))_small")
 
 
-def _make(settings: ModelSettings) -> tuple[nn.Module, int]:
+def _make(settings: ModelSettings, sizes: ImageSizes) -> Network:
     match = _NAME.fullmatch(settings.backbone)
     assert match is not None
     network = torchvision.models.get_model(match[1], weights=None)
@@ -25,7 +25,7 @@ def _make(settings: ModelSettings) -> tuple[nn.Module, int]:
     network.maxpool = nn.Identity()
     dim = int(network.fc.in_features)
     network.fc = nn.Identity()
-    return network, dim
+    return Network(network, dim)
 
 
 # blocks and experts are torchvision's, which recognises its ResNets by class

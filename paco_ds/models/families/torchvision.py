@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
 from paco_ds.config.recipe import ModelSettings
 from paco_ds.errors import RecipeError
-from paco_ds.models.experts import Experts, Width, he_initialise
-from paco_ds.models.families.base import Family
+from paco_ds.models.experts import Experts, MeanOverPixels, Width, he_initialise
+from paco_ds.models.families.base import Family, ImageSizes, Network
 
 # Blocks of each stage, groups, width of a group; torchvision has the blocks.
 _COMPOSED = {
@@ -22,14 +26,42 @@ def _names() -> list[str]:
     return [*torchvision.models.list_models(module=torchvision.models), *_COMPOSED]
 
 
-def _make(settings: ModelSettings) -> tuple[nn.Module, int]:
+def _make(settings: ModelSettings, sizes: ImageSizes) -> Network:
     name = settings.backbone
+    arguments = _of_vit(name, sizes) if name.startswith("vit_") else {}
     if name in _COMPOSED:
         layers, groups, width = _COMPOSED[name]
         network: nn.Module = ResNet(Bottleneck, layers, groups=groups, width_per_group=width)
     else:
-        network = torchvision.models.get_model(name, weights=None)
-    return network, _take_classifier(network, name)
+        network = torchvision.models.get_model(name, weights=None, **arguments)
+    return Network(network, _take_classifier(network, name), arguments)
+
+
+def _of_vit(name: str, sizes: ImageSizes) -> dict[str, Any]:
+    """The size of the images, on which the position embeddings of a ViT depend.
+
+    Raises:
+        RecipeError: patches do not divide it, or evaluation has another.
+    """
+    patch = int(name.rpartition("_")[2])
+    if sizes.training % patch:
+        raise RecipeError(
+            f"views.query.size {sizes.training}: the patches of {name} have {patch} pixels a side, which do not divide "
+            f"it; set a multiple of {patch}"
+        )
+    if sizes.evaluation != sizes.training:
+        raise RecipeError(
+            f"views.evaluation.size {sizes.evaluation}: {name} has position embeddings for the {sizes.training} pixels "
+            f"of views.query.size alone; set both equal, or take timm's network with model.kwargs.dynamic_img_size=true"
+        )
+    return {"image_size": sizes.training}
+
+
+def _adapt(tensors: dict[str, Tensor], network: nn.Module) -> Mapping[str, Tensor]:
+    if isinstance(network, VisionTransformer):
+        resampled: Mapping[str, Tensor] = interpolate_embeddings(network.image_size, network.patch_size, tensors)
+        return resampled
+    return tensors
 
 
 def _take_classifier(network: nn.Module, name: str) -> int:
@@ -44,7 +76,7 @@ def _take_classifier(network: nn.Module, name: str) -> int:
     return int(classifier.in_features)
 
 
-def _branch(network: nn.Module, count: int, width: Width) -> Experts | None:
+def _branch(network: nn.Module, count: int, width: Width, another: Callable[[], nn.Module]) -> Experts | None:
     if not isinstance(network, ResNet):
         return None
     block = type(network.layer3[0])
@@ -57,6 +89,7 @@ def _branch(network: nn.Module, count: int, width: Width) -> Experts | None:
         stages = nn.Sequential(
             _stage(block, network, channels, third, len(network.layer3)),
             _stage(block, network, third * block.expansion, fourth, len(network.layer4)),
+            MeanOverPixels(),
         )
         he_initialise(stages)
         return stages
@@ -82,4 +115,5 @@ FAMILY = Family(
     make=_make,
     blocks=(BasicBlock, Bottleneck),
     branch=_branch,
+    adapt=_adapt,
 )

@@ -12,7 +12,7 @@ from paco_ds.data.stream.views.color import blended
 from paco_ds.data.stream.views.view import Pixels
 
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13  # PIL's ImageFilter.SMOOTH
-_REACH = 2.5  # standard deviations; the 1.2 % of weight beyond is spread over the rest
+REACH = 2.5  # standard deviations; the 1.2 % of weight beyond is spread over the rest
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Blur:
     sigma: float
 
     def __call__(self, view: Pixels) -> Pixels:
-        side = 2 * math.ceil(_REACH * self.sigma) + 1
+        side = 2 * math.ceil(REACH * self.sigma) + 1
         kernel = cv2.getGaussianKernel(side, self.sigma)
         return cv2.sepFilter2D(view, -1, kernel, kernel, borderType=cv2.BORDER_REPLICATE)
 

@@ -13,7 +13,7 @@ import numpy as np
 from paco_ds.data.stream.views.draws import below, uniform
 from paco_ds.data.stream.views.view import Operation, Pixels
 
-_LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as PIL's gray
+LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as PIL's gray
 _SAME = np.eye(3)
 _CUT = -0.499  # OpenCV rounds; this offset makes it truncate and keeps integers
 
@@ -35,7 +35,7 @@ class Contrast:
     factor: float
 
     def __call__(self, view: Pixels) -> Pixels:
-        mean = int(np.dot(cv2.mean(view)[:3], _LUMA) + 0.5)
+        mean = int(np.dot(cv2.mean(view)[:3], LUMA) + 0.5)
         return _scaled(view, self.factor, mean * (1 - self.factor))
 
 
@@ -47,7 +47,7 @@ class Saturation:
 
     def __call__(self, view: Pixels) -> Pixels:
         matrix = np.empty((3, 4))
-        matrix[:, :3] = (1 - self.factor) * _LUMA + self.factor * _SAME
+        matrix[:, :3] = (1 - self.factor) * LUMA + self.factor * _SAME
         matrix[:, 3] = _CUT
         return cv2.transform(view, matrix)
 

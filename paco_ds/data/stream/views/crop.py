@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -12,6 +13,32 @@ from torch.nn import functional
 
 from paco_ds.data.stream.views.draws import below, uniform
 from paco_ds.data.stream.views.view import Pixels
+
+
+class Axis(NamedTuple):
+    """Where the rows, or the columns, of a view lie in the part of an image that they are sampled from.
+
+    Attributes:
+        first, step: row i is centered at first + i * step, in pixels of the part, whose own centers are integers.
+        support: reach of the triangle filter in pixels of the part; 0 for Keys' cubic, which takes black from outside.
+    """
+
+    first: float
+    step: float
+    support: float
+
+    def shrunk(self, by: int) -> Axis:
+        """The same, in a part averaged over `by` x `by` pixels."""
+        return Axis((self.first + 0.5) / by - 0.5, self.step / by, max(self.support / by, 1))
+
+
+class Part(NamedTuple):
+    """A part of an image, uint8 [H, W, 3], and how a view is sampled from it."""
+
+    pixels: Pixels
+    rows: Axis
+    columns: Axis
+
 
 REDUCTIONS = (8, 4, 2)  # of a side: a JPEG decoder can scale by these while decoding, which saves time
 _LONGEST = 16  # largest aspect ratio in evaluation; a strip of 1 x 50,000 would become 256 x 12.8 million pixels
@@ -37,10 +64,25 @@ class Box:
     def __call__(self, image: Pixels) -> Pixels:
         """Crop and resample. In a reduced image the box is rounded to whole pixels, which moves an edge by at most half
         a pixel of the view."""
+        return resampled(self._pixels(image), self.size, self.size)
+
+    def part(self, image: Pixels) -> Part:
+        """What the view is sampled from, elsewhere."""
+        pixels = self._pixels(image)
+        rows, columns = pixels.shape[:2]
+        return Part(pixels, _resized(rows, self.size), _resized(columns, self.size))
+
+    def _pixels(self, image: Pixels) -> Pixels:
         rows, columns = image.shape[:2]
         top, bottom = _scaled(self.top, self.height, rows, self.image_height)
         left, right = _scaled(self.left, self.width, columns, self.image_width)
-        return resampled(image[top:bottom, left:right], self.size, self.size)
+        return image[top:bottom, left:right]
+
+
+def _resized(length: int, size: int, start: int = 0) -> Axis:
+    """Pixels from `start` on of `length` pixels resized to `size`, antialiased."""
+    step = length / size
+    return Axis((start + 0.5) * step - 0.5, step, max(step, 1))
 
 
 def _scaled(start: int, length: int, now: int, drawn: int) -> tuple[int, int]:
@@ -114,6 +156,12 @@ class PaddedCrop:
         view[down : down + part.shape[0], across : across + part.shape[1]] = part
         return view
 
+    def part(self, image: Pixels) -> Part:
+        """What the view is sampled from, elsewhere; rows and columns centered outside of it are black."""
+        height, width = image.shape[:2]
+        rows = _resized(height, self.resized_height, self.top - self.padding)
+        return Part(image, rows, _resized(width, self.resized_width, self.left - self.padding))
+
 
 def padded_crop(height: int, width: int, size: int, padding: int, rng: np.random.Generator) -> PaddedCrop:
     """torchvision's RandomCrop(size, padding) of the image with its shorter side resized to `size`."""
@@ -156,10 +204,19 @@ class ScaledAndShifted:
     reduction: int = 1
 
     def __call__(self, image: Pixels) -> Pixels:
-        height, width = image.shape[:2]
-        # pixel centers lie at half-integers, hence the two halves
-        x = (self.size - 1) / 2 + self.right - self.scale * (width - 1) / 2
-        y = (self.size - 1) / 2 + self.down - self.scale * (height - 1) / 2
+        x, y = self._offset(image.shape[1], self.right), self._offset(image.shape[0], self.down)
         matrix = np.array([[self.scale, 0, x], [0, self.scale, y]])
         # linear resampling blurs small images, unlike evaluation's (docs/results/history.md; one seed, within noise)
         return cv2.warpAffine(image, matrix, (self.size, self.size), flags=cv2.INTER_CUBIC)
+
+    def part(self, image: Pixels) -> Part:
+        """What the view is sampled from, elsewhere."""
+        height, width = image.shape[:2]
+        return Part(image, self._axis(height, self.down), self._axis(width, self.right))
+
+    def _offset(self, side: int, shift: int) -> float:
+        """Where the image's first pixel comes to lie in the view."""
+        return (self.size - 1) / 2 + shift - self.scale * (side - 1) / 2
+
+    def _axis(self, side: int, shift: int) -> Axis:
+        return Axis(-self._offset(side, shift) / self.scale, 1 / self.scale, 0)

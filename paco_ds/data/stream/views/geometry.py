@@ -8,10 +8,12 @@ from enum import Enum
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 
 from paco_ds.data.stream.views.view import Pixels
 
 Color = tuple[int, int, int]
+Rows = tuple[tuple[float, float, float], tuple[float, float, float]]
 
 
 class Interpolation(Enum):
@@ -39,7 +41,11 @@ class ShearX:
     fill: Color
 
     def __call__(self, view: Pixels) -> Pixels:
-        return _moved(view, ((1, self.factor, 0), (0, 1, 0)), self.interpolation, self.fill)
+        return _moved(view, self.rows(*view.shape[:2]), self.interpolation, self.fill)
+
+    def rows(self, height: int, width: int) -> Rows:
+        """The affine transform of a view of this size."""
+        return (1, self.factor, 0), (0, 1, 0)
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,11 @@ class ShearY:
     fill: Color
 
     def __call__(self, view: Pixels) -> Pixels:
-        return _moved(view, ((1, 0, 0), (self.factor, 1, 0)), self.interpolation, self.fill)
+        return _moved(view, self.rows(*view.shape[:2]), self.interpolation, self.fill)
+
+    def rows(self, height: int, width: int) -> Rows:
+        """The affine transform of a view of this size."""
+        return (1, 0, 0), (self.factor, 1, 0)
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,10 @@ class TranslateX:
     def __call__(self, view: Pixels) -> Pixels:
         return _translated(view, 1, self.share * view.shape[1], self.interpolation, self.fill)
 
+    def rows(self, height: int, width: int) -> Rows:
+        """The affine transform of a view of this size."""
+        return (1, 0, self.share * width), (0, 1, 0)
+
 
 @dataclass(frozen=True)
 class TranslateY:
@@ -77,6 +91,10 @@ class TranslateY:
     def __call__(self, view: Pixels) -> Pixels:
         return _translated(view, 0, self.share * view.shape[0], self.interpolation, self.fill)
 
+    def rows(self, height: int, width: int) -> Rows:
+        """The affine transform of a view of this size."""
+        return (1, 0, 0), (0, 1, self.share * height)
+
 
 @dataclass(frozen=True)
 class Rotate:
@@ -87,19 +105,31 @@ class Rotate:
     fill: Color
 
     def __call__(self, view: Pixels) -> Pixels:
+        return _moved(view, self.rows(*view.shape[:2]), self.interpolation, self.fill)
+
+    def rows(self, height: int, width: int) -> Rows:
+        """The affine transform of a view of this size."""
         cos, sin = math.cos(math.radians(self.degrees)), math.sin(math.radians(self.degrees))
-        x, y = view.shape[1] / 2, view.shape[0] / 2
-        rows = ((cos, -sin, x - cos * x + sin * y), (sin, cos, y - sin * x - cos * y))
-        return _moved(view, rows, self.interpolation, self.fill)
+        x, y = width / 2, height / 2
+        return (cos, -sin, x - cos * x + sin * y), (sin, cos, y - sin * x - cos * y)
 
 
-def _moved(view: Pixels, rows: tuple[tuple[float, ...], ...], interpolation: Interpolation, fill: Color) -> Pixels:
-    """Affine transform: pixel (x, y) comes from rows @ (x, y, 1), in PIL's coordinates (pixel centers at halves)."""
+Affine = ShearX | ShearY | TranslateX | TranslateY | Rotate
+"""Operations that are an affine transform: pixel (x, y) comes from rows @ (x, y, 1), in PIL's coordinates (pixel
+centers at halves)."""
+
+
+def at_pixel_centers(rows: Rows) -> npt.NDArray[np.float64]:
+    """An affine transform, float64 [2, 3], in OpenCV's coordinates: pixel centers at integers."""
     matrix = np.array(rows, np.float64)
-    matrix[:, 2] += matrix[:, :2] @ (0.5, 0.5) - 0.5  # OpenCV's pixel centers are at integers
+    matrix[:, 2] += matrix[:, :2] @ (0.5, 0.5) - 0.5
+    return matrix
+
+
+def _moved(view: Pixels, rows: Rows, interpolation: Interpolation, fill: Color) -> Pixels:
     return cv2.warpAffine(
         view,
-        matrix,
+        at_pixel_centers(rows),
         (view.shape[1], view.shape[0]),
         flags=interpolation.value | cv2.WARP_INVERSE_MAP,
         borderMode=cv2.BORDER_CONSTANT,

@@ -65,7 +65,7 @@ def words_of_training(
     """What the trainer says while it runs."""
     said: list[object] = []
     with _trainer(ranks, recipe, run, overrides, stop_at_step) as trainer:
-        trainer.logger.say = said.append  # type: ignore[method-assign]
+        trainer.logger.say = said.append  # type: ignore[assignment]
         trainer.run()
     return "\n".join(text for text in said if isinstance(text, str))
 

@@ -35,7 +35,6 @@ from gpu_ours import Size, Way, figures, joined, micro_batch
 from gpu_published import PublishedLoop
 from gpu_softmax import softmax_errors
 from report import Bar, at_least, print_bars, print_table
-from views import decode_cuda, on_device
 
 ROOT = Path(__file__).resolve().parents[2]
 EAGER = {"precision": "float32", "tf32": True, "channels_last": False, "compile": False, "digest_every": 0}
@@ -130,12 +129,16 @@ def old(name: str, size: Size, checkout: Path, seconds: float) -> Row:
 
 def views(dry: bool) -> str:
     """Both views rendered on the device."""
+    from views import on_device  # with photographs to render, which other rows need not load
+
     found = on_device(joined().device, dry=dry)
     return f"{found['images_per_second']:.0f} images/s, {found['host_ms']:.1f} ms of the host for 32"
 
 
 def decode(dry: bool) -> str:
     """JPEGs decoded on the device, beside a core of the host."""
+    from views import decode_cuda
+
     found = decode_cuda(joined().device, dry=dry)
     if "skipped" in found:
         raise Skip(str(found["skipped"]))

@@ -132,7 +132,7 @@ def views(dry: bool) -> str:
     from views import on_device  # with photographs to render, which other rows need not load
 
     found = on_device(joined().device, dry=dry)
-    return f"{found['images_per_second']:.0f} images/s, {found['host_ms']:.1f} ms of the host for 32"
+    return f"{found['images_per_second']:.0f} images/s, {found['host_ms']:.1f} ms of the host a micro-batch"
 
 
 def decode(dry: bool) -> str:

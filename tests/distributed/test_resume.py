@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from paco_ds.checkpoint import newest_checkpoint, read_checkpoint
+from paco_ds.config.load import load_recipe
 from paco_ds.errors import CheckpointError
 from paco_ds.metrics.log import read
 from paco_ds.training.replay import read_kept_step
@@ -89,6 +90,29 @@ def test_other_key_encoders_resume_bit_equal_with_an_offloaded_optimizer(pool, r
         assert torch.equal(value, expected[name]), name
     assert steps_logged(tmp_path / "resumed") == steps_logged(tmp_path / "straight")
     assert any(name.startswith("model.key_encoder") for name in expected) == (overrides[:2] != ONE_ENCODER)
+
+
+def test_what_is_left_to_the_hardware_is_told_kept_and_recorded(pool, recipe, tmp_path):
+    """In the first lines, the log, metrics.json and the page; recipe.yaml leaves it to the hardware of the next start.
+    A precision that changes is a changed setting."""
+    run, words = tmp_path / "run", "tests.distributed.training:words_of_training"
+    given = {"recipe": recipe, "run": run}
+    auto = ("engine.deepspeed=auto", "engine.published_precision=float32", "evaluation.test_split=val")
+    (said,) = pool(1).run(words, **given, overrides=auto, stop_at_step=STOP)
+    assert "ZeRO stage 1 (auto: ranks on CPU share the memory of their host)" in said
+    assert "  precision  float32\n" in said + "\n"
+    kept = load_recipe(run / "recipe.yaml").engine
+    assert (kept.deepspeed, kept.precision, kept.channels_last) == ("auto", "auto", "auto")
+    (said,) = pool(1).run(words, **given, overrides=(*auto, "engine.precision=bfloat16"), stop_at_step=END)
+    assert f"engine.precision was float32 until step {STOP}, and is bfloat16 from here on" in said
+    assert "  precision  bfloat16 autocast where float32 is published" in said
+    (said,) = pool(1).run(words, **given, overrides=auto)
+    assert "precision stays bfloat16, in which the run was trained; a new run would have float32 here" in said
+    execution = {"precision": "bfloat16", "published_precision": "float32", "channels_last": False, "compile": False}
+    assert json.loads((run / "metrics.json").read_text())["execution"].items() >= execution.items()
+    starts = [line["execution"] for line in read(run / "metrics.jsonl") if line["kind"] == "start"]
+    assert [start["precision"] for start in starts] == ["float32", "bfloat16", "bfloat16"]
+    assert "bfloat16 autocast where float32 is published, ZeRO stage 1" in (run / "report.html").read_text()
 
 
 def test_a_bit_that_flips_on_one_rank_ends_the_run(pool, recipe, tmp_path):

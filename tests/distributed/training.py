@@ -59,6 +59,17 @@ def _trainer(
         ranks.on_bytes = ByteCounter()
 
 
+def words_of_training(
+    ranks: Ranks, recipe: Path, run: Path, overrides: tuple[str, ...] = (), stop_at_step: int | None = None
+) -> str:
+    """What the trainer says while it runs."""
+    said: list[object] = []
+    with _trainer(ranks, recipe, run, overrides, stop_at_step) as trainer:
+        trainer.logger.say = said.append  # type: ignore[assignment]
+        trainer.run()
+    return "\n".join(text for text in said if isinstance(text, str))
+
+
 def scrape_while_training(ranks: Ranks, recipe: Path, run: Path) -> dict[str, str]:
     """Three steps, then the first rank fetches /metrics of every rank named in metrics_targets.json."""
     pages = {}

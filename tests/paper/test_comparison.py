@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -126,3 +127,12 @@ def test_rows_that_cannot_be_compared_are_refused(rows: list[MethodResults], mes
     with pytest.raises(ValueError, match=message):
         write_comparison(rows, tmp_path / "c.html", tmp_path / "c.png")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_row_in_another_precision_than_published_is_named(tmp_path: Path) -> None:
+    """After the verdicts, on the page too."""
+    rows = [replace(_method("paco", 0.5), deviation="bfloat16 where float32 is published"), _method("CE", 0.4)]
+    sentences = write_comparison(rows, tmp_path / "c.html", tmp_path / "c.png", console=Screen(io.StringIO()))
+    assert sentences[-1] == "PaCo: run in bfloat16 where float32 is published."
+    assert sentences[-1] in (tmp_path / "c.html").read_text()
+    assert sum("published" in sentence for sentence in sentences) == 1

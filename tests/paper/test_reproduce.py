@@ -162,6 +162,7 @@ def test_commands_of_a_cluster_are_written_as_a_script(tmp_path):
     assert text.count("deepspeed --hostfile hosts") == 9
     assert text.count("--tau-normalize=auto") == 3
     assert "# inferred: the baseline's lr" in text
+    assert text.count("# published in float32: --set engine.precision=published") == 9
 
 
 def test_commands_of_a_cluster_are_of_the_shards_of_the_card(tmp_path):
@@ -494,3 +495,24 @@ def test_a_first_stage_that_two_rows_start_from_is_in_the_script_once(tmp_path):
     assert [title.strip("# ").removesuffix(", seed 1") for title in titles] == [
         "CE", "CE, cRT", "CE, LWS", "SupCon, first stage", "SupCon, two stages"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("precisions", "said"),
+    [
+        (("float32", "float32"), None),
+        (("bfloat16", "bfloat16"), "bfloat16 where float32 is published"),
+        (("float32", "bfloat16"), "bfloat16 where float32 is published"),
+        ((None, None), None),
+    ],
+)
+def test_runs_in_another_precision_than_published_are_a_deviation(tmp_path, precisions, said):
+    """By their metrics; those of earlier versions, which do not say, are none."""
+    table, jobs = load_table("9"), []
+    for seed, precision in enumerate(precisions, 1):
+        each = reproduce.Job(table, table.rows[2], seed, tmp_path, None, ())
+        each.run.mkdir()
+        execution = {} if precision is None else {"execution": {"precision": precision}}
+        each.results.write_text(json.dumps(execution))
+        jobs.append(each)
+    assert reproduce._deviation(jobs) == said

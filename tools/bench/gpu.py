@@ -32,8 +32,8 @@ import torch
 import torchvision
 from gpu_figures import Figures, measure
 from gpu_ours import Size, Way, figures, joined, micro_batch
-from gpu_parts import decode, softmax_errors
 from gpu_published import PublishedLoop
+from gpu_softmax import softmax_errors
 from report import Bar, at_least, print_bars, print_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,17 +127,22 @@ def old(name: str, size: Size, checkout: Path, seconds: float) -> Row:
     return Row(name, Figures(**answer["figures"]), answer["encoders"])
 
 
-def views(name: str, seconds: float) -> Row:
-    """Views made on the device, by their own bench."""
-    _need_cuda()
-    command = [sys.executable, str(Path(__file__).with_name("views.py")), "--device", "cuda", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
-    if done.returncode == 2 and "unrecognized arguments: --device" in done.stderr:
-        raise Skip("not there: tools/bench/views.py has no --device")
-    if done.returncode:
-        raise RuntimeError(last_line(done.stderr))
-    bars = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return Row(name, said="; ".join(f"{bar['name']}: {bar['ours']:.4g}" for bar in bars))
+def views(dry: bool) -> str:
+    """Both views rendered on the device."""
+    from views import on_device  # with photographs to render, which other rows need not load
+
+    found = on_device(joined().device, dry=dry)
+    return f"{found['images_per_second']:.0f} images/s, {found['host_ms']:.1f} ms of the host a micro-batch"
+
+
+def decode(dry: bool) -> str:
+    """JPEGs decoded on the device, beside a core of the host."""
+    from views import decode_cuda
+
+    found = decode_cuda(joined().device, dry=dry)
+    if "skipped" in found:
+        raise Skip(str(found["skipped"]))
+    return f"{found['images_per_second']:.0f} images/s, {found['of_a_core']:.1f} times a core of the host"
 
 
 def tests(name: str, seconds: float) -> Row:
@@ -179,9 +184,9 @@ def plan(dry: bool, checkout: Path | None, left: Callable[[], float]) -> Iterato
     for size in large:
         name = f"{size.backbone}, {'RIDE, 3 experts, ' if size.experts else ''}m = {size.micro_batch}: bfloat16"
         yield name, 15, partial(ours, name, size, BEST)
-    yield "views on the device", 40, lambda: views("views on the device", left())
-    yield "decode of JPEGs on the device", 10, lambda: said("decode of JPEGs on the device", decode(4 if dry else 256))
-    yield "softmax in place", 5, lambda: said("softmax in place", softmax_errors((10, 1000) if dry else CLASSES))
+    yield "views on the device", 20, lambda: Row("views on the device", said=views(dry))
+    yield "decode of JPEGs on the device", 20, lambda: Row("decode of JPEGs on the device", said=decode(dry))
+    yield "softmax in place", 5, lambda: Row("softmax in place", said=softmax_errors(CLASSES[:2] if dry else CLASSES))
 
 
 CLASSES = (10, 1000, 8142, 100_001)  # rows that the kernel keeps in registers, in shared memory and in neither
@@ -193,13 +198,6 @@ def compiled(name: str, size: Size, way: Way, dry: bool) -> Row:
         raise Skip("compiling takes a minute: left out of --dry")
     _need_cuda()
     return ours(name, size, way)
-
-
-def said(name: str, text: str | None) -> Row:
-    """A row of words; None is a row that cannot be had here."""
-    if text is None:
-        raise Skip("needs CUDA")
-    return Row(name, said=text)
 
 
 def run(name: str, seconds: float, left: float, work: Work) -> Row:

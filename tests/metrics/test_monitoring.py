@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,37 @@ def test_the_dashboard_asks_for_what_is_served_or_recorded() -> None:
     places = [(p["gridPos"]["x"], p["gridPos"]["y"]) for p in DASHBOARD["panels"]]
     assert len(set(places)) == len(places)
     assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
+
+
+def unknown_to_grafana(dashboard: Any) -> list[str]:
+    """Keys that Grafana's own model of a dashboard does not keep, and values that it changes."""
+    model = pytest.importorskip("grafana_foundation_sdk.models.dashboard")
+    encoder = pytest.importorskip("grafana_foundation_sdk.cog.encoder").JSONEncoder
+    pytest.importorskip("grafana_foundation_sdk.cog.plugins").register_default_plugins()
+    return list(_lost(dashboard, json.loads(json.dumps(model.Dashboard.from_json(dashboard), cls=encoder)), ""))
+
+
+def _lost(given: Any, kept: Any, place: str) -> Iterator[str]:
+    if isinstance(given, dict) and isinstance(kept, dict):
+        yield from (f"{place}.{key}" for key in given.keys() - kept.keys())
+        for key in given.keys() & kept.keys():
+            yield from _lost(given[key], kept[key], f"{place}.{key}")
+    elif isinstance(given, list) and isinstance(kept, list) and len(given) == len(kept):
+        for number, (one, other) in enumerate(zip(given, kept, strict=True)):
+            yield from _lost(one, other, f"{place}[{number}]")
+    elif given != kept:
+        yield place
+
+
+def test_grafanas_own_model_has_a_place_for_all_of_the_dashboard() -> None:
+    """A key that is mistyped anywhere is named."""
+    assert unknown_to_grafana(DASHBOARD) == []
+    changed = json.loads(json.dumps(DASHBOARD))
+    changed["panels"][1]["targets"][0]["legend"] = changed["panels"][2]["fieldConfig"]["defaults"]["unti"] = "s"
+    assert sorted(unknown_to_grafana(changed)) == [
+        ".panels[1].targets[0].legend",
+        ".panels[2].fieldConfig.defaults.unti",
+    ]
 
 
 def test_files_that_compose_and_provisioning_name_are_there() -> None:

@@ -4,12 +4,16 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from paco_ds.report.run_report import write_report
 
 CLASSES = 8142
+SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"  # to be looked at, after CI too
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PROBE = """<script>addEventListener("load", () => setTimeout(() => parent.postMessage(JSON.stringify({
   wide: document.documentElement.scrollWidth,
@@ -78,3 +82,23 @@ def test_the_page_draws_searches_and_fits_a_phone(run, tmp_path, word, scheme):
     else:
         assert found["shown"] == "8,142 of 8,142"
         assert 5 < len(found["rows"]) < 40
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium here")
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_the_page_is_drawn_into_the_screenshots(run, tmp_path, width, scheme):
+    """At the width of a desk and of a phone: in a frame, since a window of the browser is wider."""
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    height, file = 4000 if width == 1280 else 7000, SCREENSHOTS / f"report-{width}-{scheme}.png"
+    (tmp_path / "frame.html").write_text(
+        f'<body style="margin:0"><iframe src="{run}/report.html" width={width} height={height} style="border:0">'
+    )
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=5000"]
+    options += [f"--blink-settings=preferredColorScheme={int(scheme == 'light')}", f"--user-data-dir={tmp_path}/user"]
+    options += [f"--window-size={max(width, 500)},{height}", f"--screenshot={file}"]
+    subprocess.run([str(BROWSER), *options, f"file://{tmp_path}/frame.html"], capture_output=True, timeout=120)
+    with Image.open(file) as picture:
+        page = np.asarray(picture.convert("L"))[:, :width]
+    assert page.shape == (height, width)
+    assert (page[2, 2] > 128) == (scheme == "light")
+    assert len(np.unique(page)) > 20  # not one empty sheet

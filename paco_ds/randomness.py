@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import IntEnum
 
 import numpy as np
+import torch
 
 
 class DrawPurpose(IntEnum):
@@ -19,6 +20,8 @@ class DrawPurpose(IntEnum):
     KEY_GROUPS = 7
     SAMPLER = 8
     MIXUP = 11
+    QUERY_DROPOUT = 12
+    KEY_DROPOUT = 13
 
 
 def generator(stream: DrawPurpose, *key: int) -> np.random.Generator:
@@ -32,6 +35,11 @@ def permutation(length: int, stream: DrawPurpose, *key: int) -> np.ndarray:
     Raw bits are sorted, since numpy guarantees those, but not its shuffle, to be the same in later versions.
     """
     return np.argsort(np.random.PCG64(_words(stream, *key)).random_raw(length), kind="stable")
+
+
+def seed_torch(stream: DrawPurpose, *key: int) -> None:
+    """Let what draws from torch's own generator, such as dropout, depend only on the purpose and the key."""
+    torch.manual_seed(int(np.random.PCG64(_words(stream, *key)).random_raw() >> 1))
 
 
 def _words(*key: int) -> np.ndarray | list[int]:

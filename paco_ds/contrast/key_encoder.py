@@ -20,6 +20,7 @@ from paco_ds.contrast.key_exchange import key_exchange, key_groups
 from paco_ds.distributed.ranks import MicroBatchLayout, Pending, Ranks, to_device
 from paco_ds.distributed.zero import move_average
 from paco_ds.errors import RecipeError
+from paco_ds.randomness import DrawPurpose, seed_torch
 
 
 @dataclass(frozen=True)
@@ -177,8 +178,11 @@ class KeyEncoder:
         """
         if images.step != step:
             raise ValueError(f"images of step {images.step} where keys of step {step} are made")
-        keys = torch.cat([self._encode(group) for group in images.take().split(self.layout.micro_batch)])
-        return gather_keys(self.layout, self.ranks, keys, torch.cat(list(labels)), images.groups)
+        keys = []
+        for number, group in zip(self.layout.own, images.take().split(self.layout.micro_batch), strict=True):
+            seed_torch(DrawPurpose.KEY_DROPOUT, self.seed, step, number)
+            keys.append(self._encode(group))
+        return gather_keys(self.layout, self.ranks, torch.cat(keys), torch.cat(list(labels)), images.groups)
 
     def _groups(self, step: int) -> np.ndarray:
         """Slots of each group, [M, m]: group g is normalised together, by rank g mod W."""

@@ -156,6 +156,7 @@ def build_step(
         ranks,
         classes.shots,
         contrast,
+        seed=recipe.seed,
         stop_requested=stop_requested,
         steps_per_epoch=steps_per_epoch,
         mixup=Mixup(recipe.step.mixup, recipe.seed) if recipe.step.mixup else None,

@@ -37,6 +37,7 @@ from paco_ds.data.stream.batches import MicroBatch
 from paco_ds.distributed.ranks import MicroBatchLayout, Ranks, to_device
 from paco_ds.losses.base import Loss
 from paco_ds.losses.distillation import PART
+from paco_ds.randomness import DrawPurpose, seed_torch
 from paco_ds.training.batch_norm import RunningStatistics
 from paco_ds.training.forward import Forward, ForwardResult
 from paco_ds.training.gradients import GradientMean
@@ -54,6 +55,7 @@ class Step:
         forward: forward and loss of a micro-batch, through the engine.
         shots_of_classes: "many", "medium" or "few" for each class.
         contrast: keys and queue; None for methods without contrast.
+        seed: of dropout and stochastic depth, which depend on it, the step and the micro-batch.
         stop_requested: asked once a step; if any rank says True, all learn it from `StepResult.stop`.
         steps_per_epoch: required if the loss changes with the epoch.
         mixup: mixes the images of each micro-batch in pairs; for methods without contrast.
@@ -74,6 +76,7 @@ class Step:
         shots_of_classes: Sequence[str],
         contrast: Contrast | None = None,
         *,
+        seed: int = 0,
         stop_requested: Callable[[], bool] = lambda: False,
         steps_per_epoch: int | None = None,
         mixup: Mixup | None = None,
@@ -87,6 +90,7 @@ class Step:
         self.engine, self.optimizer, self.forward = engine, optimizer, forward
         self.layout, self.ranks, self.contrast, self.gradients = layout, ranks, contrast, gradients
         self.steps_per_epoch, self.mixup, self.stop_requested = steps_per_epoch, mixup, stop_requested
+        self.seed = seed
         self.part_names, self._begin_epoch = loss.part_names, loss.begin_epoch
         if forward.distillation is not None:
             self.part_names = (*self.part_names, PART)
@@ -194,6 +198,7 @@ class Step:
         if self.forward.two_views and micro_batch.key is not None:
             key = to_device(micro_batch.key, device)
         mix = None if self.mixup is None else self.mixup.draw(step, j, len(labels))
+        seed_torch(DrawPurpose.QUERY_DROPOUT, self.seed, step, j)
         return self.forward.run_model(query, key, labels, mix)
 
     def _applied(self) -> Tensor:

@@ -56,6 +56,18 @@ def test_two_ranks_take_the_steps_of_one(pool, family, method, stage):
     assert not all(torch.equal(two.after[name], before) for name, before in two.before.items())
 
 
+def test_stochastic_depth_is_drawn_by_micro_batch(pool):
+    """As on one rank, whatever was drawn before; blocks of queries and of keys are left out."""
+    network = of("vit")
+    dropping = [name.replace("drop_path_rate: 0", "drop_path_rate: 0.5") for name in network]
+    settings = (*dropping, "model.kwargs.drop_path_rate=0.5", *METHODS["paco"])
+    one = steps(pool, 1, 0, *settings)
+    check(steps(pool, 2, 1, *settings), one, FLOAT32)
+    assert steps(pool, 1, 0, *settings).losses == one.losses
+    whole = steps(pool, 1, 0, *network, *METHODS["paco"])
+    assert all(abs(a - b) > 1e-3 for a, b in zip(whole.losses, one.losses, strict=True))
+
+
 @pytest.mark.parametrize(
     ("family", "setting", "stage"),
     [

@@ -91,7 +91,8 @@ class LastStages(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not len(x):  # an expert that no router asked: Swin's windows cannot be cut from no image
-            return self(x.new_zeros(1, *x.shape[1:]))[:0]  # type: ignore[no-any-return]
+            none: Tensor = self(x.new_zeros(1, *x.shape[1:]))[:0]
+            return none
         stages = getattr(self.whole, self._stages)
         if getattr(self.whole, "grad_checkpointing", False):  # of blocks in one row; stages of others have their own
             from timm.models import checkpoint_seq

@@ -69,22 +69,22 @@ class Recogniser(nn.Module):
         self.prototypes = prototypes
         self.routers = routers
         self.key_encoder = _as_key_encoder(encoder) if with_key_encoder else None
-        self.encoder_is_fixed = False
+        self.backbone_is_fixed = False
 
     @property
     def has_projection(self) -> bool:
         """Whether the model has queries."""
         return self.query_encoder.projection is not None
 
-    def freeze_encoder(self, batch_norm: Literal["evaluation", "training"] = "evaluation") -> None:
-        """Train heads alone: the query encoder keeps its weights.
+    def freeze_backbone(self, batch_norm: Literal["evaluation", "training"] = "evaluation") -> None:
+        """Train heads alone: the backbone keeps its weights.
 
         Args:
             batch_norm: `evaluation` keeps its BatchNorm statistics and uses them; `training` uses those of the batch
                 and goes on averaging, as the published code of cRT and LWS does.
         """
-        self.query_encoder.requires_grad_(False)
-        self.encoder_is_fixed = batch_norm == "evaluation"
+        self.query_encoder.backbone.requires_grad_(False)
+        self.backbone_is_fixed = batch_norm == "evaluation"
         self.train(self.training)
 
     def restart_key_encoder(self) -> None:
@@ -100,8 +100,8 @@ class Recogniser(nn.Module):
 
     def train(self, mode: bool = True) -> Recogniser:
         super().train(mode)
-        if self.encoder_is_fixed:
-            self.query_encoder.eval()
+        if self.backbone_is_fixed:
+            self.query_encoder.backbone.eval()
         return self
 
     def forward(self, images: Tensor, second_view: Tensor | None = None, *, keys: bool = False) -> ModelOutput | Tensor:

@@ -67,10 +67,15 @@ class Method(Section):
 
     def _check_model(self, model: ModelSettings) -> None:
         name = self.name
-        if model.trained in ("centers", "center_scales") and self.contrastive:
+        if model.trained == "center_scales" and self.contrastive:
             raise ValueError(
-                f"model.trained {model.trained} freezes the encoder, so {name} cannot contrast "
+                f"model.trained {model.trained} freezes the encoder and its projection, so {name} cannot contrast "
                 f"anything: set loss.method to one without contrast, such as cross_entropy or balanced_softmax"
+            )
+        if model.trained == "centers" and not (self.trains_centers or self.uses_routers):
+            raise ValueError(
+                f"loss.method {name} trains no centers, and model.trained centers nothing of the backbone: set "
+                f"loss.method to another, such as cross_entropy or balanced_softmax"
             )
         if (model.trained == "routers") != self.uses_routers:
             raise ValueError(

@@ -172,7 +172,9 @@ class ModelSettings(Section):
     @property
     def adapters(self) -> LoraSettings | AdaptFormerSettings | None:
         """What is added to each block of a ViT; None for nothing."""
-        return {"lora": self.lora, "adaptformer": self.adaptformer}.get(self.trained)
+        if self.trained == "lora":
+            return self.lora
+        return self.adaptformer if self.trained == "adaptformer" else None
 
     @property
     def key_dim(self) -> int:
@@ -442,6 +444,15 @@ class Recipe(Section):
             raise ValueError(
                 f"key_encoder.shuffle_block {block} does not divide step.micro_batches {M}: "
                 + (f"set it to one of {fitting}, or null" if fitting else "set it to null")
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _routers_see_one_view(self) -> Self:
+        if self.model.trained == "routers" and self.views.evaluation.crops != "center":
+            raise ValueError(
+                f"views.evaluation.crops {self.views.evaluation.crops}: routers would ask other experts for each crop; "
+                "set it to center"
             )
         return self
 

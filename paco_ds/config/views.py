@@ -144,11 +144,18 @@ class CifarView(Section):
 
 
 class EvalView(Section):
-    """Shorter side to `resize`, then the center `size` x `size` pixels."""
+    """Shorter side to `resize`, then the center `size` x `size` pixels, or five crops of that size."""
 
     name: Literal["eval"] = "eval"
     size: Count = Field(224, description="pixels of a side")
     resize: Count = Field(256, description="pixels of the shorter side before the crop")
+    crops: Literal["center", "five"] = Field(
+        "center", description="five: the four corners and the center, whose logits are averaged (LIFT's test ensemble)"
+    )
+
+    @property
+    def number_of_crops(self) -> int:
+        return 5 if self.crops == "five" else 1
 
     @model_validator(mode="after")
     def _crop_fits(self) -> Self:

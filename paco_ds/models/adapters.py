@@ -43,7 +43,8 @@ class LowRankLinear(nn.Linear):
     @torch.no_grad()
     def merged(self) -> nn.Linear:
         """One layer of the same function, with its own weights."""
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device=self.weight.device)
+        placed = {"device": self.weight.device, "dtype": self.weight.dtype}
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, **placed)
         linear.weight.copy_(self.weight + self.scale * self.lora_up @ self.lora_down)
         if self.bias is not None:
             linear.bias.copy_(self.bias)
@@ -51,8 +52,10 @@ class LowRankLinear(nn.Linear):
 
 
 class Bottleneck(nn.Module):
-    """scale W_up relu(W_down LN(x)), [B, T, F] -> [B, T, F] (AdaptFormer, Chen et al. 2022), with a LayerNorm of its own
-    as LIFT has it. W_down is drawn by He's uniform with a = sqrt 5; W_up and both biases are zero."""
+    """scale W_up relu(W_down LN(x)), [B, T, F] -> [B, T, F] (AdaptFormer, Chen et al. 2022).
+
+    LN is its own, as LIFT has it. W_down is drawn by He's uniform with a = sqrt 5; W_up and both biases are zero.
+    """
 
     def __init__(self, width: int, settings: AdaptFormerSettings) -> None:
         super().__init__()

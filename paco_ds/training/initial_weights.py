@@ -85,9 +85,8 @@ def freeze(model: Recogniser, settings: ModelSettings) -> None:
         normalises = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in backbone.modules())
         if normalises and model.key_encoder is not None and settings.frozen_batch_norm == "evaluation":
             raise RecipeError(
-                f"model.trained {trained} with a key encoder: the frozen BatchNorm of {settings.backbone} would use its "
-                "own statistics for queries, and those of a batch for keys; set model.frozen_batch_norm=training, or "
-                "key_encoder=none"
+                f"model.trained {trained} with a key encoder: frozen BatchNorm would normalise queries with its own "
+                "statistics, and keys with those of a batch; set model.frozen_batch_norm=training, or key_encoder=none"
             )
         model.freeze_backbone(settings.frozen_batch_norm)  # centers that are not trained never had a gradient
     elif trained != "all":

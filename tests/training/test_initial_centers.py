@@ -37,7 +37,10 @@ def test_embeddings_are_read_with_the_names_of_their_classes(tmp_path):
         ({"names": ["owl"]}, "1 names there, 3 here"),
         ({"names": None}, "has no list 'class_names' in its metadata: write it by safetensors.torch.save_file"),
         ({"tensor": "text"}, "has no tensor 'embeddings'"),
-        ({"rows": ROWS[:, :2]}, r"embeddings is \[3, 2\], and 3 classes by the backbone's 4 features are needed"),
+        (
+            {"rows": ROWS[:, :2].contiguous()},
+            r"embeddings is \[3, 2\], and 3 classes by the backbone's 4 features are needed",
+        ),
         ({"rows": ROWS / 0}, "not finite"),
         ({"rows": ROWS.long()}, "not finite floats"),
     ],

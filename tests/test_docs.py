@@ -20,7 +20,7 @@ OUTSIDE = ("README.md", "CONTRIBUTING.md", "shards/README.md")
 PAGES = sorted([*(ROOT / page for page in OUTSIDE), *(ROOT / "docs").rglob("*.md")])
 EXAMPLE = re.compile(r"NAME|poly")  # modules that a reader would add
 WRITTEN = {"recipe.yaml", "card.yaml", "manifest.json", "manifest-1.json", "metrics.json", "metrics_targets.json"}
-WRITTEN |= {"state.json", "KEY.json", "outcome.json"}  # by builds and runs
+WRITTEN |= {"started_from.json", "config.json", "state.json", "KEY.json", "outcome.json"}  # by builds and runs
 
 
 def _text(page: Path) -> str:

@@ -90,6 +90,8 @@ class LastStages(nn.Module):
             setattr(whole, name, None)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not len(x):  # an expert that no router asked: Swin's windows cannot be cut from no image
+            return self(x.new_zeros(1, *x.shape[1:]))[:0]  # type: ignore[no-any-return]
         stages = getattr(self.whole, self._stages)
         if getattr(self.whole, "grad_checkpointing", False):  # of blocks in one row; stages of others have their own
             from timm.models import checkpoint_seq

@@ -52,6 +52,8 @@ def _unused(recipe: Mapping[str, Any]) -> Iterator[str]:
         yield "model.centers_scale"
     if not model.get("experts"):
         yield "model.expert_width"
+    if not model.get("start_from"):
+        yield "model.start_from_min_share"
     if not str(model.get("backbone", "cifar")).startswith("cifar"):
         yield "model.width"
     if not is_url(str(data.get("shards", ""))):

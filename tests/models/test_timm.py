@@ -164,6 +164,17 @@ def test_experts_of_a_trunk_that_cannot_branch_are_refused_by_name(family):
         make_backbone(settings, ImageSizes(SIZE, SIZE))
 
 
+@pytest.mark.parametrize("family", ["vit", "swin", "convnext"])
+def test_routers_ask_experts_of_timms_networks(family):
+    """Also those that no image asks for."""
+    settings = ("model.experts=2", "model.centers=cosine", "model.trained=routers", "model.start_from=unused")
+    ready = model_of(tiny_recipe(*of(family), *settings, "loss.method=routing"), 5).eval()
+    for threshold, asked in ((1.0, 1), (0.0, 2)):
+        ready.routers.threshold = threshold
+        with torch.no_grad():
+            assert ready(pictures()).experts_used.tolist() == [asked] * 4
+
+
 def model(family, *overrides, **kwargs):
     recipe = tiny_recipe(*of(family, **kwargs), *overrides)
     ready = model_of(recipe, 5)

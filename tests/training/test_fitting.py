@@ -16,6 +16,8 @@ from paco_ds.evaluation.exporter import export
 from paco_ds.evaluation.predictor import Predictor
 from paco_ds.models.families import ImageSizes
 from paco_ds.training.initial_weights import load_initial_weights
+from paco_ds.training.published import read_published
+from paco_ds.training.recognised import backbone_of
 from tests.models.tiny_networks import SIZE, TINY, of
 from tests.recipes import model_of, tiny_recipe
 from tests.training.drawn import drawn
@@ -237,6 +239,9 @@ def test_our_own_folder_for_the_hub_is_read_back_by_timm_and_by_us(tmp_path):
         torch.testing.assert_close(back(images()), model.centers(model.query_encoder.backbone(images())))
     check("vit", tmp_path / "hf", back)
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_args"]["depth"] == 4
+    asked = dict(each.split("=", 1) for each in backbone_of(read_published(tmp_path / "hf"), ()))
+    assert asked["model.backbone"] == recipe.model.backbone
+    assert json.loads(asked["model.kwargs"]) == recipe.model.kwargs  # what paco-import takes over
 
 
 @pytest.mark.parametrize(

@@ -221,12 +221,24 @@ class StepSettings(Section):
     mixup: NotNegative = Field(
         0.0, description="alpha of Beta(alpha, alpha), the share of each image in a mix of two; 0 mixes none"
     )
+    cutmix: NotNegative = Field(
+        0.0,
+        description="alpha of Beta(alpha, alpha), the share of each image that a rectangle of another leaves; 0: none",
+    )
     reference_micro_batches: Count | None = Field(
         None, description="what the learning rate was chosen for: the recipe file's own step.micro_batches"
     )
     lr_scaling: Literal["linear", "square_root", "none"] = Field(
         "linear", description="how the learning rate follows micro_batches / reference_micro_batches"
     )
+
+    @model_validator(mode="after")
+    def _images_are_mixed_in_one_way(self) -> Self:
+        if self.mixup and self.cutmix:
+            raise ValueError(
+                f"mixup {self.mixup:g} and cutmix {self.cutmix:g} both mix the images: set one of them to 0"
+            )
+        return self
 
     @property
     def global_batch(self) -> int:

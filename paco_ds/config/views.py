@@ -45,7 +45,7 @@ class RandAugmentSettings(Section):
 
 
 class ChainView(Section):
-    """RandomResizedCrop, flip, jitter, gray, blur, RandAugment, in this order; the named views set its strengths."""
+    """RandomResizedCrop, flip, jitter, gray, blur, RandAugment, erasing, in this order; named views set its strengths."""
 
     size: Count = Field(224, description="pixels of a side")
     area: Range = Field((0.08, 1.0), description="of the image, in the crop")
@@ -61,6 +61,9 @@ class ChainView(Section):
     blur: Fraction = Field(0.0, description="probability of a Gaussian blur")
     blur_sigma: Range = Field((0.1, 2.0), description="pixels")
     randaugment: RandAugmentSettings | None = Field(None, description="operations after the others; null: none")
+    erasing: Fraction = Field(
+        0.0, description="probability that a rectangle of 2 to 33 % of the view becomes noise (Zhong et al. 2020)"
+    )
 
     @model_validator(mode="after")
     def _ranges_rise(self) -> Self:

@@ -40,7 +40,7 @@ from paco_ds.losses.distillation import PART
 from paco_ds.training.batch_norm import RunningStatistics
 from paco_ds.training.forward import Forward, ForwardResult
 from paco_ds.training.gradients import GradientMean
-from paco_ds.training.mixup import Mixup
+from paco_ds.training.mixup import CutMix, Mixup
 from paco_ds.training.optimizer import GuardedSGD, UsualNorm
 from paco_ds.training.step_result import StepResult, pack
 from paco_ds.training.totals import StepTotals
@@ -76,7 +76,7 @@ class Step:
         *,
         stop_requested: Callable[[], bool] = lambda: False,
         steps_per_epoch: int | None = None,
-        mixup: Mixup | None = None,
+        mixup: Mixup | CutMix | None = None,
         max_grad_norm_ratio: float | None = None,
         gradients: GradientMean | None = None,
     ) -> None:

@@ -74,8 +74,9 @@ def sampling_pairs(height: int, width: int) -> Iterator[tuple[str, Operation, Ri
     yield "five crops", FiveCrops(248, 224), _five_crops
 
 
-def _five_crops(image: Image.Image) -> Pixels:
-    return np.concatenate([np.array(crop) for crop in functional.five_crop(functional.resize(image, [248]), [224])])
+def _five_crops(image: Image.Image) -> Image.Image:
+    crops = functional.five_crop(functional.resize(image, [248]), [224])
+    return Image.fromarray(np.concatenate([np.array(crop) for crop in crops]))
 
 
 def _crop(image: Image.Image, area: tuple[int, int, int, int]) -> Image.Image:

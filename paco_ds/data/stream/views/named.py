@@ -12,7 +12,7 @@ from paco_ds.data.stream.views.autoaugment import draw_cifar10_policy
 from paco_ds.data.stream.views.blur import Blur
 from paco_ds.data.stream.views.color import Gray, draw_jitter
 from paco_ds.data.stream.views.crop import CenterCrop, FiveCrops, ScaledAndShifted, padded_crop, resized_crop
-from paco_ds.data.stream.views.cutout import draw_cutout
+from paco_ds.data.stream.views.cutout import draw_cutout, draw_erasing
 from paco_ds.data.stream.views.draws import happens, uniform
 from paco_ds.data.stream.views.geometry import Flip
 from paco_ds.data.stream.views.randaugment import draw_randaugment
@@ -37,7 +37,8 @@ class _Chain:
         blur: tuple[Operation, ...] = (Blur(uniform(*s.blur_sigma, rng)),) if happens(s.blur, rng) else ()
         augment = draw_randaugment(s.randaugment, rng) if s.randaugment else ()
         colors = gray + jitter if s.gray_first else jitter + gray
-        return Drawn(box, flip + colors + blur + augment)
+        erased = draw_erasing(s.size, rng) if s.erasing and happens(s.erasing, rng) else ()
+        return Drawn(box, flip + colors + blur + augment + erased)
 
 
 @dataclass(frozen=True)

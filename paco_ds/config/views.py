@@ -45,7 +45,7 @@ class RandAugmentSettings(Section):
 
 
 class ChainView(Section):
-    """RandomResizedCrop, flip, jitter, gray, blur, RandAugment, erasing, in this order; named views set its strengths."""
+    """RandomResizedCrop, flip, jitter, gray, blur, RandAugment, erasing, in this order; a name sets strengths."""
 
     size: Count = Field(224, description="pixels of a side")
     area: Range = Field((0.08, 1.0), description="of the image, in the crop")

@@ -1,4 +1,4 @@
-"""The erased square (Cutout, DeVries and Taylor 2017), and the rectangle of noise (random erasing, Zhong et al. 2020)."""
+"""The erased square (Cutout, DeVries and Taylor 2017), and random erasing (Zhong et al. 2020)."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Erasing:
 
 
 def draw_erasing(size: int, rng: np.random.Generator) -> tuple[Erasing, ...]:
-    """A rectangle as torchvision's RandomErasing draws it: ten tries to fit into a view of `size` x `size`, else none."""
+    """A rectangle as torchvision's RandomErasing draws it: ten tries to fit into `size` x `size`, else none."""
     for _ in range(_TRIES):
         area = size * size * uniform(*_AREA, rng)
         ratio = math.exp(uniform(math.log(_RATIO), -math.log(_RATIO), rng))

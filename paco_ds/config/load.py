@@ -20,7 +20,15 @@ from paco_ds.errors import RecipeError
 from paco_ds.files import is_url
 
 RENAMED = {"engine.max_refused": "engine.max_skipped"}  # {name until 0.8: name}
-PATH_KEYS = ("data.shards", "data.cache.directory", "engine.deepspeed", "model.start_from", "loss.distill.teacher")
+PATH_KEYS = (
+    "data.shards",
+    "data.cache.directory",
+    "engine.deepspeed",
+    "model.start_from",
+    "model.centers_from",
+    "loss.distill.teacher",
+)
+_NO_PATHS = {("engine.deepspeed", "auto"), ("model.centers_from", "class_means")}
 
 
 _FORMER_AUTOCAST = re.compile(r"(zero[0-3](?:_offload)?)_autocast(\.json)?$")  # shipped until 0.13
@@ -105,9 +113,9 @@ def _get(tree: Any, key: str) -> Any:
 def _anchor_path(tree: dict[str, Any], key: str, base: Path) -> None:
     section, _, name = key.rpartition(".")
     value = _get(tree, key)
-    if (key, value) == ("engine.deepspeed", "auto"):
+    if not isinstance(value, str) or (key, value) in _NO_PATHS:
         return
-    if isinstance(value, str) and not is_url(value) and not value.startswith(("torchvision:", "timm:")):
+    if not is_url(value) and not value.startswith(("torchvision:", "timm:")):
         if "\0" in value:
             raise RecipeError(f"{key} {brief(value)} is no path: it has a zero byte in it")
         path = shipped.find_deepspeed(value, base) if key == "engine.deepspeed" else base / value

@@ -68,6 +68,27 @@ class RoutersSettings(Section):
     )
 
 
+class LoraSettings(Section):
+    """Of model.trained lora: low-rank updates of queries, keys, values and output of each attention (Hu et al. 2022).
+
+    W x becomes W x + alpha / rank B A x; W is frozen.
+    """
+
+    rank: Count = Field(8, description="rows of A")
+    alpha: Positive = Field(8.0, description="alpha / rank scales the update")
+
+
+class AdaptFormerSettings(Section):
+    """Of model.trained adaptformer: a bottleneck beside the MLP of each block (Chen et al. 2022).
+
+    x + MLP(x) becomes x + MLP(x) + scale W_up relu(W_down LN(x)); MLP is frozen.
+    """
+
+    width: Count = Field(64, description="of the bottleneck; LIFT: the power of 2 below classes / (2 x blocks)")
+    scale: Positive = Field(0.1, description="LIFT: 1, learned")
+    learned_scale: bool = Field(False, description="scale is where a number for each block begins")
+
+
 class ModelSettings(Section):
     """Backbone and projection head; the centers have the backbone's feature dimension (F(x), Eq. 4)."""
 
@@ -83,6 +104,11 @@ class ModelSettings(Section):
     )
     centers: Literal["linear", "cosine"] = Field("linear", description="classifier; cosine: LDAM's and RIDE's")
     centers_scale: Positive = Field(30.0, description="of cosine centers")
+    centers_from: str | None = running(
+        None,
+        description="where cosine centers start: class_means, of the features of the training images before training; "
+        "or a .safetensors file of embeddings, such as CLIP's of the class names; null: drawn from the seed",
+    )
     width: Count = Field(16, description="channels of a CIFAR ResNet's first stage; others have their own")
     start_from: str | None = running(
         None,
@@ -94,12 +120,17 @@ class ModelSettings(Section):
         description="share of the backbone's weights that a file must have, and of the file's that the backbone must "
         "take; less is refused",
     )
-    trained: Literal["all", "last_block", "centers", "center_scales", "routers"] = Field(
+    trained: Literal[
+        "all", "last_block", "norms", "biases", "lora", "adaptformer", "centers", "center_scales", "routers"
+    ] = Field(
         "all",
-        description="last_block: of a ResNet, with all BatchNorm; centers: a new classifier on a frozen backbone (cRT, "
-        "linear evaluation); center_scales: a factor for each center of a frozen classifier (LWS); routers: which "
-        "images the next frozen expert sees (RIDE)",
+        description="last_block: of a ResNet, with all BatchNorm; norms, biases (BitFit): those of the backbone; lora, "
+        "adaptformer: what model.lora or model.adaptformer adds to a ViT; centers: a new classifier on a frozen "
+        "backbone (cRT, linear evaluation), and the projection of contrasts; center_scales: a factor for each center "
+        "of a frozen classifier (LWS); routers: which images the next frozen expert sees (RIDE)",
     )
+    lora: LoraSettings = LoraSettings()
+    adaptformer: AdaptFormerSettings = AdaptFormerSettings()
     frozen_batch_norm: Literal["evaluation", "training"] = Field(
         "evaluation",
         description="of a backbone frozen by trained centers, center_scales or routers; training: it uses the batch's "
@@ -125,6 +156,25 @@ class ModelSettings(Section):
         if self.trained == "center_scales" and self.centers == "cosine":
             raise ValueError("trained center_scales scales linear centers: set centers to linear")
         return self
+
+    @model_validator(mode="after")
+    def _centers_that_start_somewhere_are_cosine(self) -> Self:
+        if self.centers_from is None:
+            return self
+        if self.trained in ("center_scales", "routers"):
+            raise ValueError(f"trained {self.trained} takes the centers of a first stage: leave centers_from out")
+        if self.centers != "cosine":
+            raise ValueError(
+                "centers_from gives directions, and linear centers have a length and a bias too: set centers to cosine"
+            )
+        return self
+
+    @property
+    def adapters(self) -> LoraSettings | AdaptFormerSettings | None:
+        """What is added to each block of a ViT; None for nothing."""
+        if self.trained == "lora":
+            return self.lora
+        return self.adaptformer if self.trained == "adaptformer" else None
 
     @property
     def key_dim(self) -> int:
@@ -171,12 +221,24 @@ class StepSettings(Section):
     mixup: NotNegative = Field(
         0.0, description="alpha of Beta(alpha, alpha), the share of each image in a mix of two; 0 mixes none"
     )
+    cutmix: NotNegative = Field(
+        0.0,
+        description="alpha of Beta(alpha, alpha), the share of each image that a rectangle of another leaves; 0: none",
+    )
     reference_micro_batches: Count | None = Field(
         None, description="what the learning rate was chosen for: the recipe file's own step.micro_batches"
     )
     lr_scaling: Literal["linear", "square_root", "none"] = Field(
         "linear", description="how the learning rate follows micro_batches / reference_micro_batches"
     )
+
+    @model_validator(mode="after")
+    def _images_are_mixed_in_one_way(self) -> Self:
+        if self.mixup and self.cutmix:
+            raise ValueError(
+                f"mixup {self.mixup:g} and cutmix {self.cutmix:g} both mix the images: set one of them to 0"
+            )
+        return self
 
     @property
     def global_batch(self) -> int:
@@ -395,6 +457,15 @@ class Recipe(Section):
             raise ValueError(
                 f"key_encoder.shuffle_block {block} does not divide step.micro_batches {M}: "
                 + (f"set it to one of {fitting}, or null" if fitting else "set it to null")
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _routers_see_one_view(self) -> Self:
+        if self.model.trained == "routers" and self.views.evaluation.crops != "center":
+            raise ValueError(
+                f"views.evaluation.crops {self.views.evaluation.crops}: routers would ask other experts for each crop; "
+                "set it to center"
             )
         return self
 

@@ -46,7 +46,7 @@ class RandAugmentSettings(Section):
 
 
 class ChainView(Section):
-    """RandomResizedCrop, flip, jitter, gray, blur, RandAugment, in this order; the named views set its strengths."""
+    """RandomResizedCrop, flip, jitter, gray, blur, RandAugment, erasing, in this order; a name sets strengths."""
 
     size: Count = Field(224, description="pixels of a side")
     area: Range = Field((0.08, 1.0), description="of the image, in the crop")
@@ -62,6 +62,9 @@ class ChainView(Section):
     blur: Fraction = Field(0.0, description="probability of a Gaussian blur")
     blur_sigma: Range = Field((0.1, 2.0), description="pixels")
     randaugment: RandAugmentSettings | None = Field(None, description="operations after the others; null: none")
+    erasing: Fraction = Field(
+        0.0, description="probability that a rectangle of 2 to 33 % of the view becomes noise (Zhong et al. 2020)"
+    )
 
     @model_validator(mode="after")
     def _ranges_rise(self) -> Self:
@@ -145,11 +148,18 @@ class CifarView(Section):
 
 
 class EvalView(Section):
-    """Shorter side to `resize`, then the center `size` x `size` pixels."""
+    """Shorter side to `resize`, then the center `size` x `size` pixels, or five crops of that size."""
 
     name: Literal["eval"] = "eval"
     size: Count = Field(224, description="pixels of a side")
     resize: Count = Field(256, description="pixels of the shorter side before the crop")
+    crops: Literal["center", "five"] = Field(
+        "center", description="five: the four corners and the center, whose logits are averaged (LIFT's test ensemble)"
+    )
+
+    @property
+    def number_of_crops(self) -> int:
+        return 5 if self.crops == "five" else 1
 
     @model_validator(mode="after")
     def _crop_fits(self) -> Self:

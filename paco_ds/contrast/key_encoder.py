@@ -127,8 +127,9 @@ class KeyEncoder:
         self.batch_norm, self.seed, self.shuffle_block = batch_norm, seed, shuffle_block
         model = engine.module
         queries = dict(model.query_encoder.named_parameters())
-        self._key = [p for _, p in model.key_encoder.named_parameters()]
-        self._query = [queries[name] for name, _ in model.key_encoder.named_parameters()]
+        # what is frozen has been equal since the start
+        followed = [(p, queries[n]) for n, p in model.key_encoder.named_parameters() if queries[n].requires_grad]
+        self._key, self._query = [key for key, _ in followed], [query for _, query in followed]
 
     @property
     def exchanges(self) -> bool:

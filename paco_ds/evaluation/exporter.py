@@ -5,6 +5,7 @@ Shapes: N images, C classes, S the side of an image.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import shutil
@@ -23,6 +24,7 @@ from paco_ds.errors import UserError
 from paco_ds.evaluation.hub_folder import channels, write_hub_folder
 from paco_ds.evaluation.predictor import Predictor
 from paco_ds.files import fsync, storage_errors, whole_file
+from paco_ds.models.adapters import is_added, merged
 from paco_ds.models.experts import Experts
 from paco_ds.models.output import ModelOutput
 from paco_ds.models.recogniser import Recogniser
@@ -33,7 +35,7 @@ _CHECKED = 3  # random images; another number than the one exported with shows t
 
 
 def export(model: Predictor, to: str, output: Path, run: Path | None = None) -> None:
-    """Write a model in one of `FORMATS`, whole or not at all.
+    """Write a model in one of `FORMATS`, whole or not at all; LoRA's updates inside the weights of their layers.
 
     Args:
         run: whose `metrics.json` the model card of `hf` is made from.
@@ -50,7 +52,20 @@ def export(model: Predictor, to: str, output: Path, run: Path | None = None) -> 
         "torch-export": _torch_export,
         "hf": _hub_folder,
     }[to]
-    write(model, output, run)
+    write(_merged(model), output, run)
+
+
+def _merged(model: Predictor) -> Predictor:
+    """The model without layers of LoRA, which answers the same."""
+    recogniser = merged(model.recogniser)
+    if recogniser is model.recogniser:
+        return model
+    images, expected = _checked_images(model)
+    model = copy.copy(model)
+    model.recogniser = recogniser
+    with torch.no_grad():
+        torch.testing.assert_close(answers(model)(images), expected, rtol=TOLERANCE, atol=TOLERANCE)
+    return model
 
 
 class _Answers(nn.Module):
@@ -134,6 +149,11 @@ def _with_classifier(model: Predictor, theirs: nn.Module, to: str) -> dict[str, 
         raise UserError(
             f"--to {to}: its classifier is linear, and these are {type(ours.centers).__name__}: give --to onnx, "
             "torch-export or safetensors"
+        )
+    if any(is_added(name) for name in ours.query_encoder.backbone.state_dict()):
+        raise UserError(
+            f"--to {to} has no place for the bottlenecks of model.trained adaptformer: give --to onnx, torch-export or "
+            "safetensors"
         )
     tensors = {name: t.contiguous() for name, t in ours.query_encoder.backbone.network.state_dict().items()}
     missing = sorted(theirs.state_dict().keys() - tensors.keys())

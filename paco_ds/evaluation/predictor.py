@@ -42,7 +42,7 @@ from paco_ds.models.recogniser import Recogniser, concat_experts
 T = TypeVar("T")
 Picture = str | os.PathLike[str] | bytes | npt.NDArray[np.uint8] | Image.Image | ListedImage
 """An image: the path of a file, the bytes of one, uint8 [H, W, 3] of RGB, PIL's, or one of `list_images`."""
-View = npt.NDArray[np.uint8]  # [size, size, 3]
+View = npt.NDArray[np.uint8]  # [size, size, 3], of five crops [5 size, size, 3]
 
 
 @dataclass(frozen=True)
@@ -166,9 +166,9 @@ class Predictor:
 
     @torch.no_grad()
     def _features(self, views: Sequence[View]) -> Tensor:
-        images = self.recogniser.normalize(_stacked(views).to(self.device))
+        images = _stacked(views).to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
-            feature, _ = self.recogniser.query_encoder(images)
+            feature = self.recogniser.feature(images)
         return concat_experts(feature.float()).cpu()
 
     def _named(self, probabilities_NC: Tensor, top: int) -> list[tuple[Prediction, ...]]:
@@ -245,7 +245,7 @@ def _trained_data(checkpoint: Checkpoint, settings: DataSettings) -> Manifest | 
 
 
 def _stacked(views: Sequence[View]) -> Tensor:
-    """uint8 [N, 3, size, size]."""
+    """uint8 [N, 3, size, size], of five crops [N, 3, 5 size, size]."""
     return torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).contiguous()
 
 

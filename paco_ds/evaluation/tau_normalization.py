@@ -44,7 +44,7 @@ def logits_of_taus(model: Recogniser, taus: Sequence[float] = TAUS) -> Callable[
     weights = [normalized_weight(_linear_centers(model).weight, tau) for tau in taus]
 
     def of_images(images: Tensor) -> Iterator[Tensor]:
-        feature_BF = model.query_encoder.backbone(model.normalize(images))
+        feature_BF = model.feature(images)
         return (feature_BF @ weight_CF.T for weight_CF in weights)
 
     return of_images

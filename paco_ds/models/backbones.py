@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from paco_ds.config.plugins import is_plugin, load_plugin
 from paco_ds.config.recipe import ModelSettings
 from paco_ds.errors import RecipeError
+from paco_ds.models.adapters import add_adapters
 from paco_ds.models.experts import Experts, FirstStages, whole_name
 from paco_ds.models.families import USUAL_SIZES, Family, ImageSizes, Network, families
 
@@ -102,6 +103,15 @@ def make_backbone(settings: ModelSettings, sizes: ImageSizes = USUAL_SIZES) -> B
 
 
 def _make_network(settings: ModelSettings, sizes: ImageSizes) -> tuple[Family | None, Network]:
+    """With what `model.trained` adds to it."""
+    family, network = _unchanged_network(settings, sizes)
+    if settings.adapters is not None:
+        blocks = family.transformer_blocks(network.module) if family and family.transformer_blocks else None
+        add_adapters(blocks, settings.adapters, settings.backbone)
+    return family, network
+
+
+def _unchanged_network(settings: ModelSettings, sizes: ImageSizes) -> tuple[Family | None, Network]:
     name = settings.backbone
     for family in families():
         if family.owns(name):

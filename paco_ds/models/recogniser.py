@@ -6,7 +6,7 @@ Both encoders are in one module, so that DeepSpeed partitions and gathers both; 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -49,6 +49,9 @@ class Recogniser(nn.Module):
     in one micro-batch: BatchNorm normalises each view separately;
     `forward(images, keys=True)` gives keys [B, D], float32 unit rows without gradient.
 
+    In evaluation images may be crops below one another, [B, 3, n S, S]: features and logits are then the means of the
+    n crops' (LIFT's test ensemble).
+
     Of E experts, logits are [E, B, C] and queries [E, B, D], as the losses take them; keys are [B, E D], the experts
     concatenated, as the queue keeps them.
     """
@@ -69,22 +72,22 @@ class Recogniser(nn.Module):
         self.prototypes = prototypes
         self.routers = routers
         self.key_encoder = _as_key_encoder(encoder) if with_key_encoder else None
-        self.encoder_is_fixed = False
+        self.backbone_is_fixed = False
 
     @property
     def has_projection(self) -> bool:
         """Whether the model has queries."""
         return self.query_encoder.projection is not None
 
-    def freeze_encoder(self, batch_norm: Literal["evaluation", "training"] = "evaluation") -> None:
-        """Train heads alone: the query encoder keeps its weights.
+    def freeze_backbone(self, batch_norm: Literal["evaluation", "training"] = "evaluation") -> None:
+        """Train heads alone: the backbone keeps its weights.
 
         Args:
             batch_norm: `evaluation` keeps its BatchNorm statistics and uses them; `training` uses those of the batch
                 and goes on averaging, as the published code of cRT and LWS does.
         """
-        self.query_encoder.requires_grad_(False)
-        self.encoder_is_fixed = batch_norm == "evaluation"
+        self.query_encoder.backbone.requires_grad_(False)
+        self.backbone_is_fixed = batch_norm == "evaluation"
         self.train(self.training)
 
     def restart_key_encoder(self) -> None:
@@ -100,8 +103,8 @@ class Recogniser(nn.Module):
 
     def train(self, mode: bool = True) -> Recogniser:
         super().train(mode)
-        if self.encoder_is_fixed:
-            self.query_encoder.eval()
+        if self.backbone_is_fixed:
+            self.query_encoder.backbone.eval()
         return self
 
     def forward(self, images: Tensor, second_view: Tensor | None = None, *, keys: bool = False) -> ModelOutput | Tensor:
@@ -109,6 +112,9 @@ class Recogniser(nn.Module):
             assert self.key_encoder is not None
             with torch.no_grad():
                 return concat_experts(self.key_encoder(self.normalize(images))[1])
+        if (crops := _crops_of(images)) is not None:
+            features = [self.query_encoder.backbone(self.normalize(crop)) for crop in crops]
+            return ModelOutput(_mean(features), _mean(self.centers(feature).float() for feature in features))
         if self.routers is not None and not self.training:
             mean_logits, used = self._ask_in_turn(self.normalize(images))
             return ModelOutput(None, mean_logits, experts_used=used)
@@ -125,12 +131,28 @@ class Recogniser(nn.Module):
         prototypes = F.normalize(self.prototypes(rows).float(), dim=-1)
         return ModelOutput(feature, logits.float(), query, prototypes)
 
+    def feature(self, images: Tensor) -> Tensor:
+        """The pooled feature [B, F], of experts [E, B, F]; of crops below one another their mean."""
+        crops = _crops_of(images)
+        return _mean(self.query_encoder.backbone(self.normalize(each)) for each in crops or (images,))
+
     def _ask_in_turn(self, images: Tensor) -> tuple[Tensor, Tensor]:
         experts, centers = self.query_encoder.backbone.network, self.centers
         assert isinstance(experts, Experts)
         assert isinstance(centers, PerExpert)
         assert self.routers is not None
         return ask_in_turn(experts, centers, self.routers, images)
+
+
+def _crops_of(images: Tensor) -> tuple[Tensor, ...] | None:
+    """The crops of images where they are below one another; None of single, square views."""
+    height, side = images.shape[2:]
+    return images.split(side, dim=2) if height > side else None
+
+
+def _mean(of_crops: Iterable[Tensor]) -> Tensor:
+    rows = list(of_crops)
+    return torch.stack(rows).mean(0) if rows[1:] else rows[0]
 
 
 def concat_experts(rows: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from paco_ds.report.history import section
 
 Rows = list[tuple[str, list[tuple[str, str]]]]
 
+_ONE_SOFTMAX = ("cross_entropy", "balanced_softmax", "logit_adjustment", "class_balanced")
 _PACO = ("alpha", "beta", "gamma", "temperature", "supt", "smoothing", "class_prior", "normalization")
 
 
@@ -43,9 +44,10 @@ def _unused(recipe: Mapping[str, Any]) -> Iterator[str]:
             yield from ("key_encoder", "queue", "views.key", "loss.contrast_scope", "model.projection_hidden")
             yield from ("model.projection", "model.projection_dim")
         if name not in ("paco", "bcl", "multi_task", "supcon"):  # the forms of the general loss, `losses.paco`
-            yield from (f"loss.{key}" for key in _PACO)
-    if model.get("trained", "all") == "all":
+            yield from (f"loss.{key}" for key in _PACO if key != "smoothing" or name not in _ONE_SOFTMAX)
+    if model.get("trained") not in ("centers", "center_scales", "routers"):
         yield "model.frozen_batch_norm"
+    yield from (f"model.{adapters}" for adapters in ("lora", "adaptformer") if model.get("trained") != adapters)
     if model.get("trained") != "routers":
         yield "model.routers"
     if model.get("centers") != "cosine":

@@ -25,7 +25,7 @@ from paco_ds.training.engine import autocast_of, initialise
 from paco_ds.training.forward import Forward
 from paco_ds.training.gradients import GradientMean
 from paco_ds.training.initial_weights import freeze
-from paco_ds.training.mixup import Mixup
+from paco_ds.training.mixup import CutMix, Mixup
 from paco_ds.training.step import Step
 
 
@@ -148,6 +148,9 @@ def build_step(
                 seed=recipe.seed,
             )
         contrast = Contrast(queue, key_encoder, recipe.loss.contrast_scope, len(classes.counts), recipe.model.experts)
+    mixup: Mixup | CutMix | None = Mixup(recipe.step.mixup, recipe.seed) if recipe.step.mixup else None
+    if recipe.step.cutmix:
+        mixup = CutMix(recipe.step.cutmix, recipe.seed, recipe.views.query.size)
     return Step(
         engine,
         optimizer,
@@ -159,7 +162,7 @@ def build_step(
         seed=recipe.seed,
         stop_requested=stop_requested,
         steps_per_epoch=steps_per_epoch,
-        mixup=Mixup(recipe.step.mixup, recipe.seed) if recipe.step.mixup else None,
+        mixup=mixup,
         max_grad_norm_ratio=recipe.engine.max_grad_norm_ratio,
         gradients=GradientMean(
             [p for p in model.parameters() if p.requires_grad], ranks, getattr(torch, execution.gradients)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from paco_ds.checkpoint import open_run
 from paco_ds.config.recipe import ModelSettings
 from paco_ds.errors import RecipeError
+from paco_ds.models.adapters import is_added
 from paco_ds.models.backbones import make_backbone
 from paco_ds.models.families import USUAL_SIZES, ImageSizes
 from paco_ds.models.recogniser import Recogniser
@@ -52,8 +54,8 @@ def load_initial_weights(model: Recogniser, settings: ModelSettings, sizes: Imag
     backbone = model.query_encoder.backbone
     tensors = published_weights(start, settings.backbone) if is_published(start) else _of_file(path)
     whole = backbone.network
-    if needs_whole(backbone):
-        whole = make_backbone(settings.model_copy(update={"experts": None}), sizes).network
+    if needs_whole(backbone) or settings.adapters is not None:
+        whole = make_backbone(settings.model_copy(update={"experts": None, "trained": "all"}), sizes).network
     fit = fill_backbone(backbone, whole, tensors, settings.start_from_min_share, f"model.start_from {start}")
     model.restart_key_encoder()
     return fit
@@ -66,28 +68,52 @@ def require_same_network(first: ModelSettings, second: ModelSettings, run: str |
         for name in (*_SAME, *(_SAME_CENTERS if second.trained == "routers" else ()))
         if getattr(first, name) != getattr(second, name)
     ]
+    if first.adapters is not None and first.adapters != second.adapters:
+        differing.append(f"trained {first.trained} with {first.adapters!r} there, {second.trained} here")
     if differing:
         raise RecipeError(f"model.start_from {run} was trained with another network: {'; '.join(differing)}")
 
 
 def freeze(model: Recogniser, settings: ModelSettings) -> None:
-    """Leave gradients to what `model.trained` names, in place.
+    """Leave gradients to what `model.trained` names, and to projection and centers, in place.
 
     Raises:
-        RecipeError: `last_block` of a network without residual stages.
+        RecipeError: the network has nothing of that kind, or keys would be made with other statistics than queries.
     """
-    if settings.trained in ("centers", "center_scales", "routers"):
-        model.freeze_encoder(settings.frozen_batch_norm)  # centers that are not trained have no gradient from the start
-    elif settings.trained == "last_block":
-        network = model.query_encoder.backbone.network
+    backbone, trained = model.query_encoder.backbone, settings.trained
+    if trained in ("centers", "center_scales", "routers"):
+        normalises = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in backbone.modules())
+        if normalises and model.key_encoder is not None and settings.frozen_batch_norm == "evaluation":
+            raise RecipeError(
+                f"model.trained {trained} with a key encoder: frozen BatchNorm would normalise queries with its own "
+                "statistics, and keys with those of a batch; set model.frozen_batch_norm=training, or key_encoder=none"
+            )
+        model.freeze_backbone(settings.frozen_batch_norm)  # centers that are not trained never had a gradient
+    elif trained != "all":
+        parts = _trained_parts(backbone.network, settings)
+        for parameter in backbone.parameters():
+            parameter.requires_grad_(parameter.requires_grad and parameter in parts)
+
+
+def _trained_parts(network: nn.Module, settings: ModelSettings) -> set[nn.Parameter]:
+    """The parameters of a backbone that `last_block`, `norms`, `biases`, `lora` or `adaptformer` trains."""
+    trained = settings.trained
+    if trained == "last_block":
         stage = getattr(network, "layer4", None)
         if not isinstance(stage, nn.Sequential):
             raise RecipeError(f"model.trained last_block needs a ResNet or ResNeXt, not {settings.backbone}")
-        last = set(stage[-1].parameters())
-        norms = (m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
-        trained = last | {parameter for norm in norms for parameter in norm.parameters()}
-        for parameter in network.parameters():
-            parameter.requires_grad_(parameter in trained)
+        batch_norms = (m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+        return {parameter for part in (stage[-1], *batch_norms) for parameter in part.parameters()}
+    if trained == "norms":  # timm's and torch's classes have it in their name
+        norms = (m for m in network.modules() if "Norm" in type(m).__name__)
+        parts = {parameter for norm in norms for parameter in norm.parameters(recurse=False)}
+    elif trained == "biases":
+        parts = {parameter for name, parameter in network.named_parameters() if name.endswith("bias")}
+    else:
+        parts = {parameter for name, parameter in network.named_parameters() if is_added(name)}
+    if not parts:
+        raise RecipeError(f"model.trained {trained}: {settings.backbone} has none; set it to centers, or to all")
+    return parts
 
 
 def _fill_from_run(model: Recogniser, settings: ModelSettings, run: Path) -> None:
@@ -99,7 +125,8 @@ def _fill_from_run(model: Recogniser, settings: ModelSettings, run: Path) -> Non
         for name, tensor in weights.items()
         if name.startswith(_BACKBONE) or (name.startswith("query_encoder.projection.") and model.has_projection)
     }
-    _copy(model.query_encoder, encoder, f"model.start_from {run}", missing_ok="projection.")
+    drawn = {name for name in model.query_encoder.state_dict() if name.startswith("projection.") or is_added(name)}
+    _copy(model.query_encoder, encoder, f"model.start_from {run}", may_be_missing=drawn)
     if settings.trained in ("center_scales", "routers"):
         centers = {name.removeprefix("centers."): t for name, t in weights.items() if name.startswith("centers.")}
         fixed = model.centers if settings.trained == "routers" else model.fixed_centers()
@@ -107,9 +134,11 @@ def _fill_from_run(model: Recogniser, settings: ModelSettings, run: Path) -> Non
     model.restart_key_encoder()
 
 
-def _copy(module: nn.Module, weights: dict[str, Tensor], where: str, missing_ok: str | None = None) -> None:
+def _copy(
+    module: nn.Module, weights: dict[str, Tensor], where: str, may_be_missing: Collection[str] = frozenset()
+) -> None:
     wanted = module.state_dict()
-    missing = [name for name in wanted.keys() - weights.keys() if not (missing_ok and name.startswith(missing_ok))]
+    missing = [name for name in wanted.keys() - weights.keys() if name not in may_be_missing]
     unknown = sorted(weights.keys() - wanted.keys())
     shapes = [
         f"{name} is {tuple(weights[name].shape)}, not {tuple(tensor.shape)}"

@@ -1,13 +1,17 @@
-"""Mixup (Zhang et al. 2018): images of a micro-batch mixed in pairs, as a function of seed, step and micro-batch.
+"""Mixup (Zhang et al. 2018) and CutMix (Yun et al. 2019): images of a micro-batch mixed in pairs, as a function of
+seed, step and micro-batch.
 
 With x, y images and labels, x', y' those of partners drawn in the same micro-batch, and lambda ~ Beta(alpha, alpha),
 one number for the micro-batch::
 
     image = lambda x + (1 - lambda) x'          loss = lambda L(y) + (1 - lambda) L(y')
+
+CutMix puts a rectangle of x' into x in place of the mean; lambda is then the share of x's pixels that stay.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -24,13 +28,19 @@ class Mix:
     Attributes:
         share: lambda.
         partners: int64 [B], the image that each is mixed with.
+        cut: rows and columns that come from the partner; None: the whole is mixed.
     """
 
     share: float
     partners: Tensor
+    cut: tuple[slice, slice] | None = None
 
     def images(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] to mixed ones in float32, of the same range."""
+        """uint8 [B, 3, H, W] to mixed ones in float32, of the same range; uint8 where a rectangle is cut."""
+        if self.cut is not None:
+            mixed, (rows, columns) = images.clone(), self.cut
+            mixed[..., rows, columns] = images[self.partners.to(images.device)][..., rows, columns]
+            return mixed
         return torch.lerp(images[self.partners.to(images.device)].float(), images.float(), self.share)
 
     def outputs(self, own: LossOutput, partners: LossOutput) -> LossOutput:
@@ -62,3 +72,31 @@ class Mixup:
         key = self.seed, step, micro_batch
         share = float(generator(DrawPurpose.MIXUP, *key, 0).beta(self.alpha, self.alpha))
         return Mix(share, torch.from_numpy(permutation(size, DrawPurpose.MIXUP, *key, 1)))
+
+
+@dataclass(frozen=True)
+class CutMix:
+    """Draws the rectangles of a run: sides sqrt(1 - lambda) of the image's, centered anywhere, clipped at its edges.
+
+    Args:
+        alpha: above 0, of lambda's Beta(alpha, alpha); 1 as published.
+        seed: the recipe's.
+        side: of the images, pixels.
+    """
+
+    alpha: float
+    seed: int
+    side: int
+
+    def draw(self, step: int, micro_batch: int, size: int) -> Mix:
+        """As :meth:`Mixup.draw`."""
+        key = self.seed, step, micro_batch
+        rng = generator(DrawPurpose.MIXUP, *key, 0)
+        half = math.sqrt(1 - rng.beta(self.alpha, self.alpha)) * self.side / 2
+        rows, columns = (self._clipped(rng.random() * self.side, half) for _ in range(2))
+        cut = (rows.stop - rows.start) * (columns.stop - columns.start)
+        partners = torch.from_numpy(permutation(size, DrawPurpose.MIXUP, *key, 1))
+        return Mix(1 - cut / self.side**2, partners, (rows, columns))
+
+    def _clipped(self, center: float, half: float) -> slice:
+        return slice(max(round(center - half), 0), min(round(center + half), self.side))

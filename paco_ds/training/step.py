@@ -41,7 +41,7 @@ from paco_ds.randomness import DrawPurpose, seed_torch
 from paco_ds.training.batch_norm import RunningStatistics
 from paco_ds.training.forward import Forward, ForwardResult
 from paco_ds.training.gradients import GradientMean
-from paco_ds.training.mixup import Mixup
+from paco_ds.training.mixup import CutMix, Mixup
 from paco_ds.training.optimizer import GuardedSGD, UsualNorm
 from paco_ds.training.step_result import StepResult, pack
 from paco_ds.training.totals import StepTotals
@@ -79,7 +79,7 @@ class Step:
         seed: int = 0,
         stop_requested: Callable[[], bool] = lambda: False,
         steps_per_epoch: int | None = None,
-        mixup: Mixup | None = None,
+        mixup: Mixup | CutMix | None = None,
         max_grad_norm_ratio: float | None = None,
         gradients: GradientMean | None = None,
     ) -> None:

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from paco_ds.metrics.run_logger import BadSamples, RunLogger
 from paco_ds.metrics.steps import StepRecord
 from paco_ds.models.execution import described, in_words
 from paco_ds.models.families import ImageSizes
+from paco_ds.models.recogniser import Recogniser
 from paco_ds.report.history import History
 from paco_ds.report.run_report import write_report
 from paco_ds.training.agreement import check_replicas_equal
@@ -45,6 +47,7 @@ from paco_ds.training.build import Classes, build_model, build_step, build_strea
 from paco_ds.training.engine import PlanStage, choose_on_ranks, read_deepspeed_config
 from paco_ds.training.fitting import Fit
 from paco_ds.training.images_ahead import ImagesAhead
+from paco_ds.training.initial_centers import load_initial_centers
 from paco_ds.training.initial_weights import load_initial_weights
 from paco_ds.training.optimizer import UsualNorm, learning_rate
 from paco_ds.training.replay import keep_step
@@ -140,6 +143,7 @@ class Trainer:
         else:
             sizes = ImageSizes(recipe.views.query.size, recipe.views.evaluation.size)
             self.started_from = load_initial_weights(model, recipe.model, sizes)
+            self._start_centers(model)
         self.step = build_step(
             recipe,
             model,
@@ -184,6 +188,15 @@ class Trainer:
         self.bad_samples = BadSamples(
             self.logger, recipe.data, ranks, planned=self.steps_per_epoch * self.layout.global_batch
         )
+
+    def _start_centers(self, model: Recogniser) -> None:
+        """Where `model.centers_from` says, before DeepSpeed partitions them."""
+        recipe = self.recipe
+        if recipe.model.centers_from is None:
+            return
+        images = replace(self._judged(recipe.data.train_split), max_bad_share=recipe.data.max_bad_share)
+        mark = partial(self.heartbeat.mark, "start", 0, slow=True)
+        load_initial_centers(model, recipe.model.centers_from, images, self.ranks, mark)
 
     def run(self) -> ShotAccuracy | None:
         """Train to the end, evaluate, report. None if the run was stopped before its end."""

@@ -111,6 +111,26 @@ def test_cutout_covers_the_published_rows_and_columns():
     assert (view == 0).sum() == 11 * 16 * 3
 
 
+def test_erasing_puts_noise_into_a_rectangle_of_the_published_sizes():
+    """2 to 33 % of the view, sides .3 to 3.3 of each other; about as often as asked; nothing else changes."""
+    view = ChainView(size=28, area=(1, 1), ratio=(1, 1), flip=0, jitter=0, erasing=0.75)
+    changed = [(draw(view, IMAGE, seed) != IMAGE).any(2) for seed in range(300)]
+    erased = [mask for mask in changed if mask.any()]
+    assert 190 < len(erased) < 260
+    for mask in erased:
+        rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
+        box = (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1)
+        assert 0.01 < box / 28**2 < 0.36
+        assert mask.sum() > 0.9 * box - 2  # a byte of noise may be that of the image
+
+
+def test_erasing_draws_last_so_that_the_view_is_otherwise_the_same():
+    """Crop, flip and colors of a seed do not depend on it."""
+    plain, erasing = RegularView(size=28), RegularView(size=28, erasing=1.0)
+    kept = [(draw(plain, IMAGE, seed) == draw(erasing, IMAGE, seed)).all(2).mean() for seed in range(50)]
+    assert min(kept) > 0.63
+
+
 def test_a_shift_moves_the_image_and_fills_with_black():
     """All shifts stay inside their range."""
     dot = np.zeros((29, 29, 3), np.uint8)

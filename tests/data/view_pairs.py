@@ -17,7 +17,7 @@ from torchvision.transforms import functional
 from paco_ds.data.stream.views import Operation, Pixels
 from paco_ds.data.stream.views.blur import Blur, Sharpness
 from paco_ds.data.stream.views.color import Brightness, Contrast, Gray, Hue, Saturation
-from paco_ds.data.stream.views.crop import Box, CenterCrop
+from paco_ds.data.stream.views.crop import Box, CenterCrop, FiveCrops
 from paco_ds.data.stream.views.geometry import Flip, Interpolation, Rotate, ShearX, ShearY, TranslateX, TranslateY
 from paco_ds.data.stream.views.point import AutoContrast, Equalize, Invert, Posterize, Solarize, SolarizeAdd
 
@@ -71,6 +71,12 @@ def sampling_pairs(height: int, width: int) -> Iterator[tuple[str, Operation, Ri
         area = (left, top, left + columns, top + rows)
         yield f"crop {rows} x {columns}", ours, partial(_crop, area=area)
     yield "eval", CenterCrop(256, 224), lambda image: functional.center_crop(functional.resize(image, [256]), [224])
+    yield "five crops", FiveCrops(248, 224), _five_crops
+
+
+def _five_crops(image: Image.Image) -> Image.Image:
+    crops = functional.five_crop(functional.resize(image, [248]), [224])
+    return Image.fromarray(np.concatenate([np.array(crop) for crop in crops]))
 
 
 def _crop(image: Image.Image, area: tuple[int, int, int, int]) -> Image.Image:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from paco_ds.checkpoint import newest_checkpoint
 from paco_ds.config.load import load_recipe
 from paco_ds.config.recipe import Recipe
@@ -17,6 +19,8 @@ from paco_ds.evaluation.runner import Ensemble, evaluate, load_recogniser
 from paco_ds.evaluation.split import EvaluationSplit
 from paco_ds.evaluation.tau_normalization import logits_of_taus, tau_normalized
 from paco_ds.models.recogniser import Recogniser
+from paco_ds.training.build import Classes, build_model
+from paco_ds.training.initial_centers import class_means
 
 
 def written(
@@ -67,3 +71,11 @@ def _loaded(run: Path, split: str, overrides: tuple[str, ...] = ()) -> tuple[Rec
     recipe = load_recipe(run / "recipe.yaml", overrides)
     manifest = open_data(recipe.data, [split])
     return recipe, manifest, load_recogniser(newest_checkpoint(run), recipe, manifest)
+
+
+def means(ranks: Ranks, recipe: Path) -> Tensor:
+    """Class means of a fresh model over the training split, as a run begins with them."""
+    settings = load_recipe(recipe)
+    manifest = open_data(settings.data, [settings.data.train_split])
+    model = build_model(settings, Classes.of(manifest, settings.data.train_split))
+    return class_means(model, _judged(settings, manifest, settings.data.train_split), ranks)

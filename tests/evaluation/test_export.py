@@ -16,6 +16,7 @@ from paco_ds.evaluation import predictor as predictor_module
 from paco_ds.evaluation.export import FORMATS
 from paco_ds.evaluation.exporter import answers, export
 from paco_ds.evaluation.predictor import Predictor
+from paco_ds.models.adapters import is_added
 from tests.recipes import model_of, tiny_recipe
 
 NAMES = ("owl", "café", "eel", "fox", "gnu")
@@ -209,3 +210,42 @@ def test_the_command_writes_and_never_replaces(resnet18, tmp_path, monkeypatch, 
     assert ended.value.code == UserError.status
     assert "is there already: remove it" in capsys.readouterr().err
     assert set(FORMATS) == {"safetensors", "torchvision", "timm", "onnx", "torch-export", "hf"}
+
+
+def tuned(trained):
+    """A ViT with all that `model.trained` adds drawn."""
+    model = made(
+        "timm:test_vit",
+        *(f"views.{view}.size=160" for view in ("query", "key", "evaluation")),
+        "views.evaluation.resize=160",
+        f"model.trained={trained}",
+        "model.start_from=somewhere",
+    )
+    model.view = EvalView(size=160, resize=160)
+    with torch.no_grad():
+        for name, parameter in model.recogniser.named_parameters():
+            if is_added(name):
+                parameter.normal_(0, 0.1)
+    return model
+
+
+def test_lora_is_merged_into_timms_weights(tmp_path):
+    """timm's own model has no place for it, and answers the same; ours keeps its layers."""
+    model = tuned("lora")
+    export(model, "timm", tmp_path / "model.safetensors")
+    theirs = timm.create_model("test_vit", num_classes=5, checkpoint_path=str(tmp_path / "model.safetensors")).eval()
+    larger = torch.randint(256, (2, 3, 160, 160), dtype=torch.uint8)
+    with torch.no_grad():
+        same(theirs(normalised(larger)), model.recogniser(larger).mean_logits())
+    assert any(is_added(name) for name in model.recogniser.state_dict())
+
+
+def test_bottlenecks_have_no_place_in_timms_networks(tmp_path):
+    """Refused by name, with the formats that hold them."""
+    with pytest.raises(
+        UserError, match=r"--to timm has no place for the bottlenecks of model.trained adaptformer: give"
+    ):
+        export(tuned("adaptformer"), "timm", tmp_path / "model.safetensors")
+    export(tuned("adaptformer"), "safetensors", tmp_path / "model.safetensors")
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert "backbone.network.blocks.0.adapter.down.weight" in list(file.keys())

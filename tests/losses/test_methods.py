@@ -589,6 +589,8 @@ class TestBadInput:
             (["loss.distill={weight: 2}"], "'loss.distill.teacher' is missing"),
             (["loss.method=proco", "queue.length=0"], "set queue.length above 0"),
             (["loss.method=paco", "step.mixup=0.4"], "set step.mixup to 0"),
+            (["loss.method=paco", "step.cutmix=1"], "set step.cutmix to 0"),
+            (["loss.method=balanced_softmax", "step.cutmix=1", "step.mixup=1"], "set one of them to 0"),
             (
                 ["loss.method=ldam", "model.centers=cosine", "loss.ldam.drw_epoch=2"],
                 "drw_epoch 2 is never reached in 2 epochs",

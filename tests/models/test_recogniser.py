@@ -121,7 +121,7 @@ def test_published_initialisation_leaves_large_resnets_as_torchvision_has_them()
 def test_a_frozen_encoder_keeps_its_statistics_unless_asked(batch_norm, moves):
     """`training` is the published code of cRT and LWS; weights have no gradient either way."""
     model = model_of(tiny_recipe("loss.method=cross_entropy"), 5)
-    model.freeze_encoder(batch_norm)
+    model.freeze_backbone(batch_norm)
     model.train()
     mean = model.state_dict()["query_encoder.backbone.network.bn1.running_mean"]
     before = mean.clone()

@@ -47,6 +47,22 @@ PUBLISHED = {
         "schedule.warmup_overshoot": True,
         "model.initialisation": "published",
     },
+    # LIFT: utils/config.py, configs/model/clip_vit_b16.yaml, models/peft_vit.py: 2 ** int(log2(1000 / (2 x 12)))
+    "imagenet_lt_vit_base_lift": {
+        "model.trained": "adaptformer",
+        "model.adaptformer.width": 32,
+        "model.adaptformer.scale": 1.0,
+        "model.adaptformer.learned_scale": True,
+        "model.centers_scale": 25.0,
+        "loss.method": "logit_adjustment",
+        "lr": 0.01,
+        "step.global_batch": 128,
+        "optimizer.weight_decay": 5e-4,
+        "schedule.epochs": 10,
+        "views.evaluation.resize": 248,
+        "views.evaluation.crops": "five",
+        "engine.published_precision": "float16",
+    },
     # PaCo/Full-ImageNet/sh/train_resnet{50,101,200}.sh
     "imagenet_resnet50": {"step.micro_batch": 64, "step.micro_batches": 4, "lr": 0.04, "loss.class_prior": False},
     "imagenet_resnet101": {"step.global_batch": 256, "lr": 0.04, "optimizer.weight_decay": 1e-4, "loss.alpha": 0.05},

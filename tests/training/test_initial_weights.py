@@ -170,15 +170,28 @@ def test_a_frozen_encoder_stays_in_evaluation_mode():
     model, recipe = made("loss.method=cross_entropy", "model.trained=centers", "model.start_from=somewhere")
     freeze(model, recipe.model)
     model.train()
-    assert not model.query_encoder.training
+    assert not model.query_encoder.backbone.training
     assert [n for n, p in model.named_parameters() if p.requires_grad] == ["centers.weight", "centers.bias"]
+
+
+def test_frozen_batch_norm_and_a_key_encoder_are_refused_together():
+    """Keys are normalised with statistics of a batch; a projection that contrasts is trained with the centers."""
+    model, recipe = made("model.trained=centers", "model.start_from=somewhere")
+    with pytest.raises(RecipeError, match=r"set model.frozen_batch_norm=training, or key_encoder=none"):
+        freeze(model, recipe.model)
+    freeze(model, recipe.model.model_copy(update={"frozen_batch_norm": "training"}))
+    assert all(
+        n.startswith(("query_encoder.projection", "centers")) for n, p in model.named_parameters() if p.requires_grad
+    )
+    assert any(p.requires_grad for p in model.query_encoder.projection.parameters())
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (("model.trained=centers",), "set start_from"),
-        (("model.trained=centers", "model.start_from=x"), "cannot contrast anything"),
+        (("model.trained=center_scales", "model.start_from=x"), "cannot contrast anything"),
+        (("loss.method=supcon", "model.trained=centers", "model.start_from=x"), "supcon trains no centers"),
     ],
 )
 def test_recipes_that_make_no_sense_are_refused(overrides, message):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from paco_ds.losses.base import LossOutput
-from paco_ds.training.mixup import Mix, Mixup
+from paco_ds.training.mixup import CutMix, Mix, Mixup
 
 
 def test_a_draw_depends_on_seed_step_and_micro_batch_alone():
@@ -40,3 +40,26 @@ def test_images_are_mixed_in_float_and_losses_with_the_same_share():
     output = mix.outputs(own, other)
     assert float(output.loss) == float(output.parts["a"]) == 2.0
     assert output.center_probability_B is None
+
+
+def test_cutmix_puts_a_rectangle_of_the_partner_in_place_and_counts_its_pixels():
+    """Over 300 draws: pixels are the image's or the partner's, lambda is the share that stays, clipped at the edges."""
+    images = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 20, 20)
+    shares = []
+    for step in range(300):
+        mix = CutMix(1.0, seed=0, side=20).draw(step, 0, 4)
+        mixed = mix.images(images)
+        assert mixed.dtype == torch.uint8
+        for own, partner, image in zip(range(4), mix.partners.tolist(), mixed, strict=True):
+            assert set(image.unique().tolist()) <= {own, partner}
+            if own != partner:
+                assert (image == own).float().mean().item() == pytest.approx(mix.share, abs=1e-6)
+        shares.append(mix.share)
+    assert min(shares) < 0.2 < 0.9 < max(shares)
+
+
+def test_cutmix_is_a_function_of_seed_step_and_micro_batch():
+    """As mixup."""
+    first, again = (CutMix(1.0, 3, 20).draw(5, 1, 8) for _ in range(2))
+    assert (first.share, first.cut) == (again.share, again.cut)
+    assert CutMix(1.0, 3, 20).draw(5, 2, 8).cut != first.cut

@@ -28,7 +28,7 @@ class Method(Section):
         uses_prototypes: centers take part in the contrast through a projection of their own.
         uses_routers: the loss is of routers (RIDE's second stage), the method of `model.trained: routers`.
         uses_queue: the loss needs keys of earlier steps, so `queue.length` is above 0.
-        mixes_labels: False where an image needs exactly one label, so that `step.mixup` is refused.
+        mixes_labels: False where an image needs exactly one label, so that `step.mixup` and `step.cutmix` are refused.
         min_experts: 0 for a loss of any model, else the least `model.experts`.
         per_expert: name of the setting that has a number for each expert, or None.
         reweights_after: name of the setting that says after how many epochs the loss changes, or None.
@@ -67,10 +67,15 @@ class Method(Section):
 
     def _check_model(self, model: ModelSettings) -> None:
         name = self.name
-        if model.trained in ("centers", "center_scales") and self.contrastive:
+        if model.trained == "center_scales" and self.contrastive:
             raise ValueError(
-                f"model.trained {model.trained} freezes the encoder, so {name} cannot contrast "
+                f"model.trained {model.trained} freezes the encoder and its projection, so {name} cannot contrast "
                 f"anything: set loss.method to one without contrast, such as cross_entropy or balanced_softmax"
+            )
+        if model.trained == "centers" and not (self.trains_centers or self.uses_routers):
+            raise ValueError(
+                f"loss.method {name} trains no centers, and model.trained centers nothing of the backbone: set "
+                f"loss.method to another, such as cross_entropy or balanced_softmax"
             )
         if (model.trained == "routers") != self.uses_routers:
             raise ValueError(
@@ -101,11 +106,12 @@ class Method(Section):
 
     def _check_run(self, step: StepSettings, queue: QueueSettings, schedule: ScheduleSettings) -> None:
         name, epoch = self.name, self.change_epoch
-        if step.mixup and not (self.mixes_labels and not self.contrastive):
-            raise ValueError(
-                f"step.mixup {step.mixup:g} mixes labels, and loss.method {name} needs one label for each "
-                f"image; set step.mixup to 0"
-            )
+        for mixing, alpha in (("mixup", step.mixup), ("cutmix", step.cutmix)):
+            if alpha and not (self.mixes_labels and not self.contrastive):
+                raise ValueError(
+                    f"step.{mixing} {alpha:g} mixes labels, and loss.method {name} needs one label for each "
+                    f"image; set step.{mixing} to 0"
+                )
         if self.uses_queue and queue.length == 0:
             raise ValueError(
                 f"loss.method {name} estimates its classes from the queue; set queue.length above 0, up to the number "

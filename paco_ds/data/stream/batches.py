@@ -35,8 +35,9 @@ from paco_ds.errors import RecipeError
 class MicroBatch:
     """m images: `query` and `key` uint8 [m, 3, H, W] (`key` None without a key encoder), `labels` int64 [m].
 
-    Images are on the device if they were rendered there. `ids` int64 [m] are the planned sample ids; `valid` bool [m]
-    is False where an evaluation batch is padded.
+    Images are on the device if they were rendered there. Five crops of an evaluation are below one another, `query`
+    [m, 3, 5 H, W]. `ids` int64 [m] are the planned sample ids; `valid` bool [m] is False where an evaluation batch is
+    padded.
     """
 
     query: Tensor
@@ -199,9 +200,10 @@ def evaluation_stream(
     error, or with `leave_out_bad` not valid and named in `replaced`."""
     reader = ShardReader(manifest.storage, manifest.split(split))
     make_views = MakeViews((make_view(view),), data.max_pixels)
+    blank = (view.number_of_crops * view.size, view.size) if leave_out_bad else None
     pipeline = wds.DataPipeline(
         EvaluationSamples(EvaluationPlan(len(reader), batch, rank, world_size), reader),
-        wds.map(Load(reader, make_views, seed=0, substitute=False, blank=view.size if leave_out_bad else None)),
+        wds.map(Load(reader, make_views, seed=0, substitute=False, blank=blank)),
         wds.batched(batch, collation_fn=collate),
     )
     for part in start_loading(pipeline, data.workers):

@@ -52,7 +52,7 @@ class Part:
 @dataclass(frozen=True)
 class Loaded:
     """A sample's views: for the query (or evaluation), and for the key if there is one. They are uint8 [size, size, 3],
-    or yet to be rendered."""
+    of five crops [5 size, size, 3], or yet to be rendered."""
 
     plan: Planned
     views: tuple[np.ndarray, ...] | tuple[RawView, ...]
@@ -64,14 +64,15 @@ class Loaded:
 class Load:
     """Decodes a planned sample to its views. A bad sample is replaced in training; in evaluation it is an error.
 
-    With `blank` it is left out of an evaluation: a black view of this side that is not valid stands in its place.
+    With `blank` it is left out of an evaluation: a black view of this (height, width) that is not valid stands in its
+    place.
     """
 
     reader: ShardReader
     make_views: MakeViews | MakeRawViews
     seed: int
     substitute: bool
-    blank: int | None = None
+    blank: tuple[int, int] | None = None
 
     def __call__(self, sample: tuple[Planned, Stored]) -> Loaded:
         plan, stored = sample
@@ -81,7 +82,7 @@ class Load:
             if self.substitute:
                 return self._substitute(plan, bad)
             if self.blank is not None:
-                view = np.zeros((self.blank, self.blank, 3), np.uint8)
+                view = np.zeros((*self.blank, 3), np.uint8)
                 named = (Replaced(bad.key, bad.shard, bad.reason),) if plan.valid else ()
                 return Loaded(replace(plan, valid=False), (view,), label=0, replaced=named)
             raise DataError(

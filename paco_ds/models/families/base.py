@@ -58,6 +58,8 @@ class Family:
         depths: (names of parameters, network) to the depth of each, from 0 at the stem; None for a network that does
             not say.
         not_decayed: names of parameters that the authors of a network train without weight decay.
+        transformer_blocks: the blocks of a ViT, timm's `Block`s, to which `models.adapters` adds; None of another
+            network.
     """
 
     owns: Callable[[str], bool]
@@ -70,3 +72,4 @@ class Family:
     adapt: Callable[[dict[str, Tensor], nn.Module], Mapping[str, Tensor]] | None = None
     depths: Callable[[Sequence[str], nn.Module], dict[str, int] | None] | None = None
     not_decayed: Callable[[nn.Module], set[str]] | None = None
+    transformer_blocks: Callable[[nn.Module], Sequence[nn.Module] | None] | None = None

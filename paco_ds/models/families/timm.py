@@ -202,6 +202,18 @@ def _not_decayed(network: Any) -> set[str]:
     return set(network.no_weight_decay()) if hasattr(network, "no_weight_decay") else set()
 
 
+def _transformer_blocks(network: nn.Module) -> list[nn.Module] | None:
+    from timm.layers import Attention
+    from timm.models.vision_transformer import Block, VisionTransformer
+
+    if not isinstance(network, VisionTransformer):
+        return None
+    blocks = list(network.blocks)
+    # other kinds of block or attention may compute with the weights of a layer without calling it
+    alike = all(type(block) is Block and type(block.attn) is Attention for block in blocks)
+    return blocks if alike else None
+
+
 FAMILY = Family(
     owns=lambda name: name.startswith(_PREFIX),
     names=tuple,
@@ -212,4 +224,5 @@ FAMILY = Family(
     adapt=_adapt,
     depths=_depths,
     not_decayed=_not_decayed,
+    transformer_blocks=_transformer_blocks,
 )

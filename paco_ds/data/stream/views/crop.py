@@ -181,10 +181,32 @@ class CenterCrop:
     reduction: int = 1
 
     def __call__(self, image: Pixels) -> Pixels:
-        short = min(image.shape[:2])
-        image = _center(image, _LONGEST * short, _LONGEST * short)
-        height, width = (self.resize * side // short for side in image.shape[:2])
-        return _center(resampled(image, height, width), self.size, self.size)
+        return _center(resized(image, self.resize), self.size, self.size)
+
+
+@dataclass(frozen=True)
+class FiveCrops:
+    """As `CenterCrop`, of the four corners and the center, as torchvision's FiveCrop orders them, below one another:
+    uint8 [5 size, size, 3]."""
+
+    resize: int
+    size: int
+    reduction: int = 1
+
+    def __call__(self, image: Pixels) -> Pixels:
+        image, side = resized(image, self.resize), self.size
+        rows, columns = slice(None, side), slice(None, side)
+        lower, right = slice(image.shape[0] - side, None), slice(image.shape[1] - side, None)
+        corners = [image[y, x] for y in (rows, lower) for x in (columns, right)]
+        return np.concatenate([*corners, _center(image, side, side)])
+
+
+def resized(image: Pixels, shorter: int) -> Pixels:
+    """The image with a shorter side of so many pixels; of one that is more than 16 times as long as wide the center."""
+    short = min(image.shape[:2])
+    image = _center(image, _LONGEST * short, _LONGEST * short)
+    height, width = (shorter * side // short for side in image.shape[:2])
+    return resampled(image, height, width)
 
 
 def _center(image: Pixels, height: int, width: int) -> Pixels:

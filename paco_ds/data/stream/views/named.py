@@ -11,8 +11,8 @@ from paco_ds.config.views import AnyView, ChainView, CifarView, EvalView, SmallV
 from paco_ds.data.stream.views.autoaugment import draw_cifar10_policy
 from paco_ds.data.stream.views.blur import Blur
 from paco_ds.data.stream.views.color import Gray, draw_jitter
-from paco_ds.data.stream.views.crop import CenterCrop, ScaledAndShifted, padded_crop, resized_crop
-from paco_ds.data.stream.views.cutout import draw_cutout
+from paco_ds.data.stream.views.crop import CenterCrop, FiveCrops, ScaledAndShifted, padded_crop, resized_crop
+from paco_ds.data.stream.views.cutout import draw_cutout, draw_erasing
 from paco_ds.data.stream.views.draws import happens, uniform
 from paco_ds.data.stream.views.geometry import Flip
 from paco_ds.data.stream.views.randaugment import draw_randaugment
@@ -37,7 +37,8 @@ class _Chain:
         blur: tuple[Operation, ...] = (Blur(uniform(*s.blur_sigma, rng)),) if happens(s.blur, rng) else ()
         augment = draw_randaugment(s.randaugment, rng) if s.randaugment else ()
         colors = gray + jitter if s.gray_first else jitter + gray
-        return Drawn(box, flip + colors + blur + augment)
+        erased = draw_erasing(s.size, rng) if s.erasing and happens(s.erasing, rng) else ()
+        return Drawn(box, flip + colors + blur + augment + erased)
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ class _Eval:
     settings: EvalView
 
     def draw(self, height: int, width: int, rng: np.random.Generator) -> Drawn:
-        return Drawn(CenterCrop(self.settings.resize, self.settings.size))
+        s = self.settings
+        return Drawn(FiveCrops(s.resize, s.size) if s.crops == "five" else CenterCrop(s.resize, s.size))
 
 
 _MAKERS: dict[type, Callable[..., View]] = {ChainView: _Chain, CifarView: _Cifar, SmallView: _Small, EvalView: _Eval}

@@ -10,7 +10,7 @@ With one encoder for both views (GPaCo) there is no 1 and 2: the rows of both vi
 gradient, and those of the second views are gathered, without gradient, for the queue.
 
 A step in which keys, a loss, running statistics or a gradient norm are not finite on any rank is skipped: weights,
-momentum, statistics and queue stay as they were on every rank. So is one whose gradient norm is far off the usual,
+the optimizer's states, statistics and queue stay as they were on every rank. So is one whose gradient norm is far off the usual,
 where `engine.max_grad_norm_ratio` says so. Only the key encoder's moving average may have been updated, which is finite
 whenever the weights are.
 
@@ -41,7 +41,8 @@ from paco_ds.training.batch_norm import RunningStatistics
 from paco_ds.training.forward import Forward, ForwardResult
 from paco_ds.training.gradients import GradientMean
 from paco_ds.training.mixup import Mixup
-from paco_ds.training.optimizer import GuardedSGD, UsualNorm
+from paco_ds.training.optimizer import GuardedOptimizer, UsualNorm
+from paco_ds.training.parameter_groups import LR_FACTOR
 from paco_ds.training.step_result import StepResult, pack
 from paco_ds.training.totals import StepTotals
 
@@ -67,7 +68,7 @@ class Step:
     def __init__(
         self,
         engine: Any,
-        optimizer: GuardedSGD,
+        optimizer: GuardedOptimizer,
         forward: Forward,
         layout: MicroBatchLayout,
         ranks: Ranks,
@@ -111,7 +112,7 @@ class Step:
             key_images: what `begin_exchange` gave for this step, on every rank; by default it is called now.
         """
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group[LR_FACTOR]
         if self.steps_per_epoch is not None:
             self._begin_epoch(step // self.steps_per_epoch)
         replaced = sum(len(b.replaced) for b in micro_batches)

@@ -20,6 +20,7 @@ from paco_ds.checkpoint import (
     recover,
     resume_hint,
 )
+from paco_ds.checkpoint.read import state_digest
 from paco_ds.errors import CheckpointError, NotFiniteError, StorageError
 from tests.recipes import tiny_recipe
 
@@ -40,6 +41,24 @@ def test_what_is_saved_is_read(tmp_path):
     assert torch.equal(checkpoint.model()["weight"], TENSORS["weight"])
     assert torch.equal(checkpoint.optimizer()["weight"], torch.ones(2, 3))
     assert torch.equal(checkpoint.queue()["keys"], torch.zeros(2))
+
+
+def test_the_momentum_of_checkpoints_until_version_2_is_read(tmp_path):
+    """It was a file of SGD's alone, by the names of the parameters; its recipe named no optimizer."""
+    checkpoints = save(tmp_path, 7)
+    folder = tmp_path / "checkpoints" / "step-00000007"
+    (folder / "optimizer.safetensors").rename(folder / "momentum.safetensors")
+    state = json.loads((folder / "state.json").read_text())
+    state["sha256"]["momentum.safetensors"] = state["sha256"].pop("optimizer.safetensors")
+    added = ("name", "lr_per_256", "betas", "eps", "decay_norms_and_biases", "layer_decay")
+    for key in (*(f"optimizer.{name}" for name in added), "schedule.minimum_lr"):
+        del state["meaning"][key]
+    state["version"] = 2
+    state["state_sha256"] = state_digest(state)
+    (folder / "state.json").write_text(json.dumps(state))
+    assert checkpoints.latest().optimizer().keys() == {"momentum_buffer.weight"}
+    with pytest.raises(CheckpointError, match=r"optimizer\.name: 'sgd' in the checkpoint, 'adamw' in this recipe"):
+        Checkpoints(tmp_path, tiny_recipe("optimizer.name=adamw"), "abc").latest()
 
 
 def test_only_json_and_safetensors_are_written(tmp_path):

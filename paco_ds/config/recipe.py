@@ -360,8 +360,8 @@ class Recipe(Section):
     def _learning_rate_is_scaled_once(self) -> Self:
         if self.optimizer.lr_per_256 and self.step.lr_scaling != "linear":
             raise ValueError(
-                f"optimizer.lr_per_256 and step.lr_scaling {self.step.lr_scaling} both say how the learning rate follows "
-                "the images of a step: leave one of them out"
+                f"optimizer.lr_per_256 and step.lr_scaling {self.step.lr_scaling} both say how the learning rate "
+                "follows the images of a step: leave one of them out"
             )
         if self.schedule.minimum_lr >= self.lr:
             raise ValueError(

@@ -12,8 +12,8 @@ from typing import Any
 import deepspeed
 from deepspeed.runtime import compiler
 
-from paco_ds.config.parse import brief, read_json
 from paco_ds.config.optimizer import OptimizerSettings
+from paco_ds.config.parse import brief, read_json
 from paco_ds.config.recipe import EngineSettings, StepSettings
 from paco_ds.config.shipped import DEEPSPEED
 from paco_ds.distributed.launch import environment_ranks, join_job
@@ -185,7 +185,7 @@ def init_distributed(backend: str) -> None:
 def import_muon_uncompiled() -> None:
     """Import DeepSpeed's Muon without compiling it, before DeepSpeed does.
 
-    DeepSpeed imports it to ask whether our optimizer is it, and decorates three functions with torch.compile on the way.
+    DeepSpeed imports it to ask whether ours is it, and decorates three functions with torch.compile on the way.
     That loads the compiler: 4 s of a core at the start of every rank, for functions that are not called.
     """
     compiled = compiler.compile

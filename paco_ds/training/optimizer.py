@@ -1,4 +1,4 @@
-"""Optimizers with a guard that skips a step, the usual gradient norm, and the learning rate as a function of the step."""
+"""Optimizers with a guard that skips a step, the usual gradient norm, and the learning rate of each step."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class GuardedOptimizer(torch.optim.Optimizer):
             self.grad_norm = get_total_norm([p.grad for p in self._trained() if p.grad is not None])
             allowed.append(self.grad_norm < math.inf)  # nan is not
             if self.clip_norm:
-                self.grad_scale = (self.grad_norm / self.clip_norm).clamp_(min=1.0)
+                self.grad_scale = (self.grad_norm / self.clip_norm).clamp_(min=1.0).float()
         allowed.append(self.norm_guard())
         if given := [each for each in allowed if each is not None]:
             self.applied = reduce(torch.logical_and, given)

@@ -1,4 +1,4 @@
-"""Which weights are decayed, and the learning rate of each depth of the network: groups of an optimizer's parameters."""
+"""Groups of an optimizer's parameters: which are decayed, and the learning rate of each depth of the network."""
 
 from __future__ import annotations
 

@@ -10,9 +10,9 @@ With one encoder for both views (GPaCo) there is no 1 and 2: the rows of both vi
 gradient, and those of the second views are gathered, without gradient, for the queue.
 
 A step in which keys, a loss, running statistics or a gradient norm are not finite on any rank is skipped: weights,
-the optimizer's states, statistics and queue stay as they were on every rank. So is one whose gradient norm is far off the usual,
-where `engine.max_grad_norm_ratio` says so. Only the key encoder's moving average may have been updated, which is finite
-whenever the weights are.
+states of the optimizer, statistics and queue stay as they were on every rank. So is one whose gradient norm is far off
+the usual, where `engine.max_grad_norm_ratio` says so. Only the key encoder's moving average may have been updated,
+which is finite whenever the weights are.
 
 The host does not wait for the device in a step: what is not finite is found, and the step refused, on the device. Its
 figures are copied to the host behind it.

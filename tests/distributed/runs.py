@@ -31,7 +31,7 @@ TOTAL_STEPS = 20  # of a schedule
 
 @dataclass
 class Outcome:
-    """Losses of the steps, the model before and after, states of the optimizer, queue, and what else a test asks for."""
+    """Losses of the steps, the model before and after, the optimizer's states, queue, and what a test asks for."""
 
     losses: list[float]
     before: dict[str, Tensor]

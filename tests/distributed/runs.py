@@ -201,7 +201,7 @@ def states_there_and_back(
     """True if the optimizer's states put into a fresh engine read back bit for bit, and are zero before that."""
     recipe = tiny_recipe(*overrides)
     step = make_step(ranks, recipe, deepspeed_config(stage, autocast=False, **(zero or {})))
-    fresh = dict(whole_states(step.engine))
+    fresh = _on_cpu(whole_states(step.engine))
     generator = torch.Generator().manual_seed(0)
     wanted = {name: torch.randn(t.shape, generator=generator) for name, t in fresh.items()}
     set_states(step.engine, wanted)

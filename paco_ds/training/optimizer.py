@@ -78,7 +78,8 @@ class GuardedOptimizer(torch.optim.Optimizer):
         **settings: Any,
     ) -> None:
         # one pass over weights, gradients and states: a third of the time of torch's loops on CPU
-        super().__init__(params, lr, fused=True, **settings)  # type: ignore[call-arg]
+        make: Any = super().__init__  # of torch's class beside this one
+        make(params, lr, fused=True, **settings)
         self.clip_norm, self.whole = clip_norm, whole
         self.guard: Callable[[], Tensor | None] = lambda: None
         self.norm_guard: Callable[[], Tensor | None] = lambda: None
@@ -144,7 +145,10 @@ class GuardedAdamW(GuardedOptimizer, torch.optim.AdamW):
 
     counts_steps = True
     _plain_step = inspect.unwrap(torch.optim.AdamW.step)
-    per_weight = ("exp_avg", "exp_avg_sq")
+
+    @property
+    def per_weight(self) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq")
 
 
 def make_optimizer(model: Recogniser, settings: OptimizerSettings, lr: float, *, whole: bool) -> GuardedOptimizer:

@@ -250,12 +250,13 @@ def _adamw(
     """Loshchilov and Hutter 2019, Algorithm 2, step `number` from 1."""
     settings = recipe.optimizer
     one, two = settings.betas
-    norm = torch.stack([(p.grad**2).sum() for p in parameters]).sum().sqrt()
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.stack([(gradient**2).sum() for gradient in gradients]).sum().sqrt()
     clip = min(1.0, settings.clip_norm / norm.item()) if settings.clip_norm else 1.0
     with torch.no_grad():
-        for p, m, v, (factor, decay) in zip(parameters, means, squares, groups, strict=True):
-            m.mul_(one).add_((1 - one) * clip * p.grad)
-            v.mul_(two).add_((1 - two) * (clip * p.grad) ** 2)
+        for p, gradient, m, v, (factor, decay) in zip(parameters, gradients, means, squares, groups, strict=True):
+            m.mul_(one).add_((1 - one) * clip * gradient)
+            v.mul_(two).add_((1 - two) * (clip * gradient) ** 2)
             update = (m / (1 - one**number)) / ((v / (1 - two**number)).sqrt() + settings.eps)
             p.sub_(lr * factor * (update + decay * p))
 

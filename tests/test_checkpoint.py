@@ -20,6 +20,7 @@ from paco_ds.checkpoint import (
     recover,
     resume_hint,
 )
+from paco_ds.checkpoint.read import state_digest
 from paco_ds.errors import CheckpointError, NotFiniteError, StorageError
 from tests.recipes import tiny_recipe
 
@@ -38,8 +39,26 @@ def test_what_is_saved_is_read(tmp_path):
     assert checkpoint.step == 7
     assert checkpoint.state["note"] == 1
     assert torch.equal(checkpoint.model()["weight"], TENSORS["weight"])
-    assert torch.equal(checkpoint.momentum()["weight"], torch.ones(2, 3))
+    assert torch.equal(checkpoint.optimizer()["weight"], torch.ones(2, 3))
     assert torch.equal(checkpoint.queue()["keys"], torch.zeros(2))
+
+
+def test_the_momentum_of_checkpoints_until_version_2_is_read(tmp_path):
+    """It was a file of SGD's alone, by the names of the parameters; its recipe named no optimizer."""
+    checkpoints = save(tmp_path, 7)
+    folder = tmp_path / "checkpoints" / "step-00000007"
+    (folder / "optimizer.safetensors").rename(folder / "momentum.safetensors")
+    state = json.loads((folder / "state.json").read_text())
+    state["sha256"]["momentum.safetensors"] = state["sha256"].pop("optimizer.safetensors")
+    added = ("name", "lr_per_256", "betas", "eps", "decay_norms_and_biases", "layer_decay")
+    for key in (*(f"optimizer.{name}" for name in added), "schedule.minimum_lr"):
+        del state["meaning"][key]
+    state["version"] = 2
+    state["state_sha256"] = state_digest(state)
+    (folder / "state.json").write_text(json.dumps(state))
+    assert checkpoints.latest().optimizer().keys() == {"momentum_buffer.weight"}
+    with pytest.raises(CheckpointError, match=r"optimizer\.name: 'sgd' in the checkpoint, 'adamw' in this recipe"):
+        Checkpoints(tmp_path, tiny_recipe("optimizer.name=adamw"), "abc").latest()
 
 
 def test_only_json_and_safetensors_are_written(tmp_path):
@@ -77,11 +96,14 @@ def test_a_half_written_one_is_never_seen(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda p: (p / "momentum.safetensors").unlink(), r"half-written or damaged: momentum.safetensors is missing"),
+        (
+            lambda p: (p / "optimizer.safetensors").unlink(),
+            r"half-written or damaged: optimizer.safetensors is missing",
+        ),
         (lambda p: (p / "state.json").write_text('{"step": '), r"half-written or damaged: state.json"),
         (lambda p: (p / "state.json").unlink(), r"half-written or damaged: state.json"),
         (lambda p: (p / "queue.safetensors").write_bytes(b"x"), r"damaged: SHA-256 of queue.safetensors differs"),
-        (lambda p: changed(p, version=99), r"state.json is not a 'paco_ds checkpoint' of version 2 or 1"),
+        (lambda p: changed(p, version=99), r"state.json is not a 'paco_ds checkpoint' of version 1, 2 or 3"),
         (lambda p: changed(p, step=3), r"damaged: SHA-256 of the entries of state.json differs"),
         (lambda p: changed(p, state_sha256=7), r"damaged: SHA-256 of the entries of state.json differs"),
         (lambda p: (p / "state.json").write_text("[" * 100_000), r"damaged: state.json: it is nested too deep"),
@@ -223,16 +245,16 @@ def test_those_of_every_few_epochs_are_kept_for_good(tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("where", ["model", "momentum", "queue"])
+@pytest.mark.parametrize("where", ["model", "optimizer", "queue"])
 def test_values_that_are_not_finite_are_never_written(tmp_path, where, value):
     """The tensor is named, and what was kept stays, even where only one was to be kept."""
     checkpoints = save(tmp_path, 7, tiny_recipe("checkpoint.keep=1"))
-    tensors = {key: {"weight": torch.ones(2, 3)} for key in ("model", "momentum", "queue")}
+    tensors = {key: {"weight": torch.ones(2, 3)} for key in ("model", "optimizer", "queue")}
     tensors[where]["running_var"] = torch.tensor([1.0, value])
     with pytest.raises(
         NotFiniteError, match=rf"after step 8 are not finite, the first running_var \({where}.*step 7 is kept"
     ) as error:
-        checkpoints.save(8, tensors["model"].items(), tensors["momentum"].items(), tensors["queue"], about={})
+        checkpoints.save(8, tensors["model"].items(), tensors["optimizer"].items(), tensors["queue"], about={})
     assert error.value.status == 70
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000007"]
     if where == "model":
@@ -343,7 +365,7 @@ def read_or_refusal(path):
         return str(error)
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "momentum.safetensors", "queue.safetensors", "state.json"])
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "queue.safetensors", "state.json"])
 def test_a_thousand_damages_are_refused_or_change_nothing(tmp_path, file):
     """Each is a CheckpointError that names the checkpoint, and the one before is used; or all that is read is equal."""
     save(tmp_path, 1, tiny_recipe("checkpoint.keep=2"))

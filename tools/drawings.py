@@ -188,7 +188,7 @@ def checkpoint() -> str:
     """What is in a checkpoint, and what is computed from the step."""
     files = (
         ("model.safetensors", "a", ("query encoder", "centers", "key encoder", "running statistics")),
-        ("momentum.safetensors", "b", ("momentum of SGD",)),
+        ("optimizer.safetensors", "b", ("momentum of SGD, or", "AdamW's two means", "and number of steps")),
         ("queue.safetensors", "c", ("keys, labels", "keys pushed so far")),
         ("state.json", "d", ("step", "resume identity", "digest of the shards", "SHA-256 of the files")),
     )

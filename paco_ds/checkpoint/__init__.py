@@ -1,13 +1,13 @@
 """Checkpoints: the state from which a run resumes exactly, at any ZeRO stage and legal number of ranks.
 
-A checkpoint is a folder step-NNNNNNNN of safetensors (float32 weights and buffers; momentum; queue) and state.json
-(step, recipe, manifest, digests of the files and of itself). It is written under a temporary name, read back, and
-renamed. A damaged checkpoint is detected by its digests, and the previous one is used.
+A checkpoint is a folder step-NNNNNNNN of safetensors (float32 weights and buffers; states of the optimizer; queue) and
+state.json (step, recipe, manifest, digests of the files and of itself). It is written under a temporary name, read
+back, and renamed. A damaged checkpoint is detected by its digests, and the previous one is used.
 """
 
 from paco_ds.checkpoint.read import (
     MODEL,
-    MOMENTUM,
+    OPTIMIZER,
     QUEUE,
     Checkpoint,
     chosen_checkpoint,
@@ -21,7 +21,7 @@ from paco_ds.checkpoint.write import Checkpoints, recover, write_tensors
 
 __all__ = [
     "MODEL",
-    "MOMENTUM",
+    "OPTIMIZER",
     "QUEUE",
     "Checkpoint",
     "Checkpoints",

@@ -24,9 +24,10 @@ from paco_ds.files import sha256_file
 logger = logging.getLogger(__name__)
 
 FORMAT = "paco_ds checkpoint"
-VERSION = 2  # 1, of 0.8 and 0.9, has no STATE_DIGEST
+VERSIONS = (1, 2, 3)  # 1, of 0.8 and 0.9, has no STATE_DIGEST; until 2 the optimizer was SGD, in MOMENTUM
 BEST = "best"  # folder of the best weights on the validation split
-MODEL, MOMENTUM, QUEUE, STATE = "model.safetensors", "momentum.safetensors", "queue.safetensors", "state.json"
+MODEL, OPTIMIZER, QUEUE, STATE = "model.safetensors", "optimizer.safetensors", "queue.safetensors", "state.json"
+MOMENTUM = "momentum.safetensors"
 STATE_DIGEST = "state_sha256"  # entry of state.json: of all its other entries
 OLD = ".old"  # ending of what is being replaced
 
@@ -39,7 +40,9 @@ class _State(BaseModel):
     step: int = Field(ge=0)
     meaning: dict[str, Any]
     manifest_sha256: str
-    sha256: dict[Literal["model.safetensors", "momentum.safetensors", "queue.safetensors"], str]
+    sha256: dict[
+        Literal["model.safetensors", "optimizer.safetensors", "momentum.safetensors", "queue.safetensors"], str
+    ]
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,12 @@ class Checkpoint:
         """Weights and buffers by name, float32 (counters int64)."""
         return load_file(self.path / MODEL)
 
-    def momentum(self) -> dict[str, Tensor]:
-        """Momentum buffers by the name of their parameter, float32."""
-        return load_file(self.path / MOMENTUM)
+    def optimizer(self) -> dict[str, Tensor]:
+        """The optimizer's states, float32, by STATE.PARAMETER: momentum_buffer of SGD, exp_avg and exp_avg_sq of AdamW;
+        and `step`, how many steps AdamW has applied."""
+        if MOMENTUM in self.state["sha256"]:
+            return states_of_momentum(load_file(self.path / MOMENTUM))
+        return load_file(self.path / OPTIMIZER)
 
     def queue(self) -> dict[str, Tensor]:
         """The state of a `KeyQueue`; only for methods with a queue."""
@@ -77,6 +83,11 @@ class Checkpoint:
                 f"{self.path} was trained on other shards (manifest {trained_on[:12]}, now {manifest_sha256[:12]}): "
                 f"point data.shards at those, {remedy}"
             )
+
+
+def states_of_momentum(momentum: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The optimizer's states as `Checkpoint.optimizer` names them, of a file of momentum by parameter, until 0.13."""
+    return {f"momentum_buffer.{name}": tensor for name, tensor in momentum.items()}
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -107,10 +118,8 @@ def _read_state(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{damaged} it is nested too deep") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{damaged} {error}") from None
-    if digest is None or state.get("format") != FORMAT or state.get("version") not in (1, VERSION):
-        raise CheckpointError(
-            f"{path / STATE} is not a '{FORMAT}' of version {VERSION} or 1, those that this paco_ds reads"
-        )
+    if digest is None or state.get("format") != FORMAT or state.get("version") not in VERSIONS:
+        raise CheckpointError(f"{path / STATE} is not a '{FORMAT}' of version 1, 2 or 3, those that this paco_ds reads")
     if (STATE_DIGEST in state or state["version"] != 1) and state.get(STATE_DIGEST) != digest:
         raise CheckpointError(f"checkpoint {path} is damaged: SHA-256 of the entries of {STATE} differs")
     try:

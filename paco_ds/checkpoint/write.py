@@ -21,12 +21,12 @@ from paco_ds.checkpoint.read import (
     BEST,
     FORMAT,
     MODEL,
-    MOMENTUM,
     OLD,
+    OPTIMIZER,
     QUEUE,
     STATE,
     STATE_DIGEST,
-    VERSION,
+    VERSIONS,
     Checkpoint,
     newest_checkpoint,
     read_best,
@@ -90,7 +90,7 @@ class Checkpoints:
         self,
         step: int,
         model: Iterable[tuple[str, Tensor]],
-        momentum: Iterable[tuple[str, Tensor]],
+        optimizer: Iterable[tuple[str, Tensor]],
         queue: Mapping[str, Tensor] | None,
         about: Mapping[str, Any],
         write: bool = True,
@@ -100,8 +100,8 @@ class Checkpoints:
         """Copy all tensors, and submit the writing of the checkpoint after `step` steps.
 
         Args:
-            model, momentum: (name, tensor) of all weights and buffers, and of all momentum buffers. Every rank
-                must iterate over them, since that is a collective; only a rank with `write` writes them.
+            model, optimizer: (name, tensor) of all weights and buffers, and of all states of the optimizer. Every
+                rank must iterate over them, since that is a collective; only a rank with `write` writes them.
             about: further entries of state.json (world size, versions).
             epoch_steps: steps of an epoch, for `checkpoint.keep_every_epochs`.
             saved: called with the folder once it is whole on disk, by whoever writes.
@@ -111,7 +111,7 @@ class Checkpoints:
             StorageError: the disk is full and the like; nothing of it is left, and earlier checkpoints stay.
         """
         self._writer.wait()
-        files = {MODEL: self._copied(MODEL, model, write), MOMENTUM: self._copied(MOMENTUM, momentum, write)}
+        files = {MODEL: self._copied(MODEL, model, write), OPTIMIZER: self._copied(OPTIMIZER, optimizer, write)}
         if queue is not None:
             files[QUEUE] = self._copied(QUEUE, queue.items(), write)
         if not write:
@@ -142,7 +142,7 @@ class Checkpoints:
     def _state(self, step: int) -> dict[str, Any]:
         return {
             "format": FORMAT,
-            "version": VERSION,
+            "version": VERSIONS[-1],
             "step": step,
             "meaning": self.recipe.resume_identity(),
             "manifest_sha256": self.manifest_sha256,
@@ -152,7 +152,7 @@ class Checkpoints:
         self, step: int, model: Iterable[tuple[str, Tensor]], about: Mapping[str, Any], write: bool = True
     ) -> None:
         """The weights after `step` steps as the best so far, in place of the previous best. As `save`, without
-        momentum and queue, since no run resumes from them."""
+        optimizer and queue, since no run resumes from them."""
         self._writer.wait()
         files = {MODEL: self._copied(MODEL, model, write)}
         state = self._state(step) | {"criterion": self.recipe.evaluation.checkpoint} | dict(about)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from paco_ds.config.loss import LossSettings
 from paco_ds.config.methods import Method
+from paco_ds.config.optimizer import OptimizerSettings, ScheduleSettings
 from paco_ds.config.section import RUNNING, Count, Fraction, Natural, NotNegative, Number, Positive, Section, running
 from paco_ds.config.views import TrainView, ViewSettings
 from paco_ds.errors import redacted
@@ -255,48 +256,6 @@ class StepSettings(Section):
         return {"linear": self.scale, "square_root": math.sqrt(self.scale), "none": 1.0}[self.lr_scaling]
 
 
-class OptimizerSettings(Section):
-    """SGD with momentum; weight decay on every parameter, as published."""
-
-    lr: Positive = Field(description="for the recipe's own step.micro_batches")
-    momentum: NotNegative = Field(0.9, lt=1, description="of SGD")
-    nesterov: bool = Field(False, description="Nesterov's momentum, as RIDE, SADE and BalPoE are published")
-    weight_decay: NotNegative = Field(5e-4, description="of every parameter, biases and BatchNorm too")
-    clip_norm: Positive | None = Field(None, description="largest global norm of the gradient")
-
-    @model_validator(mode="after")
-    def _nesterov_has_momentum(self) -> Self:
-        if self.nesterov and not self.momentum:
-            raise ValueError("nesterov looks ahead along the momentum, which is 0: set momentum or leave nesterov out")
-        return self
-
-
-class ScheduleSettings(Section):
-    """Linear warm-up, then half a cosine or milestones; changed every epoch (published) or every step."""
-
-    epochs: Count = Field(description="of the whole training")
-    warmup_epochs: Natural = Field(0, description="over which the rate rises linearly to its peak")
-    warmup_overshoot: bool = Field(
-        False, description="the epoch after warm-up still rises, above the peak (the published CIFAR code)"
-    )
-    per: Literal["epoch", "step"] = Field("epoch", description="how often the rate changes")
-    milestones: tuple[Count, ...] = Field(
-        (), description="epochs after which the rate is a tenth, in place of the cosine (CIFAR, published)"
-    )
-
-    @model_validator(mode="after")
-    def _milestones_are_reached(self) -> Self:
-        if list(self.milestones) != sorted(set(self.milestones)) or max(self.milestones, default=0) >= self.epochs:
-            raise ValueError(f"milestones {list(self.milestones)} must rise and lie inside {self.epochs} epochs")
-        return self
-
-    @model_validator(mode="after")
-    def _warmup_is_shorter(self) -> Self:
-        if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs {self.warmup_epochs} leaves nothing of {self.epochs} epochs; lower it")
-        return self
-
-
 def _true_as_default(value: Any) -> Any:
     """`engine.compile: true` of earlier versions is torch's default mode."""
     return "default" if value is True else value
@@ -470,6 +429,20 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _learning_rate_is_scaled_once(self) -> Self:
+        if self.optimizer.lr_per_256 and self.step.lr_scaling != "linear":
+            raise ValueError(
+                f"optimizer.lr_per_256 and step.lr_scaling {self.step.lr_scaling} both say how the learning rate "
+                "follows the images of a step: leave one of them out"
+            )
+        if self.schedule.minimum_lr >= self.lr:
+            raise ValueError(
+                f"schedule.minimum_lr {self.schedule.minimum_lr:g} is not below the peak learning rate {self.lr:g}: "
+                "lower it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _method_suits_run(self) -> Self:
         self.method.check(self)
         return self
@@ -494,8 +467,9 @@ class Recipe(Section):
 
     @property
     def lr(self) -> float:
-        """Peak learning rate of this run: the recipe's, scaled by `step.lr_scaling`."""
-        return self.optimizer.lr * self.step.lr_scale
+        """Peak learning rate of this run: the recipe's, scaled by `step.lr_scaling` or `optimizer.lr_per_256`."""
+        scale = self.step.global_batch / 256 if self.optimizer.lr_per_256 else self.step.lr_scale
+        return self.optimizer.lr * scale
 
     def resume_identity(self) -> dict[str, Any]:
         """The settings that decide what is learnt, as {dotted key: value}."""

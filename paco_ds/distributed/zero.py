@@ -1,4 +1,4 @@
-"""Read and set full weights and momentum at any ZeRO stage; moving average of partitioned weights.
+"""Read and set full weights and the optimizer's states at any ZeRO stage; moving average of partitioned weights.
 
 Stage 0 partitions nothing; stages 1 and 2 partition the optimizer's state; stage 3 partitions weights too.
 Two of the calls used here are private to DeepSpeed; tests/distributed pins them.
@@ -18,9 +18,9 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 
-MOMENTUM = "momentum_buffer"  # torch.optim.SGD's name
+STEP = "step"  # the state in which torch's optimizers count their steps
 
 
 def stage_of(engine: Any) -> int:
@@ -41,35 +41,59 @@ def whole_model(engine: Any) -> Iterator[tuple[str, Tensor]]:
         yield name, (parameter if weight is None else weight).detach().float()
 
 
-def whole_momentum(engine: Any) -> Iterator[tuple[str, Tensor]]:
-    """(name, momentum) of every trained parameter; zeros before the first step. A collective; copy what is to be kept,
-    as of `whole_model`."""
-    for name, parameter in engine.module.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if stage_of(engine) == 0:
-            momentum = engine.optimizer.state[parameter].get(MOMENTUM)
-        else:
-            _make_momentum(engine)
-            momentum = safe_get_full_optimizer_state(parameter, MOMENTUM)
-        shape = getattr(parameter, "ds_shape", parameter.shape)
-        yield name, torch.zeros(shape) if momentum is None else momentum.detach().view(shape)
+def whole_states(engine: Any) -> Iterator[tuple[str, Tensor]]:
+    """(STATE.PARAMETER, tensor) of every state that the optimizer keeps of a trained parameter, float32, as
+    `momentum_buffer.centers.weight`; zeros before the first step; and ("step", their number) of an optimizer that
+    counts the steps it applied. A collective; copy what is to be kept, as of `whole_model`."""
+    base = _base(engine)
+    if stage_of(engine) == 0:
+        yield from plain_states(base, engine.module)
+        return
+    begin_states(engine)
+    for state in base.per_weight:
+        for name, parameter in _trained(engine.module):
+            whole = safe_get_full_optimizer_state(parameter, state)
+            yield f"{state}.{name}", whole.detach().view(getattr(parameter, "ds_shape", parameter.shape))
+    if base.counts_steps:
+        yield STEP, base.state[_partitions(engine)[0]][STEP]
 
 
-def set_momentum(engine: Any, momentum: Mapping[str, Tensor]) -> None:
-    """Set full momentum buffers, as `whole_momentum` gave them at any stage and world size."""
-    _make_momentum(engine)
-    for name, parameter in engine.module.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if stage_of(engine) == 0:
-            engine.optimizer.state[parameter][MOMENTUM] = momentum[name].to(parameter.device).clone()
-        elif stage_of(engine) == 3:
-            safe_set_local_optimizer_state(
-                parameter, _own_partition(parameter, momentum[name].to(engine.device)), MOMENTUM
-            )
-        else:
-            safe_set_full_optimizer_state(parameter, momentum[name].to(engine.device), MOMENTUM)
+def plain_states(optimizer: Any, model: Module) -> Iterator[tuple[str, Tensor]]:
+    """As `whole_states`, of a `GuardedOptimizer` of a model that nothing partitions."""
+    trained = _trained(model)
+    for _, parameter in trained:
+        optimizer.begin(parameter)
+    for state in optimizer.per_weight:
+        yield from ((f"{state}.{name}", optimizer.state[parameter][state]) for name, parameter in trained)
+    if optimizer.counts_steps and trained:
+        yield STEP, optimizer.state[trained[0][1]][STEP]
+
+
+def set_states(engine: Any, states: Mapping[str, Tensor]) -> None:
+    """Set all states of the optimizer, as `whole_states` gave them at any stage and world size."""
+    begin_states(engine)
+    base = _base(engine)
+    for state in base.per_weight:
+        for name, parameter in _trained(engine.module):
+            whole = states[f"{state}.{name}"].to(engine.device)
+            if stage_of(engine) == 0:
+                base.state[parameter][state].copy_(whole)
+            elif stage_of(engine) == 3:
+                safe_set_local_optimizer_state(parameter, _own_partition(parameter, whole), state)
+            else:
+                safe_set_full_optimizer_state(parameter, whole, state)
+    if base.counts_steps:
+        for partition in _partitions(engine):
+            base.state[partition][STEP].copy_(states[STEP])
+
+
+def begin_states(engine: Any) -> None:
+    """Make the states before the first step, which are zero: ZeRO reads and writes only what exists."""
+    base = _base(engine)
+    for partition in _partitions(engine):
+        base.begin(partition)
+    if stage_of(engine) in (1, 2):
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 @torch.no_grad()
@@ -105,18 +129,17 @@ def _own_partition(parameter: Any, whole: Tensor) -> Tensor:
     return torch.nn.functional.pad(part, (0, size - len(part)))
 
 
-def _make_momentum(engine: Any) -> None:
-    """SGD has no momentum before its first step; ZeRO reads and writes only what exists."""
-    stage = stage_of(engine)
-    if stage == 0:
-        return
-    base = engine.optimizer.optimizer
-    if stage == 3:
-        flat = engine.optimizer.fp32_partitioned_groups_flat
-    else:
-        flat = [p for group in base.param_groups for p in group["params"]]
-    for partition in flat:
-        if MOMENTUM not in base.state[partition]:
-            base.state[partition][MOMENTUM] = torch.zeros_like(partition)
-    if stage < 3:
-        engine.optimizer._lazy_init_hp_params_optimizer_state()
+def _trained(model: Module) -> list[tuple[str, Parameter]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def _base(engine: Any) -> Any:
+    """The `GuardedOptimizer` inside."""
+    return engine.optimizer if stage_of(engine) == 0 else engine.optimizer.optimizer
+
+
+def _partitions(engine: Any) -> list[Tensor]:
+    """What the optimizer updates on this rank: the trained parameters, or from stage 1 on flat parts of its groups."""
+    if stage_of(engine) == 3:
+        return list(engine.optimizer.fp32_partitioned_groups_flat)
+    return [p for group in _base(engine).param_groups for p in group["params"]]

@@ -51,11 +51,22 @@ class Backbone(nn.Module):
 
         Names are those of `named_parameters()`. Layers after the last block, as a norm, have the greatest depth.
         """
+        depths = self._depths()
+        return None if depths is None else {f"network.{name}": depth for name, depth in depths.items() if name}
+
+    def head_depth(self) -> int:
+        """The depth of a classifier on the feature by the same groups, where there are some. Layers that no group of
+        the network names, as a norm after pooling, have it too."""
+        depths = self._depths()
+        assert depths is not None
+        return depths[""]
+
+    def _depths(self) -> dict[str, int] | None:
+        """Depths by the network's own names, and by "" that of what none of its groups names."""
         if self.family is None or self.family.depths is None:
             return None
         names = [name.removeprefix("network.") for name, _ in self.named_parameters()]
-        depths = self.family.depths(names, self._whole)
-        return None if depths is None else {f"network.{name}": depth for name, depth in depths.items()}
+        return self.family.depths([*names, ""], self._whole)
 
     def not_decayed(self) -> set[str]:
         """Names of `named_parameters()` that the network's authors train without weight decay, beside norms and

@@ -1,17 +1,18 @@
 """Peak memory of one rank in a step, by part, for any ZeRO stage.
 
 P is the bytes of trained weights (query encoder and centers, float32), Kp those of the key encoder, W ranks, A
-micro-batches per rank. What a stage holds was read from DeepSpeed 0.19; tests compare it with real runs.
+micro-batches per rank. s is the optimizer's states of a weight: 1 of SGD with
+momentum, 2 of AdamW. What a stage holds was read from DeepSpeed 0.19; tests compare it with real runs.
 
-    stage   weights          momentum   copies of weights   gradients
-    0       P + Kp           P          -                   P, and as much flat
-    1       P + Kp           P / W      P / W               P, and a bucket
-    2       P + Kp           P / W      P / W               P / W if A > 1, and a bucket
-    3       (P + Kp) / W     P / W      P / W, and those    P / W, and a bucket
+    stage   weights          states     copies of weights   gradients
+    0       P + Kp           s P        -                   P, and as much flat
+    1       P + Kp           s P / W    P / W               P, and a bucket
+    2       P + Kp           s P / W    P / W               P / W if A > 1, and a bucket
+    3       (P + Kp) / W     s P / W    P / W, and those    P / W, and a bucket
                                         gathered in use
 
 If not all gradients fit into a bucket, stages 2 and 3 reduce it while activations are held, and stage 2 holds P / W of
-reduced gradients. With `offload_optimizer`, momentum, weight copies and gradients of the rank's partition are in host
+reduced gradients. With `offload_optimizer`, states, weight copies and gradients of the rank's partition are in host
 memory, see `_RankMemory.offloaded`.
 """
 
@@ -31,7 +32,7 @@ PARTS = (
     "key encoder",
     "weights gathered",
     "own weights, copy",
-    "momentum",
+    "optimizer states",
     "offloaded optimizer",
     "gradients",
     "reduction buckets",
@@ -112,7 +113,7 @@ class _RankMemory:
         kept = 0 if offloads(zero) else self._own  # of the optimizer's partition
         parts = {
             "buffers": trace.buffers + 2 * FLOAT * trace.statistics,
-            "momentum": trained if zero.stage == 0 else kept,
+            "optimizer states": recipe.optimizer.states * (trained if zero.stage == 0 else kept),
         }
         if zero.stage < 3:
             parts |= {"query encoder, centers": trained, "key encoder": followed}
@@ -203,11 +204,11 @@ class _RankMemory:
         }
 
     def offloaded(self) -> int:
-        """Bytes on the host: weights, momentum and gradients of the rank's partition and a buffer of its size; at stage
-        2 also accumulated gradients. Below stage 3 gradients pass through a buffer of one parameter."""
+        """Bytes on the host: weights, states and gradients of the rank's partition and a buffer of its size; at stage 2
+        also accumulated gradients. Below stage 3 gradients pass through a buffer of one parameter."""
         if not offloads(self.zero):
             return 0
-        shares = 5 if self.zero.stage == 2 and self.rank.layout.accumulation > 1 else 4
+        shares = 3 + self.rank.recipe.optimizer.states + (self.zero.stage == 2 and self.rank.layout.accumulation > 1)
         passing = self._largest_gradient if self.zero.stage < 3 else 0
         return shares * self._own + passing
 

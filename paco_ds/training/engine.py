@@ -12,15 +12,17 @@ from typing import Any
 import deepspeed
 from deepspeed.runtime import compiler
 
+from paco_ds.config.optimizer import OptimizerSettings
 from paco_ds.config.parse import brief, read_json
-from paco_ds.config.recipe import EngineSettings, OptimizerSettings, StepSettings
+from paco_ds.config.recipe import EngineSettings, StepSettings
 from paco_ds.config.shipped import DEEPSPEED
 from paco_ds.distributed.launch import environment_ranks, join_job
 from paco_ds.distributed.ranks import MicroBatchLayout, Ranks
+from paco_ds.distributed.zero import begin_states
 from paco_ds.errors import RecipeError, UserError
 from paco_ds.models.execution import Hardware, choose, choose_kernels, prepare
 from paco_ds.models.recogniser import Recogniser
-from paco_ds.training.optimizer import GuardedSGD
+from paco_ds.training.optimizer import GuardedOptimizer, make_optimizer
 
 _OWNED = {  # DeepSpeed keys that the recipe decides: {key: recipe setting}
     "train_batch_size": "step.micro_batch and step.micro_batches",
@@ -134,7 +136,7 @@ def autocast_of(config: Mapping[str, Any]) -> bool | None:
 
 
 def _check_offload(path: Path, zero: dict[str, Any]) -> None:
-    """The optimizer's weights and momentum may be in host memory; other kinds of offload are not supported."""
+    """The optimizer's weights and states may be in host memory; other kinds of offload are not supported."""
     if "offload_param" in zero:
         raise RecipeError(
             f"engine.deepspeed: {path} has 'offload_param', with which the key encoder's moving average is not proven; "
@@ -183,7 +185,7 @@ def init_distributed(backend: str) -> None:
 def import_muon_uncompiled() -> None:
     """Import DeepSpeed's Muon without compiling it, before DeepSpeed does.
 
-    DeepSpeed imports it to ask whether our SGD is it, and decorates three functions with torch.compile on the way.
+    DeepSpeed imports it to ask whether ours is it, and decorates three functions with torch.compile on the way.
     That loads the compiler: 4 s of a core at the start of every rank, for functions that are not called.
     """
     compiled = compiler.compile
@@ -201,7 +203,7 @@ def initialise(
     execution: EngineSettings,
     config: Mapping[str, Any],
     layout: MicroBatchLayout,
-) -> tuple[Any, GuardedSGD]:
+) -> tuple[Any, GuardedOptimizer]:
     """(DeepSpeed engine around the model, the optimizer inside it). Load initial weights first: DeepSpeed copies them.
 
     Args:
@@ -212,21 +214,13 @@ def initialise(
     stage = config.get("zero_optimization", {}).get("stage", 0)
     choose_kernels(execution)
     prepare(model, execution, stage)
-    optimizer = GuardedSGD(
-        [p for p in model.parameters() if p.requires_grad],
-        lr,
-        clip_norm=settings.clip_norm,
-        whole=stage == 0,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-        nesterov=settings.nesterov,
-    )
+    optimizer = make_optimizer(model, settings, lr, whole=stage == 0)
     complete = {
         **{key: value for key, value in config.items() if key != "torch_autocast"},
         "train_micro_batch_size_per_gpu": layout.micro_batch,
         "gradient_accumulation_steps": layout.accumulation,
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # offload with SGD, of which DeepSpeed has no CPU version
+        "zero_force_ds_cpu_optimizer": False,  # offload with our optimizers, of which DeepSpeed has no CPU version
         "steps_per_print": 10**9,
         # its timer of throughput waits for the device three times a micro-batch
         "timers": {"throughput": {"enabled": False}},
@@ -240,4 +234,5 @@ def initialise(
     import_muon_uncompiled()
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=complete)
     engine.enable_backward_allreduce = stage > 0  # see `GradientMean`
+    begin_states(engine)  # DeepSpeed links those of all groups once, after the first step of the first group
     return engine, optimizer

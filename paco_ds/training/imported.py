@@ -18,11 +18,13 @@ from paco_ds.config.load import load_recipe
 from paco_ds.config.recipe import ModelSettings, QueueSettings
 from paco_ds.contrast.key_queue import KeyQueue
 from paco_ds.data.manifest import open_data
+from paco_ds.distributed.zero import plain_states
 from paco_ds.errors import RecipeError
 from paco_ds.evaluation.results import versions
 from paco_ds.files import replace_text, sha256_file, storage_errors
 from paco_ds.models.recogniser import Recogniser
 from paco_ds.training.build import Classes, build_model
+from paco_ds.training.optimizer import make_optimizer
 from paco_ds.training.published import NETWORK, Published, read_published
 from paco_ds.training.recognised import backbone_of
 from paco_ds.training.weight_files import weights_file
@@ -52,7 +54,7 @@ def import_published(
 ) -> Imported:
     """Write `recipe.yaml` and a checkpoint of step 0 into a run directory without checkpoints.
 
-    Momentum buffers are zero, as at a start: the file's belong to another order of parameters.
+    The optimizer's states are zero, as at a start: the file's belong to another order of parameters.
 
     Args:
         new_classifier: leave out the file's classifier, and the keys of its classes; that of the run is drawn.
@@ -94,11 +96,11 @@ def import_published(
             "fresh": imported.fresh,
         },
     }
-    momentum = [(name, torch.zeros_like(p)) for name, p in model.named_parameters() if p.requires_grad]
+    states = plain_states(make_optimizer(model, recipe.optimizer, recipe.lr, whole=True), model)
     weights = [(name, tensor) for name, tensor in model.state_dict().items()]
     with _whole_run(run):
         replace_text(run / "recipe.yaml", recipe.to_yaml())
-        Checkpoints(run, recipe, manifest.sha256).save(0, weights, momentum, queue, about)
+        Checkpoints(run, recipe, manifest.sha256).save(0, weights, states, queue, about)
     return imported
 
 

@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from paco_ds.checkpoint import MODEL, MOMENTUM, QUEUE, write_tensors
+from paco_ds.checkpoint import MODEL, OPTIMIZER, QUEUE, write_tensors
+from paco_ds.checkpoint.read import MOMENTUM, states_of_momentum
 from paco_ds.config.load import load_recipe
 from paco_ds.config.parse import read_json
 from paco_ds.config.recipe import Recipe
@@ -26,7 +27,7 @@ from paco_ds.data.manifest import open_data
 from paco_ds.data.shard import ShardReader
 from paco_ds.data.stream.batches import MicroBatch
 from paco_ds.distributed.ranks import Ranks
-from paco_ds.distributed.zero import set_momentum, whole_model, whole_momentum
+from paco_ds.distributed.zero import set_states, whole_model, whole_states
 from paco_ds.errors import CheckpointError
 from paco_ds.files import replace_text, sha256_file
 from paco_ds.models.output import ModelOutput
@@ -68,7 +69,7 @@ def keep_step(
         write_tensors(folder / f"micro-batch-{j:05d}.safetensors", contiguous)
     files: dict[str, Iterable[tuple[str, Tensor]]] = {
         MODEL: whole_model(step.engine),
-        MOMENTUM: whole_momentum(step.engine),
+        OPTIMIZER: whole_states(step.engine),
     }
     if step.contrast is not None:
         files[QUEUE] = step.contrast.queue.state_dict().items()
@@ -95,7 +96,7 @@ class Replayed:
         result: of the step on one rank.
         losses: of each micro-batch, in order.
         first: name of the first module whose output was not finite, and the micro-batch; None if none was.
-        weights: names of weights, buffers or momentum that were not finite before the step.
+        weights: names of weights, buffers or states of the optimizer that were not finite before the step.
         gradients: names of parameters whose gradient is not finite, and the largest norms of the others.
     """
 
@@ -149,7 +150,7 @@ def read_kept_step(folder: Path) -> KeptStep:
         paths = [folder / f"micro-batch-{j:05d}.safetensors" for j in range(recipe.step.micro_batches)]
         batches = [_micro_batch(load_file(path)) for path in paths]
         digests = about["sha256"]
-        state = {name: load_file(folder / name) for name in (MODEL, MOMENTUM, QUEUE) if name in digests}
+        state = {name: load_file(folder / name) for name in (MODEL, OPTIMIZER, MOMENTUM, QUEUE) if name in digests}
         read = [*state, *(path.name for path in paths)]
         damaged = [name for name in read if sha256_file(folder / name) != digests.get(name)]
     except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
@@ -158,6 +159,8 @@ def read_kept_step(folder: Path) -> KeptStep:
         ) from None
     if damaged:
         raise CheckpointError(f"{folder}: {', '.join(damaged)} is damaged: its digest is not that in {ABOUT}")
+    if MOMENTUM in state:
+        state[OPTIMIZER] = states_of_momentum(state.pop(MOMENTUM))
     return KeptStep(about, recipe, batches, state)
 
 
@@ -183,7 +186,7 @@ def replay(kept: KeptStep, ranks: Ranks) -> Replayed:
         total_steps=about["total_steps"],
         steps_per_epoch=about["steps_per_epoch"],
     )
-    set_momentum(step.engine, state[MOMENTUM])
+    set_states(step.engine, state[OPTIMIZER])
     if step.contrast is not None:
         step.contrast.queue.load_state_dict(state[QUEUE])
     losses: list[float] = []
@@ -191,7 +194,7 @@ def replay(kept: KeptStep, ranks: Ranks) -> Replayed:
     gradients: list[tuple[str, float]] = []
     step.optimizer.register_step_pre_hook(lambda *_: gradients.extend(_norms(step.engine.module)))
     result = step(about["step"], kept.micro_batches, about["lr"])
-    weights = [name for name, t in [*state[MODEL].items(), *state[MOMENTUM].items()] if not torch.isfinite(t).all()]
+    weights = [name for name, t in [*state[MODEL].items(), *state[OPTIMIZER].items()] if not torch.isfinite(t).all()]
     step.engine.destroy()
     return Replayed(about, result, losses, first[0] if first else None, weights, gradients)
 

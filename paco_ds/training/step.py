@@ -10,9 +10,9 @@ With one encoder for both views (GPaCo) there is no 1 and 2: the rows of both vi
 gradient, and those of the second views are gathered, without gradient, for the queue.
 
 A step in which keys, a loss, running statistics or a gradient norm are not finite on any rank is skipped: weights,
-momentum, statistics and queue stay as they were on every rank. So is one whose gradient norm is far off the usual,
-where `engine.max_grad_norm_ratio` says so. Only the key encoder's moving average may have been updated, which is finite
-whenever the weights are.
+states of the optimizer, statistics and queue stay as they were on every rank. So is one whose gradient norm is far off
+the usual, where `engine.max_grad_norm_ratio` says so. Only the key encoder's moving average may have been updated,
+which is finite whenever the weights are.
 
 The host does not wait for the device in a step: what is not finite is found, and the step refused, on the device. Its
 figures are copied to the host behind it.
@@ -42,7 +42,8 @@ from paco_ds.training.batch_norm import RunningStatistics
 from paco_ds.training.forward import Forward, ForwardResult
 from paco_ds.training.gradients import GradientMean
 from paco_ds.training.mixup import CutMix, Mixup
-from paco_ds.training.optimizer import GuardedSGD, UsualNorm
+from paco_ds.training.optimizer import GuardedOptimizer, UsualNorm
+from paco_ds.training.parameter_groups import LR_FACTOR
 from paco_ds.training.step_result import StepResult, pack
 from paco_ds.training.totals import StepTotals
 
@@ -69,7 +70,7 @@ class Step:
     def __init__(
         self,
         engine: Any,
-        optimizer: GuardedSGD,
+        optimizer: GuardedOptimizer,
         forward: Forward,
         layout: MicroBatchLayout,
         ranks: Ranks,
@@ -115,7 +116,7 @@ class Step:
             key_images: what `begin_exchange` gave for this step, on every rank; by default it is called now.
         """
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group[LR_FACTOR]
         if self.steps_per_epoch is not None:
             self._begin_epoch(step // self.steps_per_epoch)
         replaced = sum(len(b.replaced) for b in micro_batches)

@@ -27,7 +27,7 @@ from paco_ds.data.stream.batches import MicroBatch
 from paco_ds.distributed.folder_lock import FolderLock
 from paco_ds.distributed.heartbeat import Heartbeat
 from paco_ds.distributed.ranks import MicroBatchLayout, Ranks, SharedFlag
-from paco_ds.distributed.zero import set_momentum, stage_of, whole_model, whole_momentum
+from paco_ds.distributed.zero import set_states, stage_of, whole_model, whole_states
 from paco_ds.errors import NotFiniteError, RecipeError, UserError
 from paco_ds.evaluation.accuracy import ShotAccuracy
 from paco_ds.evaluation.results import about_process, now, versions, write_results
@@ -159,7 +159,7 @@ class Trainer:
         self.queue = self.step.contrast.queue if self.step.contrast else None
         if checkpoint:
             self.step.usual_norm = UsualNorm(**checkpoint.state.get("usual_norm", {}), device=ranks.device)
-            set_momentum(self.engine, checkpoint.momentum())
+            set_states(self.engine, checkpoint.optimizer())
             if self.queue is not None:
                 self.queue.load_state_dict(checkpoint.queue())
         self.images = ImagesAhead(self.stream, self.step.begin_exchange, self._looks_ahead, start=self.steps_done)
@@ -352,7 +352,7 @@ class Trainer:
         self.checkpoints.save(
             self.steps_done,
             whole_model(self.engine),
-            whole_momentum(self.engine),
+            whole_states(self.engine),
             self.queue.state_dict() if self.queue is not None else None,
             about={
                 "world_size": self.ranks.world_size,
@@ -446,6 +446,11 @@ class Trainer:
             self.logger.say(
                 f"starts from {recipe.model.start_from}: {self.started_from.in_words()}; all names: "
                 f"{self.run_dir / STARTED_FROM}"
+            )
+        if recipe.optimizer.lr_per_256:
+            self.logger.say(
+                f"peak learning rate {recipe.lr:g}: {recipe.optimizer.lr:g} for 256 images, and a step has "
+                f"{step.global_batch}"
             )
         if recipe.step.scale != 1:
             self.logger.say(

@@ -7,6 +7,7 @@ with one encoder and no queue.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -29,10 +30,14 @@ def plain_steps(
     lr: float,
     state: dict[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
+    group_of: Callable[[str, Tensor], tuple[float, float]] | None = None,
 ) -> Outcome:
     """The recipe's first `steps` steps on made images, from its initial weights or those of `state`.
 
     Encoders compute in `dtype`; what they hand over, and the loss, is float32.
+
+    Args:
+        group_of: (factor of the learning rate, weight decay) of a parameter by its name; by default (1, the recipe's).
     """
     model = model_of(recipe, len(CLASS_COUNTS), *NORMALIZATION)
     if state:
@@ -40,7 +45,12 @@ def plain_steps(
     model.to(dtype)
     before = copy.deepcopy(model.state_dict())
     trained = [p for p in model.parameters() if p.requires_grad]
-    velocity = [torch.zeros_like(p) for p in trained]
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        group_of(*pair) if group_of else (1.0, recipe.optimizer.weight_decay)
+        for pair in zip(names, trained, strict=True)
+    ]
+    velocity, squares = ([torch.zeros_like(p) for p in trained] for _ in range(2))
     norms: list[Any] = [
         m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
     ]
@@ -91,13 +101,22 @@ def plain_steps(
             norm.running_mean.copy_(mean)
             norm.running_var.copy_(var)
             norm.num_batches_tracked.fill_(step + 1)
-        _sgd(trained, velocity, recipe, lr)
+        if recipe.optimizer.name == "adamw":
+            _adamw(trained, velocity, squares, groups, recipe, lr, step + 1)
+        else:
+            _sgd(trained, velocity, recipe, lr)
         if recipe.queue.length:
             keys = torch.cat(second_rows) if keys is None else keys
             queue_keys = torch.cat([queue_keys, keys])[-recipe.queue.length :]
             queue_labels = torch.cat([queue_labels, labels])[-recipe.queue.length :]
         losses.append(step_loss)
-    return Outcome(losses, before, copy.deepcopy(model.state_dict()), {}, {})
+    if recipe.optimizer.name == "sgd":
+        states = {f"momentum_buffer.{name}": v for name, v in zip(names, velocity, strict=True)}
+    else:
+        states = {f"exp_avg.{name}": v for name, v in zip(names, velocity, strict=True)}
+        states |= {f"exp_avg_sq.{name}": v for name, v in zip(names, squares, strict=True)}
+        states["step"] = torch.tensor(float(steps))
+    return Outcome(losses, before, copy.deepcopy(model.state_dict()), states, {})
 
 
 def _follow(model: Recogniser, momentum: float) -> None:
@@ -217,6 +236,29 @@ def _anchor_loss(recipe: Recipe, label: Tensor, logits: Tensor, anchor: Tensor, 
     log_p = F.log_softmax(torch.cat([z, rows @ anchor / settings.temperature]), 0)
     weights = torch.cat([F.one_hot(label, len(z)).float(), settings.alpha * same.float()])
     return -(weights * log_p).sum() / weights.sum()
+
+
+def _adamw(
+    parameters: list[nn.Parameter],
+    means: list[Tensor],
+    squares: list[Tensor],
+    groups: list[tuple[float, float]],
+    recipe: Recipe,
+    lr: float,
+    number: int,
+) -> None:
+    """Loshchilov and Hutter 2019, Algorithm 2, step `number` from 1."""
+    settings = recipe.optimizer
+    one, two = settings.betas
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.stack([(gradient**2).sum() for gradient in gradients]).sum().sqrt()
+    clip = min(1.0, settings.clip_norm / norm.item()) if settings.clip_norm else 1.0
+    with torch.no_grad():
+        for p, gradient, m, v, (factor, decay) in zip(parameters, gradients, means, squares, groups, strict=True):
+            m.mul_(one).add_((1 - one) * clip * gradient)
+            v.mul_(two).add_((1 - two) * (clip * gradient) ** 2)
+            update = (m / (1 - one**number)) / ((v / (1 - two**number)).sqrt() + settings.eps)
+            p.sub_(lr * factor * (update + decay * p))
 
 
 def _sgd(parameters: list[nn.Parameter], velocity: list[Tensor], recipe: Recipe, lr: float) -> None:

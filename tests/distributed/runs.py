@@ -13,7 +13,7 @@ from torch import Tensor
 from paco_ds.config.recipe import Recipe
 from paco_ds.data.stream.batches import MicroBatch
 from paco_ds.distributed.ranks import ByteCounter, Ranks
-from paco_ds.distributed.zero import set_momentum, whole_model, whole_momentum
+from paco_ds.distributed.zero import set_states, whole_model, whole_states
 from paco_ds.errors import RecipeError, TrainingError
 from paco_ds.losses.base import Anchors, LossOutput
 from paco_ds.training.agreement import check_replicas_equal
@@ -31,12 +31,12 @@ TOTAL_STEPS = 20  # of a schedule
 
 @dataclass
 class Outcome:
-    """Losses of the steps, the model before and after, momentum, queue, and what else a test asks for."""
+    """Losses of the steps, the model before and after, the optimizer's states, queue, and what a test asks for."""
 
     losses: list[float]
     before: dict[str, Tensor]
     after: dict[str, Tensor]
-    momentum: dict[str, Tensor]
+    states: dict[str, Tensor]
     queue: dict[str, Tensor]
     skipped: list[str | None] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
@@ -96,7 +96,7 @@ def outcome_of(step: Step, before: dict[str, Tensor], results: list[StepResult])
         losses=[r.loss for r in results],
         before=before,
         after=_on_cpu(whole_model(step.engine)),
-        momentum=_on_cpu(whole_momentum(step.engine)),
+        states=_on_cpu(whole_states(step.engine)),
         queue=_on_cpu(step.contrast.queue.state_dict().items()) if step.contrast else {},
         skipped=[r.skipped for r in results],
         grad_norms=[r.grad_norm for r in results],
@@ -195,15 +195,17 @@ def error_of_compile_at_stage_3(ranks: Ranks) -> str:
     return ""
 
 
-def momentum_there_and_back(ranks: Ranks, stage: int, zero: dict[str, Any] | None = None) -> bool:
-    """True if momentum put into a fresh engine reads back bit for bit, and is zero before that."""
-    recipe = tiny_recipe()
+def states_there_and_back(
+    ranks: Ranks, stage: int, overrides: tuple[str, ...] = (), zero: dict[str, Any] | None = None
+) -> bool:
+    """True if the optimizer's states put into a fresh engine read back bit for bit, and are zero before that."""
+    recipe = tiny_recipe(*overrides)
     step = make_step(ranks, recipe, deepspeed_config(stage, autocast=False, **(zero or {})))
-    fresh = dict(whole_momentum(step.engine))
+    fresh = _on_cpu(whole_states(step.engine))
     generator = torch.Generator().manual_seed(0)
     wanted = {name: torch.randn(t.shape, generator=generator) for name, t in fresh.items()}
-    set_momentum(step.engine, wanted)
-    read = dict(whole_momentum(step.engine))
+    set_states(step.engine, wanted)
+    read = dict(whole_states(step.engine))
     step.engine.destroy()
     return all(not t.any() for t in fresh.values()) and all(torch.equal(read[n], wanted[n]) for n in wanted)
 

@@ -69,9 +69,9 @@ def test_a_missed_average_is_noticed(pool):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_momentum_goes_in_and_out_of_host_memory(pool, stage):
+def test_the_optimizers_states_go_in_and_out_of_host_memory(pool, stage):
     """What checkpoints need of an offloaded optimizer."""
-    assert all(pool(2).run("tests.distributed.runs:momentum_there_and_back", stage=stage, zero=OFFLOAD))
+    assert all(pool(2).run("tests.distributed.runs:states_there_and_back", stage=stage, zero=OFFLOAD))
 
 
 @pytest.mark.parametrize(("stage", "fault"), [(1, "loss"), (1, "gradient"), (2, "gradient"), (3, "loss")])
@@ -83,8 +83,8 @@ def test_an_offloaded_optimizer_takes_the_step_of_one_process(pool, stage, fault
     arguments = {"stage": stage, "zero": OFFLOAD, "fault_rank": 1, "overrides": overrides}
     for before, after, later in pool(2).run("tests.distributed.runs:state_around_a_fault", fault=fault, **arguments):
         assert (after.skipped, later.skipped) == ([fault], [None])
-        for name, value in {**before.after, **before.momentum}.items():
-            changed = {**after.after, **after.momentum}[name]
+        for name, value in {**before.after, **before.states}.items():
+            changed = {**after.after, **after.states}[name]
             assert "key_encoder" in name or value.equal(changed), name
 
 
@@ -118,7 +118,7 @@ def test_one_encoder_changes_nothing_where_something_is_not_finite(pool, fault):
     arguments = {"stage": 1, "fault": fault, "fault_rank": 1, "overrides": ONE_ENCODER}
     for before, after, later in pool(2).run("tests.distributed.runs:state_around_a_fault", **arguments):
         assert (after.skipped, later.skipped) == ([fault], [None])
-        for kind in ("after", "momentum", "queue"):
+        for kind in ("after", "states", "queue"):
             for name, value in getattr(before, kind).items():
                 assert value.equal(getattr(after, kind)[name]), name
 
@@ -136,7 +136,7 @@ def test_images_sent_a_step_ahead_change_no_bit_and_no_byte(pool, world_size, st
         assert outcome.skipped == [None, "keys", None, None]
         assert outcome.bytes_sent == expected.bytes_sent
         assert ("all_to_all" in outcome.bytes_sent) == (world_size > 1 and batch_norm == "shuffle")
-        for kind in ("after", "momentum", "queue"):
+        for kind in ("after", "states", "queue"):
             for name, value in getattr(expected, kind).items():
                 assert value.equal(getattr(outcome, kind)[name]), name
 

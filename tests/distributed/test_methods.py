@@ -72,7 +72,7 @@ def test_supcon_leaves_centers_alone_at_every_stage(outcome, stage):
     two = outcome(2, stage, *settings_of("supcon"), "optimizer.weight_decay=0.5")
     assert moved(two, "centers") == 0
     assert moved(two, "query_encoder") > 0
-    assert not any("centers" in name for name in two.momentum)
+    assert not any("centers" in name for name in two.states)
 
 
 @pytest.mark.parametrize("overrides", [("key_encoder=none",), ("model.experts=2",)], ids=["two_views", "experts"])
@@ -114,7 +114,7 @@ def resumed(pool, shards, folder: Path, stage: int, method: tuple[str, ...], sto
         checkpoint = newest_checkpoint(folder / name)
         losses = [line["loss"] for line in read(folder / name / "metrics.jsonl") if line["kind"] == "step"]
         assert len(losses) == 6
-        state = {**checkpoint.model(), **{f"momentum of {k}": v for k, v in checkpoint.momentum().items()}}
+        state = {**checkpoint.model(), **{f"optimizer: {k}": v for k, v in checkpoint.optimizer().items()}}
         found.append({**state, "losses": torch.tensor(losses, dtype=torch.float64)})
     straight, again = found
     assert straight.keys() == again.keys()

@@ -36,7 +36,7 @@ def state_of(run):
     assert checkpoint.step == END
     return {
         **{f"model.{name}": value for name, value in checkpoint.model().items()},
-        **{f"momentum.{name}": value for name, value in checkpoint.momentum().items()},
+        **{f"optimizer.{name}": value for name, value in checkpoint.optimizer().items()},
         **{f"queue.{name}": value for name, value in checkpoint.queue().items()},
     }
 
@@ -170,7 +170,7 @@ def test_from_two_ranks_to_one_and_back(pool, recipe, tmp_path):
     for world_size, stop in ((2, 2), (1, 4), (2, END)):
         pool(world_size).run(TRAIN, recipe=recipe, run=legs, overrides=calm, stop_at_step=stop)
     expected, got = state_of(straight), state_of(legs)
-    for part in ("model.query_encoder", "model.key_encoder", "momentum."):
+    for part in ("model.query_encoder", "model.key_encoder", "optimizer."):
         names = [n for n, value in expected.items() if n.startswith(part) and value.is_floating_point()]
         difference = sum(float(((got[n] - expected[n]) ** 2).sum()) for n in names) ** 0.5
         size = sum(float((expected[n] ** 2).sum()) for n in names) ** 0.5

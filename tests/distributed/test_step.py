@@ -110,7 +110,7 @@ def test_autocast_takes_the_step_of_one_rank_within_bfloat16_rounding(pool, stag
     check(two, one, AUTOCAST)
     distances = [abs(a - b) / b for a, b in zip(two.losses, reference().losses, strict=True)]
     assert 1e-6 < max(distances) < 0.02
-    assert all(t.dtype == torch.float32 for t in (*two.momentum.values(), two.after["centers.weight"]))
+    assert all(t.dtype == torch.float32 for t in (*two.states.values(), two.after["centers.weight"]))
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_something_not_finite_on_one_rank_changes_nothing_on_any(pool, fault, st
     for before, after, later in pool(2).run("tests.distributed.runs:state_around_a_fault", **arguments):
         assert after.skipped == [fault]
         assert later.skipped == [None]
-        for kind in ("after", "momentum", "queue"):
+        for kind in ("after", "states", "queue"):
             for name, value in getattr(before, kind).items():
                 if "key_encoder" in name:  # the moving average may stand
                     assert getattr(after, kind)[name].isfinite().all()
@@ -230,9 +230,9 @@ def test_one_flipped_bit_on_one_rank_is_named(pool, what, rank):
 @pytest.mark.parametrize(
     ("world_size", "stage"), matrix((1, 2), (0, 1, 2, 3), each_change=[(1, 3), (2, 0), (2, 1), (2, 2), (2, 3)])
 )
-def test_momentum_goes_in_and_out_of_every_stage(pool, world_size, stage):
+def test_the_optimizers_states_go_in_and_out_of_every_stage(pool, world_size, stage):
     """Pins the two private calls that DeepSpeed's stages need for it."""
-    assert all(pool(world_size).run("tests.distributed.runs:momentum_there_and_back", stage=stage))
+    assert all(pool(world_size).run("tests.distributed.runs:states_there_and_back", stage=stage))
 
 
 @pytest.mark.parametrize(("fault", "stage"), [("keys", 0), ("loss", 2)])

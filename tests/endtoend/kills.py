@@ -106,7 +106,7 @@ def learnt(run: Path) -> tuple[list[tuple[float, ...]], dict[str, list[float]]]:
     fields = ("step", "epoch", "loss", "lr", "grad_norm")
     steps = [tuple(line[f] for f in fields) for line in read(run / "metrics.jsonl") if line["kind"] == "step"]
     checkpoint = newest_checkpoint(run)
-    tensors = {**checkpoint.model(), **checkpoint.momentum(), **checkpoint.queue()}
+    tensors = {**checkpoint.model(), **checkpoint.optimizer(), **checkpoint.queue()}
     return steps, {name: value.flatten().tolist() for name, value in tensors.items()}
 
 

@@ -164,9 +164,9 @@ def memory_of(stage, world_size, device="cpu", **zero):
 def test_what_zero_partitions_falls_with_the_ranks():
     """Momentum from stage 1 on, the key encoder at stage 3."""
     trace, whole = memory_of(0, 4)
-    assert whole.parts["momentum"] == 4 * sum(trace.trained)
+    assert whole.parts["optimizer states"] == 4 * sum(trace.trained)
     for stage in (1, 2, 3):
-        assert memory_of(stage, 4)[1].parts["momentum"] == pytest.approx(sum(trace.trained), abs=4)
+        assert memory_of(stage, 4)[1].parts["optimizer states"] == pytest.approx(sum(trace.trained), abs=4)
     assert memory_of(2, 4)[1].parts["key encoder"] == 4 * sum(trace.followed)
     assert memory_of(3, 4)[1].parts["key encoder"] == pytest.approx(sum(trace.followed), abs=4)
 
@@ -188,8 +188,8 @@ def test_an_offloaded_optimizer_lies_on_the_host(stage):
     _, gpu = memory_of(stage, 4, "cuda", **offload)
     _, cpu = memory_of(stage, 4, "cpu", **offload)
     own = sum(trace.trained)  # 4 bytes of a number, 4 ranks
-    assert here.parts["momentum"] == here.parts["own weights, copy"] == pytest.approx(own, abs=4)
-    assert gpu.parts["momentum"] == gpu.parts["own weights, copy"] == gpu.parts["offloaded optimizer"] == 0
+    assert here.parts["optimizer states"] == here.parts["own weights, copy"] == pytest.approx(own, abs=4)
+    assert gpu.parts["optimizer states"] == gpu.parts["own weights, copy"] == gpu.parts["offloaded optimizer"] == 0
     assert 4 * own <= gpu.host <= 6 * own + 4 * max(trace.trained)
     assert (cpu.host, cpu.parts["offloaded optimizer"]) == (0, gpu.host)
 
@@ -400,7 +400,7 @@ def test_the_command_prints_tables_and_one_line_of_json(tmp_path, capsys, zero1)
     common = ["--plan", "--recipe", str(path), "--images", "1000", "--classes", "10"]
     assert main([*common, "--ranks", "2", "--gpu-memory", "80GiB", "--images-per-second", "100"]) == 0
     printed = capsys.readouterr().out
-    for phrase in ("momentum", "all_to_all", "legal ranks", "images/s", "FITS: stage 1 needs"):
+    for phrase in ("optimizer states", "all_to_all", "legal ranks", "images/s", "FITS: stage 1 needs"):
         assert phrase in printed
     assert main([*common, "--ranks", "2", "--gpu-memory", "1GiB", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["verdict"] == "does not fit"

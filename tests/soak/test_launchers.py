@@ -45,7 +45,7 @@ def test_torchrun_trains_stops_and_resumes_as_deepspeed(striped_shards, tmp_path
         checkpoint = newest_checkpoint(run)
         lines = [line for line in read(run / "metrics.jsonl") if line["kind"] not in ("start", "checkpoint")]
         log = [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
-        found[launcher] = (log, {**checkpoint.model(), **checkpoint.momentum(), **checkpoint.queue()})
+        found[launcher] = (log, {**checkpoint.model(), **checkpoint.optimizer(), **checkpoint.queue()})
     (log, tensors), (other_log, others) = found.values()
     same = log == other_log and tensors.keys() == others.keys()
     same = same and all(torch.equal(tensor, others[name]) for name, tensor in tensors.items())

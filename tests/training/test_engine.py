@@ -177,9 +177,9 @@ from paco_ds.training import engine, optimizer, trainer
 engine.import_muon_uncompiled()
 weight = torch.nn.Parameter(torch.ones(2))
 weight.grad = torch.ones(2)
-sgd = optimizer.GuardedSGD([weight], 0.25, clip_norm=None, whole=True)
-sgd.step()
-assert weight.tolist() == [0.75, 0.75]
+for kind in (optimizer.GuardedSGD, optimizer.GuardedAdamW):
+    kind([weight], 0.25, clip_norm=None, whole=True, weight_decay=0).step()
+assert weight.tolist() == [0.5, 0.5]
 print([name for name in ("torch._inductor.compile_fx", "torch._dynamo", "torchvision", "matplotlib")
        if name in sys.modules])
 """

@@ -7,7 +7,7 @@ import torch
 
 from paco_ds.config.load import load_recipe
 from paco_ds.errors import RecipeError
-from paco_ds.training.optimizer import GuardedSGD, UsualNorm, learning_rate
+from paco_ds.training.optimizer import GuardedAdamW, GuardedSGD, UsualNorm, learning_rate
 from tests.recipes import tiny_recipe
 
 
@@ -43,6 +43,50 @@ def test_a_gradient_that_is_not_finite_changes_nothing(wrong):
     assert not optimizer.applied
     assert torch.equal(weight, before)
     assert torch.equal(optimizer.state[weight]["momentum_buffer"], momentum)
+
+
+def adamw(weight):
+    return GuardedAdamW([weight], 0.1, clip_norm=None, whole=True, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.2)
+
+
+def test_adamw_is_that_of_its_paper():
+    """Loshchilov and Hutter 2019, Algorithm 2, five steps in float64; clipped, by a factor in float32."""
+    weight = torch.nn.Parameter(torch.tensor([1.0, 2.0, -3.0], dtype=torch.float64))
+    optimizer = adamw(weight)
+    optimizer.clip_norm = 4.0
+    wanted, m, v = weight.detach().clone(), torch.zeros(3).double(), torch.zeros(3).double()
+    for number in range(1, 6):
+        gradient = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64) * number
+        weight.grad = gradient.clone()
+        optimizer.step()
+        gradient *= min(1.0, 4.0 / float(gradient.norm()))
+        m, v = 0.8 * m + 0.2 * gradient, 0.95 * v + 0.05 * gradient**2
+        step = (m / (1 - 0.8**number)) / ((v / (1 - 0.95**number)).sqrt() + 1e-3)
+        wanted = wanted - 0.1 * (step + 0.2 * wanted)
+    torch.testing.assert_close(weight.detach(), wanted, rtol=1e-7, atol=1e-7)
+    state = optimizer.state[weight]
+    torch.testing.assert_close((state["exp_avg"], state["exp_avg_sq"]), (m, v), rtol=1e-6, atol=1e-7)
+    assert state["step"] == 5
+
+
+def test_a_refused_step_of_adamw_changes_nothing():
+    """Weights, both means and the number of steps; a refused first one leaves them at zero."""
+    weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = adamw(weight)
+    weight.grad = torch.tensor([1.0, float("nan")])
+    optimizer.step()
+    assert weight.tolist() == [1, 2]
+    assert {name: t.any().item() for name, t in optimizer.state[weight].items()} == {
+        "exp_avg": False, "exp_avg_sq": False, "step": False
+    }  # fmt: skip
+    weight.grad = torch.tensor([1.0, -1.0])
+    optimizer.step()
+    before = {name: t.clone() for name, t in optimizer.state[weight].items()} | {"weight": weight.detach().clone()}
+    weight.grad = torch.tensor([float("inf"), 1.0])
+    optimizer.step()
+    assert not optimizer.applied
+    for name, value in (*optimizer.state[weight].items(), ("weight", weight.detach())):
+        assert torch.equal(value, before[name]), name
 
 
 def test_a_norm_is_judged_by_the_geometric_mean_of_the_last_hundred():
@@ -128,6 +172,43 @@ def test_by_step_the_same_curve_is_followed_finely():
     assert rates[:20] == sorted(rates[:20])
     assert rates[19:] == sorted(rates[19:], reverse=True)
     assert 0 < rates[-1] < 1e-4
+
+
+def test_the_cosine_ends_at_the_minimum():
+    """From the peak down, the more steps the nearer; warm-up is as without."""
+    cosine = ("schedule.per=step", "schedule.epochs=20", "schedule.warmup_epochs=2", "optimizer.lr=0.1")
+    plain, raised = (tiny_recipe(*cosine, f"schedule.minimum_lr={low}") for low in (0.0, 0.01))
+    for step in range(200):
+        without = learning_rate(plain.schedule, 0.1, step, 10)
+        wanted = without if step < 20 else 0.01 + without * 0.9
+        assert learning_rate(raised.schedule, 0.1, step, 10) == pytest.approx(wanted)
+
+
+def test_the_learning_rate_of_256_images_is_scaled_to_those_of_a_step_once():
+    """In place of the factor that step.lr_scaling gives a run of other size."""
+    step = ("step.micro_batch=16", "step.micro_batches=8", "step.reference_micro_batches=4")
+    assert tiny_recipe(*step, "optimizer.lr=0.1").lr == pytest.approx(0.2)
+    assert tiny_recipe(*step, "optimizer.lr=0.1", "optimizer.lr_per_256=true").lr == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("optimizer.betas=[0.9, 0.95]",), r"betas \(0.9, 0.95\) is not of sgd.*leave betas out, or set name to adamw"),
+        (("optimizer.eps=0.1",), r"eps 0.1 is not of sgd"),
+        (("optimizer.name=adamw", "optimizer.momentum=0.5"), r"momentum 0.5 is not of adamw.*set name to sgd"),
+        (("optimizer.name=adamw", "optimizer.nesterov=true"), r"nesterov True is not of adamw"),
+        (("optimizer.name=muon",), r"'optimizer.name': .*'sgd' or 'adamw'"),
+        (("optimizer.lr_per_256=true", "step.lr_scaling=none"), r"lr_per_256 and step.lr_scaling none both say"),
+        (("schedule.minimum_lr=0.05",), r"minimum_lr 0.05 is not below the peak learning rate 0.05"),
+        (("schedule.minimum_lr=0.01", "schedule.milestones=[1]"), r"minimum_lr 0.01 ends the cosine, in whose place"),
+        (("optimizer.layer_decay=1.5",), r"'optimizer.layer_decay': .*less than or equal to 1"),
+    ],
+)
+def test_settings_that_do_not_fit_the_optimizer_are_refused_by_name(overrides, message):
+    """With what to do."""
+    with pytest.raises(RecipeError, match=message):
+        tiny_recipe(*overrides)
 
 
 def test_nesterov_needs_momentum():

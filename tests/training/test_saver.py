@@ -45,7 +45,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(saver, tmp_path):
     may_write.set()
     saver.wait()
     found = newest_checkpoint(tmp_path)
-    for tensor in (found.model()["weight"], found.momentum()["weight"], found.queue()["keys"]):
+    for tensor in (found.model()["weight"], found.optimizer()["weight"], found.queue()["keys"]):
         assert tensor.tolist() == [0, 0, 0]
     threading.Timer(0.05, may_write.set).start()
     may_write.clear()

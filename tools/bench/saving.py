@@ -35,7 +35,7 @@ from paco_ds.config.load import load_recipe
 from paco_ds.data.manifest import SHOTS
 from paco_ds.distributed.launch import leave_job
 from paco_ds.distributed.ranks import Ranks
-from paco_ds.distributed.zero import set_momentum, whole_model, whole_momentum
+from paco_ds.distributed.zero import set_states, whole_model, whole_states
 from paco_ds.training import engine
 from paco_ds.training.build import Classes, build_model, build_step
 from paco_ds.training.saver import Saver
@@ -79,7 +79,7 @@ def measure(size: Size, ranks: Ranks, repeats: int, folder: Path) -> Figures:
     tail = Classes(counts, [SHOTS[0] if count > 100 else SHOTS[2] if count < 20 else SHOTS[1] for count in counts])
     config = {"zero_optimization": {"stage": size.stage}}
     step = build_step(recipe, build_model(recipe, tail), tail, config, ranks, total_steps=9, steps_per_epoch=3)
-    set_momentum(step.engine, {name: torch.randn(tensor.shape) for name, tensor in whole_momentum(step.engine)})
+    set_states(step.engine, {name: torch.randn(tensor.shape) for name, tensor in whole_states(step.engine)})
     queue = step.contrast.queue.state_dict() if step.contrast else None
     saver = Saver()
     waiting, not_waiting = Checkpoints(folder, recipe, "random"), Checkpoints(folder, recipe, "random", saver)
@@ -87,7 +87,7 @@ def measure(size: Size, ranks: Ranks, repeats: int, folder: Path) -> Figures:
     def save(checkpoints: Checkpoints) -> float:
         ranks.wait_for_all()
         began = time.perf_counter()
-        checkpoints.save(1, whole_model(step.engine), whole_momentum(step.engine), queue, {}, write=ranks.first)
+        checkpoints.save(1, whole_model(step.engine), whole_states(step.engine), queue, {}, write=ranks.first)
         return time.perf_counter() - began
 
     def beside() -> float:
@@ -98,7 +98,7 @@ def measure(size: Size, ranks: Ranks, repeats: int, folder: Path) -> Figures:
     def gather() -> float:
         ranks.wait_for_all()
         began = time.perf_counter()
-        for _ in itertools.chain(whole_model(step.engine), whole_momentum(step.engine)):
+        for _ in itertools.chain(whole_model(step.engine), whole_states(step.engine)):
             pass
         return time.perf_counter() - began
 

@@ -191,8 +191,8 @@ class _RankMemory:
         """Besides, when gradients are reduced and the optimizer steps."""
         zero, trained = self.zero, self.rank.trained_bytes
         if zero.stage == 0:
-            # flattened to be reduced, on one rank too, whatever `reduce_bucket_size` says
-            return {"gradients": trained, "reduction buckets": trained}
+            # joined to be sent, in buckets of our own; alone there is nobody to send to
+            return {"gradients": trained, "reduction buckets": trained if self.rank.layout.world_size > 1 else 0}
         kept = 0 if offloads(zero) else self._own
         held = {1: trained - self._in_bucket, 2: kept if self.rank.layout.accumulation > 1 else 0, 3: 0}[zero.stage]
         # a flattened copy of the bucket is reduced; an update holds its gradients and a copy with weight decay

@@ -321,7 +321,7 @@ def test_the_stage_left_to_a_plan_is_0_where_it_fits_and_1_where_not():
     assert re.fullmatch(r"auto: [\d.]+ KiB planned of 80.0 GiB", planned_stage(ample)[1])
     assert tight.stage == 1
     assert re.fullmatch(
-        r"auto: [\d.]+ GiB planned of [\d.]+ GiB, does not fit: see paco-preflight .*", planned_stage(tight)[1]
+        r"auto: [\d.]+ MiB planned of [\d.]+ GiB, does not fit: see paco-preflight .*", planned_stage(tight)[1]
     )
     assert plan(None).stage == 0
     assert plan(None, "cpu").stage == 1

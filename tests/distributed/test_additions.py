@@ -42,11 +42,11 @@ def make_sharpened(settings, shared, class_counts, class_names):
 """,
     "models/families/flat.py": """
 from torch import nn
-from paco_ds.models.families.base import Family
+from paco_ds.models.families.base import Family, Network
 
-def _make(settings):
+def _make(settings, sizes):
     size = int(settings.backbone.removeprefix("flat"))
-    return nn.Sequential(nn.Flatten(), nn.Linear(3 * size * size, 8)), 8
+    return Network(nn.Sequential(nn.Flatten(), nn.Linear(3 * size * size, 8)), 8)
 
 FAMILY = Family(owns=lambda name: name.startswith("flat"), names=lambda: ("flat12",), make=_make)
 """,

@@ -48,10 +48,10 @@ def test_with_the_shipped_settings_zero_sends_during_backward_and_takes_the_same
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_bfloat16_gradients_are_a_setting(pool, stage):
-    """The step is that of float32 to a few parts in a thousand, and not the same."""
+    """Three steps are those of float32 to a few parts in a hundred, and not the same."""
     settings = ("engine.gradients=bfloat16",)
     for outcome in pool(2).run("tests.distributed.runs:run_steps", stage=stage, overrides=settings):
-        check(outcome, reference(), {"loss": 1e-3, "update": 1e-2})
+        check(outcome, reference(), {"loss": 1e-2, "update": 5e-2})
         assert outcome.skipped == [None] * 3
         with pytest.raises(AssertionError):
             check(outcome, reference(), {"loss": 1e-7, "update": 1e-4})

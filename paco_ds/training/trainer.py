@@ -263,6 +263,7 @@ class Trainer:
         self._taken = TakenStep(number, lr, seconds, images.waited, images.micro_batches, result)
         every = self.recipe.engine.digest_every
         if every and self.steps_done % every == 0:
+            self.read_figures()  # ranks that differ end the run: its last step is in the log
             check_replicas_equal(self.engine.module, self.queue, self.ranks)
         return result
 

@@ -128,6 +128,8 @@ class Trainer:
         self.best_score = best.state["score"] if best else -1.0
         self.skipped_in_a_row = 0
         self._taken: TakenStep | None = None
+        # a CPU has done the step when it returns: there is nobody to keep busy
+        self.reads_late = ranks.device.type != "cpu"
         distill = recipe.loss.distill
         self.teacher = None if distill is None else Teacher(distill, manifest, ranks.device)
         if checkpoint and self.teacher:
@@ -239,10 +241,11 @@ class Trainer:
         return self._finish()
 
     def _pauses(self) -> bool:
-        """Whether something follows that must know of every step: a checkpoint, an evaluation, the end; or a step that,
-        if it is skipped too, ends the run and is kept with the state that it met."""
+        """Whether the figures of the last step are read at once: where there is no device that works beside the host, or
+        something follows that must know of every step: a checkpoint, an evaluation, the end; or a step that, if it is
+        skipped too, ends the run and is kept with the state that it met."""
         done, most = self.steps_done, self.recipe.engine.max_skipped
-        over = self.stop_agreed or done == self.last_step or self.skipped_in_a_row + 1 >= most
+        over = not self.reads_late or self.stop_agreed or done == self.last_step or self.skipped_in_a_row + 1 >= most
         return over or done % self.steps_per_epoch == 0 or self._checkpoint_due(done)
 
     def train_step(self) -> StepResult:

@@ -1,4 +1,4 @@
-"""The figures of a step are read when the next one has been taken, so that the device never waits for the log."""
+"""Beside a GPU the figures of a step are read when the next one has been taken, so that it never waits for the log."""
 
 import json
 

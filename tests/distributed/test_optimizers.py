@@ -172,7 +172,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused_by_name(pool, recipe, tmp_
 
 
 def test_the_plan_of_a_vit_with_adamw_is_within_15_percent(pool):
-    """ZeRO-1 on 2 ranks, a ViT of 5 million weights in groups by depth. Its smallest activations are of more than a MiB,
+    """ZeRO-1 on 2 ranks, a ViT of 5 million weights in groups by depth. Its smallest activations are of over a MiB,
     which the allocator gives back when they are freed."""
     views = (f"views.{v}={json.dumps({'name': 'small', 'size': 96, 'cutout': 0})}" for v in ("query", "key"))
     vit = ("model.backbone=timm:vit_tiny_patch16_224", "model.projection_dim=128", "queue.length=8192", *views)

@@ -109,6 +109,7 @@ def steps_when_read(ranks: Ranks, recipe: Path, run: Path, overrides: tuple[str,
         mock.patch.object(HostCopy, "__init__", begun),
         mock.patch.object(HostCopy, "wait", waited),
     ):
+        trainer.reads_late = True  # as beside a GPU
         trainer.run()
     return read
 

@@ -241,9 +241,9 @@ class Trainer:
         return self._finish()
 
     def _pauses(self) -> bool:
-        """Whether the figures of the last step are read at once: where there is no device that works beside the host, or
-        something follows that must know of every step: a checkpoint, an evaluation, the end; or a step that, if it is
-        skipped too, ends the run and is kept with the state that it met."""
+        """Whether the figures of the last step are read at once: where no device works beside the host, or something
+        follows that must know of every step: a checkpoint, an evaluation, the end; or a step that, if it is skipped too,
+        ends the run and is kept with the state that it met."""
         done, most = self.steps_done, self.recipe.engine.max_skipped
         over = not self.reads_late or self.stop_agreed or done == self.last_step or self.skipped_in_a_row + 1 >= most
         return over or done % self.steps_per_epoch == 0 or self._checkpoint_due(done)

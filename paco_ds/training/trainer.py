@@ -242,7 +242,7 @@ class Trainer:
 
     def _pauses(self) -> bool:
         """Whether the figures of the last step are read at once: where no device works beside the host, or something
-        follows that must know of every step: a checkpoint, an evaluation, the end; or a step that, if it is skipped too,
+        follows that must know of every step: a checkpoint, an evaluation, the end; or a step that, if skipped too,
         ends the run and is kept with the state that it met."""
         done, most = self.steps_done, self.recipe.engine.max_skipped
         over = not self.reads_late or self.stop_agreed or done == self.last_step or self.skipped_in_a_row + 1 >= most

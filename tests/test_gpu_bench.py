@@ -52,7 +52,7 @@ def test_a_row_that_cannot_be_had_says_why(left, work, said, failed):
 
 
 def test_bars_hold_our_fastest_row_against_its_encoders_and_the_published_loop():
-    """Of each size; rows without figures count for nothing."""
+    """Of each size; rows without figures do not count."""
     rows = [
         gpu.Row("a, m = 2: published", gpu.Figures(100.0)),
         gpu.Row("a, m = 2: ours, bfloat16", gpu.Figures(150.0), 200.0),

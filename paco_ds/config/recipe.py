@@ -172,7 +172,7 @@ class ModelSettings(Section):
 
     @property
     def adapters(self) -> LoraSettings | AdaptFormerSettings | None:
-        """What is added to each block of a ViT; None for nothing."""
+        """What is added to each block of a ViT, or None."""
         if self.trained == "lora":
             return self.lora
         return self.adaptformer if self.trained == "adaptformer" else None

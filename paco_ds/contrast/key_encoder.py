@@ -88,7 +88,7 @@ def groups_of_keys(settings: KeyEncoderSettings, key_encoder: nn.Module) -> Lite
     """What `key_encoder.batch_norm` is for this key encoder: of `auto`, shuffle where it has BatchNorm.
 
     Raises:
-        RecipeError: shuffle without BatchNorm, which would send every image to another rank for nothing.
+        RecipeError: shuffle without BatchNorm, which would send images to other ranks without any use.
     """
     normalises = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in key_encoder.modules())
     if settings.batch_norm == "auto":
@@ -96,7 +96,7 @@ def groups_of_keys(settings: KeyEncoderSettings, key_encoder: nn.Module) -> Lite
     if settings.batch_norm == "shuffle" and not normalises:
         raise RecipeError(
             "key_encoder.batch_norm shuffle: neither backbone nor projection has BatchNorm, so no query can find its "
-            "key by shared statistics, and images would be exchanged for nothing; set it to auto or local"
+            "key by shared statistics, and exchanging images would have no use; set it to auto or local"
         )
     return settings.batch_norm
 

@@ -63,7 +63,7 @@ def test_groups_of_keys_are_shuffled_where_the_key_encoder_has_batch_norm(settin
 
 
 def test_a_shuffle_that_would_change_nothing_is_refused_with_the_reason():
-    """Images would travel between ranks for nothing."""
+    """An exchange of images between ranks would have no use."""
     with pytest.raises(RecipeError, match=r"neither backbone nor projection has BatchNorm.* set it to auto or local"):
         groups_of_keys(KeyEncoderSettings(), WITHOUT)
 

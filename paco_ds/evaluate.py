@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from paco_ds.config.recipe import DataSettings, EvaluationSettings
+    from paco_ds.config.data import DataSettings
+    from paco_ds.config.recipe import EvaluationSettings
     from paco_ds.data.manifest import Manifest
     from paco_ds.distributed.ranks import Ranks
     from paco_ds.evaluation.runner import Ensemble

@@ -31,7 +31,8 @@ from paco_ds.training.outcome import Ending, run_directory
 from paco_ds.training.stop_request import StopRequest
 
 if TYPE_CHECKING:
-    from paco_ds.config.recipe import EngineSettings, Recipe
+    from paco_ds.config.engine import EngineSettings
+    from paco_ds.config.recipe import Recipe
     from paco_ds.distributed.ranks import Ranks
     from paco_ds.training.trainer import Trainer
 

@@ -19,8 +19,8 @@ from pydantic import (
     model_validator,
 )
 
+from paco_ds.config.data import DataSettings
 from paco_ds.config.parse import brief, parse_json
-from paco_ds.config.recipe import DataSettings
 from paco_ds.config.section import Section
 from paco_ds.data.storage import MissingFile, Storage, as_storage, open_storage
 from paco_ds.errors import DataError

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from paco_ds.config.recipe import DataSettings, StorageSettings
+from paco_ds.config.data import DataSettings, StorageSettings
 from paco_ds.data.cache import FileCache
 from paco_ds.data.remote import Fsspec, Pipe, Remote, inside, refuse_unknown_service
 from paco_ds.errors import DataError, redacted

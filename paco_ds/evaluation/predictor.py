@@ -27,8 +27,8 @@ from PIL import Image
 from torch import Tensor
 
 from paco_ds.checkpoint import Checkpoint, chosen_checkpoint
+from paco_ds.config.data import DataSettings
 from paco_ds.config.load import load_recipe
-from paco_ds.config.recipe import DataSettings
 from paco_ds.config.views import EvalView
 from paco_ds.data.manifest import Manifest, TrainedData, open_data
 from paco_ds.data.shard import BadSample, RawSample

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from paco_ds.config.recipe import DataSettings
+from paco_ds.config.data import DataSettings
 from paco_ds.config.views import EvalView
 from paco_ds.data.manifest import Manifest
 from paco_ds.data.names import same_name

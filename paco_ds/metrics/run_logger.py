@@ -10,7 +10,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from paco_ds.config.recipe import DataSettings, MetricsSettings
+from paco_ds.config.data import DataSettings
+from paco_ds.config.recipe import MetricsSettings
 from paco_ds.distributed.ranks import Ranks
 from paco_ds.errors import DataError, StorageError
 from paco_ds.evaluation.accuracy import ShotAccuracy

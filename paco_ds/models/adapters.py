@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paco_ds.config.recipe import AdaptFormerSettings, LoraSettings
+from paco_ds.config.model import AdaptFormerSettings, LoraSettings
 from paco_ds.errors import RecipeError
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from paco_ds.config.model import ModelSettings
 from paco_ds.config.plugins import is_plugin, load_plugin
-from paco_ds.config.recipe import ModelSettings
 from paco_ds.errors import RecipeError
 from paco_ds.models.adapters import add_adapters
 from paco_ds.models.experts import Experts, FirstStages, whole_name

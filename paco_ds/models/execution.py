@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from paco_ds.config.recipe import EngineSettings
+from paco_ds.config.engine import EngineSettings
 from paco_ds.errors import RecipeError
 from paco_ds.models.backbones import Backbone
 from paco_ds.models.recogniser import Recogniser

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paco_ds.config.methods import Method
-from paco_ds.config.recipe import ModelSettings
+from paco_ds.config.model import ModelSettings
 from paco_ds.models.backbones import Backbone, make_backbone
 from paco_ds.models.experts import Experts
 from paco_ds.models.families import USUAL_SIZES, ImageSizes

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paco_ds.config.recipe import RoutersSettings
+from paco_ds.config.model import RoutersSettings
 from paco_ds.models.experts import Experts
 from paco_ds.models.heads import PerExpert
 

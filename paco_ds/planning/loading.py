@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import cv2
 import torch
 
-from paco_ds.config.recipe import DataSettings, Recipe
+from paco_ds.config.data import DataSettings
+from paco_ds.config.recipe import Recipe
 from paco_ds.config.views import TrainView, ViewDevice
 from paco_ds.contrast.key_queue import KeyQueue
 from paco_ds.data.manifest import Manifest

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import simplejpeg
 
-from paco_ds.config.recipe import DataSettings
+from paco_ds.config.data import DataSettings
 from paco_ds.config.views import TrainView, ViewDevice
 from paco_ds.data.manifest import Manifest
 from paco_ds.data.pack.image_bytes import BadImage, ending_of, resized

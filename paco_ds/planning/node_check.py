@@ -23,8 +23,8 @@ import torch
 from rich.table import Table
 
 from paco_ds.command import Screen, report_user_errors, say
+from paco_ds.config.data import DataSettings
 from paco_ds.config.load import load_recipe
-from paco_ds.config.recipe import DataSettings
 from paco_ds.data.manifest import Manifest, open_data
 from paco_ds.data.shard import sha256_stored
 from paco_ds.distributed.hostfile import read_hostfile

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from paco_ds.config.recipe import DataSettings, Recipe
+from paco_ds.config.data import DataSettings
+from paco_ds.config.recipe import Recipe
 from paco_ds.data.manifest import Manifest, load_manifest
 from paco_ds.data.storage import open_storage
 from paco_ds.data.stream.order import EpochOrder

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from paco_ds.config.recipe import DataSettings
+from paco_ds.config.data import DataSettings
 from paco_ds.config.views import ViewSettings
 from paco_ds.data.manifest import Manifest
 from paco_ds.data.shard import BadSample, RawSample, ShardReader

@@ -12,9 +12,10 @@ from typing import Any
 import deepspeed
 from deepspeed.runtime import compiler
 
+from paco_ds.config.engine import EngineSettings
 from paco_ds.config.optimizer import OptimizerSettings
 from paco_ds.config.parse import brief, read_json
-from paco_ds.config.recipe import EngineSettings, StepSettings
+from paco_ds.config.recipe import StepSettings
 from paco_ds.config.shipped import DEEPSPEED
 from paco_ds.distributed.launch import environment_ranks, join_job
 from paco_ds.distributed.ranks import MicroBatchLayout, Ranks

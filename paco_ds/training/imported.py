@@ -15,7 +15,8 @@ from torch import Tensor
 from paco_ds.checkpoint import Checkpoints
 from paco_ds.checkpoint.read import step_folders
 from paco_ds.config.load import load_recipe
-from paco_ds.config.recipe import ModelSettings, QueueSettings
+from paco_ds.config.model import ModelSettings
+from paco_ds.config.recipe import QueueSettings
 from paco_ds.contrast.key_queue import KeyQueue
 from paco_ds.data.manifest import open_data
 from paco_ds.distributed.zero import plain_states

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from paco_ds.checkpoint import open_run
-from paco_ds.config.recipe import ModelSettings
+from paco_ds.config.model import ModelSettings
 from paco_ds.errors import RecipeError
 from paco_ds.models.adapters import is_added
 from paco_ds.models.backbones import make_backbone

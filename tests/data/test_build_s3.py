@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from paco_ds.config.recipe import StorageSettings
+from paco_ds.config.data import StorageSettings
 from paco_ds.data.manifest import Manifest, load_manifest
 from paco_ds.data.pack.build_plan import BuildOptions
 from paco_ds.data.pack.build_ranks import BuildRank

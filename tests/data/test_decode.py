@@ -11,7 +11,7 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from paco_ds.config.recipe import DataSettings
+from paco_ds.config.data import DataSettings
 from paco_ds.data.shard import BadSample, RawSample
 from paco_ds.data.stream.decode import decode, open_image
 from tests.data.mutated_images import KINDS, mutations, whole_image

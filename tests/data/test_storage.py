@@ -12,8 +12,8 @@ from typing import Any, BinaryIO
 import fsspec
 import pytest
 
+from paco_ds.config.data import StorageSettings
 from paco_ds.config.load import load_recipe
-from paco_ds.config.recipe import StorageSettings
 from paco_ds.data import storage as storage_module
 from paco_ds.data.cache import FileCache
 from paco_ds.data.manifest import Manifest, load_manifest, open_data

@@ -12,7 +12,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from paco_ds.config.recipe import StorageSettings
+from paco_ds.config.data import StorageSettings
 from paco_ds.data.manifest import Manifest, load_manifest, open_data
 from paco_ds.data.shard import BadSample, ShardReader, load_index
 from paco_ds.data.storage import Storage

@@ -8,7 +8,7 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from paco_ds.config.recipe import DataSettings
+from paco_ds.config.data import DataSettings
 from paco_ds.data import image_costs
 from paco_ds.data.image_costs import MOST_SCANS, has_surplus, too_costly, without_texts
 from paco_ds.data.pack.build_plan import BuildOptions

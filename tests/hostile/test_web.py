@@ -10,7 +10,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from paco_ds.config.recipe import StorageSettings
+from paco_ds.config.data import StorageSettings
 from paco_ds.data import storage as storage_module
 from paco_ds.data.storage import MissingFile, Storage
 from paco_ds.data.web import _seconds

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torchvision
 
-from paco_ds.config.recipe import ModelSettings
+from paco_ds.config.model import ModelSettings
 from paco_ds.errors import RecipeError
 from paco_ds.models.backbones import make_backbone
 

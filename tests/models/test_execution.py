@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from paco_ds.config.recipe import ModelSettings
+from paco_ds.config.model import ModelSettings
 from paco_ds.errors import RecipeError
 from paco_ds.models.backbones import make_backbone
 from paco_ds.models.execution import Hardware, choose, described, deviation, in_words, prepare

@@ -5,7 +5,7 @@ import torch
 import torchvision
 from torch import nn
 
-from paco_ds.config.recipe import ModelSettings
+from paco_ds.config.model import ModelSettings
 from paco_ds.models.backbones import make_backbone
 from tests.recipes import model_of, tiny_recipe
 

@@ -8,7 +8,7 @@ import torch
 import torchvision
 from timm.optim._param_groups import param_groups_layer_decay
 
-from paco_ds.config.recipe import ModelSettings
+from paco_ds.config.model import ModelSettings
 from paco_ds.errors import RecipeError
 from paco_ds.models.backbones import make_backbone
 from paco_ds.models.execution import prepare

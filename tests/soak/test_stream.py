@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from paco_ds.config.recipe import Recipe, StorageSettings
+from paco_ds.config.data import StorageSettings
+from paco_ds.config.recipe import Recipe
 from paco_ds.data.manifest import Manifest, load_manifest, open_data
 from paco_ds.data.pack.build_plan import BuildOptions
 from paco_ds.data.pack.card import load_card

@@ -18,8 +18,9 @@ import torch
 from gpu_figures import Figures, measure
 from torch import Tensor
 
+from paco_ds.config.engine import EngineSettings
 from paco_ds.config.load import load_recipe
-from paco_ds.config.recipe import EngineSettings, Recipe
+from paco_ds.config.recipe import Recipe
 from paco_ds.data.stream.batches import MicroBatch
 from paco_ds.distributed.ranks import Ranks
 from paco_ds.training import engine

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from paco_ds.config.section import Section
 
 if TYPE_CHECKING:
-    from paco_ds.config.recipe import ModelSettings, QueueSettings, Recipe, ScheduleSettings, StepSettings
+    from paco_ds.config.model import ModelSettings
+    from paco_ds.config.recipe import QueueSettings, Recipe, ScheduleSettings, StepSettings
 
 
 class Method(Section):

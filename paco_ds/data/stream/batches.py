@@ -16,7 +16,7 @@ import torch
 import webdataset as wds
 from torch import Tensor
 
-from paco_ds.config.recipe import DataSettings
+from paco_ds.config.data import DataSettings
 from paco_ds.config.views import EvalView, TrainView
 from paco_ds.data.manifest import Manifest
 from paco_ds.data.shard import ShardReader

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from paco_ds.config.recipe import Sampler
+from paco_ds.config.data import Sampler
 from paco_ds.randomness import DrawPurpose, generator, permutation
 
 _GOLDEN = 0.6180339887498949  # its multiples modulo 1 cover 0..1 evenly, for any number of them

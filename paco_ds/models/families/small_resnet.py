@@ -10,7 +10,7 @@ import re
 import torchvision
 from torch import nn
 
-from paco_ds.config.recipe import ModelSettings
+from paco_ds.config.model import ModelSettings
 from paco_ds.models.families.base import Family, ImageSizes, Network
 
 _NAME = re.compile(r"(resnet(?:18|34|50|101))_small")

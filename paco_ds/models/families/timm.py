@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from paco_ds.config.model import ModelSettings
 from paco_ds.config.parse import brief, one_line
-from paco_ds.config.recipe import ModelSettings
 from paco_ds.errors import RecipeError
 from paco_ds.models.experts import Experts, FirstStages, LastStages, Width, whole_name
 from paco_ds.models.families.base import Family, ImageSizes, Network

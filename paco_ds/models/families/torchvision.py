@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
-from paco_ds.config.recipe import ModelSettings
+from paco_ds.config.model import ModelSettings
 from paco_ds.errors import RecipeError
 from paco_ds.models.experts import Experts, MeanOverPixels, Width, he_initialise
 from paco_ds.models.families.base import Family, ImageSizes, Network

@@ -68,42 +68,6 @@ class FirstStages(nn.Module):
         return x
 
 
-class LastStages(nn.Module):
-    """A network of timm from one of its stages on: the output of the stage before to pooled features.
-
-    Args:
-        whole: cut in place.
-        stages: name of its row of stages.
-        first: number of its first stage here.
-        norm: name of the layer that follows the stages.
-        kept: names of its parts after the stages, `norm` among them.
-    """
-
-    def __init__(self, whole: Any, stages: str, first: int, norm: str, kept: Collection[str]) -> None:
-        super().__init__()
-        self.whole, self._stages, self._norm = whole, stages, norm
-        setattr(whole, stages, getattr(whole, stages)[first:])
-        for name, _ in list(whole.named_children()):
-            if name != stages and name not in kept:
-                setattr(whole, name, nn.Identity())
-        for name, _ in list(whole.named_parameters(recurse=False)):
-            setattr(whole, name, None)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not len(x):  # an expert that no router asked: Swin's windows cannot be cut from no image
-            none: Tensor = self(x.new_zeros(1, *x.shape[1:]))[:0]
-            return none
-        stages = getattr(self.whole, self._stages)
-        if getattr(self.whole, "grad_checkpointing", False):  # of blocks in one row; stages of others have their own
-            from timm.models import checkpoint_seq
-
-            x = checkpoint_seq(stages, x)
-        else:
-            x = stages(x)
-        pooled: Tensor = self.whole.forward_head(getattr(self.whole, self._norm)(x))
-        return pooled
-
-
 def whole_name(name: str) -> str:
     """The name that a tensor of cut stages has in the whole network; any other name unchanged."""
     return _CUT.sub("", name, count=1)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from paco_ds.config.parse import one_line
 from paco_ds.errors import RecipeError
+from paco_ds.models.families.timm import weight_configs
 from paco_ds.training.weight_files import read_tensors, state_dict_of
 
 TORCHVISION, TIMM = "torchvision:", "timm:"
@@ -62,9 +63,7 @@ def _of_timm(start: str, backbone: str) -> Mapping[str, Tensor]:
     architecture, tag = backbone.removeprefix(TIMM), start.removeprefix(TIMM)
     if not backbone.startswith(TIMM):
         raise RecipeError(f"model.start_from {start}: timm has no weights of {backbone}; set model.backbone=timm:NAME")
-    import timm
-
-    configs = {name: cfg for name, cfg in timm.models.get_arch_pretrained_cfgs(architecture).items() if cfg.has_weights}
+    configs = weight_configs(architecture)
     known = [name.partition(".")[2] for name in configs]
     tag = tag.removeprefix(f"{architecture}.")
     _check_known(start, tag, known, backbone)

@@ -86,7 +86,7 @@ def test_reader_survives_pickling(tiny_shards: Manifest) -> None:
 
 def test_only_so_many_files_stay_open(tiny_shards: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading back and forth over more shards than may be open still reads."""
-    monkeypatch.setattr(shard_module, "_MAX_OPEN_SHARDS", 1)
+    monkeypatch.setattr(shard_module, "MAX_OPEN_SHARDS", 1)
     with ShardReader(tiny_shards.directory, tiny_shards.split("train")) as reader:
         assert [reader.read(i).key[-2:] for i in (46, 0, 46)] == ["46", "00", "46"]
         assert len(reader._files) == 1

@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.func import functional_call
 from paco_ds.config.model import ModelSettings
 from paco_ds.config.parse import brief, one_line
 from paco_ds.errors import RecipeError
-from paco_ds.models.experts import Experts, FirstStages, LastStages, Width, whole_name
+from paco_ds.models.experts import Experts, FirstStages, Width, whole_name
 from paco_ds.models.families.base import Family, ImageSizes, Network
 
 _PREFIX = "timm:"
@@ -31,6 +31,49 @@ _CUT = {
     "SwinTransformerV2": ("layers", "norm", ("norm", "head")),
     "ConvNeXt": ("stages", "norm_pre", ("norm_pre", "head")),
 }
+
+
+class LastStages(nn.Module):
+    """A network of timm from one of its stages on: the output of the stage before to pooled features.
+
+    Args:
+        whole: cut in place.
+        stages: name of its row of stages.
+        first: number of its first stage here.
+        norm: name of the layer that follows the stages.
+        kept: names of its parts after the stages, `norm` among them.
+    """
+
+    def __init__(self, whole: Any, stages: str, first: int, norm: str, kept: Collection[str]) -> None:
+        super().__init__()
+        self.whole, self._stages, self._norm = whole, stages, norm
+        setattr(whole, stages, getattr(whole, stages)[first:])
+        for name, _ in list(whole.named_children()):
+            if name != stages and name not in kept:
+                setattr(whole, name, nn.Identity())
+        for name, _ in list(whole.named_parameters(recurse=False)):
+            setattr(whole, name, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not len(x):  # an expert that no router asked: Swin's windows cannot be cut from no image
+            none: Tensor = self(x.new_zeros(1, *x.shape[1:]))[:0]
+            return none
+        stages = getattr(self.whole, self._stages)
+        if getattr(self.whole, "grad_checkpointing", False):  # of blocks in one row; stages of others have their own
+            from timm.models import checkpoint_seq
+
+            x = checkpoint_seq(stages, x)
+        else:
+            x = stages(x)
+        pooled: Tensor = self.whole.forward_head(getattr(self.whole, self._norm)(x))
+        return pooled
+
+
+def weight_configs(architecture: str) -> dict[str, Any]:
+    """{name with its tag: timm's description} of the weights that timm has of one of its networks."""
+    import timm
+
+    return {name: cfg for name, cfg in timm.models.get_arch_pretrained_cfgs(architecture).items() if cfg.has_weights}
 
 
 def _make(settings: ModelSettings, sizes: ImageSizes) -> Network:

@@ -14,6 +14,10 @@ import yaml
 from paco_ds.planning.job import main
 
 JOBS = Path(__file__).parents[2] / "ds_configs" / "jobs"
+SCHEMAS = {  # each names the package that it comes from
+    kind: json.loads((Path(__file__).parent / "schemas" / f"{name}.json").read_text())
+    for kind, name in {"JobSet": "jobset", "PodMonitor": "pod_monitor"}.items()
+}
 SHARDS = "data.shards=/shared/it's here"
 JOB = {
     "name": "a-job",
@@ -106,8 +110,9 @@ def test_a_batch_script_asks_for_the_ranks_and_for_the_warning(rendered):
 
 
 def test_a_jobset_starts_a_pod_a_host_and_ends_for_good_after_a_mistake(rendered):
-    """Its jobs are valid for Kubernetes; the schema of the JobSet around them is not in a package."""
+    """Valid for Kubernetes and for the JobSet's own schema."""
     jobset, _ = yaml.safe_load_all(rendered("jobset", gpus=False))
+    jsonschema.validate(jobset, SCHEMAS["JobSet"])
     (group,) = jobset["spec"]["replicatedJobs"]
     job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "ranks"}, "spec": group["template"]["spec"]}
     kubernetes_validate.validate(job, kubernetes_validate.latest_version(), strict=True)
@@ -122,57 +127,10 @@ def test_a_jobset_starts_a_pod_a_host_and_ends_for_good_after_a_mistake(rendered
     assert container["args"] == ARGUMENTS
 
 
-TEXT = {"type": "string", "minLength": 1}
-RELABELING = {
-    "type": "object",
-    "properties": {
-        "sourceLabels": {"type": "array", "items": {"type": "string", "pattern": "^[a-zA-Z_][a-zA-Z0-9_]*$"}},
-        **dict.fromkeys(("separator", "targetLabel", "regex", "replacement", "action"), TEXT),
-    },
-    "additionalProperties": False,
-}
-POD_MONITOR = {  # monitoring.coreos.com/v1, as far as a job needs it
-    "type": "object",
-    "properties": {
-        "apiVersion": {"const": "monitoring.coreos.com/v1"},
-        "kind": {"const": "PodMonitor"},
-        "metadata": {"type": "object", "required": ["name"]},
-        "spec": {
-            "type": "object",
-            "properties": {
-                "selector": {
-                    "type": "object",
-                    "properties": {"matchLabels": {"type": "object", "additionalProperties": TEXT}},
-                    "additionalProperties": False,
-                },
-                "podMetricsEndpoints": {
-                    "type": "array",
-                    "minItems": 1,
-                    "items": {
-                        "type": "object",
-                        "properties": {
-                            "port": {"type": "string", "pattern": "^[a-z0-9-]{1,15}$"},
-                            "interval": {"type": "string", "pattern": "^[0-9]+(ms|s|m|h)$"},
-                            "relabelings": {"type": "array", "items": RELABELING},
-                        },
-                        "required": ["port"],
-                        "additionalProperties": False,
-                    },
-                },
-            },
-            "required": ["selector", "podMetricsEndpoints"],
-            "additionalProperties": False,
-        },
-    },
-    "required": ["apiVersion", "kind", "metadata", "spec"],
-    "additionalProperties": False,
-}
-
-
 def test_a_pod_monitor_scrapes_every_rank_with_its_labels(rendered):
     """By the names of the container's ports; ranks are numbered through the hosts, as in metrics_targets.json."""
     jobset, monitor = yaml.safe_load_all(rendered("jobset", set=[SHARDS, "step.micro_batches=16", "metrics.port=9500"]))
-    jsonschema.validate(monitor, POD_MONITOR)
+    jsonschema.validate(monitor, SCHEMAS["PodMonitor"])
     assert monitor["spec"]["selector"]["matchLabels"] == {"jobset.sigs.k8s.io/jobset-name": jobset["metadata"]["name"]}
     pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
     ports = {port["name"]: port["containerPort"] for port in pod["containers"][0]["ports"]}
@@ -191,12 +149,44 @@ def test_a_job_without_metrics_has_no_monitor(rendered):
     assert jobset["kind"] == "JobSet"
 
 
-@pytest.mark.parametrize("change", [{"kind": "ServiceMonitor"}, {"spec": {"podMetricsEndpoints": []}}, {"status": {}}])
-def test_a_monitor_that_is_none_is_refused_by_the_schema(rendered, change):
-    """The check above can fail."""
-    _, monitor = yaml.safe_load_all(rendered("jobset"))
+def _at(found, path, value):
+    """`found` with `value` at a path of keys and places."""
+    *way, last = path
+    inner = found
+    for step in way:
+        inner = inner[step]
+    inner[last] = value
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "value"),
+    [
+        ("PodMonitor", ["kind"], "ServiceMonitor"),
+        ("PodMonitor", ["status"], {}),
+        ("PodMonitor", ["spec", "podMetricsEndpoints"], []),
+        ("PodMonitor", ["spec", "podMetricsEndpoints", 0, "interval"], "15"),
+        ("PodMonitor", ["spec", "podMetricsEndpoints", 0, "relabelings", 0, "source_labels"], ["a"]),
+        ("JobSet", ["apiVersion"], "jobset.x-k8s.io/v1"),
+        ("JobSet", ["spec", "failurePolicy", "rules", 0, "action"], "FailJob"),
+        ("JobSet", ["spec", "failurePolicy", "backoffLimit"], 3),
+        ("JobSet", ["spec", "network", "enableDNSHostnames"], "true"),
+        ("JobSet", ["spec", "replicatedJobs", 0, "replicas"], "1"),
+    ],
+)
+def test_an_object_that_is_none_is_refused_by_its_schema(rendered, kind, path, value):
+    """The checks above can fail."""
+    objects = {found["kind"]: found for found in yaml.safe_load_all(rendered("jobset"))}
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(monitor | change, POD_MONITOR)
+        jsonschema.validate(_at(objects[kind], path, value), SCHEMAS[kind])
+
+
+@pytest.mark.parametrize("path", sorted(JOBS.glob("*.jobset.yaml")), ids=lambda path: path.name)
+def test_shipped_objects_of_kubernetes_are_those_of_their_schemas(path):
+    objects = list(yaml.safe_load_all(path.read_text()))
+    assert [found["kind"] for found in objects] == ["JobSet", "PodMonitor"]
+    for found in objects:
+        jsonschema.validate(found, SCHEMAS[found["kind"]])
 
 
 @pytest.mark.parametrize("script", sorted(JOBS.glob("*.sh")), ids=lambda script: script.name)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import posixpath
 import re
 import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable
 
 _MADE_BY_SYSTEMS = frozenset(
     ("__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found")
@@ -24,6 +26,7 @@ _SPLITS = {
     "testing": "test",
     "testset": "test",
 }
+_MISSING_VALUES = frozenset(("nan", "none", "null", "n/a", "na", "<na>", "nil"))
 _BESIDE_A_SPLIT = frozenset(("set", "data", "dataset", "images", "image", "imgs", "img", "seg", "split", ""))
 
 
@@ -51,3 +54,28 @@ def split_called(folder: str) -> str | None:
     splits = {_SPLITS[word] for word in words if word in _SPLITS}
     others = {word for word in words if word not in _SPLITS}
     return splits.pop() if len(splits) == 1 and others <= _BESIDE_A_SPLIT else None
+
+
+def notes_on(classes: Iterable[str]) -> list[str]:
+    """Lines on class names that may be mistakes: two that look alike (`Cat` and `cat`, `03` and `3`), missing values."""
+    alike = defaultdict(list)
+    for name in classes:
+        alike[_look(name)].append(name)
+    pairs = [" and ".join(map(repr, names)) for names in alike.values() if len(names) > 1]
+    missing = [repr(name) for name in classes if name.casefold() in _MISSING_VALUES]
+    return [
+        *([f"classes that look alike, and count as different: {_first(pairs)}"] if pairs else []),
+        *([f"classes called like a missing value: {', '.join(missing[:5])}"] if missing else []),
+    ]
+
+
+def _look(name: str) -> str:
+    """A name without its case, spaces and what is not seen; a number by its value."""
+    seen = "".join(letter for letter in name.casefold() if unicodedata.category(letter) not in ("Cf", "Cc"))
+    if re.fullmatch(r"[0-9]+(\.0*)?", seen.strip()):
+        return seen.strip().partition(".")[0].lstrip("0") or "0"
+    return re.sub(r"[\s_-]+", " ", seen).strip()
+
+
+def _first(what: list[str]) -> str:
+    return "; ".join(what[:3]) + (f" and {len(what) - 3} more" if len(what) > 3 else "")

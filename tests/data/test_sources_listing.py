@@ -133,6 +133,9 @@ def test_other_splits_have_the_classes_of_train(tmp_path: Path) -> None:
         ('path,label\n"a,x\n', {}, "no CSV"),
         ("path,label\n", {}, "names no image"),
         ("", {}, "has not the column"),
+        ("path;label\na;x\n", {}, "one column, 'path;label'; its fields are separated by ';': set delimiter"),
+        ("path\tlabel\na\tx\n", {}, "separated by .*: set delimiter"),
+        ("path,label\na," + "9" * 5000 + "\n", {"classes": ["x"]}, "label 99999999999999999999 is out of range"),
         ("path,label\na,7\n", {"classes": ["x", "y"]}, "label 7 is out of range, the labels are 0 to 1"),
         ("path,label\na,z\n", {"classes": ["x", "y"]}, "'z' is none of the classes given"),
         (b"path,label\n\xff\xfe,x\n", {}, "is not UTF-8 text"),
@@ -158,6 +161,38 @@ def test_missing_empty_and_repeated_images_are_counted(tmp_path: Path) -> None:
         "n\\x00l: missing",
     ]
     assert list(source.splits["train"].names) == ["a.jpg"]
+
+
+def test_an_image_of_two_classes_is_bad_in_both(tmp_path: Path) -> None:
+    """Neither row is to be trusted."""
+    for name in "ab":
+        (tmp_path / f"{name}.jpg").write_bytes(encoded())
+    source = tabled(tmp_path, "path,label\na.jpg,x\nb.jpg,x\n./a.jpg,y\nb.jpg,x\nb.jpg,x\n").checked()
+    assert list(map(str, source.bad)) == [*["a.jpg: two_labels"] * 2, *["b.jpg: listed_twice"] * 2]
+    assert list(source.splits["train"].names) == ["b.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "notes"),
+    [
+        (["owl", "great owl", "3", "30", "03a"], []),
+        (["Cat", "cat", "b"], ["'Cat' and 'cat'"]),
+        (["03", "3", "3.0", "30"], ["'03' and '3' and '3.0'"]),
+        (["rock dove", "rock_dove", "rock-dove "], ["'rock dove' and 'rock-dove' and 'rock_dove'"]),
+        (["a\u200bb", "ab"], ["'ab' and 'a\\u200bb'"]),
+        (["a", "NaN"], ["missing value: 'NaN'"]),
+        (["None", "none"], ["'None' and 'none'", "missing value: 'None', 'none'"]),
+    ],
+)
+def test_class_names_that_may_be_mistakes_are_said(tmp_path: Path, labels: list[str], notes: list[str]) -> None:
+    """They count as they are written."""
+    text = "path,label\n" + "".join(f"{number}.jpg,{label}\n" for number, label in enumerate(labels))
+    for number in range(len(labels)):
+        (tmp_path / f"{number}.jpg").write_bytes(encoded())
+    source = tabled(tmp_path, text).checked()
+    assert len(source.classes) == len(labels)
+    assert len(source.notes) == len(notes)
+    assert all(expected in note for expected, note in zip(notes, source.notes, strict=True))
 
 
 def test_counts_need_no_images(tmp_path: Path) -> None:

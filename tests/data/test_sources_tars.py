@@ -49,7 +49,12 @@ def listed(root: Path, pattern: str = "a.tar", **options: str) -> Source:
             "members of 0 in two place",
         ),
         ([("0.jpg", JPG), ("1.jpg", JPG), ("0.cls", b"0"), ("1.cls", b"1")], r"0 has no label: .* \(tar --sort=name\)"),
-        ([("0.jpg", JPG), ("0.cls", b"cat")], "0: .cls holds 'cat', which is no number"),
+        ([("0.jpg", JPG), ("0.cls", b"cat")], "0: .cls: 'cat' is no number from 0"),
+        ([("0.jpg", JPG), ("0.cls", b"1.0")], "0: .cls: '1.0' is no number from 0"),
+        ([("0.jpg", JPG), ("0.cls", b"9" * 5000)], "0: .cls: label 99999999999999999999 is out of range"),
+        ([("0.jpg", JPG), ("0.cls", b"2000000000")], ".cls: label 2000000000 is out of range, .* 0 to 9999999"),
+        ([("0.jpg", JPG), ("0.json", b'{"label": 2000000000}')], "label 2000000000 is no number from 0 to 9999999"),
+        ([("0.jpg", JPG), ("0.json", b'{"label": ' + b"9" * 5000 + b"}")], "is not JSON"),
         ([("0.jpg", JPG), ("0.json", b'{"label": 1}'), ("0.cls", b"0")], "label 1 by its .json, and 0 by its .cls"),
         ([("0.jpg", JPG), ("0.json", b"[1]"), ("0.cls", b"0")], r"its .json is no object with keys, but \[1\]"),
         ([("0.jpg", JPG), ("0.json", b'{"caption": "x"}')], r"its .json has no 'label' \(label_key\), no .cls"),
@@ -60,6 +65,36 @@ def test_what_is_not_one_thing_is_refused(tmp_path, members, message):
     tar(tmp_path / "a.tar", *members)
     with pytest.raises(DataError, match=message):
         listed(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (tarfile.LNKTYPE, "1.jpg is a link to 0.jpg, .*: pack it with tar --dereference --hard-dereference"),
+        (tarfile.SYMTYPE, "1.jpg is a link to 0.jpg"),
+        (tarfile.FIFOTYPE, "1.jpg is a folder, a device or the like"),
+        (tarfile.GNUTYPE_SPARSE, "1.jpg is stored as a sparse file"),
+    ],
+)
+def test_members_without_bytes_of_their_own_are_refused(tmp_path, kind, message):
+    """GNU tar packs a second name of a file as a link; readers of webdataset skip it without a word."""
+    tar(tmp_path / "a.tar", ("0.jpg", JPG), ("0.cls", b"0"))
+    with tarfile.open(tmp_path / "a.tar", "a") as archive:
+        about = tarfile.TarInfo("1.jpg")
+        about.type, about.linkname = kind, "0.jpg"
+        archive.addfile(about)
+    with pytest.raises(DataError, match=message):
+        listed(tmp_path)
+
+
+def test_folders_and_links_beside_the_samples_do_not_matter(tmp_path):
+    tar(tmp_path / "a.tar", ("0.jpg", JPG), ("0.cls", b"0"))
+    with tarfile.open(tmp_path / "a.tar", "a") as archive:
+        for name, kind in (("more", tarfile.DIRTYPE), ("LICENSE", tarfile.SYMTYPE)):
+            about = tarfile.TarInfo(name)
+            about.type, about.linkname = kind, "x"
+            archive.addfile(about)
+    assert len(listed(tmp_path).splits["train"]) == 1
 
 
 @pytest.mark.parametrize(("ending", "name"), [("jpg", "0.jpg"), (".seg.PNG", "0.seg.png")])

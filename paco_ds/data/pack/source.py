@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from paco_ds.data.names import same_name
+from paco_ds.data.names import notes_on, same_name
 from paco_ds.data.pack.image_bytes import BadImage, Encoded
 from paco_ds.data.pack.root import MapOver, Root, Walk
 from paco_ds.data.pack.samples import MISSING, Names, Samples, SamplesBuilder
@@ -22,6 +22,8 @@ from paco_ds.errors import DataError
 
 # Endings of image files; other files in folders are left out. The format itself is decided by content.
 ENDINGS = frozenset(("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp"))
+LARGEST_LABEL = 10_000_000  # a larger label is a mistake, not a class
+DIGITS = 18  # of a number that is looked at: Python refuses to read thousands
 _SHOWN = 5
 Pixels = npt.NDArray[np.uint8]
 
@@ -131,7 +133,7 @@ class Source:
 
     def checked(self, look_up: MapOver = map) -> Source:
         """The source with file sizes looked up; missing, empty and repeated images move to `bad`."""
-        splits, bad, notes = {}, list(self.bad), list(self.notes)
+        splits, bad, notes = {}, list(self.bad), [*self.notes, *notes_on(self.classes)]
         for name, samples in self.splits.items():
             several: list[int] = []
             if isinstance(self.images, Files):
@@ -142,11 +144,13 @@ class Source:
                         f"{name}: {len(respelled)} names have another Unicode form on disk (NFC, NFD) and were "
                         f"matched, the first: {respelled[0]}"
                     )
+            twice, doubtful = _repeated(samples)
             reasons = {
                 "several_files_of_this_name": np.array(several, np.int64),
+                "two_labels": doubtful,
                 "missing": np.flatnonzero(samples.sizes == MISSING),
                 "empty": np.flatnonzero(samples.sizes == 0),
-                "listed_twice": samples.names.repeated(),
+                "listed_twice": twice,
             }
             keep = np.ones(len(samples), bool)
             for reason, rows in reasons.items():
@@ -154,6 +158,19 @@ class Source:
                 keep[rows] = False
             splits[name] = samples if keep.all() else samples.take(np.flatnonzero(keep))
         return replace(self, splits=splits, bad=bad, notes=notes)
+
+
+def _repeated(samples: Samples) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """(rows whose name an earlier row has, all rows of a name that has two labels)."""
+    twice = samples.names.repeated()
+    if not len(twice):
+        return twice, twice
+    names = {samples.names[row] for row in twice.tolist()}
+    rows = [(row, name) for row, name in enumerate(samples.names) if name in names]
+    labels = defaultdict(set)
+    for row, name in rows:
+        labels[name].add(int(samples.labels[row]))
+    return twice, np.array([row for row, name in rows if len(labels[name]) > 1], np.int64)
 
 
 def _as_on_disk(samples: Samples, root: Root) -> tuple[Samples, list[str], list[int]]:
@@ -191,6 +208,16 @@ def class_names(given: tuple[str, ...] | str | None, root: Root) -> tuple[str, .
     if repeated:
         raise DataError(f"{root}/{given} names {some(repeated)} more than once")
     return names
+
+
+def label_in(text: str, limit: int, where: str) -> int:
+    """The label that a text is, a number from 0 in decimal digits; DataError if it is none, or not below `limit`."""
+    if not text.isdecimal():
+        raise DataError(f"{where}: {text!r:.60} is no number from 0")
+    label = int(text) if len(text) <= DIGITS else limit
+    if label >= limit:
+        raise DataError(f"{where}: label {text:.20} is out of range, the labels are 0 to {limit - 1}")
+    return label
 
 
 def ending(name: str) -> str:

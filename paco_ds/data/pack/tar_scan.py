@@ -10,7 +10,7 @@ from paco_ds.data.names import is_hidden, same_name, same_path
 from paco_ds.data.pack.image_bytes import BadImage
 from paco_ds.data.pack.root import Root
 from paco_ds.data.pack.samples import SamplesBuilder
-from paco_ds.data.pack.source import ENDINGS, ending, some
+from paco_ds.data.pack.source import ENDINGS, LARGEST_LABEL, ending, label_in, some
 from paco_ds.data.storage import Storage
 from paco_ds.errors import DataError
 
@@ -72,13 +72,12 @@ class TarScan:
                 while (member := archive.next()) is not None:
                     archive.members = []  # type: ignore[attr-defined]  # it would keep every member
                     end = member.offset_data + member.size
-                    if not member.isreg():
+                    if not member.isreg() and not _matters(member.name):
                         continue
-                    if member.issparse():
-                        raise DataError(f"{place}: {member.name} is stored as a sparse file: pack it as a plain one")
                     if is_hidden(member.name):
                         self.hidden += 1
                         continue
+                    _refuse_special(member, place)
                     folder, _, base = same_path(member.name).rpartition("/")
                     stem, _, suffix = base.partition(".")
                     if f"{folder}/{stem}" != key:
@@ -160,18 +159,35 @@ class TarScan:
             raise DataError(f"{where}: its .json is no object with keys, but {about!r:.60}")
         label, name = (about or {}).get(self.label_key), (about or {}).get(self.class_key)
         written = None if sample.cls is None else sample.cls.decode("utf-8", "replace").strip()
-        if written is not None and not written.isdecimal():
-            raise DataError(f"{where}: .cls holds {written!r:.60}, which is no number from 0")
-        if label is None and written is not None:
-            label = int(written)
+        number = None if written is None else label_in(written, LARGEST_LABEL, f"{where}: .cls")
+        if label is None:
+            label = number
         if label is None:
             lacks = f"its .json has no {self.label_key!r} (label_key)" if about is not None else "no .json"
             raise DataError(f"{where} has no label: {lacks}, no .cls; if it lies elsewhere in the tar, {_SORT}")
-        if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < 2**31:
-            raise DataError(f"{where}: label {label!r:.60} is no number from 0")
-        if written is not None and int(written) != label:
+        if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < LARGEST_LABEL:
+            raise DataError(f"{where}: label {label!r:.60} is no number from 0 to {LARGEST_LABEL - 1}")
+        if number not in (None, label):
             raise DataError(f"{where}: label {label} by its .json, and {written} by its .cls: remove one of the two")
         return label, None if name is None else same_name(str(name))
+
+
+def _matters(name: str) -> bool:
+    """Whether a member of this name would be an image, or say a label."""
+    return ending(name) in ENDINGS or ending(name) in ("json", "cls")
+
+
+def _refuse_special(member: tarfile.TarInfo, place: str) -> None:
+    """Raise DataError for a member whose bytes do not lie in the tar as they are: readers of webdataset skip it."""
+    if member.issparse():
+        raise DataError(f"{place}: {member.name} is stored as a sparse file: pack it as a plain one")
+    if member.islnk() or member.issym():
+        raise DataError(
+            f"{place}: {member.name} is a link to {member.linkname}, without bytes of its own: pack it with "
+            "tar --dereference --hard-dereference"
+        )
+    if not member.isreg():
+        raise DataError(f"{place}: {member.name} is a folder, a device or the like, no file: take it out")
 
 
 def _require_whole(storage: Storage, tar: str, end: int) -> None:

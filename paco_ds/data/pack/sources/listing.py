@@ -15,10 +15,8 @@ from paco_ds.data.names import same_name, same_path
 from paco_ds.data.pack.card import CLASSES_FILE, Card, Option
 from paco_ds.data.pack.root import Root, require_inside
 from paco_ds.data.pack.samples import Samples, SamplesBuilder
-from paco_ds.data.pack.source import Files, Source, class_names, some
+from paco_ds.data.pack.source import DIGITS, LARGEST_LABEL, Files, Source, class_names, label_in, some
 from paco_ds.errors import DataError
-
-_LARGEST_LABEL = 10_000_000  # a larger label is a mistake, not a class
 
 
 class ListSplit(StrictModel):
@@ -44,7 +42,7 @@ class ListCard(Card):
     def list_images(self, root: Root) -> Source:
         """Lists as ImageNet-LT, Places-LT and iNaturalist18 publish them: `path label`, labels from 0."""
         classes = class_names(self.classes, root)
-        limit = len(classes) if classes is not None else _LARGEST_LABEL
+        limit = len(classes) if classes is not None else LARGEST_LABEL
         splits = {name: _read_list(root, split.list, limit) for name, split in self.splits.items()}
         if classes is None:
             largest = max((int(samples.labels.max()) for samples in splits.values() if len(samples)), default=-1)
@@ -109,10 +107,8 @@ def _read_list(root: Root, file: str, limit: int) -> Samples:
             path, _, label = line.strip().rpartition(" ") if " " in line.strip() else line.strip().rpartition("\t")
             if not path or not label.isdecimal():
                 raise DataError(f"{where}: {line.strip()!r:.80} is not a path and a label from 0")
-            if int(label) >= limit:
-                raise DataError(f"{where}: label {label} is out of range, the labels are 0 to {limit - 1}")
             require_inside(where, path.strip())
-            rows.add(same_path(path.strip()), int(label))
+            rows.add(same_path(path.strip()), label_in(label, limit, where))
     if not len(rows):
         raise DataError(f"{root}/{file} names no image")
     return rows.build()
@@ -132,9 +128,7 @@ class _Labels:
         if self._given is None and may_add:
             return self._number.setdefault(text, len(self._number))
         if self._given is not None and text.isdecimal():
-            if int(text) < len(self._given):
-                return int(text)
-            raise DataError(f"{where}: label {text} is out of range, the labels are 0 to {len(self._given) - 1}")
+            return label_in(text, len(self._given), where)
         known = "the classes given" if self._given is not None else "the classes of train"
         raise DataError(f"{where}: {text!r:.60} is none of {known}")
 
@@ -142,7 +136,7 @@ class _Labels:
         """Class names in final order (numbers by value, else by name), and the new label of each old label."""
         if self._given is not None:
             return self._given, np.arange(len(self._given), dtype=np.int32)
-        numeric = all(name.isdecimal() for name in self._number)
+        numeric = all(name.isdecimal() and len(name) <= DIGITS for name in self._number)
         names = sorted(self._number, key=lambda name: (int(name), name) if numeric else (0, name))
         order = np.empty(len(names), np.int32)
         order[[self._number[name] for name in names]] = np.arange(len(names), dtype=np.int32)
@@ -180,6 +174,11 @@ def _read_rows(
 
 
 def _column(header: list[str], name: str, setting: str, place: str) -> int:
+    others = [mark for mark in ";\t|," if len(header) == 1 and mark in header[0]]
+    if others:
+        raise DataError(
+            f"{place} has one column, {header[0]!r:.60}; its fields are separated by {others[0]!r}: set delimiter"
+        )
     if header.count(name) != 1:
         found = "twice" if name in header else "not"
         raise DataError(f"{place} has {found} the column {name!r}; set {setting} to one of: {some(header)}")

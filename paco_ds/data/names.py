@@ -57,7 +57,7 @@ def split_called(folder: str) -> str | None:
 
 
 def notes_on(classes: Iterable[str]) -> list[str]:
-    """Lines on class names that may be mistakes: two that look alike (`Cat` and `cat`, `03` and `3`), missing values."""
+    """Lines on class names that may be mistakes: alike (`Cat` and `cat`, `03` and `3`), or missing values."""
     alike = defaultdict(list)
     for name in classes:
         alike[_look(name)].append(name)

@@ -111,18 +111,18 @@ def _torchvision(model: Predictor, output: Path, run: Path | None) -> None:
 def _timm(model: Predictor, output: Path, run: Path | None) -> None:
     """A safetensors file for `timm.create_model(NAME, num_classes=C, checkpoint_path=FILE, **ARGS)`; ARGS, such as
     img_size of a ViT, are JSON in its metadata under `model_args`."""
-    tensors = _timm_tensors(model)
+    tensors = _timm_tensors(model, "timm")
     with whole_file(output) as file:
         file.write(save(tensors, {"architecture": _timm_name(model), "model_args": json.dumps(_arguments(model))}))
 
 
-def _timm_tensors(model: Predictor) -> dict[str, Tensor]:
+def _timm_tensors(model: Predictor, to: str) -> dict[str, Tensor]:
     timm = _needed("timm", "timm")
     name = _timm_name(model)
     if name not in timm.list_models():
-        raise UserError(f"--to timm: {model.backbone} is no network of timm's; give --to onnx or safetensors")
+        raise UserError(f"--to {to}: {model.backbone} is no network of timm's; give --to onnx or safetensors")
     theirs = timm.create_model(name, pretrained=False, num_classes=len(model.class_names), **_arguments(model))
-    tensors = _with_classifier(model, theirs, "timm")
+    tensors = _with_classifier(model, theirs, to)
     _require_equal(model, theirs)
     return tensors
 
@@ -202,6 +202,8 @@ def _traceable(model: Predictor, to: str) -> tuple[nn.Module, Tensor, Any]:
 
 def _torch_export(model: Predictor, output: Path, run: Path | None) -> None:
     """A program for `torch.export.load(FILE).module()`, of any number of images."""
+    if output.suffix != ".pt2":
+        raise UserError(f"--to torch-export: torch reads programs from files that end in .pt2: --output {output}.pt2")
     module, example, free = _traceable(model, "torch-export")
     program = torch.export.export(module, (example,), dynamic_shapes=(free,))
     with _beside(output) as part:
@@ -240,7 +242,7 @@ def _onnx(model: Predictor, output: Path, run: Path | None) -> None:
 
 def _hub_folder(model: Predictor, output: Path, run: Path | None) -> None:
     """A folder as on the HuggingFace hub, see `hub_folder`."""
-    tensors = _timm_tensors(model)
+    tensors = _timm_tensors(model, "hf")
     with _beside(output, folder=True) as part:
         write_hub_folder(model, tensors, _timm_name(model), Path(part), run)
 

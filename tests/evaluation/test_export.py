@@ -160,6 +160,7 @@ def test_safetensors_hold_every_tensor_and_what_a_program_needs(resnet18, tmp_pa
     [
         ("torchvision", ("cifar_resnet8",), "cifar_resnet8 is no network of torchvision's"),
         ("timm", ("cifar_resnet8",), "cifar_resnet8 is no network of timm's"),
+        ("hf", ("cifar_resnet8",), "--to hf: cifar_resnet8 is no network of timm's"),
         ("hf", ("resnet18", "model.experts=2"), "has no place for experts"),
         ("torchvision", ("resnet18", "model.centers=cosine"), "its classifier is linear, and these are CosineCenters"),
     ],
@@ -176,7 +177,13 @@ def test_what_a_format_has_no_place_for_is_refused(tmp_path, to, model, message)
 def test_routers_are_refused_where_a_graph_cannot_branch(resnet18, tmp_path, monkeypatch, to):
     monkeypatch.setattr(resnet18.recogniser, "routers", torch.nn.Identity(), raising=False)
     with pytest.raises(UserError, match="routers ask one expert after another"):
-        export(resnet18, to, tmp_path / "model")
+        export(resnet18, to, tmp_path / "model.pt2")
+
+
+def test_a_program_of_torch_has_the_ending_that_torch_asks_for(resnet18, tmp_path):
+    with pytest.raises(UserError, match=r"end in .pt2: --output .*/model.pt2"):
+        export(resnet18, "torch-export", tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_package_is_named(resnet18, tmp_path, monkeypatch):

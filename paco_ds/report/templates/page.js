@@ -125,7 +125,7 @@ const CHARTS = {
   center: () => probability("center"),
   positive: () => probability("positive"),
   classes: () => classes("accuracy", "top-1 accuracy, %", {domain: [0, 100]}),
-  sizes: () => classes("count", "training images", {type: "log", domainMin: 1}),
+  sizes: () => classes("count", "images", {type: "log", domainMin: 1}),
 };
 
 let views = [];

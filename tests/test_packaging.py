@@ -43,3 +43,11 @@ def test_the_citation_has_what_the_format_requires():
     assert citation["message"]
     assert citation["license"] == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["license"]
     assert "Parametric Contrastive Learning" in [work["title"] for work in citation["references"]]
+
+
+def test_each_command_is_a_module_too():
+    """`deepspeed --module` and `python -m` run it; one that only defines functions would end well and do nothing."""
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    for entry in scripts.values():
+        module = ROOT / (entry.partition(":")[0].replace(".", "/") + ".py")
+        assert re.search(r'\nif __name__ == "__main__":\n.*main\(\)', module.read_text()), module

@@ -130,7 +130,8 @@ class Progress:
     def require_images(self, places: Sequence[str]) -> None:
         """Raise UserError if there were none."""
         if not self.read + self.unreadable:
-            raise UserError(f"no image was given: {', '.join(places)} hold none")
+            where = ["standard input" if place == "-" else place for place in places]
+            raise UserError(f"no image was given: there is none in {', '.join(where)}")
 
     def say(self, text: str) -> None:
         """A line on standard error, of the first rank."""

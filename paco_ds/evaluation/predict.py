@@ -129,9 +129,10 @@ def _parquet(file: IO[bytes], top: int) -> Iterator[Write]:
 
 def _csv(file: IO[str], top: int) -> Write:
     table = csv.writer(file)
-    table.writerow(_columns(top))
+    header = iter([_columns(top)])  # with the first row: a mistake leaves standard output empty
 
     def write(path: str, answer: Answer) -> None:
+        table.writerows(header)
         table.writerow([path, *(cell for name, p in answer for cell in (name, f"{p:.6f}"))])
 
     return write

@@ -5,7 +5,7 @@ the paper's tables stands beside that row; --table and --row name others, --no-p
 
 examples:
   paco-compare runs/ce-0 runs/ce-1 runs/paco-0 runs/paco-1
-  paco-compare runs/paco --table 13 --format latex --output table.tex
+  paco-compare runs/paco --table 13 --output table.tex
   paco-compare runs/mine --table 9 --row 'ResNet-50, PaCo'
 """
 
@@ -211,7 +211,9 @@ def main(argv: list[str] | None = None) -> int:
         elif not arguments.no_paper:
             lines += matching_lines(runs)
         header = ["run", "seeds", *(f"{group.capitalize()}, %" for group in GROUPS), *differing]
-        text = FORMATS[arguments.format](header, [[printable(c) for c in line.cells(differing)] for line in lines])
+        text = FORMATS[arguments.format or _format_of(arguments.output)](
+            header, [[printable(c) for c in line.cells(differing)] for line in lines]
+        )
         if arguments.output is None:
             print(text)
         else:
@@ -244,6 +246,10 @@ def _mean_std(percents: Sequence[float]) -> str:
     return f"{fmean(percents):.1f}" + (f" ± {stdev(percents):.1f}" if len(percents) > 1 else "")
 
 
+def _format_of(output: Path | None) -> str:
+    return {".csv": "csv", ".tex": "latex"}.get(output.suffix if output else "", "markdown")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, nargs="+", help="run directory of a finished training")
@@ -251,7 +257,7 @@ def _parser() -> argparse.ArgumentParser:
     beside.add_argument("--table", help="the paper's rows of this table: a number (9 to 14), a name or a path")
     beside.add_argument("--no-paper", action="store_true", help="without the paper's row of the runs' own settings")
     parser.add_argument("--row", help="of --table, this row alone, such as 'ResNet-50, PaCo'")
-    parser.add_argument("--format", choices=FORMATS, default="markdown", help="markdown, also plain text, by default")
+    parser.add_argument("--format", choices=FORMATS, help="by the ending of --output (.csv, .tex); markdown otherwise")
     parser.add_argument("--output", type=Path, help="file to write; standard output by default")
     return parser
 

@@ -413,3 +413,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override for every row")
     parser.add_argument("--allow-code", action=AllowCode)
     return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -244,3 +244,7 @@ def main(argv: list[str] | None = None) -> int:
         run = arguments.run or run_directory(given.output, given.config)
         processes = _elastic(command, run) if arguments.elastic else lambda: [(command, {})]
         return Keeper(run, arguments.restarts, processes).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

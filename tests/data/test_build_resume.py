@@ -248,7 +248,7 @@ def test_no_room_is_said_before_anything_is_written(
     """The plan knows how much is needed."""
     usage = build_module.shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(build_module.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(DataError, match=r"the shards need 0.0 GB more, but .* has 0.0 GB free: free space"):
+    with pytest.raises(DataError, match=r"the shards need 0.\d MB more, but .* has 0.0 MB free: free space"):
         build_shards(load_card(tiny_card), images_of(tiny_card), tmp_path / "out", SMALL)
     assert not list(tmp_path.glob("out/*.tar"))
 

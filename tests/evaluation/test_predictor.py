@@ -119,6 +119,20 @@ def test_names_that_are_not_utf_8_are_written_as_they_are(trained, tmp_path):
     assert b"/\xff.png,class" in (tmp_path / "o.csv").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [("nowhere", "nowhere is not there"), ("-", "no image was given: there is none in standard input")],
+)
+def test_a_mistake_leaves_standard_output_empty(trained, monkeypatch, capsys, place, message):
+    """A table that goes on to another program is one, or nothing."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    with pytest.raises(SystemExit):
+        main([str(trained[0]), place, "--device", "cpu"])
+    said = capsys.readouterr()
+    assert message in said.err
+    assert said.out == ""
+
+
 @pytest.mark.parametrize("ending", [".csv", ".jsonl"])
 def test_the_command_writes_a_row_for_each_image_of_folders_and_lists(
     trained, model, tmp_path, monkeypatch, capsys, ending

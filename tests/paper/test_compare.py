@@ -54,6 +54,15 @@ def test_ports_and_processes_part_no_seeds_and_corrections_of_an_evaluation_do(t
     assert (second[1], second[6]) == ("1", "1.0")
 
 
+@pytest.mark.parametrize(
+    ("ending", "begin"), [(".csv", "run,seeds,"), (".tex", "\\begin{tabular}"), (".md", "| run"), (".txt", "| run")]
+)
+def test_the_ending_of_a_file_is_its_format(tmp_path: Path, ending: str, begin: str) -> None:
+    output = tmp_path / f"table{ending}"
+    assert main([_run(tmp_path, "mine", 0, 0.5), "--output", str(output)]) == 0
+    assert output.read_text().startswith(begin)
+
+
 def test_rows_of_the_paper_stand_below(tmp_path: Path, capsys) -> None:
     """Table 13 has rows of the paper; they are named so."""
     assert main([_run(tmp_path, "mine", 0, 0.5), "--table", "13"]) == 0

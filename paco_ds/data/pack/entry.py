@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from paco_ds.command import one_line_on_interrupt
@@ -12,3 +13,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with one_line_on_interrupt():
         from paco_ds.data.pack import command
     return command.main(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

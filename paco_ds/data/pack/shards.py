@@ -306,6 +306,10 @@ def _refuse_existing(output: Storage, state: Storage, overwrite: bool, plan: str
         raise DataError(f"{output.url} has {foreign[0]}, which paco_ds did not write; give another --output")
 
 
+def _room(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
 def _require_room(plan: BuildPlan, output: Storage) -> None:
     """Raise DataError if the disk cannot hold the shards still to be written."""
     if not output.is_local:
@@ -318,8 +322,8 @@ def _require_room(plan: BuildPlan, output: Storage) -> None:
     free = shutil.disk_usage(place).free
     if missing > free:
         raise DataError(
-            f"the shards need {missing / 1e9:,.1f} GB more, but {place} has {free / 1e9:,.1f} GB free: free space, or "
-            "give another --output"
+            f"the shards need {_room(missing)} more, but {place} has {_room(free)} free: free space, or give another "
+            "--output"
         )
 
 

@@ -46,10 +46,20 @@ def parse_yaml(text: str | bytes, place: str, error: type[UserError]) -> Any:
         raise error(f"{place} is not valid YAML: {one_line(mistake)}") from None
 
 
-def parse_json(raw: str | bytes, place: str, error: type[UserError], remedy: str = "") -> Any:
-    """The values of a JSON document; UserError of the type `error` if it is not JSON, not UTF-8, or nested too deep."""
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r:.60} stands in it twice")
+        found[key] = value
+    return found
+
+
+def parse_json(raw: str | bytes, place: str, error: type[UserError], remedy: str = "", once: bool = False) -> Any:
+    """The values of a JSON document; UserError of the type `error` if it is not JSON, not UTF-8, nested too deep, or,
+    with `once`, if an object has a key twice: readers take one or the other."""
     try:
-        return json.loads(raw)
+        return json.loads(raw, object_pairs_hook=_each_once if once else None)
     except RecursionError:
         raise error(f"{place} is not JSON (it is nested too deep){remedy}") from None
     except ValueError as mistake:

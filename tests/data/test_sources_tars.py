@@ -54,6 +54,7 @@ def listed(root: Path, pattern: str = "a.tar", **options: str) -> Source:
         ([("0.jpg", JPG), ("0.cls", b"9" * 5000)], "0: .cls: label 99999999999999999999 is out of range"),
         ([("0.jpg", JPG), ("0.cls", b"2000000000")], ".cls: label 2000000000 is out of range, .* 0 to 9999999"),
         ([("0.jpg", JPG), ("0.json", b'{"label": 2000000000}')], "label 2000000000 is no number from 0 to 9999999"),
+        ([("0.jpg", JPG), ("0.json", b'{"label": 0, "label": 1}')], "is not JSON .the key 'label' stands in it twice"),
         ([("0.jpg", JPG), ("0.json", b'{"label": ' + b"9" * 5000 + b"}")], "is not JSON"),
         ([("0.jpg", JPG), ("0.json", b'{"label": 1}'), ("0.cls", b"0")], "label 1 by its .json, and 0 by its .cls"),
         ([("0.jpg", JPG), ("0.json", b"[1]"), ("0.cls", b"0")], r"its .json is no object with keys, but \[1\]"),

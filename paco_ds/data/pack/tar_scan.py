@@ -154,7 +154,7 @@ class TarScan:
 
     def _label(self, sample: _Sample, where: str) -> tuple[int, str | None]:
         """(label, class name if there is one) by the JSON or, where that has none, by `.cls`."""
-        about = None if sample.about is None else parse_json(sample.about, where, DataError)
+        about = None if sample.about is None else parse_json(sample.about, where, DataError, once=True)
         if about is not None and not isinstance(about, dict):
             raise DataError(f"{where}: its .json is no object with keys, but {about!r:.60}")
         label, name = (about or {}).get(self.label_key), (about or {}).get(self.class_key)

@@ -11,7 +11,7 @@ import pytest
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(3600)]
 ROOT = Path(__file__).parents[2]
-RECIPE = ROOT / "ds_configs" / "recipes" / "small" / "stamps.yaml"
+RECIPE = ROOT / "ds_configs" / "recipes" / "stamps.yaml"
 
 
 @pytest.fixture

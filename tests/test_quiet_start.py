@@ -39,6 +39,15 @@ def test_a_typo_is_told_before_torch_is_loaded(module, arguments, told, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+def test_deepspeed_does_not_load_mlflow():
+    """Which takes longer than the rest of it; who logs to MLflow still has it."""
+    script = (
+        "import sys, importlib.util; from paco_ds.distributed.load_deepspeed import deepspeed; "
+        "assert deepspeed.initialize and 'mlflow' not in sys.modules and importlib.util.find_spec('mlflow')"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
 def test_other_lines_of_deepspeed_come_through():
     """Only that it chose the CPU is dropped."""
     log, heard = logging.getLogger("DeepSpeed"), []

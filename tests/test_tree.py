@@ -35,6 +35,17 @@ def test_modules_have_a_docstring_and_no_name_of_the_standard_library():
     assert not {path.stem for path in (ROOT / "paco_ds").iterdir()} & sys.stdlib_module_names
 
 
+def test_deepspeed_is_imported_in_one_place():
+    """At the top of a module; see there why."""
+    importers = set()
+    for module, file in IN_PACKAGE.items():
+        for node in ast.parse(file.read_text()).body:
+            named = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in getattr(node, "names", ())]
+            if any(str(name).partition(".")[0] == "deepspeed" for name in named):
+                importers.add(module)
+    assert importers == {"paco_ds.distributed.load_deepspeed"}
+
+
 def test_no_docstring_begins_with_owns():
     """What a module is for is said as the field would say it."""
     owners = [

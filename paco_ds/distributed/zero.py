@@ -9,16 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import deepspeed
 import torch
-from deepspeed.utils import (
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from paco_ds.distributed.load_deepspeed import (
+    deepspeed,
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_set_full_optimizer_state,
     safe_set_local_optimizer_state,
 )
-from torch import Tensor
-from torch.nn import Module, Parameter
 
 STEP = "step"  # the state in which torch's optimizers count their steps
 

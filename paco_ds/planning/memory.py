@@ -21,8 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
+from paco_ds.distributed.load_deepspeed import DeepSpeedZeroConfig
 from paco_ds.planning.planned_rank import FLOAT, PlannedRank
 
 Device = Literal["cuda", "cpu"]

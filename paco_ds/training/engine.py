@@ -9,15 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import deepspeed
-from deepspeed.runtime import compiler
-
 from paco_ds.config.engine import EngineSettings
 from paco_ds.config.optimizer import OptimizerSettings
 from paco_ds.config.parse import brief, read_json
 from paco_ds.config.recipe import StepSettings
 from paco_ds.config.shipped import DEEPSPEED
 from paco_ds.distributed.launch import environment_ranks, join_job
+from paco_ds.distributed.load_deepspeed import compiler, deepspeed
 from paco_ds.distributed.ranks import MicroBatchLayout, Ranks
 from paco_ds.distributed.zero import begin_states
 from paco_ds.errors import RecipeError, UserError

@@ -1,0 +1,37 @@
+"""DeepSpeed, as every module here imports it: without MLflow.
+
+Its autotuner, which is not used here, imports MLflow where that is installed, and with it a web server: three quarters
+of the time that importing DeepSpeed takes on every rank. A run that logs to MLflow imports it itself.
+"""
+
+from __future__ import annotations
+
+import sys
+
+if "mlflow" in sys.modules:
+    import deepspeed
+else:
+    sys.modules["mlflow"] = None  # type: ignore[assignment]  # "not installed", to an import
+    try:
+        import deepspeed
+    finally:
+        del sys.modules["mlflow"]
+
+from deepspeed.runtime import compiler
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_optimizer_state,
+    safe_set_local_optimizer_state,
+)
+
+__all__ = [
+    "DeepSpeedZeroConfig",
+    "compiler",
+    "deepspeed",
+    "safe_get_full_fp32_param",
+    "safe_get_full_optimizer_state",
+    "safe_set_full_optimizer_state",
+    "safe_set_local_optimizer_state",
+]

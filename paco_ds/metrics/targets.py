@@ -6,13 +6,14 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from paco_ds.config.recipe import MetricsSettings
 from paco_ds.distributed.heartbeat import Heartbeat
 from paco_ds.distributed.ranks import Ranks
+from paco_ds.errors import UserError
 from paco_ds.files import replace_text, storage_errors
 from paco_ds.metrics.exporter import Exporter, reachable_host
 
@@ -25,8 +26,8 @@ def served_metrics(
 ) -> Iterator[Exporter]:
     """Serve /metrics on every rank during the block and list the addresses, before anything slow begins.
 
-    A list of an earlier start is replaced. It is removed at a clean end, also of a run that was asked to stop; a failed
-    or killed run leaves it, so that its ranks are missed. A run that finished or failed serves for
+    A list of an earlier start is replaced. It is removed at a clean end, also of a run that was asked to stop or refused
+    for its settings; a failed or killed run leaves it, so that its ranks are missed. A run that finished or failed serves for
     `metrics.linger_seconds` more.
 
     Args:
@@ -53,16 +54,22 @@ def served_metrics(
         yield sink
         if sink.finished and settings.serve:
             time.sleep(settings.linger_seconds)
-        for file in files:
-            with suppress(OSError):
-                file.unlink(missing_ok=True)
-    except Exception:
+        _remove(files)
+    except Exception as error:
+        if isinstance(error, UserError) and heartbeat.last.phase == "start":  # no step was begun
+            _remove(files)
         sink.ended("failed")
         if settings.serve:
             time.sleep(settings.linger_seconds)
         raise
     finally:
         sink.close()
+
+
+def _remove(files: Iterable[Path]) -> None:
+    for file in files:
+        with suppress(OSError):
+            file.unlink(missing_ok=True)
 
 
 def target_files(run: Path, folder: str | None) -> list[Path]:

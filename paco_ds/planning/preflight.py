@@ -19,7 +19,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from paco_ds.command import Screen, one_line_on_interrupt, report_user_errors, say
+from paco_ds.command import Screen, one_line_on_interrupt, report_user_errors, say, silence_known_noise
 from paco_ds.config.plugins import AllowCode
 from paco_ds.errors import UserError
 from paco_ds.planning.sizes import parse_bytes
@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     chosen = [work for option, work in asked.items() if getattr(arguments, option.strip("-"))]
     if not chosen:
         parser.error(f"say what to do: {', '.join(asked)}, or several of them")
+    silence_known_noise()
     with one_line_on_interrupt(), report_user_errors():
         return max(work(arguments) for work in chosen)
 

@@ -13,6 +13,7 @@ import torch
 from paco_ds.config.recipe import MetricsSettings
 from paco_ds.distributed.heartbeat import Heartbeat
 from paco_ds.distributed.ranks import Ranks
+from paco_ds.errors import UserError
 from paco_ds.metrics.exporter import Exporter
 from paco_ds.metrics.targets import served_metrics, target_files
 from tests.multinode.hosts import free_port
@@ -56,6 +57,13 @@ def test_a_failed_run_leaves_them_and_its_next_start_replaces_them(tmp_path: Pat
     assert len(left) == 2
     with serve(tmp_path):
         assert [file.read_text() for file in lists(tmp_path)] != left  # of another port
+
+
+def test_a_start_that_is_refused_for_its_settings_removes_them(tmp_path: Path) -> None:
+    """No rank of it will be missed."""
+    with pytest.raises(UserError, match="data.classes"), serve(tmp_path):
+        raise UserError("data.classes is 9 and the shards have 10")
+    assert lists(tmp_path) == []
 
 
 @pytest.mark.parametrize(("address", "host"), [("127.0.0.1", "127.0.0.1"), ("::1", "[::1]")])

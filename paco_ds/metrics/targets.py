@@ -26,9 +26,9 @@ def served_metrics(
 ) -> Iterator[Exporter]:
     """Serve /metrics on every rank during the block and list the addresses, before anything slow begins.
 
-    A list of an earlier start is replaced. It is removed at a clean end, also of a run that was asked to stop or refused
-    for its settings; a failed or killed run leaves it, so that its ranks are missed. A run that finished or failed serves for
-    `metrics.linger_seconds` more.
+    A list of an earlier start is replaced. It is removed at a clean end, also of a run that was asked to stop or was
+    refused for its settings; a failed or killed run leaves it, so that its ranks are missed. A run that finished or
+    failed serves for `metrics.linger_seconds` more.
 
     Args:
         run: the run directory; its name is the label `run`.

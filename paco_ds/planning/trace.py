@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from paco_ds.config.optimizer import OptimizerSettings
 from paco_ds.config.recipe import Recipe
 from paco_ds.contrast.key_encoder import groups_of_keys
 from paco_ds.contrast.key_queue import QueueSnapshot
@@ -26,6 +27,7 @@ from paco_ds.models.recogniser import Recogniser, split_experts
 from paco_ds.training.batch_norm import RunningStatistics
 from paco_ds.training.build import Classes, build_model
 from paco_ds.training.forward import Forward
+from paco_ds.training.parameter_groups import hidden_matrices
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class StepTrace:
     Attributes:
         trained: elements of each trained parameter (query encoder, centers), in the order of the model.
         followed: elements of each parameter of the key encoder.
+        states: elements of the optimizer's states of whole weights.
         buffers: bytes of the model's buffers.
         statistics: elements of the running statistics that ranks average.
         saved: what autograd keeps from forward to backward, weights and queue left out, each storage once; float
@@ -50,6 +53,7 @@ class StepTrace:
 
     trained: tuple[int, ...]
     followed: tuple[int, ...]
+    states: int
     buffers: int
     statistics: int
     saved: int
@@ -72,6 +76,7 @@ def trace_step(recipe: Recipe, class_counts: tuple[int, ...], autocast: bool) ->
     sizes: dict[str, Any] = {
         "trained": tuple(p.numel() for p in trained),
         "followed": tuple(p.numel() for p in followed),
+        "states": _states(model, recipe.optimizer),
         "buffers": sum(b.nbytes for b in model.buffers()),
         "statistics": RunningStatistics(model).flat.numel(),
     }
@@ -89,6 +94,12 @@ def trace_step(recipe: Recipe, class_counts: tuple[int, ...], autocast: bool) ->
         forward = Forward(model, loss, keys_from=recipe.keys_from)
         parts: dict[str, Any] = _run(forward, model, loss, images, queue, recipe.model.experts, autocast)
     return StepTrace(**sizes, **parts)
+
+
+def _states(model: Recogniser, settings: OptimizerSettings) -> int:
+    matrices = hidden_matrices(model)
+    trained = ((name, p.numel()) for name, p in model.named_parameters() if p.requires_grad)
+    return sum(numbers * settings.states_of(matrix=name in matrices) for name, numbers in trained)
 
 
 def _full_queue(length: int, dim: int, classes: int) -> QueueSnapshot:

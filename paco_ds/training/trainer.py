@@ -119,7 +119,7 @@ class Trainer:
         checkpoint = self._same_on_all_ranks(self.checkpoints.latest())
         as_given = recipe
         trained_with = checkpoint.state.get("autocast") if checkpoint else None
-        self.chosen = choose_on_ranks(recipe.engine, ranks, trained_with, plan_stage)
+        self.chosen = choose_on_ranks(recipe.engine, ranks, trained_with, plan_stage, recipe.optimizer)
         self.recipe = recipe = recipe.model_copy(update={"engine": self.chosen.settings})
         config = read_deepspeed_config(recipe.engine.deepspeed)
 

@@ -24,9 +24,9 @@ class OptimizerSettings(Section):
 
     name: Literal["sgd", "adamw", "lars", "muon"] = Field(
         "sgd",
-        description="adamw: Adam with decoupled weight decay, as ViTs have it; lars: SGD for large batches, each weight "
-        "with a rate of its own; muon: matrices by Muon at AdamW's learning rate, all else by AdamW. lars and muon at "
-        "ZeRO stage 0",
+        description="adamw: Adam with decoupled weight decay, as ViTs have it; lars: SGD for large batches, each "
+        "weight with a rate of its own; muon: matrices by Muon at AdamW's learning rate, all else by AdamW. lars and "
+        "muon at ZeRO stage 0",
     )
     lr: Positive = Field(description="peak, for the recipe's own step.micro_batches; see lr_per_256")
     lr_per_256: bool = Field(
@@ -40,7 +40,7 @@ class OptimizerSettings(Section):
     )
     betas: tuple[_BelowOne, _BelowOne] = Field(
         (0.9, 0.999),
-        description="of adamw and of muon's AdamW: shares that the means of gradients and of their squares keep in a step",
+        description="of adamw and muon's AdamW: shares that the means of gradients and of their squares keep in a step",
     )
     eps: Positive = Field(1e-8, description="of adamw and of muon's AdamW: added to the root of the mean square")
     trust_coefficient: Positive = Field(

@@ -51,7 +51,7 @@ class Memory:
     """Bytes in use on a rank at the peak of a step.
 
     Attributes:
-        moment: "keys", "forward and backward" or "reduction and update".
+        moment: "views", "keys", "forward and backward" or "reduction and update".
         parts: bytes by part, see `PARTS`.
         host: additional bytes of host memory for an offloaded optimizer; 0 for a CPU rank, whose parts include them.
     """
@@ -88,6 +88,7 @@ def plan_memory(rank: PlannedRank, zero: Any, device: Device) -> Memory:
     static, offloaded = parts.static(), parts.offloaded()
     static["offloaded optimizer"] = offloaded if device == "cpu" else 0
     moments = {
+        "views": {"working memory": rank.trace.views_peak},  # before a step, where they are rendered on the device
         "keys": parts.while_keys_are_made(),
         "forward and backward": parts.while_queries_run(),
         "reduction and update": parts.while_weights_are_updated(),
@@ -133,8 +134,10 @@ class _RankMemory:
             parts["gradients"] = 3 * self._largest_gradient  # a buffer, and its float64 copy for the norm
         views = len(recipe.training_views)
         ahead = self.rank.exchanges_images
-        # on CUDA the images of this step, and of the next if key images are sent ahead, are on the host
-        here = views * layout.accumulation * (2 if ahead else 1) if self.device == "cpu" else 1
+        # on CUDA the images of this step, and of the next if key images are sent ahead, are on the host unless the
+        # device rendered them
+        on_host = self.device == "cuda" and recipe.views.device == "cpu"
+        here = 1 if on_host else views * layout.accumulation * (2 if ahead else 1)
         # key images of the next step: rows sent and rows received
         parts["input images"] = self._view_bytes * (here + (2 * layout.accumulation if ahead else 0))
         if recipe.keys_from:

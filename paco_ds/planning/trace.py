@@ -10,6 +10,7 @@ import weakref
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -20,6 +21,9 @@ from paco_ds.config.optimizer import OptimizerSettings
 from paco_ds.config.recipe import Recipe
 from paco_ds.contrast.key_encoder import groups_of_keys
 from paco_ds.contrast.key_queue import QueueSnapshot
+from paco_ds.data.stream.views.device_operations import OPERATIONS
+from paco_ds.data.stream.views.device_sampling import sampled
+from paco_ds.data.stream.views.instructions import Kind
 from paco_ds.losses import make_loss
 from paco_ds.losses.base import Loss
 from paco_ds.models.execution import prepare
@@ -48,6 +52,8 @@ class StepTrace:
             handed over.
         peak_with_gradients: the same while gradients of weights are kept as they come.
         loss_parts: scalars that the loss is logged by.
+        views_peak: the most that lives while both views of a micro-batch are rendered on the device, from parts of
+            twice their side; 0 where loader processes make them.
         shuffles_keys: whether key images are shuffled between micro-batches; False without a key encoder.
     """
 
@@ -62,6 +68,7 @@ class StepTrace:
     peak: int
     peak_with_gradients: int
     loss_parts: int = 0
+    views_peak: int = 0
     shuffles_keys: bool = False
 
 
@@ -84,6 +91,8 @@ def trace_step(recipe: Recipe, class_counts: tuple[int, ...], autocast: bool) ->
     sizes["loss_parts"] = len(loss.part_names) + (recipe.loss.distill is not None)
     if recipe.key_encoder is not None and model.key_encoder is not None:
         sizes["shuffles_keys"] = groups_of_keys(recipe.key_encoder, model.key_encoder) == "shuffle"
+    if recipe.views.device == "accelerator":
+        sizes["views_peak"] = views_peak(len(recipe.training_views) * recipe.step.micro_batch, recipe.views.query.size)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model, loss = model.to_empty(device="cpu"), loss.to_empty(device="cpu")
         size = recipe.views.query.size
@@ -100,6 +109,24 @@ def _states(model: Recogniser, settings: OptimizerSettings) -> int:
     matrices = hidden_matrices(model)
     trained = ((name, p.numel()) for name, p in model.named_parameters() if p.requires_grad)
     return sum(numbers * settings.states_of(matrix=name in matrices) for name, numbers in trained)
+
+
+def views_peak(count: int, size: int) -> int:
+    """The most bytes that live while so many views are rendered on a device, none of it in memory here.
+
+    Their parts have twice the side of a view, the most that a loader process leaves of a whole image; each view meets
+    the operation that takes most, and a blur.
+    """
+    side, meta = 2 * size, torch.device("meta")
+    lengths = np.full((count, 2), side)
+    with LiveBytes([]) as live:
+        pixels = torch.empty(3 * count * side**2, dtype=torch.uint8, device=meta)
+        starts, sides = (torch.empty(shape, dtype=torch.int32, device=meta) for shape in ((count,), (count, 2)))
+        axes, numbers = (torch.empty(count, *shape, device=meta) for shape in ((2, 3), (11,)))
+        views = sampled(pixels, starts, sides, axes, lengths, size, cubic=False)
+        for kind in (Kind.MATRIX, Kind.BLUR):
+            views = OPERATIONS[kind](views, numbers, torch.empty(0, 256, dtype=torch.uint8, device=meta))
+    return live.peak
 
 
 def _full_queue(length: int, dim: int, classes: int) -> QueueSnapshot:

@@ -294,9 +294,10 @@ def _muon(parameter: nn.Parameter, v: Tensor, decay: float, recipe: Recipe, lr: 
     matrix = ((1 - mu) * parameter.grad + mu * v).reshape(len(v), -1)
     x = matrix.bfloat16() / matrix.bfloat16().norm()
     x = x if len(x) <= x.shape[1] else x.T
-    for _ in range(5):
-        a = x @ x.T
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    for _ in range(5):  # each line is rounded to bfloat16 once
+        a = (x.float() @ x.T.float()).bfloat16().float()
+        b = (-4.7750 * a + 2.0315 * (a @ a)).bfloat16().float()
+        x = (3.4445 * x.float() + b @ x.float()).bfloat16()
     x = x if x.shape == matrix.shape else x.T
     update = 0.2 * max(matrix.shape) ** 0.5 * x.float().reshape(v.shape)
     parameter.sub_(lr * (update + decay * parameter))

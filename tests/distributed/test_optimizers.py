@@ -32,10 +32,10 @@ GROUPS = ("optimizer.decay_norms_and_biases=false", "optimizer.layer_decay=0.5")
 VIT = (*of("vit"), *SMALL, *ADAMW, *GROUPS, "model.projection=three_layer")
 WHOLE = {  # optimizers of whole weights, on a ViT and on a CIFAR ResNet
     "lars": (
-        *SMALL,
+        *SMALL[:3],
         "optimizer.name=lars",
-        "optimizer.lr=0.5",
-        "optimizer.trust_coefficient=0.01",
+        "optimizer.lr=0.02",
+        "optimizer.trust_coefficient=0.25",
         "optimizer.weight_decay=0.05",
         "optimizer.decay_norms_and_biases=false",
         "optimizer.clip_norm=2",
@@ -46,7 +46,7 @@ WHOLE = {  # optimizers of whole weights, on a ViT and on a CIFAR ResNet
         *ADAMW,
         "optimizer.name=muon",
         # Muon rounds to bfloat16, so that a last bit of a gradient can be a hundredth of an update's element
-        "optimizer.lr=0.00005",
+        "optimizer.lr=0.00002",
         "optimizer.momentum=0.95",
         "optimizer.nesterov=true",
         "optimizer.decay_norms_and_biases=false",
@@ -110,7 +110,7 @@ def test_lars_and_muon_are_those_of_a_plain_loop(pool, world_size, name):
     for got, wanted in ((outcome.after, expected.after), (outcome.states, expected.states)):
         for key, value in wanted.items():
             torch.testing.assert_close(got[key], value, rtol=0, atol=1e-6, msg=key)
-    assert max(float((value - expected.before[key]).abs().max()) for key, value in expected.after.items()) > 2e-4
+    assert max(float((value - expected.before[key]).abs().max()) for key, value in expected.after.items()) > 8e-5
 
 
 @pytest.mark.parametrize("name", WHOLE)

@@ -132,6 +132,28 @@ def test_autocast_of_a_users_deepspeed_json_decides_where_the_recipe_does_not(tm
     assert engine.choose_on_ranks(named, ONE_RANK).settings.precision == "float32"
 
 
+def test_the_plan_is_made_on_the_first_rank_and_told_to_the_others(gpu, monkeypatch):
+    """What it raises, too."""
+    auto = tiny_recipe("engine.deepspeed=auto").engine
+
+    def others(said):
+        monkeypatch.setattr(Ranks, "gather_objects", lambda ranks, value: [said if value is None else value] * 2)
+        return Ranks(1, 2, 1, torch.device("cpu"))
+
+    def never(*given):
+        raise AssertionError("planned on another rank than the first")
+
+    chosen = engine.choose_on_ranks(auto, others((1, "auto: told")), plan_stage=never)
+    assert (Path(chosen.settings.deepspeed).name, chosen.why_stage) == ("zero1.json", "auto: told")
+
+    def missing(*given):
+        raise UserError("no manifest")
+
+    for ranks, plan in ((ONE_RANK, missing), (others(UserError("no manifest")), never)):
+        with pytest.raises(UserError, match="no manifest"):
+            engine.choose_on_ranks(auto, ranks, plan_stage=plan)
+
+
 @pytest.mark.parametrize("name", ["lars", "muon"])
 def test_optimizers_of_whole_weights_train_at_stage_0(gpu, name):
     """Which `auto` chooses for them, whatever the plan would; another stage is refused with what to set."""

@@ -3,15 +3,15 @@
     python tools/bench/gpu.py [--minutes 8] [--json] [--only WORD ...] [--old CHECKOUT] [--dry]
 
 published  the paper's loop as it ships: float32, NCHW, eager, DistributedDataParallel (gpu_published.py)
-ours       the step of paco_ds/train.py on random images in memory, in rows that add one thing each: float32 with results read at
-           once, results read late, bfloat16, channels_last, compiled encoders, CUDA graphs
+ours       the step of paco_ds/train.py on random images in memory, in rows that add one thing each: float32 with
+           results read at once, results read late, bfloat16, channels_last, compiled encoders, CUDA graphs
 streamed   ours on photographs that loader processes read from shards, views made by them or on the device: where it is
            slower than on random images, the loader processes are the limit
 encoders   forward of the key encoder, forward and backward of the query encoder, run as the row says: the floor
 
-It makes its own images and shards, needs no data, and takes at most --minutes: rows are ordered by what they tell, and one for
-which there is no time, no memory or no hardware says so. Waits are calls that synchronize with the device. --dry runs
-tiny sizes to the end, on a CPU too. Exit status 1 if a row failed.
+It makes its own images and shards, needs no data, and takes at most --minutes: rows are ordered by what they tell, and
+one for which there is no time, no memory or no hardware says so. Waits are calls that synchronize with the device.
+--dry runs tiny sizes to the end, on a CPU too. Exit status 1 if a row failed.
 """
 
 from __future__ import annotations

@@ -129,7 +129,8 @@ def old(name: str, size: Size, checkout: Path, seconds: float) -> Row:
     """The step of another checkout, as it ships, in a process of its own."""
     row = json.dumps({"size": asdict(size), "way": asdict(OLD)})
     environment = os.environ | {"PYTHONPATH": str(checkout)}
-    command = [sys.executable, str(Path(__file__).with_name("gpu_ours.py")), row]
+    script = "gpu_0_8.py" if (checkout / "paco_ds" / "recipe_file.py").exists() else "gpu_ours.py"
+    command = [sys.executable, str(Path(__file__).with_name(script)), row]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds, check=False)
     if done.returncode:
         raise RuntimeError(last_line(done.stderr))
@@ -267,6 +268,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if not arguments.dry and not torch.cuda.is_available():
         parser.error("this machine has no CUDA device: --dry runs tiny sizes here")
+    if arguments.dry:
+        joined()
+        torch.set_num_threads(1)  # sizes so small that threads would only wait for each other
     ends = time.monotonic() + 60 * arguments.minutes
 
     def left() -> float:

@@ -19,13 +19,17 @@ import torch
 from gpu_figures import Figures, measure
 from torch import Tensor
 
-from paco_ds.config.engine import EngineSettings
 from paco_ds.config.load import load_recipe
 from paco_ds.config.recipe import Recipe
 from paco_ds.data.stream.batches import MicroBatch
 from paco_ds.distributed.ranks import Ranks
 from paco_ds.training import engine
 from paco_ds.training.build import Classes, build_model, build_step
+
+try:
+    from paco_ds.config.engine import EngineSettings
+except ImportError:  # before 0.15
+    from paco_ds.config.recipe import EngineSettings
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,7 @@ def figures(size: Size, way: Way) -> tuple[Figures, float]:
         device, m = ours.ranks.device, size.micro_batch
         found = measure(ours, m, device, warm_up=size.warm_up, steps=size.steps)
         encoders = ours.encoders()
-        bare = measure(encoders, m, device, warm_up=2, steps=size.steps, rate_alone=True)
+        bare = measure(encoders, m, device, warm_up=min(2, size.warm_up), steps=size.steps, rate_alone=True)
         return found, bare.images_per_second
     finally:
         ours.close()

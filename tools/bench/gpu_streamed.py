@@ -31,12 +31,12 @@ IMAGES, DISTINCT, CLASSES = 8192, 128, 10  # photographs of 500 to 800 pixels; r
 @cache
 def shards(dry: bool) -> Path:
     """A folder of synthetic shards, made once and removed at the end of the process."""
-    from views import photographs
+    from views import noise, photographs
 
     folder = Path(tempfile.mkdtemp(prefix="gpu-bench-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     count = 32 if dry else IMAGES
-    distinct = photographs(4 if dry else DISTINCT)
+    distinct = noise(4) if dry else photographs(DISTINCT)
     for number in range(count):
         path = folder / "images" / f"class{number % CLASSES}" / f"{number:06d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -57,10 +57,10 @@ def make_optimizer(model: Recogniser, settings: OptimizerSettings, lr: float, *,
         RecipeError: see `parameter_groups`.
     """
     assert whole or settings.takes_parts
-    common: dict[str, Any] = {"params": parameter_groups(model, settings), "lr": lr, "whole": whole}
-    common["clip_norm"] = settings.clip_norm
-    momentum = {"momentum": settings.momentum, "nesterov": settings.nesterov}
-    adam = {"betas": settings.betas, "eps": settings.eps}
+    groups = parameter_groups(model, settings)
+    common: dict[str, Any] = {"params": groups, "lr": lr, "whole": whole, "clip_norm": settings.clip_norm}
+    momentum: dict[str, Any] = {"momentum": settings.momentum, "nesterov": settings.nesterov}
+    adam: dict[str, Any] = {"betas": settings.betas, "eps": settings.eps}
     if settings.name == "adamw":
         return GuardedAdamW(**common, **adam)
     if settings.name == "lars":

@@ -107,14 +107,16 @@ def plain_steps(
         by_muon = [is_matrix(*pair) for pair in zip(names, trained, strict=True)]
         every = list(zip(trained, velocity, squares, groups, by_muon, strict=True))
         for parameter, v, square, group, matrix in every:
+            assert parameter.grad is not None
+            given = parameter, parameter.grad, v
             if recipe.optimizer.name == "sgd":
-                _sgd(parameter, v, recipe, lr)
+                _sgd(*given, recipe, lr)
             elif recipe.optimizer.name == "lars":
-                _lars(parameter, v, group[1], recipe, lr)
+                _lars(*given, group[1], recipe, lr)
             elif matrix:
-                _muon(parameter, v, group[1], recipe, lr)
+                _muon(*given, group[1], recipe, lr)
             else:
-                _adamw(parameter, v, square, group, recipe, lr, step + 1)
+                _adamw(*given, square, group, recipe, lr, step + 1)
         if recipe.queue.length:
             keys = torch.cat(second_rows) if keys is None else keys
             queue_keys = torch.cat([queue_keys, keys])[-recipe.queue.length :]
@@ -257,41 +259,48 @@ def _clip(parameters: list[nn.Parameter], clip_norm: float | None) -> None:
 
 @torch.no_grad()
 def _adamw(
-    p: nn.Parameter, m: Tensor, v: Tensor, group: tuple[float, float], recipe: Recipe, lr: float, number: int
+    p: Tensor,
+    gradient: Tensor,
+    m: Tensor,
+    v: Tensor,
+    group: tuple[float, float],
+    recipe: Recipe,
+    lr: float,
+    number: int,
 ) -> None:
     """Loshchilov and Hutter 2019, Algorithm 2, step `number` from 1."""
     one, two = recipe.optimizer.betas
     factor, decay = group
-    m.mul_(one).add_((1 - one) * p.grad)
-    v.mul_(two).add_((1 - two) * p.grad**2)
+    m.mul_(one).add_((1 - one) * gradient)
+    v.mul_(two).add_((1 - two) * gradient**2)
     update = (m / (1 - one**number)) / ((v / (1 - two**number)).sqrt() + recipe.optimizer.eps)
     p.sub_(lr * factor * (update + decay * p))
 
 
 @torch.no_grad()
-def _sgd(parameter: nn.Parameter, v: Tensor, recipe: Recipe, lr: float) -> None:
+def _sgd(parameter: Tensor, gradient: Tensor, v: Tensor, recipe: Recipe, lr: float) -> None:
     settings = recipe.optimizer
-    v.mul_(settings.momentum).add_(parameter.grad + settings.weight_decay * parameter)
+    v.mul_(settings.momentum).add_(gradient + settings.weight_decay * parameter)
     parameter.sub_(lr * v)
 
 
 @torch.no_grad()
-def _lars(parameter: nn.Parameter, v: Tensor, decay: float, recipe: Recipe, lr: float) -> None:
+def _lars(parameter: Tensor, gradient: Tensor, v: Tensor, decay: float, recipe: Recipe, lr: float) -> None:
     """You et al. 2017, Algorithm 1, with the learning rate outside the momentum as in later code."""
-    length, slope = parameter.norm(), parameter.grad.norm()
+    length, slope = parameter.norm(), gradient.norm()
     local = 1.0
     if decay and length > 0 and slope > 0:
         local = recipe.optimizer.trust_coefficient * length / (slope + decay * length)
-    v.mul_(recipe.optimizer.momentum).add_(local * (parameter.grad + decay * parameter))
+    v.mul_(recipe.optimizer.momentum).add_(local * (gradient + decay * parameter))
     parameter.sub_(lr * v)
 
 
 @torch.no_grad()
-def _muon(parameter: nn.Parameter, v: Tensor, decay: float, recipe: Recipe, lr: float) -> None:
+def _muon(parameter: Tensor, gradient: Tensor, v: Tensor, decay: float, recipe: Recipe, lr: float) -> None:
     """Jordan et al. 2024, with the size of updates of Liu et al. 2025."""
     mu = recipe.optimizer.momentum
-    v.mul_(mu).add_((1 - mu) * parameter.grad)
-    matrix = ((1 - mu) * parameter.grad + mu * v).reshape(len(v), -1)
+    v.mul_(mu).add_((1 - mu) * gradient)
+    matrix = ((1 - mu) * gradient + mu * v).reshape(len(v), -1)
     x = matrix.bfloat16() / matrix.bfloat16().norm()
     x = x if len(x) <= x.shape[1] else x.T
     for _ in range(5):  # each line is rounded to bfloat16 once

@@ -1,5 +1,7 @@
 """The host reads nothing from the device in a step: it runs ahead, and a GPU always has work."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -54,7 +56,8 @@ def test_the_host_does_not_wait_for_what_it_sends():
             self.to = lambda device, non_blocking: copies.append((device.type, pinned, non_blocking))
 
     for pinned in (False, True):
-        to_device(OnHost(pinned), torch.device("cuda"))
+        tensor: Any = OnHost(pinned)
+        to_device(tensor, torch.device("cuda"))
     assert copies == [("cuda", True, True)] * 2
 
 

@@ -33,11 +33,11 @@ def _loss_read(step: Step) -> None:
     _change_loss(step, True, lambda loss: loss * (1 if loss.item() else 0))
 
 
-WAITS: dict[str, Callable[[Step], None]] = {  # at each place that once read, by what it read
+WAITS: dict[str, Callable[[Any], None]] = {  # at each place that once read, by what it read
     "loss, item": _loss_read,
-    "keys finite, bool": lambda step: _beside(step.contrast, "make_keys", lambda keys: bool(keys.wait().finite)),
+    "keys finite, bool": lambda step: _beside(step.contrast.key_encoder, "keys", lambda keys: bool(keys.wait().finite)),
     "labels of keys, tolist": lambda step: _beside(
-        step.contrast, "make_keys", lambda keys: keys.wait().labels.tolist()
+        step.contrast.key_encoder, "keys", lambda keys: keys.wait().labels_G.tolist()
     ),
     "queue, bincount": lambda step: _beside(
         step.contrast.queue, "push", lambda _: step.contrast.queue.labels_K.bincount()
@@ -50,7 +50,7 @@ WAITS: dict[str, Callable[[Step], None]] = {  # at each place that once read, by
         step.gradients, "finish", lambda _: next(step.engine.module.parameters()).grad.nonzero()
     ),
     "guard, bool": lambda step: _beside(step, "_applied", bool),
-    "gradient norm, float": lambda step: _beside(step.optimizer, "_judge", lambda _: float(step.optimizer.grad_norm)),
+    "gradient norm, item": lambda step: _beside(step.optimizer, "_judge", lambda _: step.optimizer.grad_norm.item()),
     "usual norm, item": lambda step: _beside(step.usual_norm, "ratio", lambda ratio: ratio.item()),
     "figures, cpu": lambda step: _beside(step, "_grad_norm", lambda norm: norm.cpu()),
     "labels of queries, tolist": lambda step: _beside(step, "_forward", lambda result: result.labels.tolist()),

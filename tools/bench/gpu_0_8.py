@@ -6,6 +6,9 @@ prints the figures as one line of JSON, as gpu_ours.py does for the versions who
 beside a checkout of 0.8.0 alone: nothing of the present package is imported.
 """
 
+# mypy: ignore-errors
+# The modules of that version are not those of this one.
+
 from __future__ import annotations
 
 import json

@@ -251,9 +251,11 @@ def _anchor_loss(recipe: Recipe, label: Tensor, logits: Tensor, anchor: Tensor, 
 
 
 def _clip(parameters: list[nn.Parameter], clip_norm: float | None) -> None:
+    if clip_norm is None:
+        return
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.stack([(gradient**2).sum() for gradient in gradients]).sum().sqrt()
-    for gradient in gradients if clip_norm else ():
+    for gradient in gradients:
         gradient.mul_(min(1.0, clip_norm / norm.item()))
 
 

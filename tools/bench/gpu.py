@@ -185,7 +185,8 @@ def plan(dry: bool, checkout: Path | None, left: Callable[[], float]) -> Iterato
             if way not in COMPILED:
                 yield at + way, 12, partial(ours, at + way, size, WAYS[way])
         if checkout is not None:
-            yield at + "old checkout", 40, partial(old, at + "old checkout", size, checkout, 60)
+            seconds = 300 if dry else 60  # a CPU that others use may take minutes to load torch
+            yield at + "old checkout", 40, partial(old, at + "old checkout", size, checkout, seconds)
     for size in sizes:
         for views_on in ("cpu", "accelerator"):
             name = f"{size.backbone}, m = {size.micro_batch}: streamed, views.device {views_on}"

@@ -251,12 +251,12 @@ def test_the_host_reads_nothing_and_launches_as_much_for_many_images():
     patch = Box(0, 0, 60, 50, 427, 640, 16).patch(PHOTOGRAPHS[0])
     raws = [RawView(patch, (each,)) for each in each_once]
     counts = []
-    for times in (1, 2):
+    for times in (1, 1, 2):  # the first makes what is kept
         pixels, batch = flat(raws * times), raw_batch(raws * times)
         with Watched() as watched:
             render(pixels, batch, 16, CPU)
         counts.append(watched.count)
-    assert counts[0] == counts[1] < 240
+    assert counts[1] == counts[2] < 240
     assert len(each_once) == len(Kind) - 1
 
 

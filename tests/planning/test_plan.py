@@ -340,7 +340,7 @@ def test_optimizers_of_whole_weights_are_planned_at_stage_0_alone(name, zero1):
     chosen = tiny_recipe(f"optimizer.name={name}", "engine.deepspeed=auto")
     plan = make_plan(chosen, 1, find_data(chosen.data, 1000, 10), gpu_memory=GIB)
     assert (plan.stage, list(plan.memory)) == (0, [0])
-    adamw = make_plan(tiny_recipe("optimizer.name=adamw"), 1, plan.data)
+    adamw = make_plan(tiny_recipe("optimizer.name=adamw", "engine.deepspeed=auto"), 1, plan.data)
     states = {of: one.memory[0].parts["optimizer states"] for of, one in ((name, plan), ("adamw", adamw))}
     assert states["adamw"] / 2 <= states[name] < states["adamw"]
     assert (states[name] * 2 == states["adamw"]) == (name == "lars")
@@ -354,7 +354,9 @@ def test_optimizers_of_whole_weights_are_planned_at_stage_0_alone(name, zero1):
 def test_views_on_the_device_are_part_of_the_plan():
     """The step's images, and a moment of its own that holds what rendering takes, measured on real photographs."""
     at = {
-        where: make_plan(recipe := tiny_recipe(f"views.device={where}"), 1, find_data(recipe.data, 1000, 10))
+        where: make_plan(
+            recipe := tiny_recipe(f"views.device={where}", "engine.deepspeed=auto"), 1, find_data(recipe.data, 1000, 10)
+        )
         for where in ("cpu", "accelerator")
     }
     images = {where: plan.memory[0].parts["input images"] for where, plan in at.items()}

@@ -128,7 +128,9 @@ def published(name: str, size: Size) -> Row:
 def old(name: str, size: Size, checkout: Path, seconds: float) -> Row:
     """The step of another checkout, as it ships, in a process of its own."""
     row = json.dumps({"size": asdict(size), "way": asdict(OLD)})
-    environment = os.environ | {"PYTHONPATH": str(checkout)}
+    of_this_job = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    environment = {key: value for key, value in os.environ.items() if key not in of_this_job}
+    environment["PYTHONPATH"] = str(checkout)
     script = "gpu_0_8.py" if (checkout / "paco_ds" / "recipe_file.py").exists() else "gpu_ours.py"
     command = [sys.executable, str(Path(__file__).with_name(script)), row]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds, check=False)

@@ -96,13 +96,15 @@ def test_it_runs_to_its_end_on_a_cpu():
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     rows = {line["name"].split(": ")[-1]: line for line in lines if "said" in line}
-    assert len(rows) == 12
+    assert len(rows) == 14
     for name in (
         "published",
         "ours, float32, read at once",
         "ours, read late",
         "ours, bfloat16",
         "ours, channels_last",
+        "streamed, views.device cpu",
+        "streamed, views.device accelerator",
     ):
         assert rows[name]["figures"]["images_per_second"] > 0
         assert rows[name]["encoders"] is None or rows[name]["encoders"] > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -69,3 +70,29 @@ class EngineSettings(Section):
                 "compile and activation_checkpointing both decide what backward computes again; set one to false"
             )
         return self
+
+
+def deviation(settings: EngineSettings) -> str | None:
+    """How the chosen precision differs from the published one, in words; None where it does not."""
+    published = settings.published_precision
+    if published is None or published == settings.precision:
+        return None
+    return f"{settings.precision} where {published} is published"
+
+
+def described(settings: EngineSettings, stage: int) -> dict[str, Any]:
+    """What was chosen for a run: `execution` of metrics.json and of the log."""
+    named = ("precision", "published_precision", "tf32", "channels_last", "activation_checkpointing", "compile")
+    return {"zero_stage": stage, **{name: getattr(settings, name) for name in named}}
+
+
+def in_words(execution: Mapping[str, Any]) -> str:
+    """What `described` returned, on one line: `bfloat16 autocast, channels_last, compiled (default)`."""
+    precision, published = execution.get("precision"), execution.get("published_precision")
+    words = ["bfloat16 autocast" if precision == "bfloat16" else str(precision)]
+    if published not in (None, precision):
+        words[0] += f" where {published} is published"
+    words += ["convolutions in TF32"] if execution.get("tf32") and precision == "float32" else []
+    words += [name for name in ("channels_last", "activation_checkpointing") if execution.get(name)]
+    words += [f"compiled ({execution['compile']})"] if execution.get("compile") else []
+    return ", ".join(words)

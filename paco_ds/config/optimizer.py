@@ -10,21 +10,42 @@ from paco_ds.config.section import Count, Natural, NotNegative, Number, Positive
 
 _BelowOne = Annotated[float, Number, Field(ge=0, lt=1)]
 
+_OF = {  # settings that not every optimizer has
+    "momentum": ("sgd", "lars", "muon"),
+    "nesterov": ("sgd", "lars", "muon"),
+    "betas": ("adamw", "muon"),
+    "eps": ("adamw", "muon"),
+    "trust_coefficient": ("lars",),
+}
+
 
 class OptimizerSettings(Section):
-    """SGD with momentum, as published, or AdamW."""
+    """SGD with momentum, as published, AdamW, LARS or Muon."""
 
-    name: Literal["sgd", "adamw"] = Field("sgd", description="adamw: Adam with decoupled weight decay, as ViTs have it")
+    name: Literal["sgd", "adamw", "lars", "muon"] = Field(
+        "sgd",
+        description="adamw: Adam with decoupled weight decay, as ViTs have it; lars: SGD for large batches, each "
+        "weight with a rate of its own; muon: matrices by Muon at AdamW's learning rate, all else by AdamW. lars and "
+        "muon at ZeRO stage 0",
+    )
     lr: Positive = Field(description="peak, for the recipe's own step.micro_batches; see lr_per_256")
     lr_per_256: bool = Field(
         False, description="lr is for 256 images a step and is multiplied by those of a step / 256, by no other factor"
     )
-    momentum: NotNegative = Field(0.9, lt=1, description="of sgd")
-    nesterov: bool = Field(False, description="of sgd: Nesterov's momentum, as RIDE, SADE and BalPoE are published")
-    betas: tuple[_BelowOne, _BelowOne] = Field(
-        (0.9, 0.999), description="of adamw: shares that the means of gradients and of their squares keep in a step"
+    momentum: NotNegative = Field(0.9, lt=1, description="of sgd, lars and muon (whose authors have 0.95)")
+    nesterov: bool = Field(
+        False,
+        description="Nesterov's momentum: of sgd, as RIDE, SADE and BalPoE are published, of lars, and of muon, whose "
+        "authors have it",
     )
-    eps: Positive = Field(1e-8, description="of adamw: added to the root of the mean square")
+    betas: tuple[_BelowOne, _BelowOne] = Field(
+        (0.9, 0.999),
+        description="of adamw and muon's AdamW: shares that the means of gradients and of their squares keep in a step",
+    )
+    eps: Positive = Field(1e-8, description="of adamw and of muon's AdamW: added to the root of the mean square")
+    trust_coefficient: Positive = Field(
+        0.001, description="of lars: length of a weight's step over that of the weight, at a learning rate of 1"
+    )
     weight_decay: NotNegative = Field(5e-4, description="of every parameter, but see decay_norms_and_biases")
     decay_norms_and_biases: bool = Field(
         True,
@@ -41,20 +62,28 @@ class OptimizerSettings(Section):
 
     @model_validator(mode="after")
     def _settings_are_of_the_optimizer(self) -> Self:
-        others = {"sgd": ("betas", "eps"), "adamw": ("momentum", "nesterov")}[self.name]
-        for setting in others:
+        for setting, optimizers in _OF.items():
             value, usual = getattr(self, setting), type(self).model_fields[setting].default
-            if value != usual:
+            if value != usual and self.name not in optimizers:
                 raise ValueError(
                     f"{setting} {value} is not of {self.name}, which has no use for it: leave {setting} out, or set "
-                    f"name to {'adamw' if self.name == 'sgd' else 'sgd'}"
+                    f"name to {' or '.join(optimizers)}"
                 )
         return self
 
     @property
-    def states(self) -> int:
-        """Numbers that the optimizer keeps of a weight."""
-        return 2 if self.name == "adamw" else int(self.momentum > 0)
+    def takes_parts(self) -> bool:
+        """Whether it steps any part of a weight by itself, so that ranks may partition weights (ZeRO stages 1 to 3)."""
+        return self.name in ("sgd", "adamw")
+
+    def states_of(self, *, matrix: bool = False) -> int:
+        """Numbers that the optimizer keeps of each of a weight's.
+
+        Args:
+            matrix: the weight is one of Muon's, see `hidden_matrices`.
+        """
+        by_adamw = self.name == "adamw" or (self.name == "muon" and not matrix)
+        return 2 if by_adamw else int(self.momentum > 0 or self.name == "muon")
 
     @model_validator(mode="after")
     def _nesterov_has_momentum(self) -> Self:

@@ -51,12 +51,12 @@ def whole_states(engine: Any) -> Iterator[tuple[str, Tensor]]:
         yield from plain_states(base, engine.module)
         return
     begin_states(engine)
-    for state in base.per_weight:
-        for name, parameter in _trained(engine.module):
+    for name, parameter in _trained(engine.module):
+        for state in base.states_of(parameter):
             whole = safe_get_full_optimizer_state(parameter, state)
             yield f"{state}.{name}", whole.detach().view(getattr(parameter, "ds_shape", parameter.shape))
-    if base.counts_steps:
-        yield STEP, base.state[_partitions(engine)[0]][STEP]
+    if STEP in (state := base.state[_partitions(engine)[0]]):
+        yield STEP, state[STEP]
 
 
 def plain_states(optimizer: Any, model: Module) -> Iterator[tuple[str, Tensor]]:
@@ -64,18 +64,18 @@ def plain_states(optimizer: Any, model: Module) -> Iterator[tuple[str, Tensor]]:
     trained = _trained(model)
     for _, parameter in trained:
         optimizer.begin(parameter)
-    for state in optimizer.per_weight:
-        yield from ((f"{state}.{name}", optimizer.state[parameter][state]) for name, parameter in trained)
-    if optimizer.counts_steps and trained:
-        yield STEP, optimizer.state[trained[0][1]][STEP]
+    for name, parameter in trained:
+        yield from ((f"{state}.{name}", optimizer.state[parameter][state]) for state in optimizer.states_of(parameter))
+    if steps := [optimizer.state[parameter][STEP] for _, parameter in trained if STEP in optimizer.state[parameter]]:
+        yield STEP, steps[0]
 
 
 def set_states(engine: Any, states: Mapping[str, Tensor]) -> None:
     """Set all states of the optimizer, as `whole_states` gave them at any stage and world size."""
     begin_states(engine)
     base = _base(engine)
-    for state in base.per_weight:
-        for name, parameter in _trained(engine.module):
+    for name, parameter in _trained(engine.module):
+        for state in base.states_of(parameter):
             whole = states[f"{state}.{name}"].to(engine.device)
             if stage_of(engine) == 0:
                 base.state[parameter][state].copy_(whole)
@@ -83,8 +83,8 @@ def set_states(engine: Any, states: Mapping[str, Tensor]) -> None:
                 safe_set_local_optimizer_state(parameter, _own_partition(parameter, whole), state)
             else:
                 safe_set_full_optimizer_state(parameter, whole, state)
-    if base.counts_steps:
-        for partition in _partitions(engine):
+    for partition in _partitions(engine):
+        if STEP in base.state[partition]:
             base.state[partition][STEP].copy_(states[STEP])
 
 

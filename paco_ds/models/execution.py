@@ -6,7 +6,7 @@ None changes losses or weights beyond rounding, so a resumed run may switch them
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -89,32 +89,6 @@ def choose(settings: EngineSettings, hardware: Hardware, autocast: bool | None =
             "compile": "default" if mode == "reduce-overhead" and not cuda else mode,
         }
     )
-
-
-def deviation(settings: EngineSettings) -> str | None:
-    """How the chosen precision differs from the published one, in words; None where it does not."""
-    published = settings.published_precision
-    if published is None or published == settings.precision:
-        return None
-    return f"{settings.precision} where {published} is published"
-
-
-def described(settings: EngineSettings, stage: int) -> dict[str, Any]:
-    """What was chosen for a run: `execution` of metrics.json and of the log."""
-    named = ("precision", "published_precision", "tf32", "channels_last", "activation_checkpointing", "compile")
-    return {"zero_stage": stage, **{name: getattr(settings, name) for name in named}}
-
-
-def in_words(execution: Mapping[str, Any]) -> str:
-    """What `described` returned, on one line: `bfloat16 autocast, channels_last, compiled (default)`."""
-    precision, published = execution.get("precision"), execution.get("published_precision")
-    words = ["bfloat16 autocast" if precision == "bfloat16" else str(precision)]
-    if published not in (None, precision):
-        words[0] += f" where {published} is published"
-    words += ["convolutions in TF32"] if execution.get("tf32") and precision == "float32" else []
-    words += [name for name in ("channels_last", "activation_checkpointing") if execution.get(name)]
-    words += [f"compiled ({execution['compile']})"] if execution.get("compile") else []
-    return ", ".join(words)
 
 
 def choose_kernels(settings: EngineSettings) -> None:

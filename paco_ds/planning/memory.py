@@ -1,8 +1,8 @@
 """Peak memory of one rank in a step, by part, for any ZeRO stage.
 
 P is the bytes of trained weights (query encoder and centers, float32), Kp those of the key encoder, W ranks, A
-micro-batches per rank. s is the optimizer's states of a weight: 1 of SGD with
-momentum, 2 of AdamW. What a stage holds was read from DeepSpeed 0.19; tests compare it with real runs.
+micro-batches per rank. s is the optimizer's states of a weight: 1 of SGD with momentum and of LARS, 2 of AdamW, and of
+Muon 1 of matrices and 2 of others. What a stage holds was read from DeepSpeed 0.19; tests compare it with real runs.
 
     stage   weights          states     copies of weights   gradients
     0       P + Kp           s P        -                   P, and as much flat
@@ -50,7 +50,7 @@ class Memory:
     """Bytes in use on a rank at the peak of a step.
 
     Attributes:
-        moment: "keys", "forward and backward" or "reduction and update".
+        moment: "views", "keys", "forward and backward" or "reduction and update".
         parts: bytes by part, see `PARTS`.
         host: additional bytes of host memory for an offloaded optimizer; 0 for a CPU rank, whose parts include them.
     """
@@ -87,6 +87,7 @@ def plan_memory(rank: PlannedRank, zero: Any, device: Device) -> Memory:
     static, offloaded = parts.static(), parts.offloaded()
     static["offloaded optimizer"] = offloaded if device == "cpu" else 0
     moments = {
+        "views": {"working memory": rank.trace.views_peak},  # before a step, where they are rendered on the device
         "keys": parts.while_keys_are_made(),
         "forward and backward": parts.while_queries_run(),
         "reduction and update": parts.while_weights_are_updated(),
@@ -112,7 +113,7 @@ class _RankMemory:
         kept = 0 if offloads(zero) else self._own  # of the optimizer's partition
         parts = {
             "buffers": trace.buffers + 2 * FLOAT * trace.statistics,
-            "optimizer states": recipe.optimizer.states * (trained if zero.stage == 0 else kept),
+            "optimizer states": FLOAT * trace.states if zero.stage == 0 else recipe.optimizer.states_of() * kept,
         }
         if zero.stage < 3:
             parts |= {"query encoder, centers": trained, "key encoder": followed}
@@ -132,8 +133,10 @@ class _RankMemory:
             parts["gradients"] = 3 * self._largest_gradient  # a buffer, and its float64 copy for the norm
         views = len(recipe.training_views)
         ahead = self.rank.exchanges_images
-        # on CUDA the images of this step, and of the next if key images are sent ahead, are on the host
-        here = views * layout.accumulation * (2 if ahead else 1) if self.device == "cpu" else 1
+        # on CUDA the images of this step, and of the next if key images are sent ahead, are on the host unless the
+        # device rendered them
+        on_host = self.device == "cuda" and recipe.views.device == "cpu"
+        here = 1 if on_host else views * layout.accumulation * (2 if ahead else 1)
         # key images of the next step: rows sent and rows received
         parts["input images"] = self._view_bytes * (here + (2 * layout.accumulation if ahead else 0))
         if recipe.keys_from:
@@ -191,7 +194,10 @@ class _RankMemory:
         zero, trained = self.zero, self.rank.trained_bytes
         if zero.stage == 0:
             # joined to be sent, in buckets of our own; alone there is nobody to send to
-            return {"gradients": trained, "reduction buckets": trained if self.rank.layout.world_size > 1 else 0}
+            # of Muon each update is made beside its gradient: two float32 matrices and half as much in bfloat16
+            matrix = FLOAT * max(self.rank.trace.trained) if self.rank.recipe.optimizer.name == "muon" else 0
+            buckets = trained if self.rank.layout.world_size > 1 else 0
+            return {"gradients": trained, "reduction buckets": buckets, "update": 4 * matrix}
         kept = 0 if offloads(zero) else self._own
         held = {1: trained - self._in_bucket, 2: kept if self.rank.layout.accumulation > 1 else 0, 3: 0}[zero.stage]
         # a flattened copy of the bucket is reduced; an update holds its gradients and a copy with weight decay
@@ -207,7 +213,9 @@ class _RankMemory:
         also accumulated gradients. Below stage 3 gradients pass through a buffer of one parameter."""
         if not offloads(self.zero):
             return 0
-        shares = 3 + self.rank.recipe.optimizer.states + (self.zero.stage == 2 and self.rank.layout.accumulation > 1)
+        shares = (
+            3 + self.rank.recipe.optimizer.states_of() + (self.zero.stage == 2 and self.rank.layout.accumulation > 1)
+        )
         passing = self._largest_gradient if self.zero.stage < 3 else 0
         return shares * self._own + passing
 

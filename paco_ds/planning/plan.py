@@ -21,7 +21,7 @@ from paco_ds.planning.planned_rank import PlannedRank
 from paco_ds.planning.sizes import format_bytes
 from paco_ds.planning.trace import StepTrace, trace_step
 from paco_ds.planning.traffic import Traffic, plan_traffic
-from paco_ds.training.engine import autocast_of, read_deepspeed_config
+from paco_ds.training.engine import autocast_of, check_stage, read_deepspeed_config, stage_in
 
 STAGES = (0, 1, 2, 3)
 SMALL_BUCKET = 20_000_000  # elements; DeepSpeed's default of 5e8 is 2 GB of float32
@@ -55,7 +55,7 @@ class Plan:
     """A plan; sizes in bytes, times in seconds.
 
     Attributes:
-        memory: by ZeRO stage, with all other settings as in the recipe.
+        memory: by ZeRO stage that the optimizer can have, with all other settings as in the recipe.
         window_bytes: upper bound on the host memory for windows of a rank, over its loader processes; None without
             shards.
         cache_bytes: needed in data.cache per rank of a host for the shards read at the same time; None without shards.
@@ -151,16 +151,20 @@ def make_plan(
         raise RecipeError("step.micro_batch is 1: BatchNorm needs at least 2 images; raise it")
     layout = MicroBatchLayout(recipe.step.micro_batch, recipe.step.micro_batches, 0, ranks)
     config = read_deepspeed_config(recipe.engine.deepspeed)
+    if recipe.engine.deepspeed != "auto":
+        check_stage(recipe.optimizer, stage_in(config))
     hardware = Hardware(device, GPU_CAPABILITY if device == "cuda" else None, gpu_memory)
     recipe = recipe.model_copy(update={"engine": choose(recipe.engine, hardware, autocast_of(config))})
     order = EpochOrder(data.shards, layout.global_batch, seed=recipe.seed, epoch=0, window=recipe.data.window)
     autocast = recipe.engine.precision == "bfloat16"
     trace = trace_step(recipe, data.class_counts, autocast)
     rank = PlannedRank(recipe, trace, len(data.class_counts), layout)
-    zeros = {stage: zero_settings(config, stage) for stage in STAGES}
+    zeros = {stage: zero_settings(config, stage) for stage in (STAGES if recipe.optimizer.takes_parts else STAGES[:1])}
     memory = {s: plan_memory(rank, zero, device) for s, zero in zeros.items()}
     stage = int(zero_settings(config).stage)
-    if recipe.engine.deepspeed == "auto" and device == "cuda":
+    if not recipe.optimizer.takes_parts:
+        stage = 0
+    elif recipe.engine.deepspeed == "auto" and device == "cuda":
         stage = 0 if gpu_memory is None or judge(memory[0].total, gpu_memory, device) == "fits" else 1
     verdict = None if gpu_memory is None else judge(memory[stage].total, gpu_memory, device)
     plan = Plan(
@@ -239,7 +243,7 @@ def _remedies(plan: Plan, config: dict[str, Any], gpu_memory: int) -> list[str]:
         return judge(total, gpu_memory, device) == "fits"
 
     # compiled encoders cannot be partitioned, see paco_ds.models.execution
-    stages = STAGES[:3] if recipe.engine.compile else STAGES
+    stages = [stage for stage in plan.memory if stage < 3 or not recipe.engine.compile]
     found = [
         f"ZeRO stage {stage}: engine.deepspeed=zero{stage}"
         if recipe.engine.deepspeed == "auto"

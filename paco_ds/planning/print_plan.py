@@ -10,7 +10,7 @@ from paco_ds.command import Screen
 from paco_ds.contrast.key_queue import short_queue_hint
 from paco_ds.planning.memory import PARTS
 from paco_ds.planning.network import few_steps_hint, link_seconds
-from paco_ds.planning.plan import OUTSIDE, STAGES, Plan
+from paco_ds.planning.plan import OUTSIDE, Plan
 from paco_ds.planning.sizes import format_bytes
 from paco_ds.planning.traffic import Traffic
 
@@ -165,18 +165,18 @@ def _memory(plan: Plan) -> Table:
         caption_justify="left",
     )
     table.add_column("part")
-    for stage in STAGES:
+    for stage in plan.memory:
         table.add_column(f"stage {stage}", justify="right")
     for part in PARTS:
-        figures = [plan.memory[stage].parts[part] for stage in STAGES]
+        figures = [plan.memory[stage].parts[part] for stage in plan.memory]
         if any(figures):
             table.add_row(part, *[format_bytes(f) if f else "-" for f in figures])
     table.add_section()
-    table.add_row("total", *[format_bytes(plan.memory[stage].total) for stage in STAGES])
+    table.add_row("total", *[format_bytes(plan.memory[stage].total) for stage in plan.memory])
     if any(memory.host for memory in plan.memory.values()):
-        hosts = [plan.memory[stage].host for stage in STAGES]
+        hosts = [plan.memory[stage].host for stage in plan.memory]
         table.add_row("offloaded, on the host", *[format_bytes(n) if n else "-" for n in hosts])
-    table.add_row("peak during", *[plan.memory[stage].moment for stage in STAGES])
+    table.add_row("peak during", *[plan.memory[stage].moment for stage in plan.memory])
     return table
 
 
@@ -189,16 +189,16 @@ def _traffic(plan: Plan) -> Table:
     )
     for column in ("what", "collective", "by"):
         table.add_column(column)
-    for stage in STAGES:
+    for stage in plan.memory:
         table.add_column(f"stage {stage}", justify="right")
     cells: dict[tuple[str, str, str], dict[int, int]] = {}
-    for stage in STAGES:
+    for stage in plan.memory:
         for row in plan.traffic[stage]:
             cells.setdefault((row.what, row.op, row.by), {})[stage] = row.bytes
     for name, by_stage in cells.items():
-        table.add_row(*name, *[format_bytes(by_stage[s]) if s in by_stage else "-" for s in STAGES])
+        table.add_row(*name, *[format_bytes(by_stage[s]) if s in by_stage else "-" for s in plan.memory])
     table.add_section()
-    table.add_row("all", "", "", *[format_bytes(_sum(plan.traffic[stage])) for stage in STAGES])
+    table.add_row("all", "", "", *[format_bytes(_sum(plan.traffic[stage])) for stage in plan.memory])
     return table
 
 

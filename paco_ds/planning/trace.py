@@ -10,15 +10,20 @@ import weakref
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from paco_ds.config.optimizer import OptimizerSettings
 from paco_ds.config.recipe import Recipe
 from paco_ds.contrast.key_encoder import groups_of_keys
 from paco_ds.contrast.key_queue import QueueSnapshot
+from paco_ds.data.stream.views.device_operations import OPERATIONS
+from paco_ds.data.stream.views.device_sampling import sampled
+from paco_ds.data.stream.views.instructions import Kind
 from paco_ds.losses import make_loss
 from paco_ds.losses.base import Loss
 from paco_ds.models.execution import prepare
@@ -26,6 +31,7 @@ from paco_ds.models.recogniser import Recogniser, split_experts
 from paco_ds.training.batch_norm import RunningStatistics
 from paco_ds.training.build import Classes, build_model
 from paco_ds.training.forward import Forward
+from paco_ds.training.parameter_groups import hidden_matrices
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,7 @@ class StepTrace:
     Attributes:
         trained: elements of each trained parameter (query encoder, centers), in the order of the model.
         followed: elements of each parameter of the key encoder.
+        states: elements of the optimizer's states of whole weights.
         buffers: bytes of the model's buffers.
         statistics: elements of the running statistics that ranks average.
         saved: what autograd keeps from forward to backward, weights and queue left out, each storage once; float
@@ -45,11 +52,14 @@ class StepTrace:
             handed over.
         peak_with_gradients: the same while gradients of weights are kept as they come.
         loss_parts: scalars that the loss is logged by.
+        views_peak: the most that lives while both views of a micro-batch are rendered on the device, from parts of
+            twice their side; 0 where loader processes make them.
         shuffles_keys: whether key images are shuffled between micro-batches; False without a key encoder.
     """
 
     trained: tuple[int, ...]
     followed: tuple[int, ...]
+    states: int
     buffers: int
     statistics: int
     saved: int
@@ -58,6 +68,7 @@ class StepTrace:
     peak: int
     peak_with_gradients: int
     loss_parts: int = 0
+    views_peak: int = 0
     shuffles_keys: bool = False
 
 
@@ -72,6 +83,7 @@ def trace_step(recipe: Recipe, class_counts: tuple[int, ...], autocast: bool) ->
     sizes: dict[str, Any] = {
         "trained": tuple(p.numel() for p in trained),
         "followed": tuple(p.numel() for p in followed),
+        "states": _states(model, recipe.optimizer),
         "buffers": sum(b.nbytes for b in model.buffers()),
         "statistics": RunningStatistics(model).flat.numel(),
     }
@@ -79,6 +91,8 @@ def trace_step(recipe: Recipe, class_counts: tuple[int, ...], autocast: bool) ->
     sizes["loss_parts"] = len(loss.part_names) + (recipe.loss.distill is not None)
     if recipe.key_encoder is not None and model.key_encoder is not None:
         sizes["shuffles_keys"] = groups_of_keys(recipe.key_encoder, model.key_encoder) == "shuffle"
+    if recipe.views.device == "accelerator":
+        sizes["views_peak"] = views_peak(len(recipe.training_views) * recipe.step.micro_batch, recipe.views.query.size)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model, loss = model.to_empty(device="cpu"), loss.to_empty(device="cpu")
         size = recipe.views.query.size
@@ -89,6 +103,30 @@ def trace_step(recipe: Recipe, class_counts: tuple[int, ...], autocast: bool) ->
         forward = Forward(model, loss, keys_from=recipe.keys_from)
         parts: dict[str, Any] = _run(forward, model, loss, images, queue, recipe.model.experts, autocast)
     return StepTrace(**sizes, **parts)
+
+
+def _states(model: Recogniser, settings: OptimizerSettings) -> int:
+    matrices = hidden_matrices(model)
+    trained = ((name, p.numel()) for name, p in model.named_parameters() if p.requires_grad)
+    return sum(numbers * settings.states_of(matrix=name in matrices) for name, numbers in trained)
+
+
+def views_peak(count: int, size: int) -> int:
+    """The most bytes that live while so many views are rendered on a device, none of it in memory here.
+
+    Their parts have twice the side of a view, the most that a loader process leaves of a whole image; each view meets
+    the operation that takes most, and a blur.
+    """
+    side, meta = 2 * size, torch.device("meta")
+    lengths = np.full((count, 2), side)
+    with LiveBytes([]) as live:
+        pixels = torch.empty(3 * count * side**2, dtype=torch.uint8, device=meta)
+        starts, sides = (torch.empty(shape, dtype=torch.int32, device=meta) for shape in ((count,), (count, 2)))
+        axes, numbers = (torch.empty(count, *shape, device=meta) for shape in ((2, 3), (11,)))
+        views = sampled(pixels, starts, sides, axes, lengths, size, cubic=False)
+        for kind in (Kind.MATRIX, Kind.BLUR):
+            views = OPERATIONS[kind](views, numbers, torch.empty(0, 256, dtype=torch.uint8, device=meta))
+    return live.peak
 
 
 def _full_queue(length: int, dim: int, classes: int) -> QueueSnapshot:

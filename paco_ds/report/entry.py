@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
         for run in arguments.run:
             if not (run / "metrics.jsonl").is_file():
                 raise UserError(f"{run} is not the run directory of a training: {run / 'metrics.jsonl'} is missing")
-        from paco_ds.report.run_report import write_report  # torch: only who draws waits
+        from paco_ds.report.run_report import write_report  # libraries of pages: only who draws waits
 
         for run in arguments.run:
             say(f"report: {write_report(run, pictures=arguments.pictures)}")

@@ -9,12 +9,12 @@ from pathlib import Path
 from statistics import mode
 from typing import Any
 
+from paco_ds.config.engine import in_words
 from paco_ds.config.parse import brief, one_line, read_json, read_yaml
 from paco_ds.data.manifest import SHOTS
 from paco_ds.errors import DataError
 from paco_ds.evaluation.groups import GROUPS, percent
 from paco_ds.files import replace_text
-from paco_ds.models.execution import in_words
 from paco_ds.report.history import History, section
 from paco_ds.report.page import render, with_scripts
 from paco_ds.report.pictures import Pictures, pictures_of_mistakes

@@ -21,7 +21,8 @@ from paco_ds.distributed.zero import begin_states
 from paco_ds.errors import RecipeError, UserError
 from paco_ds.models.execution import Hardware, choose, choose_kernels, prepare
 from paco_ds.models.recogniser import Recogniser
-from paco_ds.training.optimizer import GuardedOptimizer, make_optimizer
+from paco_ds.training.guarded import GuardedOptimizer
+from paco_ds.training.optimizer import make_optimizer
 
 _OWNED = {  # DeepSpeed keys that the recipe decides: {key: recipe setting}
     "train_batch_size": "step.micro_batch and step.micro_batches",
@@ -94,21 +95,42 @@ class Chosen:
     notes: tuple[str, ...] = ()
 
 
+def check_stage(optimizer: OptimizerSettings, stage: int) -> None:
+    """Whether an optimizer works at a ZeRO stage.
+
+    Raises:
+        RecipeError: it looks at whole weights, which ZeRO partitions.
+    """
+    if stage > 0 and not optimizer.takes_parts:
+        raise RecipeError(
+            f"optimizer.name {optimizer.name} looks at whole weights, which ZeRO stage {stage} parts: set "
+            "engine.deepspeed to auto or zero0, or optimizer.name to sgd or adamw"
+        )
+
+
 def choose_on_ranks(
-    settings: EngineSettings, ranks: Ranks, trained_with: bool | None = None, plan_stage: PlanStage | None = None
+    settings: EngineSettings,
+    ranks: Ranks,
+    trained_with: bool | None = None,
+    plan_stage: PlanStage | None = None,
+    optimizer: OptimizerSettings | None = None,
 ) -> Chosen:
     """Decide what is left to `auto`, alike on all ranks, which all call it.
 
     Args:
+        optimizer: of the recipe, which may need a stage; None for one that does not.
         trained_with: whether the checkpoint that the run resumes from was trained with autocast, which
             `precision: auto` keeps; None for a new run.
-        plan_stage: asked for `deepspeed: auto` on CUDA; without it the stage is 0.
+        plan_stage: asked on the first rank for `deepspeed: auto` on CUDA; without it the stage is 0.
 
     Raises:
-        RecipeError: see `read_deepspeed_config` and `choose`.
+        RecipeError: see `read_deepspeed_config`, `choose` and `check_stage`; what `plan_stage` raises, on all ranks.
     """
     hardware = Hardware.least(ranks.gather_objects(Hardware.of(ranks.device)))
-    said = autocast_of(read_deepspeed_config(settings.deepspeed))
+    config = read_deepspeed_config(settings.deepspeed)
+    if optimizer is not None and settings.deepspeed != "auto":
+        check_stage(optimizer, stage_in(config))
+    said = autocast_of(config)
     chosen = choose(settings, hardware, trained_with if said is None else said)
     before = None if trained_with is None else ("bfloat16" if trained_with else "float32")
     changed = None if before in (None, chosen.precision) else (before, chosen.precision)
@@ -123,10 +145,34 @@ def choose_on_ranks(
     if settings.deepspeed != "auto":
         return Chosen(chosen, Path(settings.deepspeed).name, changed, tuple(notes))
     stage, why = 1, "auto: ranks on CPU share the memory of their host"
-    if hardware.memory is not None:
-        stage, why = plan_stage(chosen, hardware.memory) if plan_stage else (0, "auto: its memory was not planned")
+    if optimizer is not None and not optimizer.takes_parts:
+        stage, why = 0, f"auto: {optimizer.name} looks at whole weights"
+    elif hardware.memory is not None:
+        stage, why = 0, "auto: its memory was not planned"
+        if plan_stage is not None:
+            stage, why = _planned_once(plan_stage, chosen, hardware.memory, ranks)
     chosen = chosen.model_copy(update={"deepspeed": str(DEEPSPEED / f"zero{stage}.json")})
     return Chosen(chosen, why, changed, tuple(notes))
+
+
+def _planned_once(plan_stage: PlanStage, chosen: EngineSettings, memory: int, ranks: Ranks) -> tuple[int, str]:
+    """What the first rank plans: a plan runs the model once, on as many cores as it finds, and is the same for all."""
+    planned: tuple[int, str] | UserError | None = None
+    if ranks.first:
+        try:
+            planned = plan_stage(chosen, memory)
+        except UserError as error:
+            planned = error
+    planned = ranks.gather_objects(planned)[0]
+    if isinstance(planned, UserError):
+        raise planned
+    assert planned is not None
+    return planned
+
+
+def stage_in(config: Mapping[str, Any]) -> int:
+    """The ZeRO stage of a DeepSpeed configuration."""
+    return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
 def autocast_of(config: Mapping[str, Any]) -> bool | None:
@@ -209,8 +255,12 @@ def initialise(
         lr: peak learning rate.
         execution: precision, memory format, activation checkpointing, compilation; nothing is left to `auto`.
         config: of DeepSpeed, see :func:`read_deepspeed_config`; `execution.precision` decides about autocast.
+
+    Raises:
+        RecipeError: see `check_stage`, and `prepare`.
     """
-    stage = config.get("zero_optimization", {}).get("stage", 0)
+    stage = stage_in(config)
+    check_stage(settings, stage)
     choose_kernels(execution)
     prepare(model, execution, stage)
     optimizer = make_optimizer(model, settings, lr, whole=stage == 0)

@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from paco_ds.contrast.key_queue import QueueSnapshot
+from paco_ds.distributed.ranks import to_device
 from paco_ds.losses.base import Anchors, LossOutput
 from paco_ds.losses.distillation import Distillation
 from paco_ds.models.output import ModelOutput
@@ -87,7 +88,7 @@ class Forward:
         labels, mix = result.labels, result.mix
         output = self.loss(self._anchors(result, labels, keys, queue))
         if mix is not None:
-            partners = labels[mix.partners.to(labels.device)]
+            partners = labels[to_device(mix.partners, labels.device)]
             output = mix.outputs(output, self.loss(self._anchors(result, partners, keys, queue)))
         if self.distillation is not None:
             output = self.distillation(output, result.output.logits, *result.views)

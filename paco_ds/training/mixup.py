@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from paco_ds.distributed.ranks import to_device
 from paco_ds.losses.base import LossOutput
 from paco_ds.randomness import DrawPurpose, generator, permutation
 
@@ -39,9 +40,9 @@ class Mix:
         """uint8 [B, 3, H, W] to mixed ones in float32, of the same range; uint8 where a rectangle is cut."""
         if self.cut is not None:
             mixed, (rows, columns) = images.clone(), self.cut
-            mixed[..., rows, columns] = images[self.partners.to(images.device)][..., rows, columns]
+            mixed[..., rows, columns] = images[to_device(self.partners, images.device)][..., rows, columns]
             return mixed
-        return torch.lerp(images[self.partners.to(images.device)].float(), images.float(), self.share)
+        return torch.lerp(images[to_device(self.partners, images.device)].float(), images.float(), self.share)
 
     def outputs(self, own: LossOutput, partners: LossOutput) -> LossOutput:
         """The loss of the mix from that with the own labels and that with the partners'.

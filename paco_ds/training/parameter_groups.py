@@ -9,6 +9,7 @@ from paco_ds.errors import RecipeError
 from paco_ds.models.recogniser import Recogniser
 
 LR_FACTOR = "lr_factor"  # entry of a group: its learning rate over that of the schedule
+MUON = "muon"  # entry of a group: whether its weights are matrices that Muon steps
 _BACKBONE = "query_encoder.backbone."
 
 
@@ -21,17 +22,32 @@ def parameter_groups(model: Recogniser, settings: OptimizerSettings) -> list[dic
     """
     factors = _lr_factors(model, settings.layer_decay)
     undecayed = {_BACKBONE + name for name in model.query_encoder.backbone.not_decayed()}
-    groups: dict[tuple[float, float], list[Any]] = {}
+    matrices = hidden_matrices(model) if settings.name == "muon" else set()
+    groups: dict[tuple[float, float, bool], list[Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         decayed = settings.decay_norms_and_biases or (parameter.ndim > 1 and name not in undecayed)
-        key = factors.get(name, 1.0), settings.weight_decay if decayed else 0.0
+        key = factors.get(name, 1.0), settings.weight_decay if decayed else 0.0, name in matrices
         groups.setdefault(key, []).append(parameter)
     return [
-        {"params": parameters, "weight_decay": decay, LR_FACTOR: factor}
-        for (factor, decay), parameters in groups.items()
+        {"params": parameters, "weight_decay": decay, LR_FACTOR: factor, MUON: is_matrix}
+        for (factor, decay, is_matrix), parameters in groups.items()
     ]
+
+
+def hidden_matrices(model: Recogniser) -> set[str]:
+    """Trained weights that Muon steps: matrices and convolutions of the query encoder, but for what embeds pixels and
+    positions. Classifier, centers, norms and biases are none."""
+    undecayed = model.query_encoder.backbone.not_decayed()
+    return {
+        f"query_encoder.{name}"
+        for name, parameter in model.query_encoder.named_parameters()
+        if parameter.requires_grad
+        and parameter.ndim in (2, 4)
+        and not (parameter.ndim == 4 and parameter.shape[1] == 3)  # red, green and blue
+        and name.removeprefix("backbone.") not in undecayed
+    }
 
 
 def _lr_factors(model: Recogniser, decay: float) -> dict[str, float]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from paco_ds.checkpoint import Checkpoint, Checkpoints, resume_hint
+from paco_ds.config.engine import described, in_words
 from paco_ds.config.parse import one_line
 from paco_ds.config.recipe import Recipe
 from paco_ds.contrast.key_queue import short_queue_hint
@@ -37,7 +38,6 @@ from paco_ds.files import replace_text, storage_errors
 from paco_ds.metrics.exporter import Exporter
 from paco_ds.metrics.run_logger import BadSamples, RunLogger
 from paco_ds.metrics.steps import StepRecord
-from paco_ds.models.execution import described, in_words
 from paco_ds.models.families import ImageSizes
 from paco_ds.models.recogniser import Recogniser
 from paco_ds.report.history import History
@@ -119,7 +119,7 @@ class Trainer:
         checkpoint = self._same_on_all_ranks(self.checkpoints.latest())
         as_given = recipe
         trained_with = checkpoint.state.get("autocast") if checkpoint else None
-        self.chosen = choose_on_ranks(recipe.engine, ranks, trained_with, plan_stage)
+        self.chosen = choose_on_ranks(recipe.engine, ranks, trained_with, plan_stage, recipe.optimizer)
         self.recipe = recipe = recipe.model_copy(update={"engine": self.chosen.settings})
         config = read_deepspeed_config(recipe.engine.deepspeed)
 

@@ -251,22 +251,22 @@ def test_the_host_reads_nothing_and_launches_as_much_for_many_images():
     patch = Box(0, 0, 60, 50, 427, 640, 16).patch(PHOTOGRAPHS[0])
     raws = [RawView(patch, (each,)) for each in each_once]
     counts = []
-    for times in (1, 2):
+    for times in (1, 1, 2):  # the first makes what is kept
         pixels, batch = flat(raws * times), raw_batch(raws * times)
         with Watched() as watched:
             render(pixels, batch, 16, CPU)
         counts.append(watched.count)
-    assert counts[0] == counts[1] < 350
+    assert counts[1] == counts[2] < 240
     assert len(each_once) == len(Kind) - 1
 
 
 def test_an_image_meets_its_operations_in_order():
     """Whatever the others need; those that need a dear one wait for each other."""
     sequences = [
-        (Contrast(1.2), Saturation(0.5), Brightness(1.1)),
-        (Saturation(0.5), Contrast(1.2), Invert(), Contrast(0.5)),
+        (Hue(0.1), Saturation(0.5), Contrast(1.1)),
+        (Saturation(0.5), Hue(0.1), Invert(), Hue(0.2)),
         (),
-        (Invert(), Saturation(0.5), Contrast(1.2)),
+        (Invert(), Saturation(0.5), Hue(0.1)),
     ]
     batch = raw_batch([raw(PHOTOGRAPHS[0], Box(0, 0, 9, 9, 427, 640, 8), each, size=8) for each in sequences])
     met = [[] for _ in sequences]
@@ -274,9 +274,9 @@ def test_an_image_meets_its_operations_in_order():
     for layer in layers:
         for member in layer.members:
             met[member].append(layer.kind)
-    names = {Contrast: Kind.CONTRAST, Saturation: Kind.MATRIX, Brightness: Kind.MATRIX, Invert: Kind.TABLE}
+    names = {Hue: Kind.HUE, Saturation: Kind.MATRIX, Contrast: Kind.MATRIX, Invert: Kind.TABLE}
     assert met == [[names[type(each)] for each in sequence] for sequence in sequences]
-    assert [list(layer.members) for layer in layers if layer.kind is Kind.CONTRAST] == [[0, 1, 3], [1]]
+    assert [list(layer.members) for layer in layers if layer.kind is Kind.HUE] == [[0, 1, 3], [1]]
 
 
 def test_what_has_no_form_for_a_device_is_refused_in_a_line():

@@ -31,6 +31,7 @@ def plain_steps(
     state: dict[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
     group_of: Callable[[str, Tensor], tuple[float, float]] | None = None,
+    is_matrix: Callable[[str, Tensor], bool] = lambda name, parameter: False,
 ) -> Outcome:
     """The recipe's first `steps` steps on made images, from its initial weights or those of `state`.
 
@@ -38,6 +39,7 @@ def plain_steps(
 
     Args:
         group_of: (factor of the learning rate, weight decay) of a parameter by its name; by default (1, the recipe's).
+        is_matrix: whether Muon steps a parameter.
     """
     model = model_of(recipe, len(CLASS_COUNTS), *NORMALIZATION)
     if state:
@@ -101,21 +103,31 @@ def plain_steps(
             norm.running_mean.copy_(mean)
             norm.running_var.copy_(var)
             norm.num_batches_tracked.fill_(step + 1)
-        if recipe.optimizer.name == "adamw":
-            _adamw(trained, velocity, squares, groups, recipe, lr, step + 1)
-        else:
-            _sgd(trained, velocity, recipe, lr)
+        _clip(trained, recipe.optimizer.clip_norm)
+        by_muon = [is_matrix(*pair) for pair in zip(names, trained, strict=True)]
+        every = list(zip(trained, velocity, squares, groups, by_muon, strict=True))
+        for parameter, v, square, group, matrix in every:
+            assert parameter.grad is not None
+            given = parameter, parameter.grad, v
+            if recipe.optimizer.name == "sgd":
+                _sgd(*given, recipe, lr)
+            elif recipe.optimizer.name == "lars":
+                _lars(*given, group[1], recipe, lr)
+            elif matrix:
+                _muon(*given, group[1], recipe, lr)
+            else:
+                _adamw(*given, square, group, recipe, lr, step + 1)
         if recipe.queue.length:
             keys = torch.cat(second_rows) if keys is None else keys
             queue_keys = torch.cat([queue_keys, keys])[-recipe.queue.length :]
             queue_labels = torch.cat([queue_labels, labels])[-recipe.queue.length :]
         losses.append(step_loss)
-    if recipe.optimizer.name == "sgd":
-        states = {f"momentum_buffer.{name}": v for name, v in zip(names, velocity, strict=True)}
-    else:
-        states = {f"exp_avg.{name}": v for name, v in zip(names, velocity, strict=True)}
-        states |= {f"exp_avg_sq.{name}": v for name, v in zip(names, squares, strict=True)}
-        states["step"] = torch.tensor(float(steps))
+    states = {}
+    for name, (_, v, square, _, matrix) in zip(names, every, strict=True):
+        if recipe.optimizer.name in ("sgd", "lars") or matrix:
+            states[f"momentum_buffer.{name}"] = v
+        else:
+            states |= {f"exp_avg.{name}": v, f"exp_avg_sq.{name}": square, "step": torch.tensor(float(steps))}
     return Outcome(losses, before, copy.deepcopy(model.state_dict()), states, {})
 
 
@@ -238,35 +250,65 @@ def _anchor_loss(recipe: Recipe, label: Tensor, logits: Tensor, anchor: Tensor, 
     return -(weights * log_p).sum() / weights.sum()
 
 
+def _clip(parameters: list[nn.Parameter], clip_norm: float | None) -> None:
+    if clip_norm is None:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.stack([(gradient**2).sum() for gradient in gradients]).sum().sqrt()
+    for gradient in gradients:
+        gradient.mul_(min(1.0, clip_norm / norm.item()))
+
+
+@torch.no_grad()
 def _adamw(
-    parameters: list[nn.Parameter],
-    means: list[Tensor],
-    squares: list[Tensor],
-    groups: list[tuple[float, float]],
+    p: Tensor,
+    gradient: Tensor,
+    m: Tensor,
+    v: Tensor,
+    group: tuple[float, float],
     recipe: Recipe,
     lr: float,
     number: int,
 ) -> None:
     """Loshchilov and Hutter 2019, Algorithm 2, step `number` from 1."""
-    settings = recipe.optimizer
-    one, two = settings.betas
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.stack([(gradient**2).sum() for gradient in gradients]).sum().sqrt()
-    clip = min(1.0, settings.clip_norm / norm.item()) if settings.clip_norm else 1.0
-    with torch.no_grad():
-        for p, gradient, m, v, (factor, decay) in zip(parameters, gradients, means, squares, groups, strict=True):
-            m.mul_(one).add_((1 - one) * clip * gradient)
-            v.mul_(two).add_((1 - two) * (clip * gradient) ** 2)
-            update = (m / (1 - one**number)) / ((v / (1 - two**number)).sqrt() + settings.eps)
-            p.sub_(lr * factor * (update + decay * p))
+    one, two = recipe.optimizer.betas
+    factor, decay = group
+    m.mul_(one).add_((1 - one) * gradient)
+    v.mul_(two).add_((1 - two) * gradient**2)
+    update = (m / (1 - one**number)) / ((v / (1 - two**number)).sqrt() + recipe.optimizer.eps)
+    p.sub_(lr * factor * (update + decay * p))
 
 
-def _sgd(parameters: list[nn.Parameter], velocity: list[Tensor], recipe: Recipe, lr: float) -> None:
+@torch.no_grad()
+def _sgd(parameter: Tensor, gradient: Tensor, v: Tensor, recipe: Recipe, lr: float) -> None:
     settings = recipe.optimizer
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.stack([(gradient**2).sum() for gradient in gradients]).sum().sqrt()
-    clip = min(1.0, settings.clip_norm / norm.item()) if settings.clip_norm else 1.0
-    with torch.no_grad():
-        for parameter, gradient, v in zip(parameters, gradients, velocity, strict=True):
-            v.mul_(settings.momentum).add_(clip * gradient + settings.weight_decay * parameter)
-            parameter.sub_(lr * v)
+    v.mul_(settings.momentum).add_(gradient + settings.weight_decay * parameter)
+    parameter.sub_(lr * v)
+
+
+@torch.no_grad()
+def _lars(parameter: Tensor, gradient: Tensor, v: Tensor, decay: float, recipe: Recipe, lr: float) -> None:
+    """You et al. 2017, Algorithm 1, with the learning rate outside the momentum as in later code."""
+    length, slope = parameter.norm(), gradient.norm()
+    local = 1.0
+    if decay and length > 0 and slope > 0:
+        local = recipe.optimizer.trust_coefficient * length / (slope + decay * length)
+    v.mul_(recipe.optimizer.momentum).add_(local * (gradient + decay * parameter))
+    parameter.sub_(lr * v)
+
+
+@torch.no_grad()
+def _muon(parameter: Tensor, gradient: Tensor, v: Tensor, decay: float, recipe: Recipe, lr: float) -> None:
+    """Jordan et al. 2024, with the size of updates of Liu et al. 2025."""
+    mu = recipe.optimizer.momentum
+    v.mul_(mu).add_((1 - mu) * gradient)
+    matrix = ((1 - mu) * gradient + mu * v).reshape(len(v), -1)
+    x = matrix.bfloat16() / matrix.bfloat16().norm()
+    x = x if len(x) <= x.shape[1] else x.T
+    for _ in range(5):  # each line is rounded to bfloat16 once
+        a = (x.float() @ x.T.float()).bfloat16().float()
+        b = (-4.7750 * a + 2.0315 * (a @ a)).bfloat16().float()
+        x = (3.4445 * x.float() + b @ x.float()).bfloat16()
+    x = x if x.shape == matrix.shape else x.T
+    update = 0.2 * max(matrix.shape) ** 0.5 * x.float().reshape(v.shape)
+    parameter.sub_(lr * (update + decay * parameter))

@@ -1,4 +1,4 @@
-"""AdamW with groups of parameters on real ranks: a plain loop's steps, the guard, checkpoints, elasticity, the plan."""
+"""AdamW, LARS and Muon on real ranks: a plain loop's steps, the guard, checkpoints, elasticity, the plan."""
 
 import functools
 import json
@@ -30,6 +30,28 @@ ADAMW = (
 )
 GROUPS = ("optimizer.decay_norms_and_biases=false", "optimizer.layer_decay=0.5")
 VIT = (*of("vit"), *SMALL, *ADAMW, *GROUPS, "model.projection=three_layer")
+WHOLE = {  # optimizers of whole weights, on a ViT and on a CIFAR ResNet
+    "lars": (
+        *SMALL[:3],
+        "optimizer.name=lars",
+        "optimizer.lr=0.1",
+        "optimizer.trust_coefficient=0.05",
+        "optimizer.weight_decay=0.05",
+        "optimizer.decay_norms_and_biases=false",
+        "optimizer.clip_norm=2",
+    ),
+    "muon": (
+        *of("vit"),
+        *SMALL,
+        *ADAMW,
+        "optimizer.name=muon",
+        "optimizer.lr=0.0001",
+        "optimizer.momentum=0.95",
+        "optimizer.nesterov=true",
+        "optimizer.decay_norms_and_biases=false",
+        "model.projection=three_layer",
+    ),
+}
 FIRST_DEPTHS = ("cls_token", "pos_embed", "patch_embed")
 
 
@@ -62,6 +84,61 @@ def test_weights_and_states_are_those_of_a_plain_loop(pool, world_size, stage):
         for name, value in wanted.items():
             torch.testing.assert_close(got[name], value, rtol=0, atol=1e-6, msg=name)
     assert max(float((value - expected.before[name]).abs().max()) for name, value in expected.after.items()) > 1e-3
+
+
+def is_matrix_of_vit(name, parameter):
+    return parameter.ndim == 2 and ("network.blocks." in name or "projection" in name)
+
+
+@functools.cache
+def plain_of_whole(name):
+    recipe = tiny_recipe(*WHOLE[name])
+    matrices = is_matrix_of_vit if name == "muon" else lambda *_: False
+    decay = lambda *pair: (1.0, group_of(*pair)[1])  # noqa: E731
+    return plain_steps(recipe, STEPS, recipe.lr, group_of=decay, is_matrix=matrices)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("name", WHOLE)
+def test_lars_and_muon_are_those_of_a_plain_loop(pool, world_size, name):
+    """After five clipped steps, to 1e-6: weights, states, the number of steps of Muon's AdamW. Muon's own matrices to a
+    twentieth of their updates: directions in which a gradient is nothing but rounding are made as long as all others.
+    """
+    outcome = pool(world_size).run(f"{RUNS}:run_steps", stage=0, steps=STEPS, overrides=WHOLE[name])[0]
+    expected = plain_of_whole(name)
+    assert outcome.losses == pytest.approx(expected.losses, abs=1e-4 if name == "muon" else 1e-5)
+    assert outcome.states.keys() == expected.states.keys()
+    for key, value in expected.states.items():
+        torch.testing.assert_close(outcome.states[key], value, rtol=1e-4, atol=1e-6, msg=key)
+    moved = 0.0
+    for key, value in expected.after.items():
+        change, error = value - expected.before[key], (outcome.after[key] - value).abs()
+        moved = max(moved, float(change.abs().max()))
+        if name == "muon" and is_matrix_of_vit(key, value):
+            assert float(error.norm()) <= 0.05 * float(change.norm()), key
+        else:
+            assert float(error.max()) <= 1e-6, key
+    assert moved > 3e-4
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("fault", ["gradient", "keys", "outlier"])
+def test_a_refused_step_of_lars_and_muon_changes_nothing(pool, name, fault):
+    """Weights, states and queue stand bit for bit on both ranks; the step after it goes on."""
+    overrides = (*WHOLE[name], "engine.max_grad_norm_ratio=10")
+    arguments = {"stage": 0, "fault": fault, "fault_rank": 1, "overrides": overrides}
+    for before, after, later in pool(2).run(f"{RUNS}:state_around_a_fault", **arguments):
+        assert (after.skipped, later.skipped) == ([fault], [None])
+        for kind in ("after", "states", "queue"):
+            for key, value in getattr(before, kind).items():
+                assert "key_encoder" in key or torch.equal(value, getattr(after, kind)[key]), key
+        assert not torch.equal(after.after["centers.weight"], later.after["centers.weight"])
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_states_of_lars_and_muon_go_in_and_out(pool, name):
+    """Of every group."""
+    assert all(pool(1).run(f"{RUNS}:states_there_and_back", stage=0, overrides=WHOLE[name]))
 
 
 @pytest.mark.parametrize(
@@ -160,6 +237,32 @@ def test_a_run_goes_on_at_another_stage_and_number_of_ranks(pool, recipe, tmp_pa
     )
     assert difference <= 1e-3 * size
     assert got["optimizer.step"] == 4
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_resumed_run_of_lars_and_muon_is_bit_equal_and_goes_on_at_another_number_of_ranks(
+    pool, striped_shards, tmp_path, name
+):
+    """Stopped in mid-epoch; on one rank two steps make the update of two on two ranks, to 1e-3 (of Muon 1e-2, whose
+    updates are rounded to bfloat16)."""
+    file = tmp_path / "tiny.yaml"
+    (tmp_path / "zero0.json").write_text(json.dumps({"zero_optimization": {"stage": 0}}))
+    write_tiny_recipe(file, *WHOLE[name], f"data.shards={striped_shards}", "engine.deepspeed=zero0.json")
+    straight = train(pool, file, tmp_path / "straight", 2, 0, 4)
+    train(pool, file, tmp_path / "resumed", 2, 0, 2)
+    shutil.copytree(tmp_path / "resumed", tmp_path / "moved")
+    checkpoint = read_checkpoint(tmp_path / "resumed" / "checkpoints" / "step-00000002")
+    before = checkpoint.model() | {f"optimizer.{key}": state for key, state in checkpoint.optimizer().items()}
+    resumed = train(pool, file, tmp_path / "resumed", 2, 0, 4)
+    assert resumed.keys() == straight.keys()
+    for key, value in straight.items():
+        assert torch.equal(resumed[key], value), key
+    moved = train(pool, file, tmp_path / "moved", 1, 0, 4)
+    difference, size = (
+        sum(float(((a[key] - b[key]).float() ** 2).sum()) for key in before) ** 0.5
+        for a, b in ((moved, straight), (straight, before))
+    )
+    assert difference <= (1e-2 if name == "muon" else 1e-3) * size
 
 
 def test_a_checkpoint_of_another_optimizer_is_refused_by_name(pool, recipe, tmp_path):

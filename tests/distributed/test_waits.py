@@ -1,7 +1,11 @@
 """The host reads nothing from the device in a step: it runs ahead, and a GPU always has work."""
 
-import pytest
+from typing import Any
 
+import pytest
+import torch
+
+from paco_ds.distributed.ranks import to_device
 from tests.distributed.waiting import WAITS
 
 METHODS = {
@@ -36,7 +40,25 @@ def test_of_zero_only_deepspeeds_own_are_left(pool, stage):
 def test_a_read_that_is_put_into_the_step_is_found(pool, wait):
     """With the line that asks: the tests above can fail."""
     (reads,) = pool(1).run("tests.distributed.waiting:host_reads", stage=0, wait=wait)
-    assert len(reads) == 1
+    assert len(reads) == 1, reads
+
+
+def test_the_host_does_not_wait_for_what_it_sends():
+    """A tensor that lies where it may be paged out is copied from page-locked memory, by a copy nobody waits for."""
+    copies = []
+
+    class OnHost:
+        device = torch.device("cpu")
+
+        def __init__(self, pinned):
+            self.is_pinned = lambda: pinned
+            self.pin_memory = lambda: OnHost(True)
+            self.to = lambda device, non_blocking: copies.append((device.type, pinned, non_blocking))
+
+    for pinned in (False, True):
+        tensor: Any = OnHost(pinned)
+        to_device(tensor, torch.device("cuda"))
+    assert copies == [("cuda", True, True)] * 2
 
 
 def test_until_the_queue_is_full_its_length_is_read(pool):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from paco_ds.distributed.ranks import Ranks
 from paco_ds.training.step import Step
@@ -15,25 +17,44 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools" / "bench"))
 from operations import counting
 
 
+def _beside(owner: Any, name: str, read: Callable[[Any], object]) -> None:
+    """Let a method of an object read something of what it returns, before it returns it."""
+    method = getattr(owner, name)
+
+    def reading(*given: Any, **options: Any) -> Any:
+        result = method(*given, **options)
+        read(result)
+        return result
+
+    setattr(owner, name, reading)
+
+
 def _loss_read(step: Step) -> None:
     _change_loss(step, True, lambda loss: loss * (1 if loss.item() else 0))
 
 
-def _queue_bincount(step: Step) -> None:
-    assert step.contrast is not None
-    queue = step.contrast.queue
-    push = queue.push
-    queue.push = lambda *given: (queue.labels_K.bincount(), push(*given))[1]
-
-
-def _keys_masked(step: Step) -> None:
-    assert step.contrast is not None
-    queue = step.contrast.queue
-    push = queue.push
-    queue.push = lambda *given: (queue.keys_KD[queue.labels_K > 1], push(*given))[1]
-
-
-WAITS = {"item": _loss_read, "bincount": _queue_bincount, "boolean index": _keys_masked}
+WAITS: dict[str, Callable[[Any], None]] = {  # at each place that once read, by what it read
+    "loss, item": _loss_read,
+    "keys finite, bool": lambda step: _beside(step.contrast.key_encoder, "keys", lambda keys: bool(keys.wait().finite)),
+    "labels of keys, tolist": lambda step: _beside(
+        step.contrast.key_encoder, "keys", lambda keys: keys.wait().labels_G.tolist()
+    ),
+    "queue, bincount": lambda step: _beside(
+        step.contrast.queue, "push", lambda _: step.contrast.queue.labels_K.bincount()
+    ),
+    "queue, boolean index": lambda step: _beside(
+        step.contrast.queue, "push", lambda _: step.contrast.queue.keys_KD[step.contrast.queue.labels_K > 1]
+    ),
+    "statistics, numpy": lambda step: _beside(step.statistics, "sums", lambda sums: sums.numpy()),
+    "gradients, nonzero": lambda step: _beside(
+        step.gradients, "finish", lambda _: next(step.engine.module.parameters()).grad.nonzero()
+    ),
+    "guard, bool": lambda step: _beside(step, "_applied", bool),
+    "gradient norm, item": lambda step: _beside(step.optimizer, "_judge", lambda _: step.optimizer.grad_norm.item()),
+    "usual norm, item": lambda step: _beside(step.usual_norm, "ratio", lambda ratio: ratio.item()),
+    "figures, cpu": lambda step: _beside(step, "_grad_norm", lambda norm: norm.cpu()),
+    "labels of queries, tolist": lambda step: _beside(step, "_forward", lambda result: result.labels.tolist()),
+}
 
 
 def host_reads(

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from paco_ds.config.engine import described, deviation, in_words
 from paco_ds.config.model import ModelSettings
 from paco_ds.errors import RecipeError
 from paco_ds.models.backbones import make_backbone
-from paco_ds.models.execution import Hardware, choose, described, deviation, in_words, prepare
+from paco_ds.models.execution import Hardware, choose, prepare
 from paco_ds.models.recogniser import Recogniser
 from tests.recipes import model_of, tiny_recipe
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from paco_ds.config.engine import deviation
 from paco_ds.config.load import load_recipe
-from paco_ds.models.execution import Hardware, choose, deviation
+from paco_ds.models.execution import Hardware, choose
 from paco_ds.paper.tables import SMALL_RECIPES, load_table
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,10 +5,16 @@ import io
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 
 from paco_ds.command import Screen
+from paco_ds.data.stream.views import RawView, raw_batch, render
+from paco_ds.data.stream.views.blur import Blur
+from paco_ds.data.stream.views.color import Contrast
+from paco_ds.data.stream.views.crop import Box
+from paco_ds.data.stream.views.instructions import instruction
 from paco_ds.distributed.ranks import MicroBatchLayout
 from paco_ds.errors import DataError, RecipeError, UserError
 from paco_ds.losses import make_loss
@@ -19,7 +25,7 @@ from paco_ds.planning.planned_rank import PlannedRank
 from paco_ds.planning.preflight import main
 from paco_ds.planning.print_plan import as_json, print_plan, verdict_lines
 from paco_ds.planning.sizes import format_bytes, parse_bytes
-from paco_ds.planning.trace import LiveBytes, trace_step
+from paco_ds.planning.trace import LiveBytes, trace_step, views_peak
 from paco_ds.planning.traffic import plan_traffic
 from paco_ds.training.forward import Forward
 from tests.recipes import model_of, tiny_recipe, write_tiny_recipe
@@ -326,6 +332,49 @@ def test_the_stage_left_to_a_plan_is_0_where_it_fits_and_1_where_not():
     assert plan(None).stage == 0
     assert plan(None, "cpu").stage == 1
     assert plan(None, "cpu").autocast is False
+
+
+@pytest.mark.parametrize("name", ["lars", "muon"])
+def test_optimizers_of_whole_weights_are_planned_at_stage_0_alone(name, zero1):
+    """Their states too; another stage is refused, with what to set."""
+    chosen = tiny_recipe(f"optimizer.name={name}", "engine.deepspeed=auto")
+    plan = make_plan(chosen, 1, find_data(chosen.data, 1000, 10), gpu_memory=GIB)
+    assert (plan.stage, list(plan.memory)) == (0, [0])
+    adamw = make_plan(tiny_recipe("optimizer.name=adamw", "engine.deepspeed=auto"), 1, plan.data)
+    states = {of: one.memory[0].parts["optimizer states"] for of, one in ((name, plan), ("adamw", adamw))}
+    assert states["adamw"] / 2 <= states[name] < states["adamw"]
+    assert (states[name] * 2 == states["adamw"]) == (name == "lars")
+    print_plan(plan, Screen(printed := io.StringIO(), width=160))
+    assert "stage 1" not in printed.getvalue()
+    refused = tiny_recipe(f"optimizer.name={name}", zero1)
+    with pytest.raises(RecipeError, match=rf"{name} looks at whole weights, which ZeRO stage 1 parts"):
+        make_plan(refused, 1, plan.data)
+
+
+def test_views_on_the_device_are_part_of_the_plan():
+    """The step's images, and a moment of its own that holds what rendering takes, measured on real photographs."""
+    at = {
+        where: make_plan(
+            recipe := tiny_recipe(f"views.device={where}", "engine.deepspeed=auto"), 1, find_data(recipe.data, 1000, 10)
+        )
+        for where in ("cpu", "accelerator")
+    }
+    images = {where: plan.memory[0].parts["input images"] for where, plan in at.items()}
+    assert images["accelerator"] == images["cpu"] * 2 * at["cpu"].layout.accumulation
+    assert (at["cpu"].trace.views_peak, at["accelerator"].memory[0].moment) == (0, "views")
+    size, count = 32, 8
+    rng = np.random.default_rng(1)
+    image = rng.integers(0, 256, (2 * size, 2 * size, 3), dtype=np.uint8)
+    view = RawView(
+        Box(0, 0, 2 * size, 2 * size, 2 * size, 2 * size, size).patch(image),
+        tuple(instruction(each, size) for each in (Contrast(1.1), Blur(2.0))),
+    )
+    pixels = torch.from_numpy(np.concatenate([view.patch.pixels.ravel()] * count))
+    render(pixels, raw_batch([view] * count), size, torch.device("cpu"))  # tables that are made once
+    with LiveBytes([pixels]) as live:
+        render(pixels, raw_batch([view] * count), size, torch.device("cpu"))
+    planned = views_peak(count, size)
+    assert live.peak + pixels.nbytes <= 1.15 * planned <= 1.6 * (live.peak + pixels.nbytes)
 
 
 def test_what_is_offloaded_stands_under_the_total(tmp_path):

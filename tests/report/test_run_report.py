@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -311,3 +313,10 @@ def test_how_the_run_was_started_is_shown(run_dir: Path) -> None:
     for text in ("paco-train &lt;x&gt;", "c0ffee", "CPU 9", "<td>torch</td><td>2</td>"):
         assert text in page
     assert {"part": "checkpoints", "seconds": 30.0} in _data(page)["time"]
+
+
+def test_a_page_is_drawn_without_torch() -> None:
+    """Its import alone takes seconds, and ten times the memory of a long log."""
+    program = "import sys, paco_ds.report.run_report; print([m for m in ('torch', 'deepspeed') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

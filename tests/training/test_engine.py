@@ -132,6 +132,40 @@ def test_autocast_of_a_users_deepspeed_json_decides_where_the_recipe_does_not(tm
     assert engine.choose_on_ranks(named, ONE_RANK).settings.precision == "float32"
 
 
+def test_the_plan_is_made_on_the_first_rank_and_told_to_the_others(gpu, monkeypatch):
+    """What it raises, too."""
+    auto = tiny_recipe("engine.deepspeed=auto").engine
+
+    def others(said):
+        monkeypatch.setattr(Ranks, "gather_objects", lambda ranks, value: [said if value is None else value] * 2)
+        return Ranks(1, 2, 1, torch.device("cpu"))
+
+    def never(*given):
+        raise AssertionError("planned on another rank than the first")
+
+    chosen = engine.choose_on_ranks(auto, others((1, "auto: told")), plan_stage=never)
+    assert (Path(chosen.settings.deepspeed).name, chosen.why_stage) == ("zero1.json", "auto: told")
+
+    def missing(*given):
+        raise UserError("no manifest")
+
+    for ranks, plan in ((ONE_RANK, missing), (others(UserError("no manifest")), never)):
+        with pytest.raises(UserError, match="no manifest"):
+            engine.choose_on_ranks(auto, ranks, plan_stage=plan)
+
+
+@pytest.mark.parametrize("name", ["lars", "muon"])
+def test_optimizers_of_whole_weights_train_at_stage_0(gpu, name):
+    """Which `auto` chooses for them, whatever the plan would; another stage is refused with what to set."""
+    whole = tiny_recipe(f"optimizer.name={name}", "engine.deepspeed=auto")
+    chosen = engine.choose_on_ranks(whole.engine, ONE_RANK, plan_stage=lambda *_: (1, ""), optimizer=whole.optimizer)
+    assert Path(chosen.settings.deepspeed) == ROOT / "ds_configs" / "zero0.json"
+    assert chosen.why_stage == f"auto: {name} looks at whole weights"
+    given = tiny_recipe(f"engine.deepspeed={ROOT / 'ds_configs' / 'zero2.json'}").engine
+    with pytest.raises(RecipeError, match=rf"{name} looks at whole weights, which ZeRO stage 2 parts: set .*zero0"):
+        engine.choose_on_ranks(given, ONE_RANK, optimizer=whole.optimizer)
+
+
 def test_graphs_on_a_cpu_are_told_to_be_none():
     """Compiled all the same."""
     chosen = engine.choose_on_ranks(
@@ -173,11 +207,11 @@ def test_a_start_does_not_load_torchs_compiler():
     """Nor torchvision nor matplotlib: seconds of a core in every rank, where the recipe needs none of them."""
     program = """
 import sys, torch
-from paco_ds.training import engine, optimizer, trainer
+from paco_ds.training import engine, guarded, trainer, whole_weights
 engine.import_muon_uncompiled()
 weight = torch.nn.Parameter(torch.ones(2))
 weight.grad = torch.ones(2)
-for kind in (optimizer.GuardedSGD, optimizer.GuardedAdamW):
+for kind in (guarded.GuardedSGD, guarded.GuardedAdamW):
     kind([weight], 0.25, clip_norm=None, whole=True, weight_decay=0).step()
 assert weight.tolist() == [0.5, 0.5]
 print([name for name in ("torch._inductor.compile_fx", "torch._dynamo", "torchvision", "matplotlib")

@@ -7,7 +7,8 @@ import torch
 
 from paco_ds.config.load import load_recipe
 from paco_ds.errors import RecipeError
-from paco_ds.training.optimizer import GuardedAdamW, GuardedSGD, UsualNorm, learning_rate
+from paco_ds.training.guarded import GuardedAdamW, GuardedSGD
+from paco_ds.training.optimizer import UsualNorm, learning_rate
 from tests.recipes import tiny_recipe
 
 
@@ -198,7 +199,9 @@ def test_the_learning_rate_of_256_images_is_scaled_to_those_of_a_step_once():
         (("optimizer.eps=0.1",), r"eps 0.1 is not of sgd"),
         (("optimizer.name=adamw", "optimizer.momentum=0.5"), r"momentum 0.5 is not of adamw.*set name to sgd"),
         (("optimizer.name=adamw", "optimizer.nesterov=true"), r"nesterov True is not of adamw"),
-        (("optimizer.name=muon",), r"'optimizer.name': .*'sgd' or 'adamw'"),
+        (("optimizer.name=lion",), r"'optimizer.name': .*'sgd', 'adamw', 'lars' or 'muon'"),
+        (("optimizer.name=lars", "optimizer.betas=[0.9, 0.95]"), r"of lars.*set name to adamw or muon"),
+        (("optimizer.name=muon", "optimizer.trust_coefficient=1"), r"trust_coefficient 1.0 is not of muon.*to lars"),
         (("optimizer.lr_per_256=true", "step.lr_scaling=none"), r"lr_per_256 and step.lr_scaling none both say"),
         (("schedule.minimum_lr=0.05",), r"minimum_lr 0.05 is not below the peak learning rate 0.05"),
         (("schedule.minimum_lr=0.01", "schedule.milestones=[1]"), r"minimum_lr 0.01 ends the cosine, in whose place"),

@@ -3,13 +3,15 @@
     python tools/bench/gpu.py [--minutes 8] [--json] [--only WORD ...] [--old CHECKOUT] [--dry]
 
 published  the paper's loop as it ships: float32, NCHW, eager, DistributedDataParallel (gpu_published.py)
-ours       the step of paco_ds/train.py on random images, in rows that add one thing each: float32 with results read at
-           once, results read late, bfloat16, channels_last, compiled encoders, CUDA graphs
+ours       the step of paco_ds/train.py on random images in memory, in rows that add one thing each: float32 with
+           results read at once, results read late, bfloat16, channels_last, compiled encoders, CUDA graphs
+streamed   ours on photographs that loader processes read from shards, views made by them or on the device: where it is
+           slower than on random images, the loader processes are the limit
 encoders   forward of the key encoder, forward and backward of the query encoder, run as the row says: the floor
 
-It makes its own images, needs no data, and takes at most --minutes: rows are ordered by what they tell, and one for
-which there is no time, no memory or no hardware says so. Waits are calls that synchronize with the device. --dry runs
-tiny sizes to the end, on a CPU too. Exit status 1 if a row failed.
+It makes its own images and shards, needs no data, and takes at most --minutes: rows are ordered by what they tell, and
+one for which there is no time, no memory or no hardware says so. Waits are calls that synchronize with the device.
+--dry runs tiny sizes to the end, on a CPU too. Exit status 1 if a row failed.
 """
 
 from __future__ import annotations
@@ -94,6 +96,14 @@ def ours(name: str, size: Size, way: Way) -> Row:
     return Row(name, found, bare)
 
 
+def streamed(name: str, size: Size, views_on: str, dry: bool) -> Row:
+    """Our step on images from shards."""
+    from gpu_streamed import figures  # with photographs, which other rows need not load
+
+    found, said = figures(size, BEST, views_on, dry=dry)
+    return Row(name, found, said=said)
+
+
 def published(name: str, size: Size) -> Row:
     """The paper's loop on this network of torchvision, or on its smallest."""
     device = joined().device
@@ -118,8 +128,11 @@ def published(name: str, size: Size) -> Row:
 def old(name: str, size: Size, checkout: Path, seconds: float) -> Row:
     """The step of another checkout, as it ships, in a process of its own."""
     row = json.dumps({"size": asdict(size), "way": asdict(OLD)})
-    environment = os.environ | {"PYTHONPATH": str(checkout)}
-    command = [sys.executable, str(Path(__file__).with_name("gpu_ours.py")), row]
+    of_this_job = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    environment = {key: value for key, value in os.environ.items() if key not in of_this_job}
+    environment["PYTHONPATH"] = str(checkout)
+    script = "gpu_0_8.py" if (checkout / "paco_ds" / "recipe_file.py").exists() else "gpu_ours.py"
+    command = [sys.executable, str(Path(__file__).with_name(script)), row]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds, check=False)
     if done.returncode:
         raise RuntimeError(last_line(done.stderr))
@@ -174,7 +187,12 @@ def plan(dry: bool, checkout: Path | None, left: Callable[[], float]) -> Iterato
             if way not in COMPILED:
                 yield at + way, 12, partial(ours, at + way, size, WAYS[way])
         if checkout is not None:
-            yield at + "old checkout", 40, partial(old, at + "old checkout", size, checkout, 60)
+            seconds = 300 if dry else 60  # a CPU that others use may take minutes to load torch
+            yield at + "old checkout", 40, partial(old, at + "old checkout", size, checkout, seconds)
+    for size in sizes:
+        for views_on in ("cpu", "accelerator"):
+            name = f"{size.backbone}, m = {size.micro_batch}: streamed, views.device {views_on}"
+            yield name, 30, partial(streamed, name, size, views_on, dry)
     yield "tests/gpu", 60, lambda: tests("tests/gpu", left())
     for size in sizes:
         at = f"{size.backbone}, m = {size.micro_batch}: "
@@ -253,6 +271,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if not arguments.dry and not torch.cuda.is_available():
         parser.error("this machine has no CUDA device: --dry runs tiny sizes here")
+    if arguments.dry:
+        joined()
+        torch.set_num_threads(1)  # sizes so small that threads would only wait for each other
     ends = time.monotonic() + 60 * arguments.minutes
 
     def left() -> float:

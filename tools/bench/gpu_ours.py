@@ -9,22 +9,27 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from itertools import cycle
 from typing import Any
 
 import torch
 from gpu_figures import Figures, measure
 from torch import Tensor
 
-from paco_ds.config.engine import EngineSettings
 from paco_ds.config.load import load_recipe
 from paco_ds.config.recipe import Recipe
 from paco_ds.data.stream.batches import MicroBatch
 from paco_ds.distributed.ranks import Ranks
 from paco_ds.training import engine
 from paco_ds.training.build import Classes, build_model, build_step
+
+try:
+    from paco_ds.config.engine import EngineSettings
+except ImportError:  # before 0.15
+    from paco_ds.config.recipe import EngineSettings
 
 
 @dataclass(frozen=True)
@@ -57,9 +62,13 @@ class Way:
 
 
 class Ours:
-    """A step of the package on random images; one rank, one micro-batch, without ZeRO."""
+    """A step of the package; one rank, one micro-batch, without ZeRO.
 
-    def __init__(self, size: Size, way: Way) -> None:
+    Args:
+        batches: what it trains on; random images by default.
+    """
+
+    def __init__(self, size: Size, way: Way, batches: Iterator[MicroBatch] | None = None) -> None:
         self.way, recipe = way, make_recipe(size, way)
         self.ranks = joined()
         device = self.ranks.device
@@ -73,12 +82,12 @@ class Ours:
         model, total = build_model(recipe, classes), 10**6
         self.step = build_step(recipe, model, classes, config, self.ranks, total_steps=total, steps_per_epoch=total)
         self.lr, self.number = recipe.lr, 0
-        self.batches = [micro_batch(size, pinned=device.type == "cuda") for _ in range(2)]
+        self.batches = batches or cycle([micro_batch(size, pinned=device.type == "cuda") for _ in range(2)])
         self.before: Any = None
 
     def __call__(self) -> None:
         """One optimizer step."""
-        result = self.step(self.number, [self.batches[self.number % 2]], self.lr)
+        result = self.step(self.number, [next(self.batches)], self.lr)
         read = self.before if self.way.late else result
         if read is not None:
             float(read.loss)
@@ -87,7 +96,7 @@ class Ours:
     def encoders(self) -> Callable[[], None]:
         """Forward of the key encoder, forward and backward of the query encoder: what no design goes without."""
         module, device = self.step.engine.module, self.ranks.device
-        images = self.batches[0].query.to(device)
+        images = next(self.batches).query.to(device)
 
         def run() -> None:
             with torch.autocast(device.type, torch.bfloat16, enabled=self.way.autocast):
@@ -151,7 +160,7 @@ def figures(size: Size, way: Way) -> tuple[Figures, float]:
         device, m = ours.ranks.device, size.micro_batch
         found = measure(ours, m, device, warm_up=size.warm_up, steps=size.steps)
         encoders = ours.encoders()
-        bare = measure(encoders, m, device, warm_up=2, steps=size.steps, rate_alone=True)
+        bare = measure(encoders, m, device, warm_up=min(2, size.warm_up), steps=size.steps, rate_alone=True)
         return found, bare.images_per_second
     finally:
         ours.close()

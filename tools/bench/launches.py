@@ -10,6 +10,7 @@ operations  all of the step without those of the same encoders' bare forward and
 host reads  operations whose result is a Python number or a shape (`item`, `nonzero`, `bincount`, a boolean index), and
             calls of `tolist`, `numpy` and `cpu`, by the line of the project or of DeepSpeed that asks
 copies      to the host, of the step's figures: they are waited for a step later
+views       operations in which a device renders both views of a micro-batch, before the step
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from report import at_most, print_bars, print_table
 
 from paco_ds.config.load import load_recipe
 from paco_ds.data.stream.batches import MicroBatch
+from paco_ds.data.stream.views import MakeRawViews, make_view, raw_batch, render
 from paco_ds.distributed.launch import free_port, leave_job
+from paco_ds.randomness import DrawPurpose, generator
 from paco_ds.training import engine
 from paco_ds.training.build import Classes, build_model, build_step
 from paco_ds.training.step import Step
@@ -37,6 +40,7 @@ from paco_ds.training.step import Step
 ROOT = Path(__file__).resolve().parents[2]
 MICRO_BATCHES = 2
 MOST_OPERATIONS = 120  # a micro-batch, beyond the encoders
+MOST_OF_VIEWS = 260  # of both views of a micro-batch of 32
 
 
 def make_step(backbone: str, size: int, micro_batch: int, stage: int) -> tuple[Step, list[MicroBatch]]:
@@ -86,6 +90,22 @@ def of_encoders(step: Step, batches: list[MicroBatch]) -> Counted:
     return counted
 
 
+def of_views(images: int, size: int = 32) -> Counted:
+    """Those of rendering both views of some photographs, of the recipe's draws; counts do not depend on `size`."""
+    from views import photographs  # with a library of pictures, which the step does not need
+
+    sized = [f"views.{view}.size={size}" for view in ("query", "key", "evaluation")]
+    recipe = load_recipe(ROOT / "ds_configs" / "recipes" / "imagenet_lt_resnet50.yaml", sized)
+    make = MakeRawViews(tuple(map(make_view, recipe.training_views)), recipe.data.max_pixels, size)
+    purposes = DrawPurpose.QUERY_VIEW, DrawPurpose.KEY_VIEW
+    pairs = [make(photo, *(generator(p, 1, 0, n) for p in purposes)) for n, photo in enumerate(photographs(images))]
+    raws = [view for of_view in zip(*pairs, strict=True) for view in of_view]
+    pixels = torch.cat([torch.from_numpy(raw.patch.pixels.copy()).flatten() for raw in raws])
+    with counting() as counted:
+        render(pixels, raw_batch(raws), size, torch.device("cpu"))
+    return counted
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="resnet50", help="of the step (default: resnet50)")
@@ -117,6 +137,9 @@ def main() -> None:
                 bars.append(at_most(name, figure, most, ours=figure))
         step.engine.destroy()
     leave_job()
+    rendering = of_views(arguments.micro_batch).total
+    rows.append(["both views on the device", "", "", str(rendering), ""])
+    bars.append(at_most("operations of both views on the device", rendering, MOST_OF_VIEWS, ours=rendering))
     print_table("One step, M = 2", ["", "operations", "of the encoders", "beyond, a micro-batch", "host reads"], rows)
     print_bars(bars, as_json=arguments.json)
 

@@ -33,7 +33,6 @@ import numpy as np
 import simplejpeg
 import torch
 from PIL import Image, ImageFilter
-from sklearn.datasets import load_sample_images
 from torchvision import transforms
 
 # The checkout need not be installed. This folder stays on the path, for the module that benches share.
@@ -56,6 +55,8 @@ PART, SHORT = 32, 256
 
 def photographs(count: int, seed: int = 0) -> list[RawSample]:
     """Encoded parts of the sample photographs, none like another."""
+    from sklearn.datasets import load_sample_images  # seconds of a core, for who wants photographs
+
     rng = np.random.default_rng(seed)
     sources = [Image.fromarray(image) for image in load_sample_images().images]
     samples = []
@@ -73,6 +74,17 @@ def photographs(count: int, seed: int = 0) -> list[RawSample]:
         image.save(file, "JPEG", quality=int(rng.integers(85, 96)), subsampling="4:2:0")
         samples.append(RawSample(f"photo-{number}", 0, "none", file.getvalue()))
     return samples
+
+
+def noise(count: int, side: int = 64) -> list[RawSample]:
+    """Small encoded images of blurred noise, where nothing is measured."""
+    rng = np.random.default_rng(0)
+    images = [
+        cv2.GaussianBlur(rng.integers(0, 256, (side, side, 3), dtype=np.uint8), (0, 0), 1.5) for _ in range(count)
+    ]
+    return [
+        RawSample(f"noise-{n}", 0, "none", cv2.imencode(".jpg", each)[1].tobytes()) for n, each in enumerate(images)
+    ]
 
 
 def published_views(*, on_device: bool) -> Callable[[bytes], tuple[Any, Any]]:
@@ -166,7 +178,7 @@ def on_device(device: torch.device, *, dry: bool = False) -> dict[str, float]:
     """The device's part: images/s whose two views it renders, and ms of the host for a micro-batch of 32."""
     _, maker = makers()
     count, repeats = (4, 1) if dry else (32, 30)
-    pairs = [made(maker, sample) for sample in photographs(count)]
+    pairs = [made(maker, sample) for sample in (noise if dry else photographs)(count)]
     views: list[RawView] = [pair[number] for number in range(2) for pair in pairs]
     pixels = torch.from_numpy(np.concatenate([view.patch.pixels.ravel() for view in views]))
     pixels = pixels.pin_memory() if device.type == "cuda" else pixels

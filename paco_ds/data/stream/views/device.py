@@ -33,7 +33,8 @@ def render(pixels: Tensor, batch: RawBatch, size: int, device: torch.device) -> 
     numbers += [array for layer in layers for array in (layer.members, layer.numbers, layer.tables)]
     starts_there, sides, axes, *of_layers = _sent(numbers, device)
     there = pixels.to(device, non_blocking=True)
-    views = sampled(there, starts_there, sides, axes, batch.sides, size)
+    cubic = not batch.axes[:, :, 2].all()
+    views = sampled(there, starts_there, sides, axes, batch.sides, size, cubic=cubic)
     for number, layer in enumerate(layers):
         members, of_members, tables = of_layers[3 * number : 3 * number + 3]
         operate = OPERATIONS[layer.kind]

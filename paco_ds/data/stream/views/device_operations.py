@@ -7,12 +7,14 @@ affine transforms interpolate in float32. Nothing is read by the host.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from paco_ds.data.stream.views.color import LUMA
+from paco_ds.data.stream.views.device_sampling import count
 from paco_ds.data.stream.views.instructions import BLUR_ONE, ONE, Kind
 
 Operate = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -32,20 +34,21 @@ def _table(images: Tensor, numbers: Tensor, tables: Tensor) -> Tensor:
 
 
 def _matrix(images: Tensor, numbers: Tensor, tables: Tensor) -> Tensor:
-    """numbers: 3 x 3 factors, row by row, and an offset for all."""
-    factors = numbers.int()
-    mixed = (factors[:, :9].view(-1, 3, 3, 1, 1) * images.int()[:, None]).sum(2, dtype=torch.int32)
-    return _bytes(mixed + factors[:, 9].view(-1, 1, 1, 1))
+    """numbers: 3 x 3 factors, row by row, an offset for all, and what of the image's mean gray is added to that.
+
+    In float64, in which integers of this size are exact.
+    """
+    values, scaled = images.flatten(2).double(), numbers.double() / ONE
+    pixels = values.shape[2] * ONE
+    gray = torch.floor((values.sum(2) @ _luma(images.device) + pixels // 2) / pixels)
+    offset = torch.addcmul(scaled[:, 9], scaled[:, 10], gray)
+    mixed = torch.baddbmm(offset[:, None, None], scaled[:, :9].view(-1, 3, 3), values)
+    return mixed.clamp_(0, 255).to(torch.uint8).view(images.shape)
 
 
-def _contrast(images: Tensor, numbers: Tensor, tables: Tensor) -> Tensor:
-    counts, levels = _histograms(images), _levels(images)
-    sums = (counts * levels).sum(2)
-    luma = sum(weight * sums[:, channel].long() for channel, weight in enumerate(_LUMA))
-    pixels = images.shape[2] * images.shape[3]
-    mean = torch.div(luma + pixels * ONE // 2, pixels * ONE, rounding_mode="floor").int()[:, None]
-    factor = numbers[:, :1].int()
-    return _table(images, numbers, _bytes(levels * factor + (mean * (ONE - factor) + _KEEP)))
+@lru_cache
+def _luma(device: torch.device) -> Tensor:
+    return torch.tensor(_LUMA, dtype=torch.float64).to(device)
 
 
 def _auto_contrast(images: Tensor, numbers: Tensor, tables: Tensor) -> Tensor:
@@ -73,7 +76,7 @@ def _histograms(images: Tensor) -> Tensor:
 
 
 def _levels(images: Tensor) -> Tensor:
-    return torch.arange(256, dtype=torch.int32, device=images.device)
+    return count(256, images.device)
 
 
 def _by_channel(images: Tensor, tables: Tensor) -> Tensor:
@@ -130,30 +133,30 @@ def _sharpness(images: Tensor, numbers: Tensor, tables: Tensor) -> Tensor:
 
 def _affine(mode: str) -> Operate:
     def affine(images: Tensor, numbers: Tensor, tables: Tensor) -> Tensor:
-        """numbers: 2 x 3 of the transform in pixels, row by row, and the color of what comes from outside."""
-        side = images.shape[3]
-        x = torch.arange(side, dtype=torch.float32, device=images.device)
-        y = x[:, None]
-        of_x, of_y, offset = numbers[:, :6].view(-1, 1, 1, 2, 3).unbind(4)
-        grid = _unit(x[:, None] * of_x + y[:, :, None] * of_y + offset, side)
+        """numbers: 2 x 3 of the transform, row by row, in the units of grid_sample, and the color of what comes from
+        outside."""
+        grid = _grid(images.shape[3], images.device) @ numbers[:, :6].view(-1, 2, 3).transpose(1, 2)
         color = numbers[:, 6:9, None, None]
         # outside is 0, so that at the edge pixels and the color mix as in OpenCV
-        moved = functional.grid_sample(images.float() - color, grid, mode, "zeros", align_corners=False) + color
-        return moved.round_().clamp_(0, 255).to(torch.uint8)
+        grid = grid.unflatten(1, images.shape[2:])
+        moved = functional.grid_sample(images.float() - color, grid, mode, "zeros", align_corners=False)
+        return moved.add_(color).round_().clamp_(0, 255).to(torch.uint8)
 
     return affine
 
 
-def _unit(pixels: Tensor, side: int) -> Tensor:
-    """Positions in pixels, centers at integers, as grid_sample counts: the edges are -1 and 1."""
-    return (pixels * 2 + 1) / side - 1
+@lru_cache
+def _grid(side: int, device: torch.device) -> Tensor:
+    """Centers of pixels, row by row, x, y and 1, float32 [side^2, 3], between -1 and 1 at the edges."""
+    axis = (torch.arange(side, dtype=torch.float32) * 2 + 1) / side - 1
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    return torch.stack([x, y, torch.ones_like(x)], 2).view(-1, 3).to(device)
 
 
 def _cutout(images: Tensor, numbers: Tensor, tables: Tensor) -> Tensor:
     """numbers: top, bottom, left, right."""
     top, bottom, left, right = numbers[:, :4, None, None].unbind(1)
-    row = torch.arange(images.shape[2], device=images.device)[:, None]
-    column = torch.arange(images.shape[3], device=images.device)
+    row, column = count(images.shape[2], images.device)[:, None], count(images.shape[3], images.device)
     inside = (row >= top) & (row < bottom) & (column >= left) & (column < right)
     return images.masked_fill(inside[:, None], 0)
 
@@ -174,7 +177,6 @@ OPERATIONS: Mapping[Kind, Operate] = {
     Kind.SHARPNESS: _sharpness,
     Kind.HUE: _hue,
     Kind.BLUR: _blur,
-    Kind.CONTRAST: _contrast,
     Kind.AUTO_CONTRAST: _auto_contrast,
     Kind.EQUALIZE: _equalize,
 }

@@ -7,6 +7,7 @@ float32 (and in TF32): the pixels of an image do not depend on its batch, on thr
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -16,7 +17,9 @@ _ONE = 2**11  # the weights of a pixel add up to about that
 _MOST = 2**25  # values of a chunk of images in float32: 128 MiB, and about as much for each of its places
 
 
-def sampled(pixels: Tensor, starts: Tensor, sides: Tensor, axes: Tensor, lengths: np.ndarray, size: int) -> Tensor:
+def sampled(
+    pixels: Tensor, starts: Tensor, sides: Tensor, axes: Tensor, lengths: np.ndarray, size: int, *, cubic: bool
+) -> Tensor:
     """Views of `size` x `size`, uint8 [n, 3, size, size].
 
     Args:
@@ -24,12 +27,13 @@ def sampled(pixels: Tensor, starts: Tensor, sides: Tensor, axes: Tensor, lengths
         starts, sides, axes: first byte of each part, int32 [n]; height and width, int32 [n, 2]; first, step and support
             of rows and columns, float32 [n, 2, 3]; see `RawBatch`.
         lengths: `sides` on the host.
+        cubic: whether a support is 0.
     """
     chunks = []
     for chunk in _chunks(lengths):
         height, width = lengths[chunk].max(0).tolist()
         parts = _unpacked(pixels, starts[chunk], sides[chunk], height, width)
-        weights, sums = _weights(axes[chunk].flatten(0, 1), sides[chunk].flatten(), size, max(height, width))
+        weights, sums = _weights(axes[chunk].flatten(0, 1), sides[chunk].flatten(), size, max(height, width), cubic)
         (rows, columns), (row_sums, column_sums) = (t.unflatten(0, (-1, 2)).unbind(1) for t in (weights, sums))
         half = torch.round(torch.bmm(rows[:, :, :height], parts) / row_sums[:, :, None])
         planes = half.view(-1, size, width, 3).permute(0, 3, 1, 2).reshape(-1, 3 * size, width)
@@ -51,27 +55,29 @@ def _chunks(lengths: np.ndarray) -> Iterator[slice]:
 def _unpacked(pixels: Tensor, starts: Tensor, sides: Tensor, height: int, width: int) -> Tensor:
     """Parts in a row of equal sizes, float32 [n, height, width * 3]; beyond an image its last pixels are repeated."""
     lengths = sides[:, 1] * 3
-    row = torch.minimum(_count(height, sides), sides[:, :1] - 1)
-    column = torch.minimum(_count(3 * width, sides), lengths[:, None] - 1)
+    row = torch.minimum(count(height, sides.device), sides[:, :1] - 1)
+    column = torch.minimum(count(3 * width, sides.device), lengths[:, None] - 1)
     index = (starts[:, None] + row * lengths[:, None])[:, :, None] + column[:, None, :]
     return pixels.index_select(0, index.flatten()).view(index.shape).float()
 
 
-def _weights(axis: Tensor, lengths: Tensor, size: int, longest: int) -> tuple[Tensor, Tensor]:
+def _weights(axis: Tensor, lengths: Tensor, size: int, longest: int, cubic: bool) -> tuple[Tensor, Tensor]:
     """Integer weights, float32 [n, size, longest], of a part's rows (or columns) in those of its view, and by what to
     divide."""
     first, step, support = axis[:, :, None].unbind(1)
-    centers = _count(size, lengths) * step + first
-    source = _count(longest, lengths)
+    centers = count(size, lengths.device) * step + first
+    source = count(longest, lengths.device)
     distance = (source - centers[:, :, None]).abs()
-    triangle = (1 - distance / support.clamp_min(1)[:, :, None]).clamp_min(0)
+    slope = 1 / support.clamp_min(1)
+    triangle = (1 - distance * slope[:, :, None]).clamp_min(0)
     # black from outside: such rows have no weight, but for the cubic, where single pixels have none
     seen = (centers > -0.5) & (centers < lengths[:, None] - 0.5)
-    triangle = triangle * (_ONE / support.clamp_min(1))[:, :, None] * seen[:, :, None]
-    weights = torch.where(support[:, :, None] > 0, triangle, _cubic(distance) * _ONE)
-    weights = torch.round(weights * (source < lengths[:, None])[:, None, :])
-    sums = torch.where(support > 0, weights.sum(2).clamp_min(1), _ONE)
-    return weights, sums
+    weights = triangle * (_ONE * slope * seen)[:, :, None]
+    if cubic:
+        weights = torch.where(support[:, :, None] > 0, weights, _cubic(distance) * _ONE)
+    weights = weights.mul_((source < lengths[:, None])[:, None, :]).round_()
+    sums = weights.sum(2).clamp_min_(1)
+    return weights, torch.where(support > 0, sums, _ONE) if cubic else sums
 
 
 def _cubic(distance: Tensor) -> Tensor:
@@ -82,6 +88,11 @@ def _cubic(distance: Tensor) -> Tensor:
     return torch.where(d < 1, near, torch.where(d < 2, far, 0.0))
 
 
-def _count(end: int, like: Tensor) -> Tensor:
-    """0 to end - 1, int32 [1, end]."""
-    return torch.arange(end, dtype=torch.int32, device=like.device)[None]
+def count(end: int, device: torch.device) -> Tensor:
+    """0 to end - 1, int32; a part of what is made once."""
+    return _counted(1 << (end - 1).bit_length(), device)[:end]
+
+
+@lru_cache
+def _counted(end: int, device: torch.device) -> Tensor:
+    return torch.arange(end, dtype=torch.int32, device=device)

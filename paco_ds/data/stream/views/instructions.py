@@ -57,9 +57,8 @@ class Kind(IntEnum):
     SHARPNESS = 8
     HUE = 9
     BLUR = 10
-    CONTRAST = 11
-    AUTO_CONTRAST = 12
-    EQUALIZE = 13
+    AUTO_CONTRAST = 11
+    EQUALIZE = 12
 
 
 _BY_INTERPOLATION = {
@@ -100,8 +99,12 @@ def _flip(operation: Flip, size: int) -> Instruction:
 
 @instruction.register
 def _brightness(operation: Brightness, size: int) -> Instruction:
-    factor = round(operation.factor * ONE)
-    return Instruction(Kind.MATRIX, (factor, 0, 0, 0, factor, 0, 0, 0, factor, _KEEP))
+    return _scaled(round(operation.factor * ONE), 0)
+
+
+def _scaled(factor: int, share: int) -> Instruction:
+    """All channels by a factor, and so much of the mean gray."""
+    return Instruction(Kind.MATRIX, (factor, 0, 0, 0, factor, 0, 0, 0, factor, _KEEP, share))
 
 
 @instruction.register(Invert)
@@ -114,7 +117,8 @@ def _table(operation: Operation, size: int) -> Instruction:
 
 @instruction.register
 def _contrast(operation: Contrast, size: int) -> Instruction:
-    return Instruction(Kind.CONTRAST, (round(operation.factor * ONE),))
+    factor = round(operation.factor * ONE)
+    return _scaled(factor, ONE - factor)
 
 
 @instruction.register
@@ -142,7 +146,7 @@ def _toward_gray(factor: float, offset: int) -> Instruction:
     red, green, blue = ((1 - factor) * weight * ONE for weight in (_RED, _GREEN, _BLUE))
     r, g, b = round(red), round(green), round(blue)
     rows = (ONE - g - b, g, b, r, ONE - r - b, b, r, g, ONE - r - g)
-    return Instruction(Kind.MATRIX, (*rows, offset))
+    return Instruction(Kind.MATRIX, (*rows, offset, 0))
 
 
 @instruction.register
@@ -170,8 +174,10 @@ def _sharpness(operation: Sharpness, size: int) -> Instruction:
 @instruction.register(TranslateY)
 @instruction.register(Rotate)
 def _affine(operation: Affine, size: int) -> Instruction:
-    matrix = at_pixel_centers(operation.rows(size, size))
-    return Instruction(_BY_INTERPOLATION[operation.interpolation], (*matrix.ravel().tolist(), *operation.fill))
+    """A 2 x 3 matrix in units of half a view, whose edges are -1 and 1."""
+    of_x, of_y, offset = at_pixel_centers(operation.rows(size, size)).T
+    unit = np.stack([of_x, of_y, ((of_x + of_y) * (size - 1) + 2 * offset + 1) / size - 1], 1)
+    return Instruction(_BY_INTERPOLATION[operation.interpolation], (*unit.ravel().tolist(), *operation.fill))
 
 
 @instruction.register

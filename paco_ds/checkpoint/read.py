@@ -20,6 +20,7 @@ from paco_ds.config.load import load_recipe
 from paco_ds.config.recipe import Recipe
 from paco_ds.errors import CheckpointError, RecipeError, StorageError
 from paco_ds.files import sha256_file
+from paco_ds.models.recogniser import AVERAGE, Recogniser
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,21 @@ class Checkpoint:
     def model(self) -> dict[str, Tensor]:
         """Weights and buffers by name, float32 (counters int64)."""
         return load_file(self.path / MODEL)
+
+    def load_into(self, model: Recogniser) -> None:
+        """Set all weights and buffers of a model, in place; an average that it has no place for is left out.
+
+        Raises:
+            CheckpointError: the model has an average, and the checkpoint none.
+        """
+        weights, averages = self.model(), model.average is not None
+        saved = any(name.startswith(AVERAGE) for name in weights)
+        if averages and not saved:
+            raise CheckpointError(
+                f"evaluation.weights ema: {self.path} has no average, which is kept from the first step on where "
+                "that is set; set it to query or key, or train again with another --output"
+            )
+        model.load_state_dict({n: t for n, t in weights.items() if averages or not n.startswith(AVERAGE)})
 
     def optimizer(self) -> dict[str, Tensor]:
         """The optimizer's states, float32, by STATE.PARAMETER: momentum_buffer of SGD, exp_avg and exp_avg_sq of AdamW;

@@ -141,11 +141,13 @@ class Trainer:
         model = build_model(recipe, classes)
         self.started_from: Fit | None = None
         if checkpoint:
-            model.load_state_dict(checkpoint.model())
+            checkpoint.load_into(model)
         else:
             sizes = ImageSizes(recipe.views.query.size, recipe.views.evaluation.size)
             self.started_from = load_initial_weights(model, recipe.model, sizes)
             self._start_centers(model)
+            if model.average is not None:
+                model.begin_average()
         self.step = build_step(
             recipe,
             model,
@@ -307,9 +309,10 @@ class Trainer:
         self._abort_after_repeated_skips(taken)
 
     def evaluate(self, split: str) -> ShotAccuracy:
-        """Accuracy of the present weights."""
-        experts = self.recipe.model.experts
-        return evaluate(self.engine, self.engine.module, self._judged(split), self.ranks, experts, self._leave())
+        """Accuracy of the present weights, those of `evaluation.weights`."""
+        experts, model = self.recipe.model.experts, self.engine.module
+        with model.evaluating(self.recipe.evaluation.weights):
+            return evaluate(self.engine, model, self._judged(split), self.ranks, experts, self._leave())
 
     def _leave(self) -> Callable[[], bool]:
         """To be asked before each batch of an evaluation: whether to leave it. Marks its progress."""
@@ -595,7 +598,7 @@ class Trainer:
                 step=step,
                 world_size=self.ranks.world_size,
                 started=self.started,
-                about={"execution": self._execution},
+                about={"execution": self._execution, "weights": self.recipe.evaluation.weights},
             )
             self.logger.progress.close()
             self.logger.say(accuracy.table(f"{self.recipe.name} on {split}"))

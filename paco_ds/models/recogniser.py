@@ -193,6 +193,19 @@ def source_of(name: str) -> str:
     return name.removeprefix(AVERAGE)
 
 
+def average_of(name: str, average: str) -> str | None:
+    """The inverse: the name in `average` (KEY_ENCODER or AVERAGE) of a weight that it follows; None of others."""
+    if average == AVERAGE:
+        return AVERAGE + name if name.startswith(("query_encoder.backbone.", "centers.")) else None
+    inside = name.removeprefix("query_encoder.")
+    return None if inside == name else KEY_ENCODER + inside
+
+
+def frozen_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What is not trained, by name, averages left out."""
+    return {n: p for n, p in model.named_parameters() if not p.requires_grad and source_of(n) == n}
+
+
 def _crops_of(images: Tensor) -> tuple[Tensor, ...] | None:
     """The crops of images where they are below one another; None of single, square views."""
     height, side = images.shape[2:]

@@ -39,7 +39,7 @@ from paco_ds.metrics.run_logger import BadSamples, RunLogger
 from paco_ds.metrics.steps import StepRecord
 from paco_ds.models.execution import described, in_words
 from paco_ds.models.families import ImageSizes
-from paco_ds.models.recogniser import Recogniser
+from paco_ds.models.recogniser import Recogniser, frozen_weights, source_of
 from paco_ds.report.history import History
 from paco_ds.report.run_report import write_report
 from paco_ds.training.agreement import check_replicas_equal
@@ -148,6 +148,10 @@ class Trainer:
             self._start_centers(model)
             if model.average is not None:
                 model.begin_average()
+        frozen = frozen_weights(model)
+        if ranks.first:
+            self.checkpoints.keep_frozen(frozen)
+        self._is_frozen = partial(_follows, frozenset(frozen))
         self.step = build_step(
             recipe,
             model,
@@ -358,7 +362,7 @@ class Trainer:
         self._wait_until_saved()
         self.checkpoints.save(
             self.steps_done,
-            whole_model(self.engine),
+            whole_model(self.engine, self._is_frozen),
             whole_states(self.engine),
             self.queue.state_dict() if self.queue is not None else None,
             about={
@@ -536,7 +540,8 @@ class Trainer:
             self.best_score = score
             self.heartbeat.mark("save", self.steps_done, slow=True)
             about = {"score": score, "autocast": bool(self.engine.torch_autocast_enabled()), "data": self._trained_data}
-            self.checkpoints.save_best(self.steps_done, whole_model(self.engine), about, self.ranks.first)
+            weights = whole_model(self.engine, self._is_frozen)
+            self.checkpoints.save_best(self.steps_done, weights, about, self.ranks.first)
 
     def _abort_after_repeated_skips(self, taken: TakenStep) -> None:
         result = taken.result
@@ -613,6 +618,11 @@ def _in_words(result: StepResult) -> str | None:
     if result.skipped == OUTLIER:
         return f"its gradient norm {result.grad_norm:.4g} is {result.grad_norm_ratio:.4g} times the usual one"
     return f"{result.skipped} not finite" if result.skipped else None
+
+
+def _follows(frozen: frozenset[str], name: str) -> bool:
+    """Whether a weight, or what a moving average follows with it, is one of these."""
+    return source_of(name) in frozen
 
 
 def _one_line(accuracy: ShotAccuracy) -> str:

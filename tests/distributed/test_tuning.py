@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from paco_ds.checkpoint import newest_checkpoint
 from paco_ds.evaluation.exporter import answers, export
@@ -106,6 +106,10 @@ def test_lifts_run_starts_resumes_and_is_exported(pool, lift, tmp_path):
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
     file = model_of(tiny_recipe(*of("vit"), "seed=7"), 4).query_encoder.backbone.network.state_dict()
     assert all(torch.equal(first[f"query_encoder.backbone.network.{name}"], t) for name, t in file.items())
+    folder = newest_checkpoint(whole).path
+    (frozen,) = folder.parent.glob("frozen-*")
+    assert sum(path.stat().st_size for path in folder.glob("*.safetensors")) < 0.6 * frozen.stat().st_size
+    assert not set(load_file(frozen)) & set(load_file(folder / "model.safetensors"))
     assert (json.loads((whole / "started_from.json").read_text()))["not in the file, drawn from the seed"] == []
     model = load(whole)
     export(model, "torch-export", tmp_path / "lift.pt2")  # checked against the model before it is kept

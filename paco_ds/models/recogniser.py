@@ -271,10 +271,9 @@ def make_recogniser(
         dim = backbone.feature_dim
 
         def project() -> nn.Module:
-            hidden = settings.projection_hidden or dim
-            return _of_each_expert(
-                settings, lambda: Projection(dim, hidden, settings.projection_dim, settings.projection)
-            )
+            hidden, out = settings.projection_hidden or dim, settings.projection_dim
+            kind, activation = settings.projection, settings.projection_activation
+            return _of_each_expert(settings, lambda: Projection(dim, hidden, out, kind, activation))
 
         projection = project() if method.contrastive else None
         centers = _of_each_expert(settings, lambda: _centers(settings, dim, classes))

@@ -45,6 +45,14 @@ class Encoder(nn.Module):
         return feature, F.normalize(self.projection(feature).float(), dim=-1)
 
 
+class Average(nn.Module):
+    """A moving average of what evaluations run; its parts have the names of those that they follow."""
+
+    def __init__(self, query_encoder: Encoder, centers: nn.Module) -> None:
+        super().__init__()
+        self.query_encoder, self.centers = query_encoder, centers
+
+
 class Recogniser(nn.Module):
     """Query encoder with centers (a linear classifier on F(x)) and, for PaCo, the key encoder.
 
@@ -80,7 +88,7 @@ class Recogniser(nn.Module):
         self.prototypes = prototypes
         self.routers = routers
         self.key_encoder = _as_key_encoder(encoder) if with_key_encoder else None
-        self.average: nn.ModuleDict | None = None
+        self.average: Average | None = None
         self.backbone_is_fixed = False
 
     @property
@@ -106,8 +114,8 @@ class Recogniser(nn.Module):
 
     def begin_average(self) -> None:
         """Keep a copy of the present backbone and centers beside, for a moving average of their weights."""
-        followed = {"query_encoder": Encoder(self.query_encoder.backbone, None), "centers": self.centers}
-        self.average = copy.deepcopy(nn.ModuleDict(followed)).requires_grad_(False).eval()
+        followed = Average(Encoder(self.query_encoder.backbone, None), self.centers)
+        self.average = copy.deepcopy(followed).requires_grad_(False).eval()
 
     @contextmanager
     def evaluating(self, weights: Weights) -> Iterator[None]:
@@ -118,7 +126,7 @@ class Recogniser(nn.Module):
             yield
         finally:
             self.query_encoder, self.centers = before
-            if weights == "key":
+            if self.key_encoder is not None:
                 _set_statistics(self.key_encoder, None)
 
     def use(self, weights: Weights) -> None:
@@ -133,7 +141,7 @@ class Recogniser(nn.Module):
             self.query_encoder = self.key_encoder
         elif weights == "ema":
             assert self.average is not None
-            self.query_encoder, self.centers = self.average["query_encoder"], self.average["centers"]
+            self.query_encoder, self.centers = self.average.query_encoder, self.average.centers
 
     def fixed_centers(self) -> nn.Module:
         """The frozen classifiers of :class:`ScaledCenters`: one, or one for each expert."""

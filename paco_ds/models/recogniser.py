@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from paco_ds.config.methods import Method
 from paco_ds.config.model import ModelSettings
+from paco_ds.models.averages import Weights
 from paco_ds.models.backbones import Backbone, make_backbone
 from paco_ds.models.experts import Experts
 from paco_ds.models.families import USUAL_SIZES, ImageSizes
@@ -23,9 +24,6 @@ from paco_ds.models.heads import CosineCenters, LinearCenters, Normalize, PerExp
 from paco_ds.models.initialisation import initialise_as_published
 from paco_ds.models.output import ModelOutput
 from paco_ds.models.routing import Routers, ask_in_turn
-
-KEY_ENCODER, AVERAGE = "key_encoder.", "average."  # names of weights that follow others begin with these
-Weights = Literal["query", "key", "ema"]
 
 
 class Encoder(nn.Module):
@@ -192,26 +190,6 @@ class Recogniser(nn.Module):
         assert isinstance(centers, PerExpert)
         assert self.routers is not None
         return ask_in_turn(experts, centers, self.routers, images)
-
-
-def source_of(name: str) -> str:
-    """The weight that a moving average follows, by its name; the name itself of what is no average."""
-    if name.startswith(KEY_ENCODER):
-        return "query_encoder." + name.removeprefix(KEY_ENCODER)
-    return name.removeprefix(AVERAGE)
-
-
-def average_of(name: str, average: str) -> str | None:
-    """The inverse: the name in `average` (KEY_ENCODER or AVERAGE) of a weight that it follows; None of others."""
-    if average == AVERAGE:
-        return AVERAGE + name if name.startswith(("query_encoder.backbone.", "centers.")) else None
-    inside = name.removeprefix("query_encoder.")
-    return None if inside == name else KEY_ENCODER + inside
-
-
-def frozen_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What is not trained, by name, averages left out."""
-    return {n: p for n, p in model.named_parameters() if not p.requires_grad and source_of(n) == n}
 
 
 def _crops_of(images: Tensor) -> tuple[Tensor, ...] | None:

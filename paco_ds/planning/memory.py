@@ -1,7 +1,7 @@
 """Peak memory of one rank in a step, by part, for any ZeRO stage.
 
-P is the bytes of trained weights (query encoder and centers, float32), Kp those of the key encoder, of frozen weights and of averages, W ranks, A
-micro-batches per rank. s is the optimizer's states of a weight: 1 of SGD with
+P is the bytes of trained weights (query encoder and centers, float32), Kp those of the key encoder, of frozen weights
+and of averages, W ranks, A micro-batches per rank. s is the optimizer's states of a weight: 1 of SGD with
 momentum, 2 of AdamW. What a stage holds was read from DeepSpeed 0.19; tests compare it with real runs.
 
     stage   weights          states     copies of weights   gradients

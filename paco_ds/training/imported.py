@@ -23,7 +23,8 @@ from paco_ds.distributed.zero import plain_states
 from paco_ds.errors import RecipeError
 from paco_ds.evaluation.results import versions
 from paco_ds.files import replace_text, sha256_file, storage_errors
-from paco_ds.models.recogniser import AVERAGE, Recogniser
+from paco_ds.models.averages import AVERAGE
+from paco_ds.models.recogniser import Recogniser
 from paco_ds.training.build import Classes, build_model
 from paco_ds.training.optimizer import make_optimizer
 from paco_ds.training.published import NETWORK, Published, read_published

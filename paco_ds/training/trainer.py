@@ -37,9 +37,10 @@ from paco_ds.files import replace_text, storage_errors
 from paco_ds.metrics.exporter import Exporter
 from paco_ds.metrics.run_logger import BadSamples, RunLogger
 from paco_ds.metrics.steps import StepRecord
+from paco_ds.models.averages import frozen_weights, source_of
 from paco_ds.models.execution import described, in_words
 from paco_ds.models.families import ImageSizes
-from paco_ds.models.recogniser import Recogniser, frozen_weights, source_of
+from paco_ds.models.recogniser import Recogniser
 from paco_ds.report.history import History
 from paco_ds.report.run_report import write_report
 from paco_ds.training.agreement import check_replicas_equal

@@ -10,7 +10,7 @@ from paco_ds.checkpoint import newest_checkpoint
 from paco_ds.config.load import load_recipe
 from paco_ds.errors import CheckpointError
 from paco_ds.evaluation.predictor import load
-from paco_ds.models.recogniser import source_of
+from paco_ds.models.averages import source_of
 from paco_ds.training.weight_average import ema_decay
 from tests.pool import RankError
 from tests.recipes import write_tiny_recipe
@@ -75,8 +75,8 @@ def test_the_average_is_evaluated_and_predicted_with(averaged):
     weights = newest_checkpoint(averaged / "run").model()
     assert json.loads((averaged / "run" / "metrics.json").read_text())["weights"] == "ema"
     model, plain = load(averaged / "run"), load(averaged / "run", weights="query")
-    assert torch.equal(model.recogniser.centers.weight, weights["average.centers.weight"])
-    assert torch.equal(plain.recogniser.centers.weight, weights["centers.weight"])
+    assert torch.equal(model.recogniser.state_dict()["centers.weight"], weights["average.centers.weight"])
+    assert torch.equal(plain.recogniser.state_dict()["centers.weight"], weights["centers.weight"])
     assert model.digest != plain.digest
     assert not any(name.startswith("average.") for name in model.recogniser.state_dict())
 

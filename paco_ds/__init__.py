@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from paco_ds.evaluation.predictor import Predictor
@@ -11,8 +11,10 @@ if TYPE_CHECKING:
 __version__ = "0.14.0"
 
 
-def load(run: str | os.PathLike[str], device: str = "cpu") -> Predictor:
+def load(
+    run: str | os.PathLike[str], device: str = "cpu", weights: Literal["query", "key", "ema"] | None = None
+) -> Predictor:
     """The trained model of a run directory, see :func:`paco_ds.evaluation.predictor.load`."""
     from paco_ds.evaluation import predictor  # torch: only who asks for it waits
 
-    return predictor.load(run, device)
+    return predictor.load(run, device, weights)

@@ -98,6 +98,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             steps.append(checkpoint.step)
         ranks = join_job(recipe.engine.threads)
         about: dict[str, Any] = {"ensemble": [str(run) for run in runs]} if len(runs) > 1 else {}
+        about |= {"weights": recipe.evaluation.weights}
         if other is not None:
             about |= {"data": {"manifest_sha256": other.sha256, "classes": len(other.classes)}}
         if arguments.tau_normalize is not None:
@@ -172,7 +173,8 @@ def _fit_temperature(
 
     split = judged(validation_split(settings))
     split.manifest.check_files(split.name)
-    fitted = fit_on_split(model, split, ranks, checkpoint_digest(chosen_checkpoint(run, settings.checkpoint)))
+    checkpoint = chosen_checkpoint(run, settings.checkpoint)
+    fitted = fit_on_split(model, split, ranks, checkpoint_digest(checkpoint, settings.weights))
     if ranks.first:
         path = save_temperature(run, fitted)
         nll = f"NLL of {split.name} {fitted.nll_before:.4f} -> {fitted.nll_after:.4f}"

@@ -43,6 +43,47 @@ def test_what_is_saved_is_read(tmp_path):
     assert torch.equal(checkpoint.queue()["keys"], torch.zeros(2))
 
 
+FROZEN = {"query_encoder.backbone.stem": torch.arange(1000.0), "centers.weight": torch.ones(3)}
+
+
+def test_frozen_weights_are_written_once_for_all_checkpoints(tmp_path):
+    """A checkpoint reads as if it held them, and its averages what is equal to them; a later run finds them again."""
+    for step in (1, 2):
+        checkpoints = Checkpoints(tmp_path, tiny_recipe(), "abc")
+        checkpoints.latest()
+        checkpoints.keep_frozen(FROZEN)
+        trained = {"projection": torch.full((2,), float(step)), "key_encoder.projection": torch.zeros(2)}
+        checkpoints.save(step, trained.items(), [], None, about={})
+    recover(tmp_path)
+    (file,) = (tmp_path / "checkpoints").glob("frozen-*")
+    weights = checkpoints.latest().model()
+    assert torch.equal(weights["key_encoder.backbone.stem"], FROZEN["query_encoder.backbone.stem"])
+    assert weights.keys() == {*FROZEN, *trained, "key_encoder.backbone.stem"}
+    assert weights["projection"][0] == 2
+    assert all(path.stat().st_size < 400 for path in (tmp_path / "checkpoints").glob("step-*/model.safetensors"))
+    assert file.stat().st_size > 4000
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda file: file.unlink(),
+            r"needs the frozen weights of its run, .*frozen-\w+\.safetensors is missing: copy",
+        ),
+        (lambda file: file.write_bytes(b"other"), r"frozen-\w+\.safetensors holds others or is damaged \(SHA-256"),
+    ],
+)
+def test_other_frozen_weights_than_a_checkpoints_own_are_refused(tmp_path, damage, message):
+    """By their digest, with what to copy."""
+    checkpoints = Checkpoints(tmp_path, tiny_recipe(), "abc")
+    checkpoints.keep_frozen(FROZEN)
+    checkpoints.save(1, [("projection", torch.ones(2))], [], None, about={})
+    damage(next((tmp_path / "checkpoints").glob("frozen-*")))
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(tmp_path / "checkpoints" / "step-00000001")
+
+
 def test_the_momentum_of_checkpoints_until_version_2_is_read(tmp_path):
     """It was a file of SGD's alone, by the names of the parameters; its recipe named no optimizer."""
     checkpoints = save(tmp_path, 7)
@@ -103,7 +144,7 @@ def test_a_half_written_one_is_never_seen(tmp_path):
         (lambda p: (p / "state.json").write_text('{"step": '), r"half-written or damaged: state.json"),
         (lambda p: (p / "state.json").unlink(), r"half-written or damaged: state.json"),
         (lambda p: (p / "queue.safetensors").write_bytes(b"x"), r"damaged: SHA-256 of queue.safetensors differs"),
-        (lambda p: changed(p, version=99), r"state.json is not a 'paco_ds checkpoint' of version 1, 2 or 3"),
+        (lambda p: changed(p, version=99), r"state.json is not a 'paco_ds checkpoint' of version 1 to 4"),
         (lambda p: changed(p, step=3), r"damaged: SHA-256 of the entries of state.json differs"),
         (lambda p: changed(p, state_sha256=7), r"damaged: SHA-256 of the entries of state.json differs"),
         (lambda p: (p / "state.json").write_text("[" * 100_000), r"damaged: state.json: it is nested too deep"),

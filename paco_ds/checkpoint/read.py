@@ -20,16 +20,28 @@ from paco_ds.config.load import load_recipe
 from paco_ds.config.recipe import Recipe
 from paco_ds.errors import CheckpointError, RecipeError, StorageError
 from paco_ds.files import sha256_file
+from paco_ds.models.averages import AVERAGE, KEY_ENCODER, average_of
+from paco_ds.models.recogniser import Recogniser
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "paco_ds checkpoint"
-VERSIONS = (1, 2, 3)  # 1, of 0.8 and 0.9, has no STATE_DIGEST; until 2 the optimizer was SGD, in MOMENTUM
+# 1, of 0.8 and 0.9, has no STATE_DIGEST; until 2 the optimizer was SGD, in MOMENTUM; until 3 MODEL held frozen weights
+VERSIONS = (1, 2, 3, 4)
 BEST = "best"  # folder of the best weights on the validation split
 MODEL, OPTIMIZER, QUEUE, STATE = "model.safetensors", "optimizer.safetensors", "queue.safetensors", "state.json"
 MOMENTUM = "momentum.safetensors"
 STATE_DIGEST = "state_sha256"  # entry of state.json: of all its other entries
 OLD = ".old"  # ending of what is being replaced
+
+
+class Frozen(BaseModel):
+    """The file of the weights that are not trained, beside the checkpoints of a run that all name it."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    file: str = Field(pattern=r"^frozen-[0-9a-f]{16}\.safetensors$")
+    sha256: str
 
 
 class _State(BaseModel):
@@ -43,6 +55,7 @@ class _State(BaseModel):
     sha256: dict[
         Literal["model.safetensors", "optimizer.safetensors", "momentum.safetensors", "queue.safetensors"], str
     ]
+    frozen: Frozen | None = None
 
 
 @dataclass(frozen=True)
@@ -54,8 +67,32 @@ class Checkpoint:
     state: Mapping[str, Any]
 
     def model(self) -> dict[str, Tensor]:
-        """Weights and buffers by name, float32 (counters int64)."""
-        return load_file(self.path / MODEL)
+        """Weights and buffers by name, float32 (counters int64); frozen ones too, and what in averages is equal to
+        them."""
+        weights = load_file(self.path / MODEL)
+        if self.state.get("frozen") is None:
+            return weights
+        frozen = load_file(self.path.parent / self.state["frozen"]["file"])
+        for average in (KEY_ENCODER, AVERAGE):
+            if any(name.startswith(average) for name in weights):
+                names = {source: average_of(source, average) for source in frozen}
+                weights |= {name: frozen[source] for source, name in names.items() if name is not None}
+        return frozen | weights
+
+    def load_into(self, model: Recogniser) -> None:
+        """Set all weights and buffers of a model, in place; an average that it has no place for is left out.
+
+        Raises:
+            CheckpointError: the model has an average, and the checkpoint none.
+        """
+        weights, averages = self.model(), model.average is not None
+        saved = any(name.startswith(AVERAGE) for name in weights)
+        if averages and not saved:
+            raise CheckpointError(
+                f"evaluation.weights ema: {self.path} has no average, which is kept from the first step on where "
+                "that is set; set it to query or key, or train again with another --output"
+            )
+        model.load_state_dict({n: t for n, t in weights.items() if averages or not n.startswith(AVERAGE)})
 
     def optimizer(self) -> dict[str, Tensor]:
         """The optimizer's states, float32, by STATE.PARAMETER: momentum_buffer of SGD, exp_avg and exp_avg_sq of AdamW;
@@ -105,7 +142,27 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise CheckpointError(f"checkpoint {path} is half-written or damaged: {file} {reason}") from None
         if found != sha256:
             raise CheckpointError(f"checkpoint {path} is damaged: SHA-256 of {file} differs from {STATE}")
+    _check_frozen(path, state.get("frozen"))
     return Checkpoint(path, state["step"], state)
+
+
+def _check_frozen(path: Path, frozen: Mapping[str, str] | None) -> None:
+    if frozen is None:
+        return
+    file = path.parent / frozen["file"]
+    try:
+        found = sha256_file(file)
+    except OSError as error:
+        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+        raise CheckpointError(
+            f"checkpoint {path} needs the frozen weights of its run, and {file} {reason}: copy it there, from beside "
+            "the run's other checkpoints"
+        ) from None
+    if found != frozen["sha256"]:
+        raise CheckpointError(
+            f"checkpoint {path} needs the frozen weights of its run, and {file} holds others or is damaged (SHA-256 "
+            f"{found[:12]}, not {frozen['sha256'][:12]}): copy it there again"
+        )
 
 
 def _read_state(path: Path) -> dict[str, Any]:
@@ -119,7 +176,7 @@ def _read_state(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{damaged} {error}") from None
     if digest is None or state.get("format") != FORMAT or state.get("version") not in VERSIONS:
-        raise CheckpointError(f"{path / STATE} is not a '{FORMAT}' of version 1, 2 or 3, those that this paco_ds reads")
+        raise CheckpointError(f"{path / STATE} is not a '{FORMAT}' of version 1 to 4, those that this paco_ds reads")
     if (STATE_DIGEST in state or state["version"] != 1) and state.get(STATE_DIGEST) != digest:
         raise CheckpointError(f"checkpoint {path} is damaged: SHA-256 of the entries of {STATE} differs")
     try:

@@ -36,7 +36,7 @@ from paco_ds.checkpoint.read import (
 )
 from paco_ds.config.recipe import Recipe
 from paco_ds.errors import CheckpointError, NotFiniteError
-from paco_ds.files import fsync, remove_partial, sha256_file, storage_errors
+from paco_ds.files import PARTIAL, fsync, remove_partial, sha256_file, storage_errors
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +85,7 @@ class Checkpoints:
         self.recipe, self.manifest_sha256, self._writer = recipe, manifest_sha256, writer or AtOnce()
         self._host: dict[tuple[str, str], Tensor] = {}  # copies of the last save by (file, name)
         self.lowered: dict[str, tuple[Any, Any]] = {}  # by setting: (in the checkpoint, now)
+        self._frozen: dict[str, str] | None = None  # of a run with frozen weights, see `Frozen`
 
     def save(
         self,
@@ -126,6 +127,31 @@ class Checkpoints:
 
         self._writer.submit(write_and_prune)
 
+    def keep_frozen(self, weights: Mapping[str, Tensor]) -> None:
+        """Write what is not trained, once for all checkpoints of the run; on the rank that writes them, before the
+        first save. Checkpoints are then saved without it, and without the part of averages that is equal to it.
+
+        Raises:
+            NotFiniteError, StorageError: as `save`.
+        """
+        if not weights or self._frozen is not None:
+            return
+        tensors = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
+        part = self.folder / f".frozen{PARTIAL}"
+        self._refuse_not_finite(0, {"frozen": tensors})
+        with storage_errors(part):
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_tensors(part, tensors)
+                sha256 = sha256_file(part)
+                file = f"frozen-{sha256[:16]}.safetensors"
+                fsync(part)
+                part.replace(self.folder / file)
+                fsync(self.folder)
+            finally:
+                _remove(part)
+        self._frozen = {"file": file, "sha256": sha256}
+
     def _copied(self, file: str, named: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
         """Iterate over a collective to its end, copying its tensors to the host only if `keep`; training goes on with
         the originals. The memory of the last save is used again: to be given fresh pages takes longer than to copy."""
@@ -146,6 +172,7 @@ class Checkpoints:
             "step": step,
             "meaning": self.recipe.resume_identity(),
             "manifest_sha256": self.manifest_sha256,
+            **({"frozen": self._frozen} if self._frozen else {}),
         }
 
     def save_best(
@@ -187,6 +214,7 @@ class Checkpoints:
             return None
         checkpoint = newest_checkpoint(self.folder.parent)
         self._check_resume_identity(checkpoint)
+        self._frozen = checkpoint.state.get("frozen")
         return checkpoint
 
     def _check_resume_identity(self, checkpoint: Checkpoint) -> None:
@@ -265,6 +293,7 @@ def recover(run: Path) -> None:
     for part in _entries(folder, PART):
         _remove(part)
     remove_partial(run)
+    remove_partial(folder)
 
 
 def _entries(folder: Path, ending: str) -> list[Path]:

@@ -95,6 +95,7 @@ class ModelSettings(Section):
         "two_layer",
         description="Linear-BatchNorm-ReLU-Linear (PaCo), or Linear-ReLU-Linear-ReLU-Linear (GPaCo)",
     )
+    projection_activation: Literal["relu", "gelu"] = Field("relu", description="gelu: GPaCo's ViTs")
     projection_dim: Count = Field(128, description="dimension of queries and keys")
     initialisation: Literal["own", "published"] = Field(
         "own",

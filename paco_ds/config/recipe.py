@@ -119,6 +119,15 @@ class EvaluationSettings(Section):
     checkpoint: Literal["last", "best_all", "best_balanced"] = Field(
         "last", description="which weights the test split is given: the last, or the best on `split`, never on test"
     )
+    weights: Literal["query", "key", "ema"] = Field(
+        "query",
+        description="which weights are evaluated, predicted with and exported: query: those that are trained; key: the "
+        "key encoder, with the query encoder's centers and running statistics; ema: a moving average of those that are "
+        "trained, kept beside",
+    )
+    ema_decay: Fraction = Field(
+        0.9999, description="share that the average keeps of itself in a step n, at most (1 + n) / (10 + n)"
+    )
     pictures: bool = Field(True, description="misclassified test images are shown on report.html")
 
     @model_validator(mode="after")
@@ -205,6 +214,15 @@ class Recipe(Section):
                 f"views.evaluation.crops {self.views.evaluation.crops}: routers would ask other experts for each crop; "
                 "set it to center"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _weights_to_evaluate_are_there(self) -> Self:
+        weights = self.evaluation.weights
+        if weights == "key" and self.keys_from != "key_encoder":
+            raise ValueError("evaluation.weights key: this recipe has no key encoder; set it to ema or query")
+        if weights != "query" and self.model.trained == "routers":
+            raise ValueError(f"evaluation.weights {weights}: routers are not averaged; set it to query")
         return self
 
     @model_validator(mode="after")

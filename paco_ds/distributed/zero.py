@@ -6,7 +6,7 @@ Two of the calls used here are private to DeepSpeed; tests/distributed pins them
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,13 +28,18 @@ def stage_of(engine: Any) -> int:
     return int(engine.zero_optimization_stage())
 
 
-def whole_model(engine: Any) -> Iterator[tuple[str, Tensor]]:
+def whole_model(engine: Any, leave_out: Callable[[str], bool] = lambda name: False) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of every weight, float32, and buffer; a collective: all ranks must iterate over it.
+
+    Args:
+        leave_out: asked for the name of each weight, the same on all ranks.
 
     Buffers, and at stage 0 weights too, are those that training changes: copy what is to be kept.
     """
     yield from engine.module.named_buffers()
     for name, parameter in engine.module.named_parameters():
+        if leave_out(name):
+            continue
         weight = safe_get_full_fp32_param(parameter) if _partitioned(engine, parameter) else None
         if weight is None and stage_of(engine) == 3:
             with deepspeed.zero.GatheredParameters([parameter]):

@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         from paco_ds.evaluation.exporter import export  # torch: only who asks for it waits
         from paco_ds.evaluation.predictor import load
 
-        export(load(arguments.run), arguments.to, arguments.output, Path(arguments.run))
+        export(load(arguments.run, weights=arguments.weights), arguments.to, arguments.output, Path(arguments.run))
         say(f"written: {arguments.output}")
     return 0
 
@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("run", help="run directory of a training")
     parser.add_argument("--to", choices=FORMATS, required=True, help="see docs/predict.md")
     parser.add_argument("--output", type=Path, required=True, help="file, or folder of `hf`; must not be there")
+    parser.add_argument("--weights", choices=("query", "key", "ema"), help="the run's evaluation.weights by default")
     parser.add_argument("--allow-code", action=AllowCode)
     return parser
 

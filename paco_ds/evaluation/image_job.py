@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", help=WHAT)
     parser.add_argument("--split", help="split of shards; all by default")
     parser.add_argument("--device", help="cpu, cuda, cuda:1; a GPU by default if there is one")
+    parser.add_argument("--weights", choices=("query", "key", "ema"), help="the run's evaluation.weights by default")
     parser.add_argument("--allow-code", action=AllowCode)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the launcher
 
@@ -53,7 +54,7 @@ def joined(arguments: argparse.Namespace) -> Iterator[tuple[Predictor, Ranks, It
         from paco_ds.evaluation.images import list_images
         from paco_ds.evaluation.predictor import load
 
-        model = load(arguments.run)
+        model = load(arguments.run, weights=arguments.weights)
         images: Iterable[ListedImage] = list_images(arguments.images, arguments.split)
         if environment_ranks()[1] == 1:
             device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -37,6 +37,7 @@ from paco_ds.errors import DataError
 from paco_ds.evaluation.images import ListedImage
 from paco_ds.evaluation.runner import Ensemble, load_recogniser
 from paco_ds.evaluation.temperature import checkpoint_digest
+from paco_ds.models.averages import Weights
 from paco_ds.models.recogniser import Recogniser, concat_experts
 
 T = TypeVar("T")
@@ -209,18 +210,21 @@ class Predictor:
         return view, hashlib.sha256(encoded).hexdigest()
 
 
-def load(run: str | os.PathLike[str], device: str | torch.device = "cpu") -> Predictor:
+def load(run: str | os.PathLike[str], device: str | torch.device = "cpu", weights: Weights | None = None) -> Predictor:
     """The model of a run's results: its best weights if `evaluation.checkpoint` keeps them, else the newest.
 
     Class names and the mean and deviation of pixels come from the checkpoint; of runs before 0.11, which do not have
     them there, from the shards.
 
+    Args:
+        weights: `query`, `key` or `ema`; those of the run's `evaluation.weights` by default.
+
     Raises:
-        CheckpointError, RecipeError: there is no such run, or its checkpoints are damaged.
+        CheckpointError, RecipeError: there is no such run, its checkpoints are damaged, or have no such weights.
         DataError: a run of before 0.11 whose shards are not there.
     """
     run = Path(run)
-    recipe = load_recipe(run / "recipe.yaml")
+    recipe = load_recipe(run / "recipe.yaml", [f"evaluation.weights={weights}"] if weights else [])
     checkpoint = chosen_checkpoint(run, recipe.evaluation.checkpoint)
     data = _trained_data(checkpoint, recipe.data)
     model = load_recogniser(checkpoint, recipe, data)
@@ -232,7 +236,7 @@ def load(run: str | os.PathLike[str], device: str | torch.device = "cpu") -> Pre
         recipe.data.max_pixels,
         recipe.evaluation.batch,
         checkpoint.state["autocast"],
-        checkpoint_digest(checkpoint),
+        checkpoint_digest(checkpoint, recipe.evaluation.weights),
     ).to(device)
 
 

@@ -75,7 +75,12 @@ def evaluate(
 
 
 def load_recogniser(checkpoint: Checkpoint, recipe: Recipe, data: Manifest | TrainedData) -> Recogniser:
-    """The model of a recipe with the weights of a checkpoint, on the CPU."""
+    """The model of a recipe with the weights of a checkpoint that `evaluation.weights` says, on the CPU.
+
+    Raises:
+        CheckpointError: they are not in the checkpoint.
+    """
+    weights = recipe.evaluation.weights
     model = make_recogniser(
         recipe.model,
         recipe.method,
@@ -86,7 +91,12 @@ def load_recogniser(checkpoint: Checkpoint, recipe: Recipe, data: Manifest | Tra
         with_key_encoder=recipe.keys_from == "key_encoder",
         seed=recipe.seed,
     )
-    model.load_state_dict(checkpoint.model())
+    if weights == "ema":
+        model.begin_average()
+    checkpoint.load_into(model)
+    model.use(weights)
+    if weights != "query":
+        model.key_encoder = model.average = None
     return model
 
 

@@ -49,9 +49,10 @@ class Temperature(BaseModel):
     nll_after: float
 
 
-def checkpoint_digest(checkpoint: Checkpoint) -> str:
-    """SHA-256 of the weights; a version-1 checkpoint has it too."""
-    return str(checkpoint.state["sha256"]["model.safetensors"])
+def checkpoint_digest(checkpoint: Checkpoint, weights: str = "query") -> str:
+    """SHA-256 of the weights, and which of them are used; a version-1 checkpoint has it too."""
+    digest = str(checkpoint.state["sha256"]["model.safetensors"])
+    return digest if weights == "query" else f"{digest}-{weights}"
 
 
 def validation_split(settings: EvaluationSettings) -> str:

@@ -17,16 +17,23 @@ from torch import Tensor, nn
 class Projection(nn.Sequential):
     """The published heads, [B, feature_dim] -> [B, dim], not normalised.
 
-    "two_layer" is PaCo's Linear-BatchNorm-ReLU-Linear, "three_layer" GPaCo's Linear-ReLU-Linear-ReLU-Linear.
+    "two_layer" is PaCo's Linear-BatchNorm-ReLU-Linear, "three_layer" GPaCo's Linear-ReLU-Linear-ReLU-Linear; of GPaCo's
+    ViTs with "gelu".
     """
 
     def __init__(
-        self, feature_dim: int, hidden: int, dim: int, kind: Literal["two_layer", "three_layer"] = "two_layer"
+        self,
+        feature_dim: int,
+        hidden: int,
+        dim: int,
+        kind: Literal["two_layer", "three_layer"] = "two_layer",
+        activation: Literal["relu", "gelu"] = "relu",
     ) -> None:
+        act = {"relu": nn.ReLU, "gelu": nn.GELU}[activation]
         if kind == "two_layer":
-            inner: list[nn.Module] = [nn.BatchNorm1d(hidden), nn.ReLU()]
+            inner: list[nn.Module] = [nn.BatchNorm1d(hidden), act()]
         else:
-            inner = [nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
+            inner = [act(), nn.Linear(hidden, hidden), act()]
         super().__init__(nn.Linear(feature_dim, hidden), *inner, nn.Linear(hidden, dim))
 
 

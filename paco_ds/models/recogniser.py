@@ -6,7 +6,8 @@ Both encoders are in one module, so that DeepSpeed partitions and gathers both; 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from paco_ds.config.methods import Method
 from paco_ds.config.model import ModelSettings
+from paco_ds.models.averages import Weights
 from paco_ds.models.backbones import Backbone, make_backbone
 from paco_ds.models.experts import Experts
 from paco_ds.models.families import USUAL_SIZES, ImageSizes
@@ -41,6 +43,14 @@ class Encoder(nn.Module):
         return feature, F.normalize(self.projection(feature).float(), dim=-1)
 
 
+class Average(nn.Module):
+    """A moving average of what evaluations run; its parts have the names of those that they follow."""
+
+    def __init__(self, query_encoder: Encoder, centers: nn.Module) -> None:
+        super().__init__()
+        self.query_encoder, self.centers = query_encoder, centers
+
+
 class Recogniser(nn.Module):
     """Query encoder with centers (a linear classifier on F(x)) and, for PaCo, the key encoder.
 
@@ -54,6 +64,10 @@ class Recogniser(nn.Module):
 
     Of E experts, logits are [E, B, C] and queries [E, B, D], as the losses take them; keys are [B, E D], the experts
     concatenated, as the queue keeps them.
+
+    Attributes:
+        average: backbone and centers whose weights are a moving average of those that are trained, for evaluations;
+            None without, see `begin_average`.
     """
 
     def __init__(
@@ -72,6 +86,7 @@ class Recogniser(nn.Module):
         self.prototypes = prototypes
         self.routers = routers
         self.key_encoder = _as_key_encoder(encoder) if with_key_encoder else None
+        self.average: Average | None = None
         self.backbone_is_fixed = False
 
     @property
@@ -95,6 +110,37 @@ class Recogniser(nn.Module):
         if self.key_encoder is not None:
             self.key_encoder = _as_key_encoder(self.query_encoder)
 
+    def begin_average(self) -> None:
+        """Keep a copy of the present backbone and centers beside, for a moving average of their weights."""
+        followed = Average(Encoder(self.query_encoder.backbone, None), self.centers)
+        self.average = copy.deepcopy(followed).requires_grad_(False).eval()
+
+    @contextmanager
+    def evaluating(self, weights: Weights) -> Iterator[None]:
+        """Within it evaluations `use` other weights."""
+        before = self.query_encoder, self.centers
+        self.use(weights)
+        try:
+            yield
+        finally:
+            self.query_encoder, self.centers = before
+            if self.key_encoder is not None:
+                _set_statistics(self.key_encoder, None)
+
+    def use(self, weights: Weights) -> None:
+        """Run the key encoder or the average in place of the query encoder, for evaluations.
+
+        The key encoder has no centers and no running statistics: those are the query encoder's. The average has both
+        of its own.
+        """
+        if weights == "key":
+            assert self.key_encoder is not None
+            _set_statistics(self.key_encoder, self.query_encoder)
+            self.query_encoder = self.key_encoder
+        elif weights == "ema":
+            assert self.average is not None
+            self.query_encoder, self.centers = self.average.query_encoder, self.average.centers
+
     def fixed_centers(self) -> nn.Module:
         """The frozen classifiers of :class:`ScaledCenters`: one, or one for each expert."""
         if isinstance(self.centers, PerExpert):
@@ -105,6 +151,8 @@ class Recogniser(nn.Module):
         super().train(mode)
         if self.backbone_is_fixed:
             self.query_encoder.backbone.eval()
+        if self.average is not None:
+            self.average.eval()
         return self
 
     def forward(self, images: Tensor, second_view: Tensor | None = None, *, keys: bool = False) -> ModelOutput | Tensor:
@@ -167,12 +215,19 @@ def split_experts(rows: Tensor, experts: int | None) -> Tensor:
 
 def _as_key_encoder(encoder: Encoder) -> Encoder:
     key_encoder = copy.deepcopy(encoder).requires_grad_(False)
-    for module in key_encoder.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            # keys are normalised with the statistics of their group; running statistics would never be used
-            module.track_running_stats = False
-            module.running_mean = module.running_var = module.num_batches_tracked = None
+    # keys are normalised with the statistics of their group; running statistics would never be used
+    _set_statistics(key_encoder, None)
     return key_encoder
+
+
+def _set_statistics(key_encoder: Encoder, source: Encoder | None) -> None:
+    """Give the BatchNorm layers of a key encoder the running statistics of another encoder, or none."""
+    for name, norm in key_encoder.named_modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            its = source and source.get_submodule(name)
+            norm.track_running_stats = its is not None
+            for each in ("running_mean", "running_var", "num_batches_tracked"):
+                setattr(norm, each, its and getattr(its, each))
 
 
 def make_recogniser(
@@ -202,10 +257,9 @@ def make_recogniser(
         dim = backbone.feature_dim
 
         def project() -> nn.Module:
-            hidden = settings.projection_hidden or dim
-            return _of_each_expert(
-                settings, lambda: Projection(dim, hidden, settings.projection_dim, settings.projection)
-            )
+            hidden, out = settings.projection_hidden or dim, settings.projection_dim
+            kind, activation = settings.projection, settings.projection_activation
+            return _of_each_expert(settings, lambda: Projection(dim, hidden, out, kind, activation))
 
         projection = project() if method.contrastive else None
         centers = _of_each_expert(settings, lambda: _centers(settings, dim, classes))

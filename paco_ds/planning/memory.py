@@ -1,8 +1,9 @@
 """Peak memory of one rank in a step, by part, for any ZeRO stage.
 
-P is the bytes of trained weights (query encoder and centers, float32), Kp those of the key encoder, W ranks, A
-micro-batches per rank. s is the optimizer's states of a weight: 1 of SGD with momentum and of LARS, 2 of AdamW, and of
-Muon 1 of matrices and 2 of others. What a stage holds was read from DeepSpeed 0.19; tests compare it with real runs.
+P is the bytes of trained weights (query encoder and centers, float32), Kp those of the key encoder, of frozen weights
+and of averages, W ranks, A micro-batches per rank. s is the optimizer's states of a weight: 1 of SGD with momentum and
+of LARS, 2 of AdamW, and of Muon 1 of matrices and 2 of others. What a stage holds was read from DeepSpeed 0.19; tests
+compare it with real runs.
 
     stage   weights          states     copies of weights   gradients
     0       P + Kp           s P        -                   P, and as much flat

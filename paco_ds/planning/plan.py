@@ -15,6 +15,7 @@ from paco_ds.data.stream.partition import held_bytes, micro_batches_ahead, shard
 from paco_ds.distributed.ranks import MicroBatchLayout, legal_world_sizes
 from paco_ds.errors import DataError, RecipeError, UserError
 from paco_ds.models.execution import Hardware, choose
+from paco_ds.models.families import ImageSizes
 from paco_ds.planning.memory import Device, Memory, offloads, plan_memory, zero_settings
 from paco_ds.planning.network import connections, open_files
 from paco_ds.planning.planned_rank import PlannedRank
@@ -22,6 +23,7 @@ from paco_ds.planning.sizes import format_bytes
 from paco_ds.planning.trace import StepTrace, trace_step
 from paco_ds.planning.traffic import Traffic, plan_traffic
 from paco_ds.training.engine import autocast_of, check_stage, read_deepspeed_config, stage_in
+from paco_ds.training.initial_weights import check_files
 
 STAGES = (0, 1, 2, 3)
 SMALL_BUCKET = 20_000_000  # elements; DeepSpeed's default of 5e8 is 2 GB of float32
@@ -38,12 +40,14 @@ class Data:
         shards: samples of each shard; a single one of all images if none are built.
         built: whether shards exist.
         shard_bytes: bytes of each shard; empty if none are built.
+        names: of the classes; empty if none are built.
     """
 
     built: bool
     class_counts: tuple[int, ...]
     shards: tuple[int, ...]
     shard_bytes: tuple[int, ...] = ()
+    names: tuple[str, ...] = ()
 
     @property
     def images(self) -> int:
@@ -109,9 +113,8 @@ def find_data(settings: DataSettings, images: int | None, classes: int | None) -
         except DataError as error:
             raise DataError(f"{error}. To plan without shards give --images N and --classes C") from None
         split = manifest.split(settings.train_split)
-        return Data(
-            True, split.class_counts, tuple(s.samples for s in split.shards), tuple(s.bytes for s in split.shards)
-        )
+        samples, sizes = tuple(s.samples for s in split.shards), tuple(s.bytes for s in split.shards)
+        return Data(True, split.class_counts, samples, sizes, tuple(manifest.classes))
     if images is None or classes is None:
         missing = "--images" if images is None else "--classes"
         raise UserError(f"{missing} is missing: planning without shards takes both --images N and --classes C")
@@ -140,7 +143,8 @@ def make_plan(
 
     Raises:
         RecipeError: the ranks cannot share the step's micro-batches (the legal numbers are named), the global batch is
-            larger than the data set, or the DeepSpeed JSON is invalid.
+            larger than the data set, the DeepSpeed JSON is invalid, or settings of the model do not fit each other or
+            the files that they name, where those are there.
         UserError: a figure out of range.
     """
     if ranks < 1:
@@ -158,6 +162,7 @@ def make_plan(
     order = EpochOrder(data.shards, layout.global_batch, seed=recipe.seed, epoch=0, window=recipe.data.window)
     autocast = recipe.engine.precision == "bfloat16"
     trace = trace_step(recipe, data.class_counts, autocast)
+    check_files(recipe.model, ImageSizes(recipe.views.query.size, recipe.views.evaluation.size), data.names)
     rank = PlannedRank(recipe, trace, len(data.class_counts), layout)
     zeros = {stage: zero_settings(config, stage) for stage in (STAGES if recipe.optimizer.takes_parts else STAGES[:1])}
     memory = {s: plan_memory(rank, zero, device) for s, zero in zeros.items()}

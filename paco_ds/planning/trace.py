@@ -31,7 +31,7 @@ from paco_ds.models.recogniser import Recogniser, split_experts
 from paco_ds.training.batch_norm import RunningStatistics
 from paco_ds.training.build import Classes, build_model
 from paco_ds.training.forward import Forward
-from paco_ds.training.parameter_groups import hidden_matrices
+from paco_ds.training.parameter_groups import hidden_matrices, parameter_groups
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ def trace_step(recipe: Recipe, class_counts: tuple[int, ...], autocast: bool) ->
         model = build_model(recipe, Classes(class_counts, ()))
     # as the engine does; what compiled code saves is only known when it runs
     prepare(model, recipe.engine.model_copy(update={"compile": False}), stage=0)
+    parameter_groups(model, recipe.optimizer)  # refused here as by a training
     trained = [p for p in model.parameters() if p.requires_grad]
     followed = [p for p in model.parameters() if not p.requires_grad]
     sizes: dict[str, Any] = {

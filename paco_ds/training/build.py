@@ -27,6 +27,7 @@ from paco_ds.training.gradients import GradientMean
 from paco_ds.training.initial_weights import freeze
 from paco_ds.training.mixup import CutMix, Mixup
 from paco_ds.training.step import Step
+from paco_ds.training.weight_average import WeightAverage
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ def build_stream(
 
 
 def build_model(recipe: Recipe, classes: Classes) -> Recogniser:
-    """The model of a recipe, with weights drawn from its seed, and frozen where `model.trained` says so.
+    """The model of a recipe, with weights drawn from its seed, frozen where `model.trained` says so, and the average
+    that `evaluation.weights: ema` needs.
 
     Raises:
         RecipeError: an unknown backbone, or one that does not fit the recipe.
@@ -97,6 +99,8 @@ def build_model(recipe: Recipe, classes: Classes) -> Recogniser:
         seed=recipe.seed,
     )
     freeze(model, recipe.model)
+    if recipe.evaluation.weights == "ema":
+        model.begin_average()
     return model
 
 
@@ -164,6 +168,7 @@ def build_step(
         steps_per_epoch=steps_per_epoch,
         mixup=mixup,
         max_grad_norm_ratio=recipe.engine.max_grad_norm_ratio,
+        average=WeightAverage(engine, recipe.evaluation.ema_decay) if model.average is not None else None,
         gradients=GradientMean(
             [p for p in model.parameters() if p.requires_grad], ranks, getattr(torch, execution.gradients)
         )

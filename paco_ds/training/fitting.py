@@ -71,6 +71,26 @@ def fill_backbone(
 ) -> Fit:
     """Put the tensors of a file into a backbone, in place.
 
+    Raises:
+        RecipeError: as `fit_backbone`, whose arguments these are.
+    """
+    fit, best = fit_backbone(backbone, whole, tensors, least_share, where)
+    state = whole.state_dict()
+    taken = {n: t for n, t in best.items() if n in state and t.shape == state[n].shape}
+    own = backbone.network.state_dict()
+    if whole is backbone.network:
+        backbone.network.load_state_dict({**own, **taken})
+    else:
+        backbone.network.load_state_dict({n: taken.get(whole_name(n), t) for n, t in own.items()})
+    return fit
+
+
+def fit_backbone(
+    backbone: Backbone, whole: nn.Module, tensors: Mapping[str, Tensor], least_share: float, where: str
+) -> tuple[Fit, Mapping[str, Tensor]]:
+    """(what becomes of the tensors of a file, those that fit best by the network's names). The backbone's own weights
+    are not looked at, and may be on the meta device.
+
     Args:
         whole: the backbone's network, or of experts that were cut from one a whole network of the same settings.
         least_share: `model.start_from_min_share`.
@@ -84,13 +104,7 @@ def fill_backbone(
     fit = _fit(best, state)
     if fit.share < least_share:
         raise RecipeError(_another_network(fit, best, state, tensors, least_share, where, errors))
-    taken = {n: t for n, t in best.items() if n in state and t.shape == state[n].shape}
-    own = backbone.network.state_dict()
-    if whole is backbone.network:
-        backbone.network.load_state_dict({**own, **taken})
-    else:
-        backbone.network.load_state_dict({n: taken.get(whole_name(n), t) for n, t in own.items()})
-    return fit
+    return fit, best
 
 
 def needs_whole(backbone: Backbone) -> bool:

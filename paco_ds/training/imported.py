@@ -23,6 +23,7 @@ from paco_ds.distributed.zero import plain_states
 from paco_ds.errors import RecipeError
 from paco_ds.evaluation.results import versions
 from paco_ds.files import replace_text, sha256_file, storage_errors
+from paco_ds.models.averages import AVERAGE
 from paco_ds.models.recogniser import Recogniser
 from paco_ds.training.build import Classes, build_model
 from paco_ds.training.optimizer import make_optimizer
@@ -127,7 +128,8 @@ def _fill(
     PaCo's files have all parts. Of the others a projection, prototypes and routers may be missing; their key encoder
     starts from the query encoder.
     """
-    wanted = {name: t for name, t in model.state_dict().items() if not name.startswith("normalize.")}
+    aside = ("normalize.", AVERAGE)
+    wanted = {name: t for name, t in model.state_dict().items() if not name.startswith(aside)}
     there, unused = dict(published.model), list(published.unused)
     if published.kind == "network":
         there = _with_centers(there, wanted)
@@ -168,6 +170,8 @@ def _fill(
     model.load_state_dict({**model.state_dict(), **there})
     if any(name.startswith("key_encoder.") for name in absent):
         model.restart_key_encoder()
+    if model.average is not None:
+        model.begin_average()
     parts = {"centers": "classifier", "prototypes": "projection of the centers", "routers": "routers"}
     fresh = [what for part, what in parts.items() if any(name.startswith(f"{part}.") for name in absent)]
     if any(name.startswith("query_encoder.projection.") for name in absent):

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from paco_ds.checkpoint import open_run
 from paco_ds.config.model import ModelSettings
 from paco_ds.errors import RecipeError
 from paco_ds.models.adapters import is_added
-from paco_ds.models.backbones import make_backbone
+from paco_ds.models.backbones import Backbone, make_backbone
 from paco_ds.models.families import USUAL_SIZES, ImageSizes
 from paco_ds.models.recogniser import Recogniser
-from paco_ds.training.fitting import Fit, fill_backbone, needs_whole
+from paco_ds.training.fitting import Fit, fill_backbone, fit_backbone, needs_whole
+from paco_ds.training.initial_centers import read_embeddings
 from paco_ds.training.pretrained import is_published, published_weights
 from paco_ds.training.weight_files import is_hub_folder, read_tensors, state_dict_of, weights_file
 
@@ -53,12 +55,41 @@ def load_initial_weights(model: Recogniser, settings: ModelSettings, sizes: Imag
         return None
     backbone = model.query_encoder.backbone
     tensors = published_weights(start, settings.backbone) if is_published(start) else _of_file(path)
-    whole = backbone.network
-    if needs_whole(backbone) or settings.adapters is not None:
-        whole = make_backbone(settings.model_copy(update={"experts": None, "trained": "all"}), sizes).network
+    whole = _whole_network(backbone, settings, sizes)
     fit = fill_backbone(backbone, whole, tensors, settings.start_from_min_share, f"model.start_from {start}")
     model.restart_key_encoder()
     return fit
+
+
+def check_files(settings: ModelSettings, sizes: ImageSizes, class_names: Sequence[str]) -> None:
+    """Read what `model.start_from` and `model.centers_from` name, where they are files that are there, as a training
+    would: without its model.
+
+    Args:
+        class_names: of the shards; empty where there are none yet.
+
+    Raises:
+        RecipeError: weights of another network, or embeddings of other classes or in another order.
+    """
+    weights, rows = Path(settings.start_from or ""), Path(settings.centers_from or "")
+    has_weights = weights.is_file() or is_hub_folder(weights)
+    if not has_weights and not rows.is_file():
+        return
+    with torch.device("meta"):
+        backbone = make_backbone(settings, sizes)
+        whole = _whole_network(backbone, settings, sizes)
+    if has_weights:
+        least, where = settings.start_from_min_share, f"model.start_from {weights}"
+        fit_backbone(backbone, whole, _of_file(weights), least, where)
+    if rows.is_file() and class_names:
+        read_embeddings(rows, class_names, backbone.feature_dim)
+
+
+def _whole_network(backbone: Backbone, settings: ModelSettings, sizes: ImageSizes) -> nn.Module:
+    """The backbone's network as files have it: neither cut into experts nor with adapters."""
+    if not needs_whole(backbone) and settings.adapters is None:
+        return backbone.network
+    return make_backbone(settings.model_copy(update={"experts": None, "trained": "all"}), sizes).network
 
 
 def require_same_network(first: ModelSettings, second: ModelSettings, run: str | Path) -> None:

@@ -4,15 +4,15 @@
 2. Keys of the whole global batch, on every rank.
 3. M query micro-batches, each contrasted with its own queries and keys and the queue before this step.
 4. Running statistics: the mean over the M micro-batches.
-5. If the update was applied, the queue takes the G keys.
+5. If the update was applied, the queue takes the G keys; the average of the weights, if there is one, moves.
 
 With one encoder for both views (GPaCo) there is no 1 and 2: the rows of both views are anchors and contrasts, with
 gradient, and those of the second views are gathered, without gradient, for the queue.
 
 A step in which keys, a loss, running statistics or a gradient norm are not finite on any rank is skipped: weights,
 states of the optimizer, statistics and queue stay as they were on every rank. So is one whose gradient norm is far off
-the usual, where `engine.max_grad_norm_ratio` says so. Only the key encoder's moving average may have been updated,
-which is finite whenever the weights are.
+the usual, where `engine.max_grad_norm_ratio` says so. Only moving averages of the weights (the key encoder, and that of
+`evaluation.weights: ema`) may have been updated, which are finite whenever the weights are.
 
 The host does not wait for the device in a step: what is not finite is found, and the step refused, on the device. Its
 figures are copied to the host behind it.
@@ -47,6 +47,7 @@ from paco_ds.training.optimizer import UsualNorm
 from paco_ds.training.parameter_groups import LR_FACTOR
 from paco_ds.training.step_result import StepResult, pack
 from paco_ds.training.totals import StepTotals
+from paco_ds.training.weight_average import WeightAverage
 
 
 class Step:
@@ -63,6 +64,7 @@ class Step:
         mixup: mixes the images of each micro-batch in pairs; for methods without contrast.
         gradients: averages them over ranks; None where DeepSpeed does.
         max_grad_norm_ratio: a step whose gradient norm is more than so many times the usual one is skipped.
+        average: of the weights, for evaluations.
 
     Raises:
         ValueError: the loss changes with the epoch and `steps_per_epoch` is missing.
@@ -84,6 +86,7 @@ class Step:
         mixup: Mixup | CutMix | None = None,
         max_grad_norm_ratio: float | None = None,
         gradients: GradientMean | None = None,
+        average: WeightAverage | None = None,
     ) -> None:
         loss = forward.loss
         assert isinstance(loss, Loss)
@@ -92,7 +95,7 @@ class Step:
         self.engine, self.optimizer, self.forward = engine, optimizer, forward
         self.layout, self.ranks, self.contrast, self.gradients = layout, ranks, contrast, gradients
         self.steps_per_epoch, self.mixup, self.stop_requested = steps_per_epoch, mixup, stop_requested
-        self.seed = seed
+        self.seed, self.average = seed, average
         self.part_names, self._begin_epoch = loss.part_names, loss.begin_epoch
         if forward.distillation is not None:
             self.part_names = (*self.part_names, PART)
@@ -135,6 +138,8 @@ class Step:
         queue = None if self.contrast is None else self.contrast.queue
         if queue is not None and keys is not None:
             queue.push(keys.keys_GD, keys.labels_G, applied)
+        if self.average is not None:
+            self.average.update(step)
         norm = self._grad_norm()
         ratio = self.usual_norm.ratio(norm)
         self.usual_norm.add(norm, applied)

@@ -38,6 +38,7 @@ from paco_ds.files import replace_text, storage_errors
 from paco_ds.metrics.exporter import Exporter
 from paco_ds.metrics.run_logger import BadSamples, RunLogger
 from paco_ds.metrics.steps import StepRecord
+from paco_ds.models.averages import frozen_weights, source_of
 from paco_ds.models.families import ImageSizes
 from paco_ds.models.recogniser import Recogniser
 from paco_ds.report.history import History
@@ -141,11 +142,17 @@ class Trainer:
         model = build_model(recipe, classes)
         self.started_from: Fit | None = None
         if checkpoint:
-            model.load_state_dict(checkpoint.model())
+            checkpoint.load_into(model)
         else:
             sizes = ImageSizes(recipe.views.query.size, recipe.views.evaluation.size)
             self.started_from = load_initial_weights(model, recipe.model, sizes)
             self._start_centers(model)
+            if model.average is not None:
+                model.begin_average()
+        frozen = frozen_weights(model)
+        if ranks.first:
+            self.checkpoints.keep_frozen(frozen)
+        self._is_frozen = partial(_follows, frozenset(frozen))
         self.step = build_step(
             recipe,
             model,
@@ -307,9 +314,10 @@ class Trainer:
         self._abort_after_repeated_skips(taken)
 
     def evaluate(self, split: str) -> ShotAccuracy:
-        """Accuracy of the present weights."""
-        experts = self.recipe.model.experts
-        return evaluate(self.engine, self.engine.module, self._judged(split), self.ranks, experts, self._leave())
+        """Accuracy of the present weights, those of `evaluation.weights`."""
+        experts, model = self.recipe.model.experts, self.engine.module
+        with model.evaluating(self.recipe.evaluation.weights):
+            return evaluate(self.engine, model, self._judged(split), self.ranks, experts, self._leave())
 
     def _leave(self) -> Callable[[], bool]:
         """To be asked before each batch of an evaluation: whether to leave it. Marks its progress."""
@@ -355,7 +363,7 @@ class Trainer:
         self._wait_until_saved()
         self.checkpoints.save(
             self.steps_done,
-            whole_model(self.engine),
+            whole_model(self.engine, self._is_frozen),
             whole_states(self.engine),
             self.queue.state_dict() if self.queue is not None else None,
             about={
@@ -533,7 +541,8 @@ class Trainer:
             self.best_score = score
             self.heartbeat.mark("save", self.steps_done, slow=True)
             about = {"score": score, "autocast": bool(self.engine.torch_autocast_enabled()), "data": self._trained_data}
-            self.checkpoints.save_best(self.steps_done, whole_model(self.engine), about, self.ranks.first)
+            weights = whole_model(self.engine, self._is_frozen)
+            self.checkpoints.save_best(self.steps_done, weights, about, self.ranks.first)
 
     def _abort_after_repeated_skips(self, taken: TakenStep) -> None:
         result = taken.result
@@ -595,7 +604,7 @@ class Trainer:
                 step=step,
                 world_size=self.ranks.world_size,
                 started=self.started,
-                about={"execution": self._execution},
+                about={"execution": self._execution, "weights": self.recipe.evaluation.weights},
             )
             self.logger.progress.close()
             self.logger.say(accuracy.table(f"{self.recipe.name} on {split}"))
@@ -610,6 +619,11 @@ def _in_words(result: StepResult) -> str | None:
     if result.skipped == OUTLIER:
         return f"its gradient norm {result.grad_norm:.4g} is {result.grad_norm_ratio:.4g} times the usual one"
     return f"{result.skipped} not finite" if result.skipped else None
+
+
+def _follows(frozen: frozenset[str], name: str) -> bool:
+    """Whether a weight, or what a moving average follows with it, is one of these."""
+    return source_of(name) in frozen
 
 
 def _one_line(accuracy: ShotAccuracy) -> str:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from paco_ds.checkpoint import newest_checkpoint
 from paco_ds.evaluation.exporter import answers, export
@@ -65,6 +65,37 @@ def test_two_ranks_train_the_part_and_nothing_else(pool, trained, method, stage)
         assert any(name.startswith("key_encoder") for name in changed)
 
 
+def test_cutmix_is_the_same_on_two_ranks(pool):
+    """And is not the step without."""
+    settings = ("loss.method=balanced_softmax", "step.cutmix=1")
+    one = steps(pool, 1, 0, *settings)
+    check(steps(pool, 2, 1, *settings), one, FLOAT32)
+    assert one.losses != steps(pool, 1, 0, settings[0]).losses
+
+
+@pytest.mark.parametrize(
+    ("trained", "stage"), [("lora", 1), pytest.param("lora", 3, marks=pytest.mark.soak), ("adaptformer", 3)]
+)
+def test_experts_of_a_vit_have_parts_of_their_own(pool, trained, stage):
+    """Of two experts each learns its own, on two ranks as on one; what is frozen stays."""
+    parts = (*of("vit"), f"model.trained={trained}", "model.start_from=somewhere")
+    settings = (*parts, "loss.method=ride", "model.experts=2", "model.centers=cosine")
+    two = steps(pool, 2, stage, *settings)
+    check(two, steps(pool, 1, 0, *settings), FLOAT32)
+    changed = {name for name, before in two.before.items() if not torch.equal(two.after[name], before)}
+    in_backbone = {name for name in changed if ".backbone." in name}
+    assert all(any(part in name for part in PARTS[trained]) for name in in_backbone)
+    assert all(any(f".experts.{e}." in name for name in in_backbone) for e in range(2))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("trained", ["lora", "adaptformer"])
+def test_a_compiled_network_trains_its_part(pool, trained):
+    """As it does uncompiled, on two ranks."""
+    settings = (*of("vit"), *METHODS["paco"], f"model.trained={trained}", "model.start_from=somewhere")
+    check(steps(pool, 2, 1, *settings, "engine.compile=true"), steps(pool, 2, 1, *settings), FLOAT32)
+
+
 LIFT = (
     "loss.method=logit_adjustment",
     "model.centers=cosine",
@@ -106,6 +137,10 @@ def test_lifts_run_starts_resumes_and_is_exported(pool, lift, tmp_path):
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
     file = model_of(tiny_recipe(*of("vit"), "seed=7"), 4).query_encoder.backbone.network.state_dict()
     assert all(torch.equal(first[f"query_encoder.backbone.network.{name}"], t) for name, t in file.items())
+    folder = newest_checkpoint(whole).path
+    (frozen,) = folder.parent.glob("frozen-*")
+    assert sum(path.stat().st_size for path in folder.glob("*.safetensors")) < 0.6 * frozen.stat().st_size
+    assert not set(load_file(frozen)) & set(load_file(folder / "model.safetensors"))
     assert (json.loads((whole / "started_from.json").read_text()))["not in the file, drawn from the seed"] == []
     model = load(whole)
     export(model, "torch-export", tmp_path / "lift.pt2")  # checked against the model before it is kept

@@ -208,7 +208,7 @@ def test_a_model_that_answers_otherwise_is_not_kept(resnet18, tmp_path, monkeypa
 
 
 def test_the_command_writes_and_never_replaces(resnet18, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(predictor_module, "load", lambda run: resnet18)
+    monkeypatch.setattr(predictor_module, "load", lambda run, weights: resnet18)
     arguments = ["run", "--to", "safetensors", "--output", str(tmp_path / "model.safetensors")]
     assert command.main(arguments) == 0
     assert "written:" in capsys.readouterr().out

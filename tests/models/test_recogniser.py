@@ -6,6 +6,7 @@ import torchvision
 from torch import nn
 
 from paco_ds.config.model import ModelSettings
+from paco_ds.errors import RecipeError
 from paco_ds.models.backbones import make_backbone
 from tests.recipes import model_of, tiny_recipe
 
@@ -138,3 +139,39 @@ def test_small_resnets_keep_the_resolution_at_their_stem():
     last_stage = backbone.network.get_submodule("layer4")
     assert last_stage(torch.zeros(1, 1024, 8, 8)).shape[-2:] == (4, 4)
     assert backbone(torch.zeros(2, 3, 32, 32)).shape == (2, 2048)
+
+
+def test_the_key_encoder_is_evaluated_with_the_queries_centers_and_statistics():
+    """As a query encoder with its weights would answer; after it queries are evaluated again, and keys normalised by
+    their batch."""
+    model, twin = model_of(tiny_recipe(), 5), model_of(tiny_recipe(), 5)
+    images = torch.randint(0, 256, (6, 3, 12, 12), dtype=torch.uint8)
+    model(images)  # running statistics that are not those of the beginning
+    with torch.no_grad():
+        for weight in model.key_encoder.parameters():
+            weight += 0.1 * torch.randn_like(weight)
+    state = model.state_dict()
+    keys = {f"query_encoder.{name}": tensor for name, tensor in model.key_encoder.named_parameters()}
+    twin.load_state_dict(state | keys)
+    model.eval(), twin.eval()
+    before, made = model(images).mean_logits(), model(images, keys=True)
+    with model.evaluating("key"):
+        torch.testing.assert_close(model(images).mean_logits(), twin(images).mean_logits(), rtol=0, atol=0)
+    assert torch.equal(model(images).mean_logits(), before)
+    assert torch.equal(model(images, keys=True), made)
+    assert model.state_dict().keys() == state.keys()
+    model.use("key")
+    assert torch.equal(model(images).mean_logits(), twin(images).mean_logits())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("key_encoder=none", "evaluation.weights=key"), r"weights key: this recipe has no key encoder; set it to ema"),
+        (("loss.method=cross_entropy", "evaluation.weights=key"), r"weights key: this recipe has no key encoder"),
+    ],
+)
+def test_keys_that_are_not_made_are_not_evaluated(settings, message):
+    """Before anything starts."""
+    with pytest.raises(RecipeError, match=message):
+        tiny_recipe(*settings)

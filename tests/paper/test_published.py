@@ -26,6 +26,29 @@ BALPOE = {
     "optimizer.nesterov": True,
 }
 CONTRAST = {"model.centers": "cosine", "model.projection_dim": 1024, "loss.temperature": 0.07, "step.global_batch": 256}
+VIT = {"global_pool": "avg"}
+GPACO_VIT = {
+    "loss.alpha": 0.2,
+    "loss.beta": 1.0,
+    "loss.gamma": 1.0,
+    "loss.temperature": 0.2,
+    "loss.smoothing": 0.1,
+    "loss.class_prior": False,
+    "key_encoder": None,
+    "queue.length": 8192,
+    "optimizer.name": "adamw",
+    "optimizer.weight_decay": 0.05,
+    "optimizer.decay_norms_and_biases": False,
+    "schedule.warmup_epochs": 5,
+    "schedule.minimum_lr": 1e-6,
+    "model.projection_activation": "gelu",
+    "views.query.name": "randclsstack",
+    "views.query.randaugment.operations": 12,
+    "views.query.randaugment.magnitude": 10,
+    "views.query.erasing": 0.0,
+    "views.key.name": "sim",
+    "engine.published_precision": "float16",
+}
 PUBLISHED = {
     # RIDE: configs/config_{imagenet_lt_resnet50,imagenet_lt_resnext50,iNaturalist_resnet50}_ride.json, 80 of 100 epochs
     "ride_imagenet_lt_resnet50": RIDE | {"lr": 0.1, "step.global_batch": 256, "loss.ride.reweight_factor": 0.02},
@@ -63,6 +86,31 @@ PUBLISHED = {
         "views.evaluation.resize": 248,
         "views.evaluation.crops": "five",
         "engine.published_precision": "float16",
+    },
+    # GPaCo/MAE-ViTs/sh/finetune_{base,large}_mae_gpaco.sh, main_finetune_gpaco.py, util/datasets.py
+    "gpaco_imagenet_vit_base": GPACO_VIT
+    | {"lr": 5e-4 * 4, "optimizer.layer_decay": 0.65, "model.kwargs": VIT | {"drop_path_rate": 0.1}}
+    | {"schedule.epochs": 100, "step.micro_batch": 32, "step.global_batch": 1024},
+    "gpaco_imagenet_vit_large": GPACO_VIT
+    | {"lr": 1e-3 * 4, "optimizer.layer_decay": 0.75, "model.kwargs": VIT | {"drop_path_rate": 0.2}}
+    | {"schedule.epochs": 50, "step.micro_batch": 16, "step.global_batch": 1024},
+    # no paper: the optimizer of the first, the loss of gpaco_inaturalist2018_resnet50
+    "inaturalist2018_vit_base": {
+        "lr": 5e-4 * 4,
+        "optimizer.layer_decay": 0.65,
+        "loss.alpha": 0.05,
+        "loss.smoothing": 0.0,
+        "loss.class_prior": True,
+        "views.query.randaugment.operations": 2,
+    },
+    # no paper: facebookresearch/ConvNeXt's TRAINING.md, from 22k at 224 pixels
+    "imagenet_lt_convnext_tiny": {
+        "lr": 5e-5,
+        "optimizer.weight_decay": 1e-8,
+        "optimizer.layer_decay": 0.8,
+        "schedule.epochs": 30,
+        "schedule.warmup_epochs": 0,
+        "step.global_batch": 512,
     },
     # PaCo/Full-ImageNet/sh/train_resnet{50,101,200}.sh
     "imagenet_resnet50": {"step.micro_batch": 64, "step.micro_batches": 4, "lr": 0.04, "loss.class_prior": False},
@@ -153,7 +201,14 @@ def test_the_share_is_of_the_epochs_that_are_trained():
     assert value(table.resolve(row, None, (f"{key}=7",)), key) == 7
 
 
-FLOAT16 = {"places_lt_resnet152", "gpaco_places_lt_resnet152", "imagenet_resnet200"}  # --fp16 of PaCo's and GPaCo's sh/
+# --fp16 of PaCo's and GPaCo's sh/; engine_finetune_paco.py has torch.cuda.amp
+FLOAT16 = {
+    "places_lt_resnet152",
+    "gpaco_places_lt_resnet152",
+    "imagenet_resnet200",
+    "gpaco_imagenet_vit_base",
+    "gpaco_imagenet_vit_large",
+}
 
 
 def test_every_recipe_of_a_table_says_in_what_precision_it_was_published():

@@ -25,6 +25,8 @@ OVERRIDES = {
     "ride": (*EXPERTS, "loss.ride.reweight_epoch=0", "optimizer.nesterov=true", "model.initialisation=published"),
     "routing": (*EXPERTS, "model.trained=routers", "model.start_from=unused"),
     "balpoe": (*EXPERTS, "step.mixup=0.4", "optimizer.nesterov=true"),
+    "sade": (*EXPERTS, "optimizer.nesterov=true"),
+    "mdcs": (*EXPERTS, "optimizer.nesterov=true", "loss.mdcs.ramp_epochs=0"),
     "bcl": ("key_encoder=none", "queue.length=0"),
     "proco": ("key_encoder=none", "loss.temperature=0.1"),
 }

@@ -152,22 +152,23 @@ def confusions(
 
 
 def accuracy_by_distribution(accuracy_C: Tensor, class_counts: Sequence[int]) -> dict[str, float]:
-    """Top-1 if class c, of rank r_c by training images, had a share of test images proportional to rho^(-r_c / (C -
-    1)), or with the ranks reversed. SADE samples such test sets; this is the expected accuracy on them. Classes without
-    test images (nan) are left out."""
+    """Expected top-1 on test sets with the shares of `share_by_distribution`, which SADE samples. Classes without test
+    images (nan) are left out."""
     present_C = ~accuracy_C.isnan()
     if not present_C.any():
         return {}
+    shares = {name: share_C[present_C] for name, share_C in share_by_distribution(class_counts).items()}
+    return {name: float((share * accuracy_C[present_C]).sum() / share.sum()) for name, share in shares.items()}
+
+
+def share_by_distribution(class_counts: Sequence[int]) -> dict[str, Tensor]:
+    """{test distribution of SADE: what the classes' shares are proportional to [C], float64}: rho^(-r_c / (C - 1)) for
+    class c of rank r_c by training images, or with the ranks reversed; "uniform" between the two."""
     rank_C = torch.tensor(class_counts).argsort(descending=True, stable=True).argsort().double()
     place_C = rank_C / max(len(class_counts) - 1, 1)
-
-    def accuracy(weight_C: Tensor) -> float:
-        weight_P = weight_C[present_C]
-        return float((weight_P * accuracy_C[present_C]).sum() / weight_P.sum())
-
-    forward = {f"forward-{rho}": accuracy(rho**-place_C) for rho in IMBALANCES}
-    backward = {f"backward-{rho}": accuracy(rho ** (place_C - 1)) for rho in reversed(IMBALANCES)}
-    return {**forward, "uniform": accuracy(torch.ones_like(place_C)), **backward}
+    forward = {f"forward-{rho}": rho**-place_C for rho in IMBALANCES}
+    backward = {f"backward-{rho}": rho ** (place_C - 1) for rho in reversed(IMBALANCES)}
+    return {**forward, "uniform": torch.ones_like(place_C), **backward}
 
 
 def _mean(values: Tensor) -> float | None:

@@ -39,7 +39,7 @@ def published(logits_EBC: torch.Tensor, epoch: int) -> torch.Tensor:
 
 
 def loss_of(epoch: int = 0, **settings):
-    loss = make_loss(LossSettings(method="mdcs", mdcs=settings), COUNTS)
+    loss = make_loss(LossSettings.model_validate({"method": "mdcs", "mdcs": settings}), COUNTS)
     loss.begin_epoch(epoch)
     return loss
 

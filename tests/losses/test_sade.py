@@ -27,17 +27,19 @@ def published(logits_EBC: torch.Tensor, tau: float) -> torch.Tensor:
     by_rank = sorted(range(len(prior)), key=prior.__getitem__)
     inverse = {c: prior[by_rank[len(prior) - 1 - rank]] for rank, c in enumerate(by_rank)}
     uniform = torch.tensor([math.log(q + 1e-9) for q in prior], dtype=torch.float64)
-    backward = uniform - tau * torch.tensor(
-        [math.log(inverse[c] + 1e-9) for c in range(len(prior))], dtype=torch.float64
-    )
-    return sum(F.cross_entropy(z, LABELS) for z in (logits_EBC[0], logits_EBC[1] + uniform, logits_EBC[2] + backward))
+    reverse = torch.tensor([math.log(inverse[c] + 1e-9) for c in range(len(prior))], dtype=torch.float64)
+    backward = uniform - tau * reverse
+    adjusted = (logits_EBC[0], logits_EBC[1] + uniform, logits_EBC[2] + backward)
+    return torch.stack([F.cross_entropy(z, LABELS) for z in adjusted]).sum()
 
 
 @pytest.mark.parametrize("tau", [2.0, 1.0, 0.0])
 def test_is_the_published_sum(tau):
     """Value and gradient: softmax, Balanced Softmax, and the reverse prior with tau."""
     z = logits()
-    output = make_loss(LossSettings(method="sade", sade={"tau": tau}), COUNTS)(Anchors(LABELS, z))
+    output = make_loss(LossSettings.model_validate({"method": "sade", "sade": {"tau": tau}}), COUNTS)(
+        Anchors(LABELS, z)
+    )
     expected = published(z, tau)
     torch.testing.assert_close(output.loss, expected, rtol=1e-6, atol=1e-7)
     ours, theirs = (torch.autograd.grad(loss, z)[0] for loss in (output.loss, expected))

@@ -5,7 +5,7 @@ Shapes: N images of a split, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from paco_ds.distributed.ranks import Ranks
+from paco_ds.evaluation.correctness import KEY, packed
 
 BINS = 15  # of confidence, as Guo et al. 2017
 IMBALANCES = (50, 25, 10, 5, 2)  # of the test distributions of SADE (Zhang et al. 2022)
@@ -62,6 +63,7 @@ class Detail:
         confusions: (class, taken for, images, share of the class's images), most images first.
         test_agnostic: top-1 under long-tailed test distributions of SADE, "forward-50" (as in training), ...,
             "uniform", ..., "backward-50" (reversed).
+        correct: which images were classified right, by id, see `correctness`.
     """
 
     balanced: float | None
@@ -70,6 +72,7 @@ class Detail:
     reliability: Sequence[tuple[float, float, int]]
     confusions: Sequence[tuple[int, int, int, float]]
     test_agnostic: dict[str, float]
+    correct: Mapping[str, Any]
 
     def to_json(self, class_names: Sequence[str]) -> dict[str, Any]:
         """Further keys of metrics.json."""
@@ -86,6 +89,7 @@ class Detail:
                 for own, other, images, share in self.confusions
             ],
             "test_agnostic": self.test_agnostic,
+            KEY: self.correct,
         }
 
 
@@ -109,6 +113,7 @@ def detail(predictions: Predictions, class_counts: Sequence[int]) -> Detail:
         reliability=reliability(predictions),
         confusions=confusions(predictions, classes),
         test_agnostic=accuracy_by_distribution(accuracy_C, class_counts),
+        correct=packed(correct_N[predictions.ids_N.argsort()].numpy()),
     )
 
 

@@ -182,6 +182,40 @@ def test_the_share_is_of_the_epochs_that_are_trained():
     assert value(table.resolve(row, None, (f"{key}=7",)), key) == 7
 
 
+@pytest.mark.parametrize(("name", "epochs"), [("methods", 26), ("trials", 26), ("glyphs", 12)])
+def test_methods_are_compared_with_an_equal_budget_of_steps(name, epochs):
+    """The same images, batch and epochs for every row; those of a second stage with those of its first."""
+    table, found = load_table(name), set()
+    for row in table.rows:
+        if row.drawn:
+            stages = [stage for stage in (table.first_stage(row), row) if stage is not None]
+            recipes = [table.resolve(s, None, ("model.start_from=FIRST",) if s.after else ()) for s in stages]
+            found.add(sum(recipe.schedule.epochs for recipe in recipes))
+            found |= {(recipe.step.global_batch, recipe.data.shards) for recipe in recipes}
+    assert found == {epochs, (64, recipes[0].data.shards)}
+
+
+def test_every_method_is_tried_with_three_learning_rates_on_validation():
+    """But what shares those of its kin; second stages, from the same first stage."""
+    methods, trials = load_table("methods"), load_table("trials")
+    tried: dict[str, set[float]] = {}
+    for row in trials.rows:
+        if row.drawn:
+            name, _, lr = row.name.rpartition(", lr ")
+            recipe = trials.resolve(row, None, ("model.start_from=FIRST",) if row.after else ())
+            assert recipe.optimizer.lr == float(lr)
+            assert row.evaluate == ("--split", "val")
+            tried.setdefault(name, set()).add(float(lr))
+            (of_methods,) = (each for each in methods.rows if each.name == name)
+            assert {s for s in row.set if "optimizer.lr" not in s} == {
+                s for s in of_methods.set if "optimizer.lr" not in s
+            }
+    assert set(map(frozenset, tried.values())) == {frozenset({0.05, 0.1, 0.2})}
+    shared = {"CE, tau-normalised", "RIDE, 1 expert", "RIDE, 2 experts", "RIDE, 3 experts, routed"}
+    shared |= {"SADE, 3 experts, aggregated", "PaCo without center rebalance"}
+    assert {row.name for row in methods.rows if row.drawn} - set(tried) == shared
+
+
 FLOAT16 = {"places_lt_resnet152", "gpaco_places_lt_resnet152", "imagenet_resnet200"}  # --fp16 of PaCo's and GPaCo's sh/
 
 

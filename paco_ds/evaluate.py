@@ -31,7 +31,7 @@ from paco_ds.config.plugins import AllowCode
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch import nn
+    from torch import Tensor, nn
 
     from paco_ds.config.data import DataSettings
     from paco_ds.config.recipe import EvaluationSettings
@@ -50,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     if len(arguments.run) > 1 and arguments.tau_normalize is not None:
         parser.error("--tau-normalize is of one run")
     corrected = arguments.tau_normalize is not None or arguments.logit_adjust is not None
+    if arguments.aggregate_experts and (len(arguments.run) > 1 or corrected or arguments.fit_temperature):
+        parser.error("--aggregate-experts is of one run as it was trained")
     if arguments.fit_temperature and (len(arguments.run) > 1 or corrected or arguments.data):
         parser.error("--fit-temperature is of one run as it was trained")
     with one_line_on_interrupt():
@@ -65,6 +67,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from paco_ds.distributed.launch import join_job, leave_job
     from paco_ds.distributed.watchdog import RankWatchdog
     from paco_ds.evaluation import tau_normalization
+    from paco_ds.evaluation.aggregation import (
+        AS_IT_IS,
+        Aggregated,
+        accuracy_of_weights,
+        equal_weights,
+        learn_weights,
+    )
     from paco_ds.evaluation.choose_tau import choose_tau
     from paco_ds.evaluation.logit_adjustment import LogitAdjusted
     from paco_ds.evaluation.results import now, write_results
@@ -116,7 +125,20 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             choose = partial(choose_tau, adjusted, adjusted.logits_of_taus())
             tau = _tau_of("--logit-adjust", arguments.logit_adjust, recipe.evaluation, judged, choose, ranks)
             adjusted.tau = about["logit_adjustment"] = tau
+        weights: dict[str, Tensor] = {}
+        if arguments.aggregate_experts:
+            model = aggregated = Aggregated(*members[0], equal_weights(recipe.model)).to(ranks.device)
+            its_images, view = judged(split, other), recipe.views.key
+            weights = learn_weights(aggregated, its_images, view, ranks, recipe.optimizer, recipe.seed)
+            aggregated.weights_E.copy_(weights[AS_IT_IS])
+            if ranks.first:
+                shown = ", ".join(f"{weight:.2f}" for weight in weights[AS_IT_IS].tolist())
+                say(f"weights of the experts, learned on {split} without labels: {shown}")
         accuracy = evaluate(model, model, judged(split, other), ranks, experts=recipe.model.experts)
+        if weights:
+            by_distribution = accuracy_of_weights(aggregated, weights, its_images, ranks)
+            about |= {"aggregation": "prediction stability", "test_agnostic": by_distribution}
+            about |= {"expert_weights": {name: of_each.tolist() for name, of_each in weights.items()}}
         if ranks.first:
             if other is not None and len(other.classes) < (classes := len(manifest.classes)):
                 of_all = f"{len(other.classes)} of the {classes} classes"
@@ -232,6 +254,12 @@ def _parser() -> argparse.ArgumentParser:
         type=_tau,
         help="subtract tau times the log of the training share from each class's logit, of a run trained without the "
         "prior; 0 to 2, or `auto`: the best on evaluation.split",
+    )
+    parser.add_argument(
+        "--aggregate-experts",
+        action="store_true",
+        help="weigh the experts' logits by weights learned on the test images without labels (SADE), for them as they "
+        "are and for simulated forward and backward long-tailed test distributions",
     )
     parser.add_argument(
         "--data", metavar="SHARDS", help="other shards whose images are evaluated, of the run's classes"

@@ -259,8 +259,14 @@ class Recipe(Section):
 
     @property
     def training_views(self) -> tuple[TrainView, ...]:
-        """Views that are made of a training image: the query's and, where there are keys, the key's."""
-        return (self.views.query, self.views.key) if self.keys_from else (self.views.query,)
+        """Views that are made of a training image: the query's and, for keys or a loss of both views, the key's."""
+        both = self.keys_from or self.method.uses_both_views
+        return (self.views.query, self.views.key) if both else (self.views.query,)
+
+    @property
+    def runs_both_views(self) -> bool:
+        """Whether the query encoder runs both views, whose rows are all in the loss (GPaCo, MDCS)."""
+        return self.keys_from == "query_encoder" or self.method.uses_both_views
 
     @property
     def lr(self) -> float:

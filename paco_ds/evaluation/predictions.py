@@ -5,7 +5,7 @@ Shapes: N images of a split, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from paco_ds.distributed.ranks import Ranks
+from paco_ds.evaluation.correctness import KEY, packed
 
 BINS = 15  # of confidence, as Guo et al. 2017
 IMBALANCES = (50, 25, 10, 5, 2)  # of the test distributions of SADE (Zhang et al. 2022)
@@ -62,6 +63,7 @@ class Detail:
         confusions: (class, taken for, images, share of the class's images), most images first.
         test_agnostic: top-1 under long-tailed test distributions of SADE, "forward-50" (as in training), ...,
             "uniform", ..., "backward-50" (reversed).
+        correct: which images were classified right, by id, see `correctness`.
     """
 
     balanced: float | None
@@ -70,6 +72,7 @@ class Detail:
     reliability: Sequence[tuple[float, float, int]]
     confusions: Sequence[tuple[int, int, int, float]]
     test_agnostic: dict[str, float]
+    correct: Mapping[str, Any]
 
     def to_json(self, class_names: Sequence[str]) -> dict[str, Any]:
         """Further keys of metrics.json."""
@@ -86,6 +89,7 @@ class Detail:
                 for own, other, images, share in self.confusions
             ],
             "test_agnostic": self.test_agnostic,
+            KEY: self.correct,
         }
 
 
@@ -109,6 +113,7 @@ def detail(predictions: Predictions, class_counts: Sequence[int]) -> Detail:
         reliability=reliability(predictions),
         confusions=confusions(predictions, classes),
         test_agnostic=accuracy_by_distribution(accuracy_C, class_counts),
+        correct=packed(correct_N[predictions.ids_N.argsort()].numpy()),
     )
 
 
@@ -152,22 +157,23 @@ def confusions(
 
 
 def accuracy_by_distribution(accuracy_C: Tensor, class_counts: Sequence[int]) -> dict[str, float]:
-    """Top-1 if class c, of rank r_c by training images, had a share of test images proportional to rho^(-r_c / (C -
-    1)), or with the ranks reversed. SADE samples such test sets; this is the expected accuracy on them. Classes without
-    test images (nan) are left out."""
+    """Expected top-1 on test sets with the shares of `share_by_distribution`, which SADE samples. Classes without test
+    images (nan) are left out."""
     present_C = ~accuracy_C.isnan()
     if not present_C.any():
         return {}
+    shares = {name: share_C[present_C] for name, share_C in share_by_distribution(class_counts).items()}
+    return {name: float((share * accuracy_C[present_C]).sum() / share.sum()) for name, share in shares.items()}
+
+
+def share_by_distribution(class_counts: Sequence[int]) -> dict[str, Tensor]:
+    """{test distribution of SADE: what the classes' shares are proportional to [C], float64}: rho^(-r_c / (C - 1)) for
+    class c of rank r_c by training images, or with the ranks reversed; "uniform" between the two."""
     rank_C = torch.tensor(class_counts).argsort(descending=True, stable=True).argsort().double()
     place_C = rank_C / max(len(class_counts) - 1, 1)
-
-    def accuracy(weight_C: Tensor) -> float:
-        weight_P = weight_C[present_C]
-        return float((weight_P * accuracy_C[present_C]).sum() / weight_P.sum())
-
-    forward = {f"forward-{rho}": accuracy(rho**-place_C) for rho in IMBALANCES}
-    backward = {f"backward-{rho}": accuracy(rho ** (place_C - 1)) for rho in reversed(IMBALANCES)}
-    return {**forward, "uniform": accuracy(torch.ones_like(place_C)), **backward}
+    forward = {f"forward-{rho}": rho**-place_C for rho in IMBALANCES}
+    backward = {f"backward-{rho}": rho ** (place_C - 1) for rho in reversed(IMBALANCES)}
+    return {**forward, "uniform": torch.ones_like(place_C), **backward}
 
 
 def _mean(values: Tensor) -> float | None:

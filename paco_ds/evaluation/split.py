@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from paco_ds.config.data import DataSettings
-from paco_ds.config.views import EvalView
+from paco_ds.config.views import EvalView, TrainView
 from paco_ds.data.manifest import Manifest
 from paco_ds.data.names import same_name
-from paco_ds.data.stream.batches import MicroBatch, evaluation_stream
+from paco_ds.data.stream.batches import MicroBatch, TrainingStream, evaluation_stream
 from paco_ds.data.stream.load import Replaced
-from paco_ds.distributed.ranks import Ranks
+from paco_ds.distributed.ranks import MicroBatchLayout, Ranks
 from paco_ds.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -58,6 +58,36 @@ class EvaluationSplit:
             return batches
         index = class_index(self.images, self.manifest)
         return (replace(batch, labels=index[batch.labels]) for batch in batches)
+
+    def random_views(
+        self, views: Sequence[TrainView], layout: MicroBatchLayout, *, seed: int, epochs: int
+    ) -> tuple[Iterator[MicroBatch], int]:
+        """(this rank's micro-batches, with one random view of each kind; steps of an epoch): the split in the order of
+        a training, for what is learned on it."""
+        data, images = self.data.model_copy(update={"train_split": self.name}), self.images or self.manifest
+        stream = TrainingStream(data, views, images, layout, seed=seed, epochs=epochs)
+        index = None if self.images is None else class_index(self.images, self.manifest)
+
+        def batches() -> Iterator[MicroBatch]:
+            try:
+                for micro_batches in stream:
+                    for batch in micro_batches:
+                        yield batch if index is None else replace(batch, labels=index[batch.labels])
+            finally:
+                stream.close()
+
+        return batches(), stream.plan.steps_per_epoch
+
+    @property
+    def images_of_classes(self) -> Sequence[int]:
+        """Images of the split in each class of training."""
+        if self.images is None:
+            return self.manifest.split(self.name).class_counts
+        counts = self.images.split(self.name).class_counts
+        of_each = [0] * len(self.manifest.classes)
+        for number, images in zip(class_index(self.images, self.manifest), counts, strict=True):
+            of_each[number] += images
+        return of_each
 
     def left_out(self, mine: Sequence[Replaced], ranks: Ranks) -> tuple[str, ...]:
         """Names of the images of all ranks that could not be read, given those of this rank. A collective.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from paco_ds.config.loss import LossSettings
 from paco_ds.config.methods.balpoe import BalPoESettings
-from paco_ds.losses.base import Anchors, Loss, LossOutput, gather_label, logits_by_expert
+from paco_ds.losses.base import Anchors, Loss, LossOutput, biased_log_softmax, gather_label
 from paco_ds.losses.paco import class_prior
 
 
@@ -47,13 +47,9 @@ class BalPoELoss(Loss):
         Raises:
             ValueError: another number of experts than lambdas.
         """
-        experts, classes = self.bias_EC.shape
-        labels_B, logits = anchors.labels_B, anchors.logits
-        if logits is not None and (logits.ndim != 3 or len(logits) != experts):
-            raise ValueError(f"logits of {experts} experts [E, B, C] are needed, got {tuple(logits.shape)}")
+        labels_B = anchors.labels_B
         with torch.autocast(labels_B.device.type, enabled=False):
-            logits_EBC = logits_by_expert(logits, labels_B, classes) + self.bias_EC[:, None]
-            log_p_EB = gather_label(logits_EBC.log_softmax(2), labels_B)
+            log_p_EB = gather_label(biased_log_softmax(anchors.logits, labels_B, self.bias_EC), labels_B)
             loss_E = -log_p_EB.mean(1)
             probability_B = log_p_EB.detach().exp().mean(0)
             parts = dict(zip(self.part_names, loss_E.detach().unbind(), strict=True))

@@ -123,6 +123,18 @@ def gather_label(values_EBC: Tensor, labels_B: Tensor) -> Tensor:
     return values_EBC.gather(2, labels_B[:, None].expand(*values_EBC.shape[:2], 1))[..., 0]
 
 
+def biased_log_softmax(logits: Tensor | None, labels_B: Tensor, bias_EC: Tensor) -> Tensor:
+    """log softmax(z_e + bias_e) [E, B, C] of the logits of experts, in float32 or, if they are, float64.
+
+    Raises:
+        ValueError: no logits or images, or another number of experts or classes than biases.
+    """
+    experts, classes = bias_EC.shape
+    if logits is not None and (logits.ndim != 3 or len(logits) != experts):
+        raise ValueError(f"logits of {experts} experts [E, B, C] are needed, got {tuple(logits.shape)}")
+    return (logits_by_expert(logits, labels_B, classes) + bias_EC[:, None]).log_softmax(2)
+
+
 def counts_of_classes(
     class_counts: Tensor | Sequence[int], class_names: Sequence[str] | None, what: str, without: str
 ) -> Tensor:

@@ -169,7 +169,8 @@ class Recogniser(nn.Module):
         feature, query = self.query_encoder(self.normalize(images))
         if second_view is not None:
             second_feature, second_query = self.query_encoder(self.normalize(second_view))
-            feature, query = torch.cat([feature, second_feature], -2), torch.cat([query, second_query], -2)
+            feature = torch.cat([feature, second_feature], -2)
+            query = None if query is None else torch.cat([query, second_query], -2)
         if self.routers is not None:
             logits = self.centers(feature).float()
             return ModelOutput(feature, logits, query, routers=self.routers(feature, logits))

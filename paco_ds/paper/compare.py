@@ -1,10 +1,12 @@
 """Put runs beside each other, and beside the paper's rows: accuracy by shot and settings that differ.
 
 Runs that differ by seed only are one line, mean ± standard deviation over seeds. A run with the settings of a row of
-the paper's tables stands beside that row; --table and --row name others, --no-paper leaves them out.
+the paper's tables stands beside that row; --table and --row name others, --no-paper leaves them out. --differences adds
+each line's difference in All from the first line, with a bootstrap interval over seeds and test images.
 
 examples:
   paco-compare runs/ce-0 runs/ce-1 runs/paco-0 runs/paco-1
+  paco-compare runs/paco-* runs/ce-* --differences
   paco-compare runs/paco --table 13 --output table.tex
   paco-compare runs/mine --table 9 --row 'ResNet-50, PaCo'
 """
@@ -119,10 +121,8 @@ def compare(runs: Sequence[Run]) -> tuple[list[Line], list[str]]:
                 f"{run.path} cannot be compared with {first.path}: another {', another '.join(differs)}; "
                 f"evaluate both on the same data, or leave one out"
             )
-    groups: dict[tuple[tuple[str, str], ...], list[Run]] = {}
-    for run in runs:
-        groups.setdefault(tuple(sorted(run.settings.items())), []).append(run)
-    for same in groups.values():
+    groups = by_settings(runs)
+    for same in groups:
         seen: dict[Any, Path] = {}
         for run in same:
             if run.seed in seen:
@@ -132,7 +132,36 @@ def compare(runs: Sequence[Run]) -> tuple[list[Line], list[str]]:
             seen[run.seed] = run.path
     keys = sorted({key for run in runs for key in run.settings})
     differing = [key for key in keys if len({run.settings.get(key) for run in runs}) > 1]
-    return [_line(same) for same in groups.values()], differing
+    return [_line(same) for same in groups], differing
+
+
+def by_settings(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs that differ by seed only are together, in the order of the first of each."""
+    groups: dict[tuple[tuple[str, str], ...], list[Run]] = {}
+    for run in runs:
+        groups.setdefault(tuple(sorted(run.settings.items())), []).append(run)
+    return list(groups.values())
+
+
+def differences(runs: Sequence[Run]) -> list[list[str]]:
+    """Rows (line, difference in All from the first line with its interval) for each further line of a comparison.
+
+    Raises:
+        UserError: all runs are one line, or two lines have no seed in common.
+        DataError: a run does not say which images it classified right.
+    """
+    from paco_ds.evaluation.correctness import unpacked
+    from paco_ds.paper.intervals import paired_difference
+
+    first, *others = by_settings(runs)
+    if not others:
+        raise UserError("--differences needs runs of two methods or settings: these are seeds of one")
+
+    def correct(same: Sequence[Run]) -> dict[Any, Any]:
+        return {run.seed: unpacked(run.figures, str(run.path / "metrics.json")) for run in same}
+
+    name, of_first = _line(first).name, correct(first)
+    return [[f"{_line(o).name} - {name}", str(paired_difference(correct(o), of_first))] for o in others]
 
 
 def paper_lines(table: str, row: str | None = None) -> list[Line]:
@@ -179,7 +208,8 @@ def as_latex(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     def line(row: Sequence[str]) -> str:
         return " & ".join(re.sub(r"[&%$#_{}~^\\±]", lambda m: _LATEX[m[0]], cell) for cell in row) + r" \\"
 
-    columns = "l" + "r" * (len(GROUPS) + 1) + "l" * (len(header) - len(GROUPS) - 2)
+    figures = min(len(GROUPS) + 1, len(header) - 1)
+    columns = "l" + "r" * figures + "l" * (len(header) - figures - 1)
     return "\n".join(
         [
             rf"\begin{{tabular}}{{{columns}}}",
@@ -211,9 +241,10 @@ def main(argv: list[str] | None = None) -> int:
         elif not arguments.no_paper:
             lines += matching_lines(runs)
         header = ["run", "seeds", *(f"{group.capitalize()}, %" for group in GROUPS), *differing]
-        text = FORMATS[arguments.format or _format_of(arguments.output)](
-            header, [[printable(c) for c in line.cells(differing)] for line in lines]
-        )
+        write = FORMATS[arguments.format or _format_of(arguments.output)]
+        text = write(header, [[printable(c) for c in line.cells(differing)] for line in lines])
+        if arguments.differences:
+            text += "\n\n" + write(["runs", "difference in All"], differences(runs))
         if arguments.output is None:
             print(text)
         else:
@@ -257,6 +288,11 @@ def _parser() -> argparse.ArgumentParser:
     beside.add_argument("--table", help="the paper's rows of this table: a number (9 to 14), a name or a path")
     beside.add_argument("--no-paper", action="store_true", help="without the paper's row of the runs' own settings")
     parser.add_argument("--row", help="of --table, this row alone, such as 'ResNet-50, PaCo'")
+    parser.add_argument(
+        "--differences",
+        action="store_true",
+        help="add each line's difference in All from the first line, with its 95 %% bootstrap interval",
+    )
     parser.add_argument("--format", choices=FORMATS, help="by the ending of --output (.csv, .tex); markdown otherwise")
     parser.add_argument("--output", type=Path, help="file to write; standard output by default")
     return parser

@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from rich.table import Table
 
 from paco_ds.command import Screen
 from paco_ds.evaluation.groups import GROUPS
 from paco_ds.files import replace_text
+from paco_ds.paper.intervals import Correct, Difference, paired_difference
 from paco_ds.report import charts
 from paco_ds.report.page import render
 
@@ -25,13 +27,14 @@ ALIASES = {"ce": "cross_entropy"}
 
 @dataclass(frozen=True)
 class SeedResult:
-    """Top-1 accuracies of one run as fractions; None for a shot without classes."""
+    """Top-1 accuracies of one run as fractions, None for a shot without classes; which images were right, if known."""
 
     seed: int
     many: float | None
     medium: float | None
     few: float | None
     all: float
+    correct: Correct | None = None
 
     def group(self, name: str) -> float | None:
         """The figure of many, medium, few or all."""
@@ -124,13 +127,20 @@ def write_comparison(
             "chart": charts.inline(figure(), "comparison", f"{title}: every seed and the mean of each method"),
         },
     )
-    figures = {"title": title, "rows": [asdict(row) for row in rows], "sentences": sentences}
+    figures = {"title": title, "rows": [_as_json(row) for row in rows], "sentences": sentences}
     for path, text in (
         (path_html, page),
         (path_html.with_suffix(".json"), json.dumps(figures, indent=2) + "\n"),
     ):
         replace_text(path, text)
     return sentences
+
+
+def _as_json(row: MethodResults) -> dict[str, Any]:
+    found = asdict(row)
+    for seed in found["seeds"]:
+        seed.pop("correct")
+    return found
 
 
 def verdicts(rows: Sequence[MethodResults]) -> list[str]:
@@ -167,10 +177,20 @@ def _verdict(ours: MethodResults, rival: MethodResults) -> str:
     start = f"{place}{ours.name}'s mean All is {here:.1f} %, {side} {rival.name}'s {there:.1f} %"
     if min(len(mine), len(theirs)) < 2:
         return f"{start}; with a single seed the spread is unknown, so this is not conclusive."
+    if (interval := _interval(ours, rival)) is not None:
+        start += f" ({interval})"
     spread = round(max(max(values) - min(values) for values in (mine, theirs)), 1)
     if abs(gap) > spread:
         return f"{start}; the gap exceeds the seeds' spread of {spread:.1f} points."
     return f"{start}; the gap is within the seeds' spread of {spread:.1f} points: neither is shown to be better."
+
+
+def _interval(ours: MethodResults, rival: MethodResults) -> Difference | None:
+    """Of the difference in All, if all runs say which images were right and there are common seeds."""
+    mine, theirs = ({s.seed: s.correct for s in row.seeds if s.correct is not None} for row in (ours, rival))
+    if len(mine) < len(ours.seeds) or len(theirs) < len(rival.seeds) or not mine.keys() & theirs.keys():
+        return None
+    return paired_difference(mine, theirs)
 
 
 def _table(rows: Sequence[MethodResults], title: str) -> Table:

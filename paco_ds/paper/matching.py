@@ -13,7 +13,11 @@ from paco_ds.paper.tables import Row, load_table
 # what a run may have otherwise than the paper and still be beside it: a seed, other ranks, other names of the splits
 FREE = frozenset({"seed", "step.micro_batch", "step.micro_batches", "data.train_split", *JUDGED_BY})
 # key of metrics.json: option of a row's `evaluate`
-CORRECTIONS = {"tau_normalization": "--tau-normalize", "logit_adjustment": "--logit-adjust"}
+CORRECTIONS = {
+    "tau_normalization": "--tau-normalize",
+    "logit_adjustment": "--logit-adjust",
+    "aggregation": "--aggregate-experts",
+}
 
 
 @cache

@@ -151,10 +151,13 @@ class Job:
 
     def read(self) -> SeedResult:
         """Its top-1 accuracies; raises as `figures` does."""
+        from paco_ds.evaluation.correctness import KEY, unpacked
         from paco_ds.paper.comparison import SeedResult
 
         figures = self.figures()
-        return SeedResult(seed=self.seed, **{name: figures[name] for name in ("many", "medium", "few", "all")})
+        correct = unpacked(figures, self.name) if KEY in figures else None  # not of versions before it was kept
+        accuracies = {name: figures[name] for name in ("many", "medium", "few", "all")}
+        return SeedResult(seed=self.seed, **accuracies, correct=correct)
 
     def keep_result(self) -> None:
         """Keep the result of the finished run, with --keep."""

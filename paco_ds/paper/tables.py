@@ -58,6 +58,9 @@ class Row(Section):
     after: str | None = Field(None, description="name of the first stage's row, above, whose run this one starts from")
     drawn: bool = Field(True, description="false: only a first stage, not a row of the drawn table")
     evaluate: tuple[str, ...] = Field((), description="options of evaluate.py that give the row's accuracies")
+    trials: Annotated[int, Field(ge=0)] = Field(
+        0, description="settings of the method that were tried on the validation split before these were chosen"
+    )
     inferred: str | None = Field(None, description="which of its values are neither in the paper nor in its code")
     paper: PaperFigures | None = None
     source: str | None = Field(None, description="where the figures stand, if not in the paper's supplement")

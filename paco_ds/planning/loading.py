@@ -162,7 +162,7 @@ def measure_step(recipe: Recipe, class_counts: Sequence[int], device: torch.devi
     """
     m, size = recipe.step.micro_batch, recipe.views.query.size
     model = build_model(recipe, Classes(class_counts, ())).to(device)
-    forward = Forward(model, make_loss(recipe.loss, class_counts).to(device), keys_from=recipe.keys_from)
+    forward = Forward(model, make_loss(recipe.loss, class_counts).to(device), two_views=recipe.runs_both_views)
     said = autocast_of(read_deepspeed_config(recipe.engine.deepspeed))
     execution = choose(recipe.engine, Hardware.of(device), said)
     choose_kernels(execution)

@@ -101,7 +101,7 @@ def trace_step(recipe: Recipe, class_counts: tuple[int, ...], autocast: bool) ->
         queue = None
         if recipe.keys_from:
             queue = _full_queue(recipe.queue.length, recipe.model.key_dim, len(class_counts))
-        forward = Forward(model, loss, keys_from=recipe.keys_from)
+        forward = Forward(model, loss, two_views=recipe.runs_both_views)
         parts: dict[str, Any] = _run(forward, model, loss, images, queue, recipe.model.experts, autocast)
     return StepTrace(**sizes, **parts)
 

@@ -41,7 +41,8 @@ def _unused(recipe: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"loss.{other}" for other in METHODS if other != name)
     if method is not None:
         if not method.contrastive:
-            yield from ("key_encoder", "queue", "views.key", "loss.contrast_scope", "model.projection_hidden")
+            yield from () if method.uses_both_views else ("views.key",)
+            yield from ("key_encoder", "queue", "loss.contrast_scope", "model.projection_hidden")
             yield from ("model.projection", "model.projection_dim")
         if name not in ("paco", "bcl", "multi_task", "supcon"):  # the forms of the general loss, `losses.paco`
             yield from (f"loss.{key}" for key in _PACO if key != "smoothing" or name not in _ONE_SOFTMAX)

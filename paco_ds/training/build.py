@@ -158,7 +158,7 @@ def build_step(
     return Step(
         engine,
         optimizer,
-        Forward(engine, loss, keys_from=recipe.keys_from, distillation=distillation),
+        Forward(engine, loss, two_views=recipe.runs_both_views, distillation=distillation),
         layout,
         ranks,
         classes.shots,

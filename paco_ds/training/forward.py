@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
@@ -46,8 +45,7 @@ class Forward:
     Args:
         model: the recogniser, or the DeepSpeed engine around it.
         loss: of the method.
-        keys_from: what makes keys. "query_encoder" (GPaCo) runs both views: 2 m rows are anchors, each contrasted with
-            the other 2 m - 1. None for methods without contrast.
+        two_views: the model runs both views (GPaCo, MDCS): 2 m rows are anchors.
         distillation: adds KL to the teacher's logits; for methods that train centers.
     """
 
@@ -56,11 +54,11 @@ class Forward:
         model: Callable[..., ModelOutput],
         loss: Callable[[Anchors], LossOutput],
         *,
-        keys_from: Literal["key_encoder", "query_encoder"] | None = None,
+        two_views: bool = False,
         distillation: Distillation | None = None,
     ) -> None:
         self.model, self.loss = model, loss
-        self.two_views, self.distillation = keys_from == "query_encoder", distillation
+        self.two_views, self.distillation = two_views, distillation
 
     def run_model(self, query: Tensor, key: Tensor | None, labels: Tensor, mix: Mix | None = None) -> ForwardResult:
         """The model's forward.

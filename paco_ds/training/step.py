@@ -179,7 +179,7 @@ class Step:
             own_keys = None if self.contrast is None else self.contrast.keys_of(j, keys, self.layout)
             output = self.forward.run_loss(result, own_keys, snapshot)
             totals.add(output, result.labels)
-            if self.forward.two_views:
+            if self.forward.two_views and self.contrast is not None:
                 second_views.append(result.second_view_rows)
             if micro_batch is micro_batches[-1]:
                 # reduced during the last backward, after which DeepSpeed reduces gradients and steps

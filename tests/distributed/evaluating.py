@@ -12,6 +12,7 @@ from paco_ds.config.load import load_recipe
 from paco_ds.config.recipe import Recipe
 from paco_ds.data.manifest import Manifest, open_data
 from paco_ds.distributed.ranks import Ranks
+from paco_ds.evaluation.aggregation import Aggregated, equal_weights, learn_weights
 from paco_ds.evaluation.choose_tau import choose_tau
 from paco_ds.evaluation.logit_adjustment import LogitAdjusted
 from paco_ds.evaluation.results import write_results
@@ -61,6 +62,15 @@ def scores_of_taus(ranks: Ranks, run: Path, split: str) -> tuple[float, dict[flo
     """What `choose_tau` says on this rank."""
     recipe, manifest, model = _loaded(run, split)
     return choose_tau(model, logits_of_taus(model), _judged(recipe, manifest, split), ranks)
+
+
+def weights_of_experts(ranks: Ranks, run: Path, split: str) -> dict[str, list[float]]:
+    """What evaluate.py --aggregate-experts learns on this rank, by test distribution."""
+    recipe, manifest, model = _loaded(run, split)
+    aggregated = Aggregated(model, False, equal_weights(recipe.model))
+    judged = _judged(recipe, manifest, split)
+    learned = learn_weights(aggregated, judged, recipe.views.key, ranks, recipe.optimizer, recipe.seed)
+    return {name: weights_E.tolist() for name, weights_E in learned.items()}
 
 
 def _judged(recipe: Recipe, manifest: Manifest, split: str) -> EvaluationSplit:

@@ -25,11 +25,14 @@ OVERRIDES = {
     "ride": (*EXPERTS, "loss.ride.reweight_epoch=0", "optimizer.nesterov=true", "model.initialisation=published"),
     "routing": (*EXPERTS, "model.trained=routers", "model.start_from=unused"),
     "balpoe": (*EXPERTS, "step.mixup=0.4", "optimizer.nesterov=true"),
+    "sade": (*EXPERTS, "optimizer.nesterov=true"),
+    "mdcs": (*EXPERTS, "optimizer.nesterov=true", "loss.mdcs.ramp_epochs=0"),
     "bcl": ("key_encoder=none", "queue.length=0"),
     "proco": ("key_encoder=none", "loss.temperature=0.1"),
 }
 STAGES = {m: i % 4 for i, m in enumerate(sorted(METHODS))} | {"bcl": 3, "supcon": 3}
 RESUMED = [m for i, m in enumerate(sorted(METHODS)) if (i + i // 4) % 4 == 3]  # of every four one, at each stage one
+RESUMED += ["mdcs"]  # whose second views no other method without contrast has
 
 
 @pytest.fixture
@@ -129,5 +132,5 @@ def test_a_loss_that_changes_over_training_resumes_bit_equal(pool, striped_shard
 
 @pytest.mark.parametrize("method", [pytest.param(m, id=f"{m}-stage{STAGES[m]}") for m in RESUMED])
 def test_stopped_methods_resume_bit_equal(pool, striped_shards, tmp_path, method):
-    """A quarter of them, stopped in the first epoch: the run without a stop."""
+    """A quarter of them and MDCS, stopped in the first epoch: the run without a stop."""
     assert resumed(pool, striped_shards, tmp_path, STAGES[method], settings_of(method), stops=(3,)) == []

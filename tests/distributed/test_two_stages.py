@@ -214,6 +214,23 @@ def experts(pool, recipe):
     return recipe.parent / "experts"
 
 
+def test_weights_of_experts_are_learned_on_test_images_without_labels(pool, experts, tmp_path):
+    """From the command line, with the accuracy of each simulated test distribution; two ranks learn what one does."""
+    output = tmp_path / "aggregated.json"
+    done = run_command(EVALUATE, f"--run={experts}", f"--output={output}", "--aggregate-experts")
+    assert "weights of the experts, learned on test without labels: 0." in done.stdout
+    results, plain = json.loads(output.read_text()), json.loads((experts / "metrics.json").read_text())
+    assert results["aggregation"] == "prediction stability"
+    assert results["test_agnostic"].keys() == plain["test_agnostic"].keys()
+    learned = results["expert_weights"]
+    assert all(sum(weights) == pytest.approx(1) for weights in learned.values())
+    assert max(abs(weight - 1 / 3) for weight in learned["as it is"]) > 1e-4
+    for world_size in (1, 2):
+        arguments = {"run": experts, "split": "test"}
+        for of_rank in pool(world_size).run("tests.distributed.evaluating:weights_of_experts", **arguments):
+            assert of_rank == {name: pytest.approx(weights, abs=1e-6) for name, weights in learned.items()}
+
+
 def routing(experts, stage=1):
     zero = f"engine.deepspeed={experts.parent / f'zero{stage}.json'}"
     return (*EXPERTS, *ROUTERS, f"model.start_from={experts}", zero)

@@ -46,7 +46,7 @@ def logits(experts: int | None = None, scale: float = 3.0) -> torch.Tensor:
     return (scale * rows(*shape, seed=2)).requires_grad_()
 
 
-OF_EXPERTS = ("ride", "routing", "balpoe")
+OF_EXPERTS = ("ride", "routing", "balpoe", "sade", "mdcs")
 
 
 def further(method: str) -> dict[str, torch.Tensor]:
@@ -463,8 +463,8 @@ class TestProCo:
 def test_gradcheck(method):
     """The gradient of every method is that of its value, by finite differences."""
     experts = EXPERTS if method in OF_EXPERTS else None
-    # the smoothness of RIDE's loss in the mean of experts is not its gradient's business: none flows there
-    sections = {"ride": {"diversity": 0.0, "reweight_epoch": 0}} if method == "ride" else {}
+    # no gradient flows into the mean of RIDE's experts and into MDCS's teacher, which its value depends on
+    sections = {"ride": {"diversity": 0.0, "reweight_epoch": 0}, "mdcs": {"weight": 0.0}}
     loss, v = loss_of(method, epoch=5, **sections, ldam={"drw_epoch": 1}), Views()
     more = further(method)
     inputs = [logits(experts), v.q, *(tensor.requires_grad_() for tensor in more.values())]
@@ -489,14 +489,14 @@ def test_is_float32_under_autocast(method):
     assert half.item() == pytest.approx(whole.item(), rel=0.02)
 
 
-@pytest.mark.parametrize("method", ["bcl", "multi_task", "proco", "ride", "routing", "supcon"])
+@pytest.mark.parametrize("method", ["bcl", "mdcs", "multi_task", "proco", "ride", "routing", "sade", "supcon"])
 def test_can_be_planned_on_fake_tensors(method):
     """No method looks at numbers where the planner has none, and its parts are counted."""
-    experts = ("model.experts=2", "model.centers=cosine") if method in OF_EXPERTS else ()
+    experts = ("model.experts=3", "model.centers=cosine") if method in OF_EXPERTS else ()
     if method == "routing":
         experts = (*experts, "model.trained=routers", "model.start_from=unused")
     trace = trace_step(tiny_recipe(f"loss.method={method}", *experts), tuple(COUNTS), autocast=False)
-    assert trace.loss_parts == (0 if method == "supcon" else 2)
+    assert trace.loss_parts == {"supcon": 0, "sade": 3}.get(method, 2)
     assert trace.peak > 0
 
 
@@ -531,10 +531,10 @@ class TestBadInput:
         with pytest.raises(RecipeError, match=r"ldam needs the training images of every class.*manifest"):
             make_loss(LossSettings(method="ldam"), counts)
 
-    @pytest.mark.parametrize("method", ["focal", "ldam", "ride", "balpoe"])
+    @pytest.mark.parametrize("method", ["focal", "ldam", "ride", "balpoe", "sade", "mdcs"])
     def test_logits_of_another_number_of_classes(self, method):
         """Named with both numbers."""
-        shape = (EXPERTS, BATCH, 4) if method in ("ride", "balpoe") else (BATCH, 4)
+        shape = (EXPERTS, BATCH, 4) if method in OF_EXPERTS else (BATCH, 4)
         with pytest.raises(ValueError, match="4 center logits, but 5 classes"):
             loss_of(method)(Anchors(Y, torch.zeros(shape)))
 

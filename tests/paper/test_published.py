@@ -19,6 +19,20 @@ from paco_ds.paper.tables import SMALL_RECIPES, load_table
 ROOT = Path(__file__).resolve().parents[2]
 LISTED = r"^\| `(\w+)` \| .* \| (\d+) \| (\d+) \| (\d+) \|$"
 RIDE = {"loss.ride.reweight_epoch": 320, "optimizer.nesterov": True, "optimizer.weight_decay": 2e-4}
+SADE = {
+    "model.centers": "cosine",
+    "model.centers_scale": 30.0,
+    "model.experts": 3,
+    "model.expert_width": "reduced",
+    "optimizer.nesterov": True,
+}
+MDCS = SADE | {
+    "loss.mdcs.taus": (-0.5, 1.0, 2.5),
+    "loss.mdcs.weight": 0.6,
+    "loss.mdcs.ramp_epochs": 20,
+    "optimizer.weight_decay": 5e-4,
+    "schedule.epochs": 400,
+}
 BALPOE = {
     "model.centers": "cosine",
     "model.centers_scale": 30.0,
@@ -60,6 +74,22 @@ PUBLISHED = {
     "balpoe_imagenet_lt_resnext50": BALPOE | {"taus": [0, 1.25, 2.5], "step.mixup": 0.3, "step.global_batch": 64},
     "balpoe_inaturalist2018_resnet50": BALPOE
     | {"taus": [-1, 1, 3], "step.mixup": 0.2, "lr": 0.2, "step.global_batch": 512},
+    # SADE: configs/config_*_sade.json; tau, batch, lr, epochs; views of test_training_*.py
+    "sade_imagenet_lt_resnext50": SADE
+    | {"loss.sade.tau": 2, "lr": 0.025, "step.global_batch": 64, "schedule.epochs": 180, "schedule.warmup_epochs": 0}
+    | {"optimizer.weight_decay": 5e-4, "views.query.name": "regular", "views.key.name": "mocov2"},
+    "sade_inaturalist2018_resnet50": SADE
+    | {"loss.sade.tau": 1, "lr": 0.2, "step.global_batch": 512, "schedule.epochs": 100, "schedule.milestones": (60, 80)}
+    | {"views.query.jitter": 0, "views.key.area": (0.08, 1.0)}
+    | {"optimizer.weight_decay": 2e-4, "schedule.warmup_epochs": 5, "schedule.warmup_overshoot": False},
+    "sade_cifar100_lt_resnet32": SADE
+    | {"loss.sade.tau": 2, "lr": 0.1, "step.global_batch": 128, "schedule.epochs": 200}
+    | {"schedule.milestones": (160, 180), "schedule.warmup_epochs": 5, "schedule.warmup_overshoot": False},
+    # MDCS: configs/*_mdcs*.json; powers of the counts, weight and `warmup` of MDCSLoss in model/loss.py
+    "mdcs_imagenet_lt_resnext50": MDCS
+    | {"step.global_batch": 256, "lr": 0.1, "schedule.warmup_epochs": 0, "views.key.name": "randcls"},
+    "mdcs_cifar100_lt_resnet32": MDCS
+    | {"step.global_batch": 64, "lr": 0.1, "schedule.milestones": (200, 320, 380), "schedule.warmup_epochs": 10},
     # BCL: README's commands, defaults of main.py; ProCo: sh/*.sh, defaults of ProCo/main.py
     "bcl_imagenet_lt_resnet50": CONTRAST | {"lr": 0.1, "schedule.epochs": 90, "loss.bcl.contrast_weight": 0.35},
     "bcl_inaturalist2018_resnet50": CONTRAST | {"lr": 0.2, "schedule.epochs": 100, "optimizer.weight_decay": 1e-4},
@@ -199,6 +229,41 @@ def test_the_share_is_of_the_epochs_that_are_trained():
     key = "loss.ride.reweight_epoch"
     assert value(table.resolve(row, None, ("schedule.epochs=50",)), key) == 40
     assert value(table.resolve(row, None, (f"{key}=7",)), key) == 7
+
+
+@pytest.mark.parametrize(("name", "epochs"), [("methods", 26), ("trials", 26), ("glyphs", 12)])
+def test_methods_are_compared_with_an_equal_budget_of_steps(name, epochs):
+    """The same images, batch and epochs for every row; those of a second stage with those of its first."""
+    table, budgets, same = load_table(name), set(), set()
+    for row in table.rows:
+        if row.drawn:
+            stages = [stage for stage in (table.first_stage(row), row) if stage is not None]
+            recipes = [table.resolve(s, None, ("model.start_from=FIRST",) if s.after else ()) for s in stages]
+            budgets.add(sum(recipe.schedule.epochs for recipe in recipes))
+            same |= {(recipe.step.global_batch, recipe.data.shards) for recipe in recipes}
+    assert budgets == {epochs}
+    assert [batch for batch, _ in same] == [64]
+
+
+def test_every_method_is_tried_with_three_learning_rates_on_validation():
+    """But what shares those of its kin; second stages, from the same first stage."""
+    methods, trials = load_table("methods"), load_table("trials")
+    tried: dict[str, set[float]] = {}
+    for row in trials.rows:
+        if row.drawn:
+            name, _, lr = row.name.rpartition(", lr ")
+            recipe = trials.resolve(row, None, ("model.start_from=FIRST",) if row.after else ())
+            assert recipe.optimizer.lr == float(lr)
+            assert row.evaluate == ("--split", "val")
+            tried.setdefault(name, set()).add(float(lr))
+            (of_methods,) = (each for each in methods.rows if each.name == name)
+            assert {s for s in row.set if "optimizer.lr" not in s} == {
+                s for s in of_methods.set if "optimizer.lr" not in s
+            }
+    assert set(map(frozenset, tried.values())) == {frozenset({0.05, 0.1, 0.2})}
+    shared = {"CE, tau-normalised", "RIDE, 1 expert", "RIDE, 2 experts", "RIDE, 3 experts, routed"}
+    shared |= {"SADE, 3 experts, aggregated", "PaCo without center rebalance"}
+    assert {row.name for row in methods.rows if row.drawn} - set(tried) == shared
 
 
 # --fp16 of PaCo's and GPaCo's sh/; engine_finetune_paco.py has torch.cuda.amp

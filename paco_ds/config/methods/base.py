@@ -24,6 +24,7 @@ class Method(Section):
             share, class counts, class names) to build the loss; see `paco_ds.losses.make_loss`.
         contrastive: queries are contrasted with other views: the run makes a second view of each image, a projection
             and a queue.
+        uses_both_views: the loss is of both views of each image, run by one encoder, without contrast.
         trains_centers: False where centers keep their weights: of a first stage, or of experts that routers choose
             from.
         uses_prototypes: centers take part in the contrast through a projection of their own.
@@ -38,6 +39,7 @@ class Method(Section):
     name: ClassVar[str]
     loss: ClassVar[str | Callable[..., Any]]
     contrastive: ClassVar[bool] = False
+    uses_both_views: ClassVar[bool] = False
     trains_centers: ClassVar[bool] = True
     uses_prototypes: ClassVar[bool] = False
     uses_routers: ClassVar[bool] = False

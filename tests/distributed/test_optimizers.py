@@ -150,8 +150,8 @@ def test_states_of_lars_and_muon_go_in_and_out(pool, name):
         (3, "keys", None),
         (0, "outlier", None),
         (2, "outlier", None),
-        (1, "gradient", OFFLOAD),
-        (3, "gradient", OFFLOAD),
+        pytest.param(1, "gradient", OFFLOAD, marks=pytest.mark.soak),
+        pytest.param(3, "gradient", OFFLOAD, marks=pytest.mark.soak),
     ],
 )
 def test_a_step_that_is_refused_changes_nothing(pool, stage, fault, zero):
@@ -202,7 +202,7 @@ def train(pool, recipe, run, world_size, stage, stop, *overrides):
     return checkpoint.model() | {f"optimizer.{name}": state for name, state in checkpoint.optimizer().items()}
 
 
-@pytest.mark.parametrize("stage", [0, 1, pytest.param(2, marks=pytest.mark.soak), 3])
+@pytest.mark.parametrize("stage", [*(pytest.param(s, marks=pytest.mark.soak) for s in (0, 1, 2)), 3])
 def test_a_resumed_run_is_bit_equal_on_the_same_ranks(pool, recipe, tmp_path, stage):
     """Weights, means and number of steps, stopped in mid-epoch."""
     straight = train(pool, recipe, tmp_path / "straight", 2, stage, 4)
@@ -274,7 +274,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused_by_name(pool, recipe, tmp_
         train(pool, recipe, run, 1, 0, 2, *others)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_the_plan_of_a_vit_with_adamw_is_within_15_percent(pool, world_size):
     """ZeRO-1, a ViT of 5 million weights in groups by depth. Its smallest activations are of over a MiB,
     which the allocator gives back when they are freed."""

@@ -74,7 +74,10 @@ NOT_PUBLISHED = (
 
 @pytest.mark.parametrize(
     ("stage", "overrides"),
-    [pytest.param(3, ONE_ENCODER, id="one encoder"), pytest.param(2, NOT_PUBLISHED, id="schedule and scope")],
+    [
+        pytest.param(3, ONE_ENCODER, id="one encoder", marks=pytest.mark.soak),
+        pytest.param(2, NOT_PUBLISHED, id="schedule and scope"),
+    ],
 )
 def test_other_key_encoders_resume_bit_equal_with_an_offloaded_optimizer(pool, recipe, tmp_path, stage, overrides):
     """GPaCo; momentum as a function of the step; keys of the global batch. The momentum buffers lie on the host."""

@@ -232,8 +232,8 @@ def test_our_own_folder_for_the_hub_is_read_back_by_timm_and_by_us(tmp_path):
     recipe = tiny_recipe(*of("vit"), "loss.method=balanced_softmax")
     model = drawn(model_of(recipe, 3)).eval()
     predictor = Predictor(model, recipe.model.backbone, "abc", recipe.views.evaluation, 10**6, 4, False)
-    for to in ("hf", "timm", "safetensors", "torch-export"):
-        export(predictor, to, tmp_path / to)
+    for to, name in (("hf", "hf"), ("timm", "timm"), ("safetensors", "safetensors"), ("torch-export", "vit.pt2")):
+        export(predictor, to, tmp_path / name)
     back = timm.create_model(f"local-dir:{tmp_path / 'hf'}", pretrained=True).eval()
     with torch.no_grad():
         torch.testing.assert_close(back(images()), model.centers(model.query_encoder.backbone(images())))

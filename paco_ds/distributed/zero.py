@@ -31,12 +31,14 @@ def stage_of(engine: Any) -> int:
 def whole_model(engine: Any, leave_out: Callable[[str], bool] = lambda name: False) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of every weight, float32, and buffer; a collective: all ranks must iterate over it.
 
+    Tables that a network makes itself, such as the positions in a window of Swin, are no part of its state dict, nor of
+    this. Buffers, and at stage 0 weights too, are those that training changes: copy what is to be kept.
+
     Args:
         leave_out: asked for the name of each weight, the same on all ranks.
-
-    Buffers, and at stage 0 weights too, are those that training changes: copy what is to be kept.
     """
-    yield from engine.module.named_buffers()
+    kept = engine.module.state_dict(keep_vars=True).keys()
+    yield from ((name, buffer) for name, buffer in engine.module.named_buffers() if name in kept)
     for name, parameter in engine.module.named_parameters():
         if leave_out(name):
             continue

@@ -53,6 +53,7 @@ def test_two_ranks_take_the_steps_of_one(pool, family, method, stage):
     two = steps(pool, 2, stage, *settings)
     check(two, steps(pool, 1, 0, *settings), FLOAT32)
     assert two.skipped == [None, None]
+    assert two.after.keys() == model_of(tiny_recipe(*SMALL, *settings), 4).state_dict().keys()  # what a resume asks for
     assert not all(torch.equal(two.after[name], before) for name, before in two.before.items())
 
 

@@ -21,7 +21,8 @@ METHODS = {
     "balanced": ("loss.method=balanced_softmax",),
     "experts": ("loss.method=ride", "model.experts=2", "model.centers=cosine"),
 }
-COMPILED = {"loss": 1e-4, "update": 1e-2}
+# sums in another order: EfficientNet's first update is 4e-5 off, and BatchNorm over four images makes more of it
+REORDERED = {"loss": 1e-3, "update": 1e-2}
 BRANCHING = ("vit", "deit3", "dinov2", "swin", "convnext")
 
 
@@ -84,10 +85,10 @@ def test_stochastic_depth_is_drawn_by_micro_batch(pool):
     ],
 )
 def test_how_a_network_is_run_leaves_its_steps(pool, family, setting, stage):
-    """Recomputed, in another memory format, compiled (whose sums run in another order): to rounding, on two ranks."""
+    """Recomputed, in another memory format, compiled: to rounding, on two ranks."""
     settings = (*of(family), *METHODS["paco"])
     fast = steps(pool, 2, stage, *settings, f"engine.{setting}=true")
-    check(fast, steps(pool, 2, 0, *settings), COMPILED if setting == "compile" else FLOAT32)
+    check(fast, steps(pool, 2, 0, *settings), FLOAT32 if setting == "activation_checkpointing" else REORDERED)
 
 
 def test_a_run_from_pretrained_weights_says_what_it_took_and_resumes(pool, striped_shards, tmp_path):

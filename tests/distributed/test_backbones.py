@@ -21,13 +21,11 @@ METHODS = {
     "balanced": ("loss.method=balanced_softmax",),
     "experts": ("loss.method=ride", "model.experts=2", "model.centers=cosine"),
 }
-# sums in another order: EfficientNet's first update is 4e-5 off, and BatchNorm over four images makes more of it
-REORDERED = {"loss": 1e-3, "update": 1e-2}
 BRANCHING = ("vit", "deit3", "dinov2", "swin", "convnext")
 
 
-def steps(pool, world_size, stage, *overrides):
-    return pool(world_size).run(STEP, stage=stage, steps=2, overrides=(*SMALL, *overrides))[0]
+def steps(pool, world_size, stage, *overrides, number=2):
+    return pool(world_size).run(STEP, stage=stage, steps=number, overrides=(*SMALL, *overrides))[0]
 
 
 @pytest.mark.parametrize(
@@ -85,10 +83,11 @@ def test_stochastic_depth_is_drawn_by_micro_batch(pool):
     ],
 )
 def test_how_a_network_is_run_leaves_its_steps(pool, family, setting, stage):
-    """Recomputed, in another memory format, compiled: to rounding, on two ranks."""
-    settings = (*of(family), *METHODS["paco"])
-    fast = steps(pool, 2, stage, *settings, f"engine.{setting}=true")
-    check(fast, steps(pool, 2, 0, *settings), FLOAT32 if setting == "activation_checkpointing" else REORDERED)
+    """Recomputed, in another memory format, compiled: to rounding, on two ranks. The last two add in another order,
+    and BatchNorm over four images makes more of that in a second step, so they take one."""
+    settings, number = (*of(family), *METHODS["paco"]), 2 if setting == "activation_checkpointing" else 1
+    fast = steps(pool, 2, stage, *settings, f"engine.{setting}=true", number=number)
+    check(fast, steps(pool, 2, 0, *settings, number=number), FLOAT32)
 
 
 def test_a_run_from_pretrained_weights_says_what_it_took_and_resumes(pool, striped_shards, tmp_path):

@@ -65,7 +65,7 @@ def test_takes_the_published_steps(lr, weight_decay):
 
 
 def test_distributions_learn_side_by_side_as_alone():
-    """Each with its own optimizer's state; an image of a class without a share counts for nothing."""
+    """Each with its own optimizer's state; an image of a class without a share does not count."""
     uniform, head = torch.ones(CLASSES), torch.tensor([1.0, 0.5, 0.1, 0.0, 0.0])
     together, alone = learner(uniform, head), (learner(uniform), learner(head))
     for step in range(STEPS):

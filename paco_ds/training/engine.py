@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from paco_ds.config.engine import EngineSettings
 from paco_ds.config.optimizer import OptimizerSettings
 from paco_ds.config.parse import brief, read_json
@@ -19,6 +21,7 @@ from paco_ds.distributed.load_deepspeed import compiler, deepspeed
 from paco_ds.distributed.ranks import MicroBatchLayout, Ranks
 from paco_ds.distributed.zero import begin_states
 from paco_ds.errors import RecipeError, UserError
+from paco_ds.models.compile_cache import mend_compile_cache
 from paco_ds.models.execution import Hardware, choose, choose_kernels, prepare
 from paco_ds.models.recogniser import Recogniser
 from paco_ds.training.guarded import GuardedOptimizer
@@ -257,12 +260,14 @@ def initialise(
         config: of DeepSpeed, see :func:`read_deepspeed_config`; `execution.precision` decides about autocast.
 
     Raises:
-        RecipeError: see `check_stage`, and `prepare`.
+        RecipeError: see `check_stage`, `prepare`, and `mend_compile_cache`.
     """
     stage = stage_in(config)
     check_stage(settings, stage)
     choose_kernels(execution)
     prepare(model, execution, stage)
+    if execution.compile and not torch.cuda.is_available():
+        mend_compile_cache()
     optimizer = make_optimizer(model, settings, lr, whole=stage == 0)
     complete = {
         **{key: value for key, value in config.items() if key != "torch_autocast"},

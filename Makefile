@@ -47,7 +47,7 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 soak: $(INSTALLED) $(SHARDS)
-	$(BIN)/python -m pytest -m soak tests
+	$(BIN)/python tools/soak.py
 	cp runs/soak.md docs/soak.md
 
 same: $(INSTALLED)

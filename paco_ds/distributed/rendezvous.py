@@ -41,6 +41,14 @@ def listen_for_ranks(port: int, world_size: int) -> socket.socket:
     return listen(port, backlog=backlog)
 
 
+def key_of_this_start() -> str:
+    """The key in the store under which rank 0 says where it listens. A store that torchrun keeps has those of earlier
+    starts too; where it makes one for each start, its agents count starts apart: one that lost no rank itself has
+    not counted."""
+    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return f"paco_ds/rank_watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0) if kept else 0}"
+
+
 def store_of_the_job(rank: int, world_size: int) -> TCPStore:
     """The store of the job, shared with torch's process group: a process has one server per port.
 

@@ -44,7 +44,7 @@ from paco_ds.distributed.last_words import (
 from paco_ds.distributed.launch import environment_ranks
 from paco_ds.distributed.link import KEEPALIVE_IDLE, Link, Message
 from paco_ds.distributed.listener import Listener, allow_open_files
-from paco_ds.distributed.rendezvous import listen_for_ranks, start_timeout, store_of_the_job
+from paco_ds.distributed.rendezvous import key_of_this_start, listen_for_ranks, start_timeout, store_of_the_job
 from paco_ds.errors import HANG, RESUMABLE, UserError, printable
 
 SETTLE = 1.0  # seconds to collect the ranks of one host, which die one after another, into one message
@@ -53,7 +53,6 @@ GRACE = 5.0  # seconds for a rank to exit after it learned of the end of the job
 PATIENCE = 60.0  # seconds between messages about ranks that have not connected
 STRANGERS = 64  # connections that have not shown the token, beside those of awaited ranks
 INTRODUCTION = 10.0  # seconds for showing it
-_KEY = "paco_ds/rank_watchdog/{}"  # key in the store, which outlives a restart by torchrun: port, token, host of rank 0
 _MOST_TEXT = 8000  # characters of a message: far below a link's limit, however JSON writes them
 
 
@@ -134,7 +133,7 @@ class RankWatchdog:
     def _connect(self) -> None:
         """Rank 0 listens; the others find its port and the job's token in the store, connect, and show the token."""
         self._store = store_of_the_job(self.rank, self.world_size)
-        key = _KEY.format(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        key = key_of_this_start()
         if self.rank == 0:
             server = listen_for_ranks(0, self.world_size)
             self._listener = Listener(server, self._selector, Link, STRANGERS + self.world_size, INTRODUCTION)

@@ -256,6 +256,18 @@ def test_all_ranks_are_on_one_host_if_the_launcher_or_the_address_says_so(monkey
     assert rendezvous.on_one_host() == alone
 
 
+def test_ranks_find_each_other_however_often_their_agents_have_restarted(monkeypatch):
+    """torchrun's agents count restarts apart, which matters only where the store has entries of earlier ones."""
+
+    def key(count, kept):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(kept))
+        return rendezvous.key_of_this_start()
+
+    assert key(0, kept=False) == key(1, kept=False)
+    assert key(0, kept=True) != key(1, kept=True)
+
+
 def test_ranks_that_do_not_come_are_named(monkeypatch):
     """First while they are waited for, then as the reason for which the job ends."""
     said, wait_for_all = [], RankWatchdog._wait_for_all

@@ -93,13 +93,16 @@ class Host:
         for pid in self.processes():
             with suppress(OSError):
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-                if any(w.endswith(script.encode()) for w in words) and b"deepspeed.launcher.launch" not in words:
-                    found += [pid] if any(w.startswith(b"--local_rank") for w in words[:4]) else []
+                found += [pid] if any(word.endswith(script.encode()) for word in words[1:3]) else []  # python -u SCRIPT
         return found
 
     def cut_off(self) -> None:
         """Pull the network cable."""
         _ip("link", "set", self.outside, "down")
+
+    def plug_in(self) -> None:
+        """Put the network cable back."""
+        _ip("link", "set", self.outside, "up")
 
 
 class TwoHosts:

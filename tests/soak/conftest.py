@@ -1,40 +1,23 @@
-"""The record of a soak: what was run and what came out, in runs/soak.md; `make soak` puts a whole one into docs/."""
+"""The record of a soak: what was run and what came out, a line of runs/soak/rows.jsonl each; see tools/soak.py."""
 
 from __future__ import annotations
 
-import os
-import platform
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from paco_ds.evaluation.results import now, versions
-
-ROOT = Path(__file__).parents[2]
+ROWS = Path(__file__).parents[2] / "runs" / "soak" / "rows.jsonl"
 
 
 @pytest.fixture(scope="session")
-def record() -> Iterator[Callable[[str, str, bool], None]]:
-    """`record(what, figure, holds)`: one line of the table in runs/soak.md, which is written anew with each: a soak
-    that was cut off leaves what it has seen, and says that it did not end."""
-    lines: list[tuple[str, str, bool]] = []
-    started = now()
+def record() -> Callable[[str, str, bool], None]:
+    """`record(what, figure, holds)`: one line of the table. A soak that was cut off leaves what it has seen."""
+    ROWS.parent.mkdir(parents=True, exist_ok=True)
 
     def add(what: str, figure: str, holds: bool) -> None:
-        lines.append((what, figure, holds))
-        _write(lines, started, f"not ended by {now()}")
+        with ROWS.open("a", encoding="utf-8") as file:  # several tests run at a time: one write a line
+            file.write(json.dumps({"what": what, "figure": figure, "holds": bool(holds)}) + "\n")
 
-    yield add
-    _write(lines, started, f"ended {now()}")
-
-
-def _write(lines: list[tuple[str, str, bool]], started: str, ended: str) -> None:
-    found = ", ".join(f"{name} {version}" for name, version in versions().items())
-    rows = "\n".join(f"| {what} | {figure} | {'yes' if holds else '**no**'} |" for what, figure, holds in lines)
-    path = ROOT / "runs" / "soak.md"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(
-        f"# Last soak\n\nWritten by `make soak`; started {started}, {ended}, {os.cpu_count()} cores "
-        f"({platform.machine()}), {found}.\n\n| what | figure | holds |\n|---|---|---|\n{rows}\n"
-    )
+    return add

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import psutil
 
+from tests.multinode.hosts import free_port
 from tests.multinode.training import TRAIN, write_recipe
 
 DEEPSPEED = Path(sys.executable).with_name("deepspeed")
@@ -22,11 +22,10 @@ class Launched:
     def __init__(self, folder: Path, shards: Path, *overrides: str, stage: int = 1) -> None:
         self.run = folder / "run"
         config = write_recipe(folder, shards, epochs=2000, stage=stage)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        command = [DEEPSPEED, "--num_gpus", 2, "--master_port", self.port, TRAIN, "--config", config]
-        command += ["--output", self.run, *(f"--set={override}" for override in overrides)]
+        self.metrics_port = free_port()  # of rank 0; the other has the next
+        command = [DEEPSPEED, "--num_gpus", 2, "--master_port", free_port(), TRAIN, "--config", config]
+        command += ["--output", self.run, f"--set=metrics.port={self.metrics_port}"]
+        command += [f"--set={override}" for override in overrides]
         self._output = folder / "output.txt"
         with self._output.open("w") as output:
             self.process = subprocess.Popen(

@@ -28,6 +28,7 @@ QUICK = {
 
 
 @pytest.mark.soak
+@pytest.mark.alone
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", QUICK)
 def test_bench_runs_to_its_end(name, record):

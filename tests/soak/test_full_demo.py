@@ -12,7 +12,7 @@ import pytest
 
 from paco_ds.metrics.log import read
 
-pytestmark = [pytest.mark.soak, pytest.mark.timeout(3 * 3600)]
+pytestmark = [pytest.mark.soak, pytest.mark.alone, pytest.mark.timeout(3 * 3600)]
 ROOT = Path(__file__).parents[2]
 
 

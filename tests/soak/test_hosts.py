@@ -78,6 +78,26 @@ def _environment(two_hosts):
     return {**os.environ, "PATH": path, "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
 
 
+def test_a_kept_job_goes_on_when_the_link_is_back(two_hosts, striped_shards, pool, record):
+    """Both hosts are needed: starts fail until the cable is back. The losses are those of an undisturbed run."""
+    folder, run, epochs = two_hosts.folder, two_hosts.folder / "run", 40
+    two_hosts.set_environment(GLOO_SOCKET_IFNAME="eth0", DEEPSPEED_TIMEOUT="1")  # minutes that a start waits for a host
+    config = write_recipe(folder, striped_shards, epochs=epochs)
+    launch = ("deepspeed", "--hostfile", "hosts", TRAIN, "--config", config, "--output", "run", "--expect-ranks", 2)
+    keeper = (sys.executable, ROOT / "tools" / "keep_running.py", "--restarts", 10, "--", *launch)
+    job = Job(two_hosts.hosts[0].inside(*keeper), folder, _environment(two_hosts))
+    job.wait_until(lambda: len(steps(run)) > CHECKPOINT_EVERY, seconds=240)
+    two_hosts.hosts[1].cut_off()
+    job.wait_until(lambda: "restart 2 in" in job.said, seconds=300)
+    host, before = two_hosts.hosts[1], len(steps(run))
+    assert f"rank 1 on host {host.name} ({host.address}) was lost: its host does not answer" in job.said, job.said
+    host.plug_in()
+    assert job.wait(seconds=600) == 0, job.said
+    pool(2).run("tests.distributed.training:train", recipe=config, run=folder / "local")
+    assert steps(run) == steps(folder / "local")
+    record(f"a link cut at step {before} of {epochs * STEPS_PER_EPOCH} and put back: losses", "bit-equal", True)
+
+
 def test_a_kept_elastic_job_goes_on_with_the_host_that_is_left(two_hosts, striped_shards, record):
     """Its cable is pulled; the ranks that are left can share a step."""
     folder, run = two_hosts.folder, two_hosts.folder / "run"
@@ -91,3 +111,26 @@ def test_a_kept_elastic_job_goes_on_with_the_host_that_is_left(two_hosts, stripe
     assert (run / "hosts").read_text() == "10.77.0.1 slots=1\n"
     assert len(steps(run)) == 40 * STEPS_PER_EPOCH
     record("a host vanishes from a kept elastic job: goes on with the other", f"{len(steps(run))} steps", True)
+
+
+def test_torchrun_starts_the_ranks_of_two_hosts_again(two_hosts, striped_shards, pool, record, monkeypatch):
+    """One of them is killed. Each round has a store of its own: agents count restarts apart, and a kept store has the
+    addresses of the ranks of before."""
+    folder, run, epochs = two_hosts.folder, two_hosts.folder / "run", 40
+    config = write_recipe(folder, striped_shards, epochs=epochs)
+    jobs = []
+    for number, host in enumerate(two_hosts.hosts):
+        words = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2:4", "--nproc-per-node=1"]
+        words += ["--max-restarts=3", "--rdzv-backend=c10d", f"--rdzv-endpoint={two_hosts.hosts[0].address}:29400"]
+        words += [f"--rdzv-conf=last_call_timeout=3,is_host={1 - number}"]  # their names are in no name server
+        words += [f"--local-addr={host.address}", TRAIN, "--config", config, "--output", "run", "--expect-ranks", 2]
+        environment = _environment(two_hosts) | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        jobs.append(Job(host.inside(*words), folder, environment))
+    jobs[0].wait_until(lambda: len(steps(run)) > CHECKPOINT_EVERY, seconds=240)
+    (victim,) = two_hosts.hosts[1].ranks("train.py")
+    os.kill(victim, signal.SIGKILL)
+    for job in jobs:
+        assert job.wait(seconds=600) == 0, "\n".join(job.said for job in jobs)
+    pool(2).run("tests.distributed.training:train", recipe=config, run=folder / "local")
+    assert steps(run) == steps(folder / "local")
+    record("torchrun on two hosts, a rank killed: started again", "bit-equal", True)

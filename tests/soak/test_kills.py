@@ -23,15 +23,17 @@ def _reached(job: KilledJob, goal: int) -> bool:
 @pytest.mark.parametrize("seed", range(10))
 def test_ten_kills_at_any_time_change_nothing(seed, striped_shards, pool, tmp_path, record):
     """Of a rank, a loader process, the launcher or `deepspeed`; while it starts, in steps, saves and evaluations."""
-    draw, began, kills = random.Random(seed), time.monotonic(), 0
+    draw, kills = random.Random(seed), 0
     run, recipe = tmp_path / "run", write_recipe(tmp_path, striped_shards, EPOCHS, evaluate_every=3)
     pool(2).run("tests.distributed.training:train", recipe=recipe, run=tmp_path / "undisturbed")
     arguments = ("--config", recipe, "--output", run, "--set=data.workers=1")
     words = deepspeed(free_port(), *arguments) if seed % 3 == 0 else [TRAIN, "--ranks", 2, "--restarts", 30, *arguments]
-    job = KilledJob(words, run)
-    while kills < KILLS and job.step < STEPS - 8:
+    began, job = time.monotonic(), KilledJob(words, run)
+    job.wait_until(functools.partial(_reached, job, 1))
+    start = time.monotonic() - began
+    while kills < KILLS:
         if draw.random() < 0.5:  # the start is hit, or what comes soon after
-            time.sleep(draw.uniform(0, 12))
+            time.sleep(draw.uniform(0, 1.2 * start))
         else:
             goal = min(job.step + draw.randrange(1, 8), STEPS - 8)
             job.wait_until(functools.partial(_reached, job, goal))
@@ -39,7 +41,7 @@ def test_ten_kills_at_any_time_change_nothing(seed, striped_shards, pool, tmp_pa
     assert job.wait() == 0, job.job.said
     assert learnt(run) == learnt(tmp_path / "undisturbed")
     assert job.unfinished() == []
-    record(f"{kills} kills, seed {seed}: bit-equal, nothing left", f"{time.monotonic() - began:.0f} s", True)
+    record(f"{KILLS} kills, seed {seed}: bit-equal, nothing left", f"{time.monotonic() - began:.0f} s", True)
 
 
 def test_torchrun_starts_the_ranks_of_a_host_again(striped_shards, pool, tmp_path, record, monkeypatch):

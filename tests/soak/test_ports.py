@@ -22,7 +22,7 @@ from paco_ds.training.outcome import read_outcome
 from tests.multinode.training import steps
 from tests.soak.launched import Launched
 
-pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.soak, pytest.mark.alone, pytest.mark.timeout(900)]
 CONNECTIONS = 2000
 
 
@@ -59,7 +59,7 @@ def test_a_job_takes_no_notice_of_idle_connections(
         slower = f"{1000 * before:.1f} ms, with {len(held)} connections on {len(ports)} ports {1000 * during:.1f} ms"
         record("a step beside idle connections", slower, during < 1.25 * before)
         began = time.monotonic()
-        with urllib.request.urlopen("http://127.0.0.1:19700/metrics", timeout=30) as page:
+        with urllib.request.urlopen(f"http://127.0.0.1:{job.metrics_port}/metrics", timeout=30) as page:
             assert b"paco_step " in page.read()
         scraped = time.monotonic() - began
         record("a scrape beside them", f"{1000 * scraped:.0f} ms", scraped < 1)

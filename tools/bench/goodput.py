@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -74,6 +75,14 @@ def starts(run: Path) -> int:
     return sum(line["kind"] == "start" for line in read(run / "metrics.jsonl"))
 
 
+def _started(run: Path, before: int) -> bool:
+    return starts(run) > before
+
+
+def _stepped(run: Path, goal: int) -> bool:
+    return steps(run)[-1] >= goal
+
+
 def seconds_until(condition: Callable[[], object], keeper: psutil.Popen, began: float) -> float:
     while not condition():
         if keeper.poll() is not None:
@@ -87,7 +96,8 @@ def measure(run: Path, minutes: float, every: float, ranks: int) -> list[Kill]:
     script = ROOT / "paco_ds" / "train.py"
     command = [sys.executable, script, "--config", "demo", "--ranks", ranks, "--restarts", 100, "--output", run]
     words = [str(word) for word in (*command, *(f"--set={setting}" for setting in SETTINGS))]
-    draw, kills = random.Random(1), []
+    draw = random.Random(1)
+    kills: list[Kill] = []
     with (run.parent / "goodput.log").open("w") as said:
         keeper = psutil.Popen(words, stdout=said, stderr=subprocess.STDOUT)
     try:
@@ -96,10 +106,9 @@ def measure(run: Path, minutes: float, every: float, ranks: int) -> list[Kill]:
             reached, started = steps(run)[-1], starts(run)
             draw.choice(ranks_of(keeper)).send_signal(signal.SIGKILL)
             began = time.monotonic()
-            seconds_until(lambda before=started: starts(run) > before, keeper, began)
-            resumed = len(steps(run))
-            first = seconds_until(lambda before=resumed: len(steps(run)) > before, keeper, began)
-            regained = seconds_until(lambda step=reached: steps(run)[-1] >= step, keeper, began)
+            seconds_until(partial(_started, run, started), keeper, began)
+            first = seconds_until(partial(_stepped, run, steps(run)[-1] + 1), keeper, began)
+            regained = seconds_until(partial(_stepped, run, reached), keeper, began)
             time.sleep(max(0.0, began + 60 * every - time.monotonic()))
             kills.append(Kill(reached, first, regained, time.monotonic() - began))
     finally:

@@ -32,7 +32,7 @@ def whole_model(engine: Any, leave_out: Callable[[str], bool] = lambda name: Fal
     """(name, tensor) of every weight, float32, and buffer; a collective: all ranks must iterate over it.
 
     Tables that a network makes itself, such as the positions in a window of Swin, are no part of its state dict, nor of
-    this. Buffers, and at stage 0 weights too, are those that training changes: copy what is to be kept.
+    this. Buffers, and below stage 3 weights too, are those that training changes: copy what is to be kept.
 
     Args:
         leave_out: asked for the name of each weight, the same on all ranks.
@@ -42,11 +42,14 @@ def whole_model(engine: Any, leave_out: Callable[[str], bool] = lambda name: Fal
     for name, parameter in engine.module.named_parameters():
         if leave_out(name):
             continue
-        weight = safe_get_full_fp32_param(parameter) if _partitioned(engine, parameter) else None
-        if weight is None and stage_of(engine) == 3:
+        if stage_of(engine) < 3:  # float32 on every rank, what the optimizer's part was copied to
+            weight = parameter
+        elif parameter.requires_grad:
+            weight = safe_get_full_fp32_param(parameter)
+        else:
             with deepspeed.zero.GatheredParameters([parameter]):
                 weight = parameter.detach().clone()
-        yield name, (parameter if weight is None else weight).detach().float()
+        yield name, weight.detach().float()
 
 
 def whole_states(engine: Any) -> Iterator[tuple[str, Tensor]]:
@@ -122,10 +125,6 @@ def move_average(engine: Any, key: Sequence[Parameter], query: Sequence[Paramete
     ]
     if copies:
         torch._foreach_lerp_([k for k, _ in copies], [q for _, q in copies], weight)
-
-
-def _partitioned(engine: Any, parameter: Parameter) -> bool:
-    return stage_of(engine) > 0 and parameter.requires_grad
 
 
 def _own_partition(parameter: Any, whole: Tensor) -> Tensor:

@@ -123,7 +123,16 @@ def test_torchrun_starts_the_ranks_of_two_hosts_again(two_hosts, striped_shards,
         words = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2:4", "--nproc-per-node=1"]
         words += ["--max-restarts=3", "--rdzv-backend=c10d", f"--rdzv-endpoint={two_hosts.hosts[0].address}:29400"]
         words += [f"--rdzv-conf=last_call_timeout=3,is_host={1 - number}"]  # their names are in no name server
-        words += [f"--local-addr={host.address}", TRAIN, "--config", config, "--output", "run", "--expect-ranks", 2]
+        words += [
+            f"--local-addr={host.address}",
+            str(TRAIN),
+            "--config",
+            str(config),
+            "--output",
+            "run",
+            "--expect-ranks",
+            "2",
+        ]
         environment = _environment(two_hosts) | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         jobs.append(Job(host.inside(*words), folder, environment))
     jobs[0].wait_until(lambda: len(steps(run)) > CHECKPOINT_EVERY, seconds=240)

@@ -47,9 +47,9 @@ def page(started: str, minutes: float, found: dict[str, list[str]], command: str
     rows = [json.loads(line) for line in lines]
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
     said = [
-        f"# Last soak\n\n`{command}`, started {started}, {minutes:.0f} minutes, {os.cpu_count()} cores "
+        f"# Last soak\n\n`{command}`, started {started}, {minutes:.0f} min, {os.cpu_count()} cores "
         f"({platform.machine()}), {packages}.\n\n"
-        f"{len(found['passed'])} tests passed, {len(found['failed'])} failed, {len(found['skipped'])} were skipped.\n"
+        f"Tests: {', '.join(f'{len(tests)} {outcome}' for outcome, tests in found.items())}.\n"
     ]
     said += [f"\n{outcome}: {', '.join(found[outcome])}\n" for outcome in ("failed", "skipped") if found[outcome]]
     said.append("\n| what | figure | holds |\n|---|---|---|\n")

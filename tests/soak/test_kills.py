@@ -9,7 +9,7 @@ import pytest
 from tests.endtoend.kills import TRAIN, KilledJob, deepspeed, learnt, write_recipe
 from tests.multinode.hosts import free_port
 
-KILLS, EPOCHS = 10, 30
+KILLS, EPOCHS = 10, 40
 STEPS = 4 * EPOCHS
 VICTIMS = ("rank", "rank", "rank", "loader", "launcher", "deepspeed")
 
@@ -20,10 +20,14 @@ def _reached(job: KilledJob, goal: int) -> bool:
     return job.step >= goal
 
 
+def _at(job: KilledJob, goal: int, moment: float) -> bool:
+    return time.monotonic() >= moment or _reached(job, goal)
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_ten_kills_at_any_time_change_nothing(seed, striped_shards, pool, tmp_path, record):
     """Of a rank, a loader process, the launcher or `deepspeed`; while it starts, in steps, saves and evaluations."""
-    draw, kills = random.Random(seed), 0
+    draw = random.Random(seed)
     run, recipe = tmp_path / "run", write_recipe(tmp_path, striped_shards, EPOCHS, evaluate_every=3)
     pool(2).run("tests.distributed.training:train", recipe=recipe, run=tmp_path / "undisturbed")
     arguments = ("--config", recipe, "--output", run, "--set=data.workers=1")
@@ -31,13 +35,14 @@ def test_ten_kills_at_any_time_change_nothing(seed, striped_shards, pool, tmp_pa
     began, job = time.monotonic(), KilledJob(words, run)
     job.wait_until(functools.partial(_reached, job, 1))
     start = time.monotonic() - began
-    while kills < KILLS:
+    for kill in range(1, KILLS + 1):
+        most = kill * STEPS // (KILLS + 1)  # there are steps left for later kills
         if draw.random() < 0.5:  # the start is hit, or what comes soon after
-            time.sleep(draw.uniform(0, 1.2 * start))
+            job.wait_until(functools.partial(_at, job, most, time.monotonic() + draw.uniform(0, 1.2 * start)))
         else:
-            goal = min(job.step + draw.randrange(1, 8), STEPS - 8)
-            job.wait_until(functools.partial(_reached, job, goal))
-        kills += job.kill(draw.choice(VICTIMS), draw)
+            job.wait_until(functools.partial(_reached, job, min(job.step + draw.randrange(1, 8), most)))
+        while not job.kill(draw.choice(VICTIMS), draw):
+            pass  # none of that kind just now
     assert job.wait() == 0, job.job.said
     assert learnt(run) == learnt(tmp_path / "undisturbed")
     assert job.unfinished() == []

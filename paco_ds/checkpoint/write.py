@@ -35,6 +35,7 @@ from paco_ds.checkpoint.read import (
     step_folders,
 )
 from paco_ds.config.recipe import Recipe
+from paco_ds.distributed.parts import Part
 from paco_ds.errors import CheckpointError, NotFiniteError
 from paco_ds.files import PARTIAL, fsync, remove_partial, sha256_file, storage_errors
 
@@ -72,6 +73,8 @@ class Checkpoints:
         run: the run directory; checkpoints are in its folder checkpoints/.
         recipe, manifest_sha256: must be the same in a resumed run.
         writer: runs the writing, by default while the caller waits.
+        together: makes whole tensors of the parts that ranks hold: on the rank that writes all, on others none. Run by
+            the writer of every rank; needed where a save is given parts.
     """
 
     def __init__(
@@ -80,8 +83,9 @@ class Checkpoints:
         recipe: Recipe,
         manifest_sha256: str,
         writer: Writer | None = None,
+        together: Callable[[Mapping[str, Tensor | Part]], Mapping[str, Tensor]] | None = None,
     ) -> None:
-        self.folder = run / "checkpoints"
+        self.folder, self._together = run / "checkpoints", together
         self.recipe, self.manifest_sha256, self._writer = recipe, manifest_sha256, writer or AtOnce()
         self._host: dict[tuple[str, str], Tensor] = {}  # copies of the last save by (file, name)
         self.lowered: dict[str, tuple[Any, Any]] = {}  # by setting: (in the checkpoint, now)
@@ -90,8 +94,8 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        model: Iterable[tuple[str, Tensor]],
-        optimizer: Iterable[tuple[str, Tensor]],
+        model: Iterable[tuple[str, Tensor | Part]],
+        optimizer: Iterable[tuple[str, Tensor | Part]],
         queue: Mapping[str, Tensor] | None,
         about: Mapping[str, Any],
         write: bool = True,
@@ -101,8 +105,8 @@ class Checkpoints:
         """Copy all tensors, and submit the writing of the checkpoint after `step` steps.
 
         Args:
-            model, optimizer: (name, tensor) of all weights and buffers, and of all states of the optimizer. Every
-                rank must iterate over them, since that is a collective; only a rank with `write` writes them.
+            model, optimizer: (name, tensor or part) of all weights and buffers, and of all states of the optimizer.
+                Every rank gives them, since that may be a collective; only a rank with `write` writes them.
             about: further entries of state.json (world size, versions).
             epoch_steps: steps of an epoch, for `checkpoint.keep_every_epochs`.
             saved: called with the folder once it is whole on disk, by whoever writes.
@@ -115,12 +119,13 @@ class Checkpoints:
         files = {MODEL: self._copied(MODEL, model, write), OPTIMIZER: self._copied(OPTIMIZER, optimizer, write)}
         if queue is not None:
             files[QUEUE] = self._copied(QUEUE, queue.items(), write)
-        if not write:
-            return
         state = self._state(step) | dict(about)
 
         def write_and_prune() -> None:
-            self._write(f"step-{step:08d}", files, state)
+            wholes = self._whole(files)
+            if not write:
+                return
+            self._write(f"step-{step:08d}", wholes, state)
             self._prune(step, epoch_steps)
             if saved is not None:
                 saved(self.folder / f"step-{step:08d}")
@@ -152,18 +157,28 @@ class Checkpoints:
                 _remove(part)
         self._frozen = {"file": file, "sha256": sha256}
 
-    def _copied(self, file: str, named: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
-        """Iterate over a collective to its end, copying its tensors to the host only if `keep`; training goes on with
-        the originals. The memory of the last save is used again: to be given fresh pages takes longer than to copy."""
-        copies = {}
-        for name, tensor in named:
-            if keep:
-                copy = self._host.get((file, name))
-                if copy is None or (copy.shape, copy.dtype) != (tensor.shape, tensor.dtype):
-                    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-                    self._host[file, name] = copy
-                copies[name] = copy.copy_(tensor.detach())
+    def _copied(self, file: str, named: Iterable[tuple[str, Tensor | Part]], keep: bool) -> dict[str, Tensor | Part]:
+        """Iterate over what may be a collective to its end, copying to the host all parts, and tensors only if `keep`;
+        training goes on with the originals. The memory of the last save is used again: to be given fresh pages takes
+        longer than to copy."""
+        copies: dict[str, Tensor | Part] = {}
+        for name, own in named:
+            if isinstance(own, Part):
+                copies[name] = own._replace(values=self._copy(file, name, own.values))
+            elif keep:
+                copies[name] = self._copy(file, name, own)
         return copies
+
+    def _copy(self, file: str, name: str, tensor: Tensor) -> Tensor:
+        copy = self._host.get((file, name))
+        if copy is None or (copy.shape, copy.dtype) != (tensor.shape, tensor.dtype):
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._host[file, name] = copy
+        return copy.copy_(tensor.detach())
+
+    def _whole(self, files: Mapping[str, Mapping[str, Tensor | Part]]) -> Mapping[str, Mapping[str, Tensor]]:
+        together = self._together or _all_whole
+        return {file: together(named) for file, named in files.items()}
 
     def _state(self, step: int) -> dict[str, Any]:
         return {
@@ -176,15 +191,20 @@ class Checkpoints:
         }
 
     def save_best(
-        self, step: int, model: Iterable[tuple[str, Tensor]], about: Mapping[str, Any], write: bool = True
+        self, step: int, model: Iterable[tuple[str, Tensor | Part]], about: Mapping[str, Any], write: bool = True
     ) -> None:
         """The weights after `step` steps as the best so far, in place of the previous best. As `save`, without
         optimizer and queue, since no run resumes from them."""
         self._writer.wait()
         files = {MODEL: self._copied(MODEL, model, write)}
         state = self._state(step) | {"criterion": self.recipe.evaluation.checkpoint} | dict(about)
-        if write:
-            self._writer.submit(lambda: self._write(BEST, files, state))
+
+        def write_best() -> None:
+            wholes = self._whole(files)
+            if write:
+                self._write(BEST, wholes, state)
+
+        self._writer.submit(write_best)
 
     def best(self, until: int) -> Checkpoint | None:
         """The best weights among the first `until` steps by the recipe's criterion, or None. Weights of a later step
@@ -332,6 +352,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         if not (number := re.search(r"\(os error (\d+)\)", str(error))):
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
+def _all_whole(named: Mapping[str, Tensor | Part]) -> dict[str, Tensor]:
+    whole = {name: tensor for name, tensor in named.items() if isinstance(tensor, Tensor)}
+    if parts := named.keys() - whole.keys():
+        raise ValueError(f"Checkpoints needs `together` for parts, such as of {min(parts)}")
+    return whole
 
 
 def _finite(tensor: Tensor) -> bool:

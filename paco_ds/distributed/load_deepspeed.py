@@ -22,6 +22,8 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
     safe_set_full_optimizer_state,
     safe_set_local_optimizer_state,
 )
@@ -32,6 +34,8 @@ __all__ = [
     "deepspeed",
     "safe_get_full_fp32_param",
     "safe_get_full_optimizer_state",
+    "safe_get_local_fp32_param",
+    "safe_get_local_optimizer_state",
     "safe_set_full_optimizer_state",
     "safe_set_local_optimizer_state",
 ]

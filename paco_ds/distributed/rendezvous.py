@@ -41,10 +41,22 @@ def listen_for_ranks(port: int, world_size: int) -> socket.socket:
     return listen(port, backlog=backlog)
 
 
+def client_of_the_job(world_size: int) -> TCPStore:
+    """Another connection of this process to the store of the job, which `store_of_the_job` has begun."""
+    return TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        world_size,
+        is_master=False,
+        timeout=timedelta(seconds=start_timeout()),
+        wait_for_workers=False,
+    )
+
+
 def key_of_this_start() -> str:
-    """The key in the store under which rank 0 says where it listens. A store that torchrun keeps has those of earlier
-    starts too; where it makes one for each start, its agents count starts apart: one that lost no rank itself has
-    not counted."""
+    """The key in the store under which rank 0 says where it listens; other entries of this start begin with it. A store
+    that torchrun keeps has those of earlier starts too; where it makes one for each start, its agents count starts
+    apart: one that lost no rank itself has not counted."""
     kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return f"paco_ds/rank_watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0) if kept else 0}"
 

@@ -1,7 +1,7 @@
 """Read and set full weights and the optimizer's states at any ZeRO stage; moving average of partitioned weights.
 
 Stage 0 partitions nothing; stages 1 and 2 partition the optimizer's state; stage 3 partitions weights too.
-Two of the calls used here are private to DeepSpeed; tests/distributed pins them.
+Some of the names used here are private to DeepSpeed; tests/distributed pins them.
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ from paco_ds.distributed.load_deepspeed import (
     deepspeed,
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
     safe_set_full_optimizer_state,
     safe_set_local_optimizer_state,
 )
+from paco_ds.distributed.parts import Part
 
 STEP = "step"  # the state in which torch's optimizers count their steps
 
@@ -67,6 +70,38 @@ def whole_states(engine: Any) -> Iterator[tuple[str, Tensor]]:
             yield f"{state}.{name}", whole.detach().view(getattr(parameter, "ds_shape", parameter.shape))
     if STEP in (state := base.state[_partitions(engine)[0]]):
         yield STEP, state[STEP]
+
+
+def own_model(
+    engine: Any, leave_out: Callable[[str], bool] = lambda name: False
+) -> Iterator[tuple[str, Tensor | Part]]:
+    """As `whole_model`, but at stage 3 (name, this rank's part) of weights; no collective."""
+    if stage_of(engine) < 3:
+        yield from whole_model(engine, leave_out)
+        return
+    kept = engine.module.state_dict(keep_vars=True).keys()
+    yield from ((name, buffer) for name, buffer in engine.module.named_buffers() if name in kept)
+    for name, parameter in engine.module.named_parameters():
+        if not leave_out(name):
+            trained = parameter.requires_grad
+            yield name, _part(parameter, safe_get_local_fp32_param(parameter) if trained else parameter.ds_tensor)
+
+
+def own_states(engine: Any) -> Iterator[tuple[str, Tensor | Part]]:
+    """As `whole_states`, but (name, this rank's part) where ZeRO partitions them; no collective."""
+    if stage_of(engine) == 0:
+        yield from whole_states(engine)
+        return
+    base = _base(engine)
+    begin_states(engine)
+    for name, parameter in _trained(engine.module):
+        for state in base.states_of(parameter):
+            if stage_of(engine) == 3:
+                yield f"{state}.{name}", _part(parameter, safe_get_local_optimizer_state(parameter, state))
+            else:
+                yield f"{state}.{name}", _fragment(parameter, state)
+    if STEP in (counted := base.state[_partitions(engine)[0]]):
+        yield STEP, counted[STEP]
 
 
 def plain_states(optimizer: Any, model: Module) -> Iterator[tuple[str, Tensor]]:
@@ -125,6 +160,22 @@ def move_average(engine: Any, key: Sequence[Parameter], query: Sequence[Paramete
     ]
     if copies:
         torch._foreach_lerp_([k for k, _ in copies], [q for _, q in copies], weight)
+
+
+def _part(parameter: Any, partition: Tensor) -> Part:
+    """This rank's part of a parameter, or of a state of it, at stage 3, without the padding of the last rank."""
+    shape, flat = torch.Size(parameter.ds_shape), partition.detach().flatten().float()
+    start = min(len(flat) * torch.distributed.get_rank(parameter.ds_process_group), shape.numel())
+    return Part(flat[: shape.numel() - start], start, shape)
+
+
+def _fragment(parameter: Any, state: str) -> Part:
+    """This rank's part of a state of a parameter at stages 1 and 2: the optimizer's flat groups are cut into a part for
+    each rank wherever that falls."""
+    held = parameter._hp_mapping
+    if held is None:
+        return Part(torch.empty(0), 0, parameter.shape)
+    return Part(held.get_hp_fragment(state).detach().flatten(), held.lp_fragment_address.start, parameter.shape)
 
 
 def _own_partition(parameter: Any, whole: Tensor) -> Tensor:

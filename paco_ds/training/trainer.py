@@ -27,8 +27,9 @@ from paco_ds.data.shard import ShardReader
 from paco_ds.data.stream.batches import MicroBatch
 from paco_ds.distributed.folder_lock import FolderLock
 from paco_ds.distributed.heartbeat import Heartbeat
+from paco_ds.distributed.parts import Parts
 from paco_ds.distributed.ranks import MicroBatchLayout, Ranks, SharedFlag
-from paco_ds.distributed.zero import set_states, stage_of, whole_model, whole_states
+from paco_ds.distributed.zero import own_model, own_states, set_states, stage_of
 from paco_ds.errors import NotFiniteError, RecipeError, UserError
 from paco_ds.evaluation.accuracy import ShotAccuracy
 from paco_ds.evaluation.results import about_process, now, versions, write_results
@@ -116,7 +117,7 @@ class Trainer:
         splits = (recipe.data.train_split, recipe.evaluation.split, recipe.evaluation.test_split)
         self.manifest = manifest = open_data(recipe.data, set(filter(None, splits)))
         self.layout = MicroBatchLayout(recipe.step.micro_batch, recipe.step.micro_batches, ranks.rank, ranks.world_size)
-        self.checkpoints = Checkpoints(run, recipe, manifest.sha256, self.saver)
+        self.checkpoints = Checkpoints(run, recipe, manifest.sha256, self.saver, Parts(ranks).whole)
         checkpoint = self._same_on_all_ranks(self.checkpoints.latest())
         as_given = recipe
         trained_with = checkpoint.state.get("autocast") if checkpoint else None
@@ -363,8 +364,8 @@ class Trainer:
         self._wait_until_saved()
         self.checkpoints.save(
             self.steps_done,
-            whole_model(self.engine, self._is_frozen),
-            whole_states(self.engine),
+            own_model(self.engine, self._is_frozen),
+            own_states(self.engine),
             self.queue.state_dict() if self.queue is not None else None,
             about={
                 "world_size": self.ranks.world_size,
@@ -541,7 +542,7 @@ class Trainer:
             self.best_score = score
             self.heartbeat.mark("save", self.steps_done, slow=True)
             about = {"score": score, "autocast": bool(self.engine.torch_autocast_enabled()), "data": self._trained_data}
-            weights = whole_model(self.engine, self._is_frozen)
+            weights = own_model(self.engine, self._is_frozen)
             self.checkpoints.save_best(self.steps_done, weights, about, self.ranks.first)
 
     def _abort_after_repeated_skips(self, taken: TakenStep) -> None:

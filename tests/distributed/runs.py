@@ -12,8 +12,9 @@ from torch import Tensor
 
 from paco_ds.config.recipe import Recipe
 from paco_ds.data.stream.batches import MicroBatch
+from paco_ds.distributed.parts import Parts
 from paco_ds.distributed.ranks import ByteCounter, Ranks
-from paco_ds.distributed.zero import set_states, whole_model, whole_states
+from paco_ds.distributed.zero import own_model, own_states, set_states, whole_model, whole_states
 from paco_ds.errors import RecipeError, TrainingError
 from paco_ds.losses.base import Anchors, LossOutput
 from paco_ds.training.agreement import check_replicas_equal
@@ -167,6 +168,24 @@ def state_around_a_fault(
     check_equal(step)
     step.engine.destroy()
     return states[0], states[1], states[2]
+
+
+def parts_beside_wholes(
+    ranks: Ranks, stage: int, overrides: tuple[str, ...] = (), zero: dict[str, Any] | None = None
+) -> list[tuple[str, int]]:
+    """After two steps, twice: (name, values that differ) of each tensor that is put together from the ranks' parts,
+    beside DeepSpeed's own gathering. Names alone on ranks but the first."""
+    recipe = tiny_recipe(*overrides)
+    step = make_step(ranks, recipe, deepspeed_config(stage, autocast=False, **(zero or {})))
+    together, found = Parts(ranks), []
+    for number in range(2):
+        step(number, [made_micro_batch(recipe, number, j) for j in step.layout.own], recipe.lr)
+        for own, whole in ((own_model, whole_model), (own_states, whole_states)):
+            parts, expected = together.whole(dict(own(step.engine))), dict(whole(step.engine))
+            assert not ranks.first or parts.keys() == expected.keys()
+            found += [(name, int((parts[name].cpu() != expected[name].cpu()).sum())) for name in parts]
+    step.engine.destroy()
+    return found
 
 
 def message_after_a_flipped_bit(ranks: Ranks, what: str, rank: int) -> str:

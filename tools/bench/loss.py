@@ -235,7 +235,9 @@ def median_ms(size: Size, repeats: int) -> dict[str, float]:
     snapshot = case.snapshot()
     works: dict[str, Callable[[], object]] = {
         "loss": lambda: torch.autograd.grad(case.ours(snapshot), case.inputs),
-        "centers": lambda: torch.autograd.grad(case.centers_alone(case.labels_B, case.logits_BC).loss, case.logits_BC),
+        "centers": lambda: torch.autograd.grad(
+            case.centers_alone(Anchors(case.labels_B, case.logits_BC)).loss, case.logits_BC
+        ),
         "snapshot": case.snapshot,
         "published": lambda: torch.autograd.grad(case.published(), case.inputs),
         "floor": case.floor,

@@ -2,12 +2,13 @@
 
     python tools/bench/saving.py [--repeats N] [--folder DISK] [--json]
 
-blocked      copying all that a checkpoint holds; it is written by a thread while training goes on
-synchronous  the same, and training waits until it is written, flushed, read back and renamed
+blocked      copying what each rank holds of a checkpoint; it is put together and written by a thread while training
+             goes on
+synchronous  the same, and training waits until it is put together, written, flushed, read back and renamed
+gathering    what it takes instead to gather whole tensors by collectives, which threads cannot do beside training
 
 Weights and momentum are random and nothing is trained. Stage 0 on one rank; stages 1 and 3 on two ranks of this
-machine, whose parts of momentum, and at stage 3 of weights, are gathered before they are copied. Medians of saves in
-turn.
+machine, each of which holds half of momentum, and at stage 3 of weights. Medians of saves in turn.
 """
 
 import argparse
@@ -34,8 +35,9 @@ from paco_ds.checkpoint import Checkpoints
 from paco_ds.config.load import load_recipe
 from paco_ds.data.manifest import SHOTS
 from paco_ds.distributed.launch import leave_job
+from paco_ds.distributed.parts import Parts
 from paco_ds.distributed.ranks import Ranks
-from paco_ds.distributed.zero import set_states, whole_model, whole_states
+from paco_ds.distributed.zero import own_model, own_states, set_states, whole_model, whole_states
 from paco_ds.training import engine
 from paco_ds.training.build import Classes, build_model, build_step
 from paco_ds.training.saver import Saver
@@ -81,13 +83,14 @@ def measure(size: Size, ranks: Ranks, repeats: int, folder: Path) -> Figures:
     step = build_step(recipe, build_model(recipe, tail), tail, config, ranks, total_steps=9, steps_per_epoch=3)
     set_states(step.engine, {name: torch.randn(tensor.shape) for name, tensor in whole_states(step.engine)})
     queue = step.contrast.queue.state_dict() if step.contrast else None
-    saver = Saver()
-    waiting, not_waiting = Checkpoints(folder, recipe, "random"), Checkpoints(folder, recipe, "random", saver)
+    saver, parts = Saver(), Parts(ranks)
+    waiting = Checkpoints(folder, recipe, "random", together=parts.whole)
+    not_waiting = Checkpoints(folder, recipe, "random", saver, parts.whole)
 
     def save(checkpoints: Checkpoints) -> float:
         ranks.wait_for_all()
         began = time.perf_counter()
-        checkpoints.save(1, whole_model(step.engine), whole_states(step.engine), queue, {}, write=ranks.first)
+        checkpoints.save(1, own_model(step.engine), own_states(step.engine), queue, {}, write=ranks.first)
         return time.perf_counter() - began
 
     def beside() -> float:
@@ -154,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     measured = {size.name: run_ranks(size, arguments.repeats, arguments.folder) for size in SIZES[: arguments.sizes]}
     print_table(
         "Saving: seconds for which training is blocked",
-        ["run", "MB", "blocked", "of it gathering", "synchronous", "share"],
+        ["run", "MB", "blocked", "gathering instead", "synchronous", "share"],
         [
             [
                 name,

@@ -258,7 +258,7 @@ def memory(shards: Path, workers: list[int]) -> None:
     def in_own_process(number: int) -> int:
         """As a launcher starts a rank; a process of a pool would have a fork server that is not ours."""
         command = [sys.executable, "-W", "ignore", __file__, "--memory-of", str(shards), str(number)]
-        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
     base = in_own_process(workers[0])
     rows = []

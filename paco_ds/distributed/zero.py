@@ -147,19 +147,22 @@ def move_average(engine: Any, key: Sequence[Parameter], query: Sequence[Paramete
     """key <- key + weight (query - key), in float32, on the part of the parameters that this rank holds.
 
     At stage 3 small parameters (all BatchNorm) also keep a full copy on every rank, which is updated too; on one rank
-    the copy may be the same memory.
+    the copy may be the same memory. Where the query encoder has none, as after an evaluation, the copy is dropped, and
+    gathered at its next use.
     """
     if stage_of(engine) < 3:
         torch._foreach_lerp_([k.data for k in key], [q.data for q in query], weight)
         return
     torch._foreach_lerp_([k.ds_tensor for k in key], [q.ds_tensor for q in query], weight)  # type: ignore[attr-defined]
-    copies = [
-        (k.data, q.data)
-        for k, q in zip(key, query, strict=True)
-        if k.data.numel() and k.data.data_ptr() != k.ds_tensor.data_ptr()  # type: ignore[attr-defined]
-    ]
-    if copies:
-        torch._foreach_lerp_([k for k, _ in copies], [q for _, q in copies], weight)
+    copies = [(k, q) for k, q in zip(key, query, strict=True) if _has_copy(k)]
+    for k, _ in (pair for pair in copies if not pair[1].data.numel()):
+        k.partition()  # type: ignore[attr-defined]
+    if kept := [(k.data, q.data) for k, q in copies if q.data.numel()]:
+        torch._foreach_lerp_([k for k, _ in kept], [q for _, q in kept], weight)
+
+
+def _has_copy(parameter: Any) -> bool:
+    return bool(parameter.data.numel()) and parameter.data.data_ptr() != parameter.ds_tensor.data_ptr()
 
 
 def _part(parameter: Any, partition: Tensor) -> Part:

@@ -7,12 +7,15 @@ from paco_ds.distributed import parts
 from paco_ds.distributed.parts import Part, Parts
 from paco_ds.distributed.ranks import Ranks
 from tests.distributed.test_optimizers import OFFLOAD, VIT
+from tests.matrix import matrix
 
 RUN = "tests.distributed.runs:parts_beside_wholes"
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("world_size", "stage"),
+    matrix((1, 2, 4), (0, 1, 2, 3), each_change=[(1, 3), (2, 0), (2, 1), (2, 2), (2, 3), (4, 1), (4, 3)]),
+)
 def test_parts_are_those_of_the_whole_at_every_stage(pool, world_size, stage):
     """Of a network with small weights that stage 3 keeps whole on every rank, and of a ViT's AdamW."""
     for overrides in ((), VIT):

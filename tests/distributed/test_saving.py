@@ -113,8 +113,8 @@ def test_more_unreadable_images_than_allowed_end_an_evaluation_on_every_rank(poo
 
 @pytest.mark.parametrize(("what", "name"), [("disk full", "StorageError"), ("not finite", "NotFiniteError")])
 def test_a_save_that_fails_ends_the_run_on_every_rank_and_keeps_the_one_before(pool, recipe, tmp_path, what, name):
-    """In one line, in mid-epoch, as soon as the writing beside training has failed, at the next save at the latest; what
-    was written is whole, and the run can go on."""
+    """In one line, in mid-epoch, once the writing beside training has failed, at the next save at the latest; what was
+    written is whole, and the run can go on."""
     run = tmp_path / "run"
     pool(2).run(TRAIN, recipe=recipe, run=run, stop_at_step=1)
     said = pool(2).run(

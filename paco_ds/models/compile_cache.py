@@ -7,10 +7,12 @@ there, and that start and all later ones end with a traceback (torch 2.14, `_wor
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
+from torch import Tensor
 
 from paco_ds.errors import RecipeError
 
@@ -28,12 +30,12 @@ def mend_compile_cache() -> None:
 
     remove_unfinished_libraries(Path(cache_dir()))
     try:
-        _compile_one_sum()
+        _compile(torch.sin)
     except Exception:
         for header in (Path(default_cache_dir()) / "precompiled_headers").glob("*.gch"):
             header.unlink(missing_ok=True)  # compiled anew; until then its source is taken
         try:
-            _compile_one_sum()
+            _compile(torch.cos)  # torch would keep the error of the same code
         except Exception as error:
             raise RecipeError(
                 "engine.compile: torch cannot compile on this host, which takes a C++ compiler and Python's headers "
@@ -78,5 +80,5 @@ def _is_whole(path: Path) -> bool:
         return True
 
 
-def _compile_one_sum() -> None:
-    torch.compile(lambda values: values.sin() + 1)(torch.zeros(8))
+def _compile(function: Callable[[Tensor], Tensor]) -> None:
+    torch.compile(lambda values: function(values) + 1)(torch.zeros(8))

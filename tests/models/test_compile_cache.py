@@ -67,11 +67,11 @@ def compiler(monkeypatch, tmp_path):
     def results(*errors):
         left = list(errors)
 
-        def compile_one_sum():
+        def compile_one(function):
             if error := left.pop(0):
                 raise error
 
-        monkeypatch.setattr(compile_cache, "_compile_one_sum", compile_one_sum)
+        monkeypatch.setattr(compile_cache, "_compile", compile_one)
         return left
 
     return results

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
@@ -213,3 +214,8 @@ def refusal_of_training(
 
 def _full_disk(*_: object) -> None:
     raise OSError(ENOSPC, strerror(ENOSPC))
+
+
+def free_memory(ranks: Ranks) -> None:
+    """Of models that earlier runs left in cycles of references, which Python collects when it sees fit."""
+    gc.collect()

@@ -78,6 +78,7 @@ def test_every_row_trains_on_two_ranks(pool, record, striped_shards, tmp_path, n
     finally:
         record(f"Table {number}, {row.name}: {STEPS} steps on 2 ranks", figure, holds)
         shutil.rmtree(run, ignore_errors=True)  # hundreds of megabytes
+        pool(2).run("tests.distributed.training:free_memory")
     assert holds, (losses, still)
 
 

@@ -83,7 +83,13 @@ def test_missing_shards_end_the_job_with_the_remedy(run, tmp_path):
 def test_a_rank_that_dies_ends_the_job(striped_shards, run, tmp_path):
     """A damaged evaluation image is seen by one rank only; the other does not wait for ever."""
     damaged = copy_with_damage(striped_shards, tmp_path / "damaged", "val-00000.tar")
-    settings = ("schedule.epochs=1", "schedule.warmup_epochs=0", "evaluation.every_epochs=1", f"data.shards={damaged}")
+    settings = (
+        "schedule.epochs=1",
+        "schedule.warmup_epochs=0",
+        "evaluation.every_epochs=1",
+        f"data.shards={damaged}",
+        "data.classes=4",
+    )
     launch = (DEEPSPEED, "--num_gpus", 2, "--master_port", 29611, TRAIN, "--config", "demo", "--output", "run")
     done = run(*launch, *overridden(*settings, "metrics.port=19400"))
     assert done.returncode != 0

@@ -44,9 +44,7 @@ def test_weights_from_imagenet_are_worth_more_than_none(tmp_path, record, shell)
         settings = ("data.shards=data/stamps", f"model.start_from={weights}", "loss.method=cross_entropy")
         short = ("schedule.epochs=6", "engine.threads=1", "metrics.serve=false")
         given = " ".join(f"--set {setting}" for setting in (*settings, *short))
-        done = shell(
-            f"paco-train --config {RECIPE} --ranks 2 {given} --output {name}"
-        )
+        done = shell(f"paco-train --config {RECIPE} --ranks 2 {given} --output {name}")
         assert done.returncode == 0, done.stderr
         accuracies[name] = 100 * json.loads((tmp_path / name / "metrics.json").read_text())["all"]
     gain = accuracies["ImageNet"] - accuracies["scratch"]

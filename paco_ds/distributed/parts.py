@@ -49,18 +49,17 @@ class Parts:
             torch.distributed.DistError: the store is gone, and the job with it.
         """
         mine = {name: part for name, part in named.items() if isinstance(part, Part)}
-        wholes = {name: part if isinstance(part, Tensor) else torch.zeros(part.shape) for name, part in named.items()}
-        if self._ranks.first:
-            for name, part in mine.items():
-                _put(wholes[name], part)
-        if mine and self._ranks.world_size > 1:
-            self._number += 1
-            if not self._ranks.first:
+        self._number += 1
+        if not self._ranks.first:
+            if mine:
                 self._send(mine)
-            else:
-                for rank in range(1, self._ranks.world_size):
-                    self._receive(rank, {name: wholes[name] for name in mine})
-        return wholes if self._ranks.first else {}
+            return {}
+        wholes = {name: part if isinstance(part, Tensor) else torch.zeros(part.shape) for name, part in named.items()}
+        for name, part in mine.items():
+            _put(wholes[name], part)
+        for rank in range(1, self._ranks.world_size) if mine else ():
+            self._receive(rank, {name: wholes[name] for name in mine})
+        return wholes
 
     def _send(self, mine: Mapping[str, Part]) -> None:
         store, key = self._connected(), self._key(self._ranks.rank)

@@ -7,7 +7,7 @@ Some of the names used here are private to DeepSpeed; tests/distributed pins the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from paco_ds.distributed.load_deepspeed import (
 )
 from paco_ds.distributed.parts import Part
 
+Held = TypeVar("Held", Tensor, Part)  # whole, or what this rank has of it
 STEP = "step"  # the state in which torch's optimizers count their steps
 
 
@@ -40,68 +41,26 @@ def whole_model(engine: Any, leave_out: Callable[[str], bool] = lambda name: Fal
     Args:
         leave_out: asked for the name of each weight, the same on all ranks.
     """
-    kept = engine.module.state_dict(keep_vars=True).keys()
-    yield from ((name, buffer) for name, buffer in engine.module.named_buffers() if name in kept)
-    for name, parameter in engine.module.named_parameters():
-        if leave_out(name):
-            continue
-        if stage_of(engine) < 3:  # float32 on every rank, what the optimizer's part was copied to
-            weight = parameter
-        elif parameter.requires_grad:
-            weight = safe_get_full_fp32_param(parameter)
-        else:
-            with deepspeed.zero.GatheredParameters([parameter]):
-                weight = parameter.detach().clone()
-        yield name, weight.detach().float()
+    return _model(engine, leave_out, _whole_weight)
 
 
 def whole_states(engine: Any) -> Iterator[tuple[str, Tensor]]:
     """(STATE.PARAMETER, tensor) of every state that the optimizer keeps of a trained parameter, float32, as
     `momentum_buffer.centers.weight`; zeros before the first step; and ("step", their number) of an optimizer that
     counts the steps it applied. A collective; copy what is to be kept, as of `whole_model`."""
-    base = _base(engine)
-    if stage_of(engine) == 0:
-        yield from plain_states(base, engine.module)
-        return
-    begin_states(engine)
-    for name, parameter in _trained(engine.module):
-        for state in base.states_of(parameter):
-            whole = safe_get_full_optimizer_state(parameter, state)
-            yield f"{state}.{name}", whole.detach().view(getattr(parameter, "ds_shape", parameter.shape))
-    if STEP in (state := base.state[_partitions(engine)[0]]):
-        yield STEP, state[STEP]
+    return _states(engine, _whole_state)
 
 
 def own_model(
     engine: Any, leave_out: Callable[[str], bool] = lambda name: False
 ) -> Iterator[tuple[str, Tensor | Part]]:
     """As `whole_model`, but at stage 3 (name, this rank's part) of weights; no collective."""
-    if stage_of(engine) < 3:
-        yield from whole_model(engine, leave_out)
-        return
-    kept = engine.module.state_dict(keep_vars=True).keys()
-    yield from ((name, buffer) for name, buffer in engine.module.named_buffers() if name in kept)
-    for name, parameter in engine.module.named_parameters():
-        if not leave_out(name):
-            trained = parameter.requires_grad
-            yield name, _part(parameter, safe_get_local_fp32_param(parameter) if trained else parameter.ds_tensor)
+    return _model(engine, leave_out, _own_weight)
 
 
 def own_states(engine: Any) -> Iterator[tuple[str, Tensor | Part]]:
     """As `whole_states`, but (name, this rank's part) where ZeRO partitions them; no collective."""
-    if stage_of(engine) == 0:
-        yield from whole_states(engine)
-        return
-    base = _base(engine)
-    begin_states(engine)
-    for name, parameter in _trained(engine.module):
-        for state in base.states_of(parameter):
-            if stage_of(engine) == 3:
-                yield f"{state}.{name}", _part(parameter, safe_get_local_optimizer_state(parameter, state))
-            else:
-                yield f"{state}.{name}", _fragment(parameter, state)
-    if STEP in (counted := base.state[_partitions(engine)[0]]):
-        yield STEP, counted[STEP]
+    return _states(engine, _own_state)
 
 
 def plain_states(optimizer: Any, model: Module) -> Iterator[tuple[str, Tensor]]:
@@ -163,6 +122,54 @@ def move_average(engine: Any, key: Sequence[Parameter], query: Sequence[Paramete
 
 def _has_copy(parameter: Any) -> bool:
     return bool(parameter.data.numel()) and parameter.data.data_ptr() != parameter.ds_tensor.data_ptr()
+
+
+def _model(
+    engine: Any, leave_out: Callable[[str], bool], weight_of: Callable[[Any], Held]
+) -> Iterator[tuple[str, Tensor | Held]]:
+    kept = engine.module.state_dict(keep_vars=True).keys()
+    yield from ((name, buffer) for name, buffer in engine.module.named_buffers() if name in kept)
+    for name, parameter in engine.module.named_parameters():
+        if not leave_out(name):
+            # below stage 3 float32 on every rank, what the optimizer's part was copied to
+            yield name, parameter.detach().float() if stage_of(engine) < 3 else weight_of(parameter)
+
+
+def _states(engine: Any, state_of: Callable[[Any, str], Held]) -> Iterator[tuple[str, Tensor | Held]]:
+    base = _base(engine)
+    if stage_of(engine) == 0:
+        yield from plain_states(base, engine.module)
+        return
+    begin_states(engine)
+    for name, parameter in _trained(engine.module):
+        yield from ((f"{state}.{name}", state_of(parameter, state)) for state in base.states_of(parameter))
+    if STEP in (counted := base.state[_partitions(engine)[0]]):
+        yield STEP, counted[STEP]
+
+
+def _whole_weight(parameter: Any) -> Tensor:
+    if parameter.requires_grad:
+        whole: Tensor = safe_get_full_fp32_param(parameter)
+    else:
+        with deepspeed.zero.GatheredParameters([parameter]):
+            whole = parameter.detach().clone()
+    return whole.detach().float()
+
+
+def _whole_state(parameter: Any, state: str) -> Tensor:
+    whole: Tensor = safe_get_full_optimizer_state(parameter, state)
+    return whole.detach().view(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _own_weight(parameter: Any) -> Part:
+    trained = parameter.requires_grad
+    return _part(parameter, safe_get_local_fp32_param(parameter) if trained else parameter.ds_tensor)
+
+
+def _own_state(parameter: Any, state: str) -> Part:
+    if hasattr(parameter, "ds_id"):  # stage 3
+        return _part(parameter, safe_get_local_optimizer_state(parameter, state))
+    return _fragment(parameter, state)
 
 
 def _part(parameter: Any, partition: Tensor) -> Part:

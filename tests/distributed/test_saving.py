@@ -113,8 +113,7 @@ def test_more_unreadable_images_than_allowed_end_an_evaluation_on_every_rank(poo
 
 @pytest.mark.parametrize(("what", "name"), [("disk full", "StorageError"), ("not finite", "NotFiniteError")])
 def test_a_save_that_fails_ends_the_run_on_every_rank_and_keeps_the_one_before(pool, recipe, tmp_path, what, name):
-    """In one line, in mid-epoch, once the writing beside training has failed, at the next save at the latest; what was
-    written is whole, and the run can go on."""
+    """In one line, in mid-epoch after the next step; what was written is whole, and the run can go on."""
     run = tmp_path / "run"
     pool(2).run(TRAIN, recipe=recipe, run=run, stop_at_step=1)
     said = pool(2).run(
@@ -128,6 +127,6 @@ def test_a_save_that_fails_ends_the_run_on_every_rank_and_keeps_the_one_before(p
     assert [refused for refused, _ in said] == [name] * 2
     assert all("\n" not in message for _, message in said)
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000001"]
-    assert steps_of(run) in ([1, 2], [1, 2, 3], [1, 2, 3, 4])
+    assert steps_of(run) in (list(range(1, 3)), list(range(1, 4)))
     assert pool(2).run(TRAIN, recipe=recipe, run=run, stop_at_step=3) == [3, 3]
     assert newest_checkpoint(run).step == 3

@@ -9,6 +9,7 @@ import os
 import signal
 import urllib.request
 from collections.abc import Iterator, Sequence
+from concurrent.futures import wait
 from contextlib import contextmanager
 from errno import ENOSPC
 from math import inf
@@ -192,10 +193,14 @@ def refusal_of_training(
     ranks: Ranks, recipe: Path, run: Path, overrides: tuple[str, ...], fault: str = "", after: int = -1
 ) -> tuple[str, str]:
     """Name and message of the error that ends a training. After so many steps the disk of the first rank is full, or a
-    running variance of all ranks is infinite."""
+    running variance of all ranks is infinite. What is written beside training has ended when the next step begins."""
     try:
         with _trainer(ranks, recipe, run, overrides) as trainer, pytest.MonkeyPatch.context() as patch:
-            take_step = trainer.train_step
+            take_step, save = trainer.train_step, trainer.save
+
+            def save_and_wait() -> None:
+                save()
+                wait(filter(None, [trainer.saver._under_way]))
 
             def step_then_fault() -> StepResult:
                 result = take_step()
@@ -205,7 +210,7 @@ def refusal_of_training(
                     next(b for n, b in trainer.engine.module.named_buffers() if n.endswith("running_var")).fill_(inf)
                 return result
 
-            trainer.train_step = step_then_fault
+            trainer.train_step, trainer.save = step_then_fault, save_and_wait
             trainer.run()
     except UserError as error:
         return type(error).__name__, str(error)

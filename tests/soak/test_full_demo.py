@@ -40,7 +40,7 @@ def test_the_demo_learns_within_its_time(record):
 
 
 def test_paco_beats_cross_entropy(tmp_path, record):
-    """By at least 5 points with the first seed; how it stands against Balanced Softmax is recorded. `make demo-compare`
+    """By at least 8 points with the first seed; how it stands against Balanced Softmax is recorded. `make demo-compare`
     takes three seeds."""
     reproduce = (sys.executable, "tools/reproduce.py", "--table", "ds_configs/tables/demo.yaml", "--seeds", "1")
     subprocess.run([*reproduce, "--output", str(tmp_path)], cwd=ROOT, check=True)
@@ -48,5 +48,5 @@ def test_paco_beats_cross_entropy(tmp_path, record):
     found = {row["method"]: 100 * row["seeds"][0]["all"] for row in rows}
     record("All of the first seed", ", ".join(f"{method} {value:.1f} %" for method, value in found.items()), True)
     gain = found["PaCo"] - found["Cross-entropy"]
-    record("PaCo over cross-entropy, at least 5 points", f"{gain:.1f}", gain >= 5)
-    assert gain >= 5
+    record("PaCo over cross-entropy, at least 8 points", f"{gain:.1f}", gain >= 8)
+    assert gain >= 8

@@ -113,26 +113,18 @@ def test_a_kept_elastic_job_goes_on_with_the_host_that_is_left(two_hosts, stripe
     record("a host vanishes from a kept elastic job: goes on with the other", f"{len(steps(run))} steps", True)
 
 
-def test_torchrun_starts_the_ranks_of_two_hosts_again(two_hosts, striped_shards, pool, record, monkeypatch):
+def test_torchrun_starts_the_ranks_of_two_hosts_again(two_hosts, striped_shards, pool, record):
     """One of them is killed. Each round has a store of its own: agents count restarts apart, and a kept store has the
     addresses of the ranks of before."""
     folder, run, epochs = two_hosts.folder, two_hosts.folder / "run", 40
     config = write_recipe(folder, striped_shards, epochs=epochs)
     jobs = []
     for number, host in enumerate(two_hosts.hosts):
-        words = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2:4", "--nproc-per-node=1"]
-        words += ["--max-restarts=3", "--rdzv-backend=c10d", f"--rdzv-endpoint={two_hosts.hosts[0].address}:29400"]
-        words += [f"--rdzv-conf=last_call_timeout=3,is_host={1 - number}"]  # their names are in no name server
-        words += [
-            f"--local-addr={host.address}",
-            str(TRAIN),
-            "--config",
-            str(config),
-            "--output",
-            "run",
-            "--expect-ranks",
-            "2",
-        ]
+        elastic = ("--nnodes=2:4", "--nproc-per-node=1", "--max-restarts=3", f"--local-addr={host.address}")
+        meeting = ("--rdzv-backend=c10d", f"--rdzv-endpoint={two_hosts.hosts[0].address}:29400")
+        conf = f"--rdzv-conf=last_call_timeout=3,is_host={1 - number}"  # their names are in no name server
+        train = (TRAIN, "--config", config, "--output", "run", "--expect-ranks", 2)
+        words = (sys.executable, "-m", "torch.distributed.run", *elastic, *meeting, conf, *train)
         environment = _environment(two_hosts) | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         jobs.append(Job(host.inside(*words), folder, environment))
     jobs[0].wait_until(lambda: len(steps(run)) > CHECKPOINT_EVERY, seconds=240)

@@ -51,6 +51,7 @@ class MethodResults:
         paper: the paper's figures as fractions by many, medium, few, all, where it has them.
         backbone: if several backbones are compared; PaCo is compared with methods on the same backbone.
         deviation: in which the runs differ from the published one, in words, or None.
+        trials: settings of the method that were tried on the validation split.
     """
 
     method: str
@@ -58,6 +59,7 @@ class MethodResults:
     paper: Mapping[str, float] | None = None
     backbone: str | None = None
     deviation: str | None = None
+    trials: int = 0
 
     @property
     def key(self) -> str:
@@ -104,9 +106,10 @@ def write_comparison(
             raise ValueError(f"method {row.method!r} has no runs to compare; train it or leave it out")
     if len({(row.backbone, row.key) for row in rows}) < len(rows):
         raise ValueError(f"two methods share a name among {', '.join(row.method for row in rows)}; rename one")
+    leads = [_lead(rows, row) for row in rows]
     sentences = verdicts(rows) + [f"{row.label}: run in {row.deviation}." for row in rows if row.deviation]
     console = Screen() if console is None else console
-    console.print(_table(rows, title))
+    console.print(_table(rows, leads, title))
     for sentence in sentences:
         console.print(sentence, highlight=False)
 
@@ -123,11 +126,15 @@ def write_comparison(
             "rows": rows,
             "sentences": sentences,
             "cells": {row.label: [_cell(row, group) for group in GROUPS] for row in rows},
+            "leads": {row.label: lead for row, lead in zip(rows, leads, strict=True)},
+            "with_leads": any(leads),
+            "with_trials": any(row.trials for row in rows),
             "with_paper": any(row.paper for row in rows),
             "chart": charts.inline(figure(), "comparison", f"{title}: every seed and the mean of each method"),
         },
     )
-    figures = {"title": title, "rows": [_as_json(row) for row in rows], "sentences": sentences}
+    described = [_as_json(row) | {"lead": lead and asdict(lead)} for row, lead in zip(rows, leads, strict=True)]
+    figures = {"title": title, "rows": described, "sentences": sentences}
     for path, text in (
         (path_html, page),
         (path_html.with_suffix(".json"), json.dumps(figures, indent=2) + "\n"),
@@ -193,15 +200,24 @@ def _interval(ours: MethodResults, rival: MethodResults) -> Difference | None:
     return paired_difference(mine, theirs)
 
 
-def _table(rows: Sequence[MethodResults], title: str) -> Table:
+def _lead(rows: Sequence[MethodResults], row: MethodResults) -> Difference | None:
+    """PaCo's difference in All from another row of its backbone, if all runs say which images were right."""
+    ours = next((each for each in rows if each.key == SUBJECT and each.backbone == row.backbone), row)
+    return None if ours is row else _interval(ours, row)
+
+
+def _table(rows: Sequence[MethodResults], leads: Sequence[Difference | None], title: str) -> Table:
     heading = f"{title}: top-1 accuracy, %, mean and range over seeds"
     table = Table(title=heading, title_justify="left")
     table.add_column("method", overflow="fold")
     table.add_column("seeds", justify="right", no_wrap=True)
     for group in GROUPS:
         table.add_column(group.capitalize(), justify="right", min_width=len("67.4-74.0"))
-    for row in rows:
-        cells = ("\n".join(part for part in _cell(row, group)[:2] if part) for group in GROUPS)
+    if any(leads):
+        table.add_column("PaCo's lead, 95 %", justify="right", min_width=len("+0.4 to +2.1"))
+    for row, lead in zip(rows, leads, strict=True):
+        cells = ["\n".join(part for part in _cell(row, group)[:2] if part) for group in GROUPS]
+        cells += ["\n".join(lead.parts()) if lead else "-"] if any(leads) else []
         table.add_row(row.label, str(len(row.seeds)), *cells)
         if row.paper:
             published = (_cell(row, group)[2] for group in GROUPS)

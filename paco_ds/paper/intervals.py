@@ -28,9 +28,14 @@ class Difference:
     images: int
 
     def __str__(self) -> str:
-        mean, low, high = (f"{100 * value:+.1f}" for value in (self.mean, self.low, self.high))
+        mean, interval = self.parts()
         over = f"{self.seeds} seed{'s' * (self.seeds > 1)} and {self.images} images"
-        return f"{mean} points, {LEVEL:.0%} bootstrap interval {low} to {high} over {over}"
+        return f"{mean} points, {LEVEL:.0%} bootstrap interval {interval} over {over}"
+
+    def parts(self) -> tuple[str, str]:
+        """(mean, interval) in points, as text."""
+        mean, low, high = (f"{100 * value:+.1f}" for value in (self.mean, self.low, self.high))
+        return mean, f"{low} to {high}"
 
 
 def paired_difference(ours: Mapping[int, Correct], theirs: Mapping[int, Correct]) -> Difference:

@@ -285,6 +285,7 @@ def draw(table: Table, jobs: Sequence[Job], output: Path) -> None:
             row.paper.fractions() if row.paper else None,
             row.backbone,
             _deviation(job for job in jobs if job.row is row),
+            row.trials,
         )
         for row in table.rows
         if row.drawn

@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from paco_ds.command import Screen
 from paco_ds.paper.comparison import MethodResults, SeedResult, verdicts, write_comparison
+from paco_ds.paper.intervals import paired_difference
 
 
 def _method(name: str, *alls: float, paper: dict[str, float] | None = None) -> MethodResults:
@@ -136,3 +138,29 @@ def test_a_row_in_another_precision_than_published_is_named(tmp_path: Path) -> N
     assert sentences[-1] == "PaCo: run in bfloat16 where float32 is published."
     assert sentences[-1] in (tmp_path / "c.html").read_text()
     assert sum("published" in sentence for sentence in sentences) == 1
+
+
+def test_every_row_has_pacos_lead_with_its_interval_and_its_trials(tmp_path: Path) -> None:
+    """Where the runs say which images were right: 3 seeds, 40 images, of which PaCo has 4 more in each."""
+    ours, theirs = np.arange(40) < 30, np.arange(40) < 26
+    rows = [
+        MethodResults(name, [SeedResult(s, None, None, None, right.mean(), right) for s in (1, 2, 3)], trials=trials)
+        for name, right, trials in [("paco", ours, 23), ("CE", theirs, 3)]
+    ]
+    out = io.StringIO()
+    write_comparison(rows, tmp_path / "c.html", tmp_path / "c.png", console=Screen(out, width=200))
+    expected = paired_difference(dict.fromkeys((1, 2, 3), ours), dict.fromkeys((1, 2, 3), theirs))
+    page, figures = (tmp_path / "c.html").read_text(), json.loads((tmp_path / "c.json").read_text())
+    for text in expected.parts():
+        assert text in out.getvalue()
+        assert text in page
+    assert [row["lead"] for row in figures["rows"]] == [None, asdict(expected)]
+    assert [row["trials"] for row in figures["rows"]] == [23, 3]
+    assert re.search(r"Cross-entropy</b></td><td[^>]*>3</td>", page)
+
+
+def test_rows_without_known_images_have_no_lead(tmp_path: Path) -> None:
+    """Kept results of versions before 0.13.0: neither an empty column nor a difference without interval."""
+    write_comparison([CROSS_ENTROPY, _method("paco", 0.8)], tmp_path / "c.html", tmp_path / "c.png")
+    assert "PaCo's lead" not in (tmp_path / "c.html").read_text()
+    assert [row["lead"] for row in json.loads((tmp_path / "c.json").read_text())["rows"]] == [None, None]

@@ -14,12 +14,9 @@ examples:
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
-import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -34,18 +31,13 @@ from paco_ds.files import replace_text
 from paco_ds.paper.matching import CORRECTIONS, matching_row
 from paco_ds.paper.results import Identity
 from paco_ds.paper.tables import Row, load_table
+from paco_ds.paper.text_tables import FORMATS
 
 GROUPS = ("all", *SHOTS)
 SAME_DATA = {
     "manifest_sha256": "shards (SHA-256 of the manifest)",
     "split": "evaluated split",
     "class_names": "classes",
-}
-_LATEX = {c: rf"\{c}" for c in "&%$#_{}"} | {
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "\\": r"\textbackslash{}",
-    "±": r"$\pm$",
 }
 
 
@@ -185,46 +177,6 @@ def matching_lines(runs: Sequence[Run]) -> list[Line]:
             line = _paper_line(*found)
             lines[line.name] = line
     return list(lines.values())
-
-
-def as_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns are aligned, so that it reads as plain text too."""
-    cells = [[cell.replace("|", r"\|") for cell in row] for row in (header, *rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in cells]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
-
-
-def as_csv(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Comma-separated values."""
-    out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows([header, *rows])
-    return out.getvalue().rstrip("\n")
-
-
-def as_latex(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A tabular with the rules of booktabs; names are escaped."""
-
-    def line(row: Sequence[str]) -> str:
-        return " & ".join(re.sub(r"[&%$#_{}~^\\±]", lambda m: _LATEX[m[0]], cell) for cell in row) + r" \\"
-
-    figures = min(len(GROUPS) + 1, len(header) - 1)
-    columns = "l" + "r" * figures + "l" * (len(header) - figures - 1)
-    return "\n".join(
-        [
-            rf"\begin{{tabular}}{{{columns}}}",
-            *(r"\toprule", line(header), r"\midrule"),
-            *map(line, rows),
-            *(r"\bottomrule", r"\end{tabular}"),
-        ]
-    )
-
-
-FORMATS: Mapping[str, Callable[[Sequence[str], Sequence[Sequence[str]]], str]] = {
-    "markdown": as_markdown,
-    "csv": as_csv,
-    "latex": as_latex,
-}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,6 +16,7 @@ from paco_ds.command import Screen
 from paco_ds.evaluation.groups import GROUPS
 from paco_ds.files import replace_text
 from paco_ds.paper.intervals import Correct, Difference, paired_difference
+from paco_ds.paper.text_tables import as_markdown
 from paco_ds.report import charts
 from paco_ds.report.page import render
 
@@ -91,7 +92,7 @@ def write_comparison(
     title: str = "Comparison",
     console: Screen | None = None,
 ) -> list[str]:
-    """Print the table, write the page, its picture and (beside the page, .json) the numbers.
+    """Print the table, write the page, its picture and, beside the page, the numbers (.json) and the table (.md).
 
     Returns:
         The sentences of `verdicts` and a row's deviation, which are also printed and in the page.
@@ -138,6 +139,7 @@ def write_comparison(
     for path, text in (
         (path_html, page),
         (path_html.with_suffix(".json"), json.dumps(figures, indent=2) + "\n"),
+        (path_html.with_suffix(".md"), _markdown(rows, leads) + "\n"),
     ):
         replace_text(path, text)
     return sentences
@@ -223,6 +225,27 @@ def _table(rows: Sequence[MethodResults], leads: Sequence[Difference | None], ti
             published = (_cell(row, group)[2] for group in GROUPS)
             table.add_row("  in the paper", "", *published, style="dim")
     return table
+
+
+def _markdown(rows: Sequence[MethodResults], leads: Sequence[Difference | None]) -> str:
+    """The table for a page: means, All with its range over seeds, PaCo's lead with its interval."""
+    optional = {
+        "trials": [str(row.trials) for row in rows] if any(row.trials for row in rows) else [],
+        "PaCo's lead": ["{} ({})".format(*lead.parts()) if lead else "-" for lead in leads] if any(leads) else [],
+        "the paper's All": [_cell(row, "all")[2] or "-" for row in rows] if any(row.paper for row in rows) else [],
+    }
+    columns = {
+        "method": [row.label for row in rows],
+        "seeds": [str(len(row.seeds)) for row in rows],
+        **{group.capitalize(): [_mean_and_range(row, group) for row in rows] for group in GROUPS},
+        **{name: cells for name, cells in optional.items() if cells},
+    }
+    return as_markdown(list(columns), list(zip(*columns.values(), strict=True)))
+
+
+def _mean_and_range(row: MethodResults, group: str) -> str:
+    middle, between, _ = _cell(row, group)
+    return f"{middle} ({between})" if between and group == "all" else middle
 
 
 def _cell(row: MethodResults, group: str) -> tuple[str, str, str]:

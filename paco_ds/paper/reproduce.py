@@ -293,7 +293,7 @@ def draw(table: Table, jobs: Sequence[Job], output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)  # it does not exist if all results were kept
     page, picture = output / "comparison.html", output / "comparison.png"
     write_comparison(rows, page, picture, title=table.title)
-    say(f"written: {page}, {picture}")
+    say(f"written: {page}, {picture}, {page.with_suffix('.md')}")
 
 
 def _deviation(jobs: Iterable[Job]) -> str | None:

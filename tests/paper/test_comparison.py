@@ -20,6 +20,10 @@ def _method(name: str, *alls: float, paper: dict[str, float] | None = None) -> M
     return MethodResults(name, [SeedResult(i, 0.9, 0.6, None, figure) for i, figure in enumerate(alls)], paper)
 
 
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines()
+
+
 CROSS_ENTROPY = _method("cross_entropy", 0.74, 0.674, 0.70)
 BALANCED = _method("Balanced Softmax", 0.826, 0.819, 0.838)
 
@@ -113,7 +117,7 @@ def test_print_page_picture_and_figures_agree(tmp_path: Path) -> None:
     assert "A &lt;set&gt;" in page
     assert not re.search(r'https?://|<script|(?:src|href)="(?![#d])', page)
     assert png.read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.html", "c.json", "c.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.html", "c.json", "c.md", "c.png"]
 
 
 @pytest.mark.parametrize(
@@ -157,6 +161,10 @@ def test_every_row_has_pacos_lead_with_its_interval_and_its_trials(tmp_path: Pat
     assert [row["lead"] for row in figures["rows"]] == [None, asdict(expected)]
     assert [row["trials"] for row in figures["rows"]] == [23, 3]
     assert re.search(r"Cross-entropy</b></td><td[^>]*>3</td>", page)
+    header, _, first, second = ([c.strip() for c in line.split("|")[1:-1]] for line in _lines(tmp_path / "c.md"))
+    assert header == ["method", "seeds", "Many", "Medium", "Few", "All", "trials", "PaCo's lead"]
+    assert first == ["PaCo", "3", "-", "-", "-", "75.0 (75.0-75.0)", "23", "-"]
+    assert second[-3:] == ["65.0 (65.0-65.0)", "3", "{} ({})".format(*expected.parts())]
 
 
 def test_rows_without_known_images_have_no_lead(tmp_path: Path) -> None:

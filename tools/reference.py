@@ -210,7 +210,8 @@ def recipes_page() -> str:
 
 def _recipe_row(path: Path) -> str:
     recipe = load_recipe(path)
-    method = "paco (GPaCo)" if recipe.keys_from == "query_encoder" else recipe.loss.method
+    gpaco = recipe.loss.method == "paco" and recipe.keys_from == "query_encoder"
+    method = "paco (GPaCo)" if gpaco else recipe.loss.method
     queue = f"{recipe.queue.length:,}" if recipe.keys_from else ""
     step = f"{recipe.step.micro_batches} x {recipe.step.micro_batch}"
     cells = (method, recipe.model.backbone, f"{recipe.data.classes or 'any'}", step, queue, recipe.schedule.epochs)

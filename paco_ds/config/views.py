@@ -153,6 +153,9 @@ class EvalView(Section):
     name: Literal["eval"] = "eval"
     size: Count = Field(224, description="pixels of a side")
     resize: Count = Field(256, description="pixels of the shorter side before the crop")
+    interpolation: Literal["bilinear", "bicubic"] = Field(
+        "bilinear", description="of that resize; torchvision's is bilinear, that of most ViTs bicubic"
+    )
     crops: Literal["center", "five"] = Field(
         "center", description="five: the four corners and the center, whose logits are averaged (LIFT's test ensemble)"
     )

@@ -253,6 +253,7 @@ def _about(model: Predictor) -> dict[str, Any]:
         "class_names": list(model.class_names),
         "backbone": model.backbone,
         "resize": model.view.resize,
+        "interpolation": model.view.interpolation,
         "size": model.view.size,
         "mean": channels(model, "mean"),
         "std": channels(model, "std"),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 from safetensors.torch import save
 from torch import Tensor
 
 from paco_ds.evaluation.predictor import Predictor
+
+PIL_FILTERS = {"bilinear": 2, "bicubic": 3}  # as transformers write them
 
 
 def write_hub_folder(
@@ -27,8 +30,9 @@ def write_hub_folder(
         "input_size": [3, size, size],
         "mean": mean,
         "std": std,
-        "interpolation": "bicubic",
-        "crop_pct": round(size / max(model.view.resize, size), 4),
+        "interpolation": model.view.interpolation,
+        # timm's shorter side is floor(size / crop_pct): rounded down, so that it is ours
+        "crop_pct": math.floor(1e6 * size / max(model.view.resize, size)) / 1e6,
         "crop_mode": "center",
         "num_classes": len(model.class_names),
     }
@@ -47,6 +51,7 @@ def write_hub_folder(
     preprocessing = {
         "do_resize": True,
         "size": {"shortest_edge": model.view.resize},
+        "resample": PIL_FILTERS[model.view.interpolation],
         "do_center_crop": True,
         "crop_size": {"height": size, "width": size},
         "do_rescale": True,
@@ -91,8 +96,8 @@ Accuracy is lower for classes with few training images. Its probabilities are no
 
     model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
 
-Images: RGB, shorter side {model.view.resize}, center {model.view.size} x {model.view.size}; mean and deviation stand in
-`preprocessor_config.json`.
+Images: RGB, shorter side {model.view.resize} ({model.view.interpolation}), center {model.view.size} x
+{model.view.size}; mean and deviation stand in `preprocessor_config.json`.
 """
 
 

@@ -8,7 +8,8 @@ image, p_e = softmax(z_e + tau_e log q), and R_e the images whose weak view expe
 No gradient flows into p_e(. | v). r rises from 1 / ramp_epochs in the first epoch to 1, as published. Negative taus
 make an expert for frequent classes, those above 1 for rare ones.
 
-The published code runs both views through BatchNorm as one batch; here each view has its own statistics, as in GPaCo.
+Each view has its own statistics of BatchNorm, as in GPaCo and as in the published code on several GPUs, of which each
+sees images of one view; on one GPU (CIFAR) it runs both views as one batch.
 """
 
 from collections.abc import Sequence

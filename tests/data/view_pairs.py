@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 from sklearn.datasets import load_sample_images
 from timm.data import auto_augment as timm_ops
-from torchvision.transforms import functional
+from torchvision.transforms import InterpolationMode, functional
 
 from paco_ds.data.stream.views import Operation, Pixels
 from paco_ds.data.stream.views.blur import Blur, Sharpness
@@ -71,6 +71,12 @@ def sampling_pairs(height: int, width: int) -> Iterator[tuple[str, Operation, Ri
         area = (left, top, left + columns, top + rows)
         yield f"crop {rows} x {columns}", ours, partial(_crop, area=area)
     yield "eval", CenterCrop(256, 224), lambda image: functional.center_crop(functional.resize(image, [256]), [224])
+    bicubic = InterpolationMode.BICUBIC
+    yield (
+        "eval, bicubic",
+        CenterCrop(256, 224, "bicubic"),
+        lambda image: functional.center_crop(functional.resize(image, [256], bicubic), [224]),
+    )
     yield "five crops", FiveCrops(248, 224), _five_crops
 
 

@@ -7,9 +7,12 @@ import pytest
 import timm
 import torch
 import torchvision
+from PIL import Image
 from safetensors import safe_open
+from sklearn.datasets import load_sample_images
 
 from paco_ds.config.views import EvalView
+from paco_ds.data.stream.views import make_view
 from paco_ds.errors import UserError
 from paco_ds.evaluation import export as command
 from paco_ds.evaluation import predictor as predictor_module
@@ -110,6 +113,23 @@ def test_a_folder_of_the_hub_is_loaded_with_its_names(resnet18, images, expected
     for line in ("# resnet18 for 5 classes", "| Many | 90.0 |", "| All | 70.0 |", "library_name: timm", "## Limits"):
         assert line in card
     assert "Few |" not in card
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_the_hubs_preprocessing_has_the_pixels_of_our_evaluation(resnet18, tmp_path, monkeypatch, interpolation):
+    """timm's own transform of a photograph, within a byte; HuggingFace's by the filter's number."""
+    view = EvalView(size=SIZE, resize=SIZE + 8, interpolation=interpolation)
+    monkeypatch.setattr(resnet18, "view", view)
+    export(resnet18, "hf", tmp_path / "hub", None)
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True)
+    settings = timm.data.resolve_data_config(model=theirs) | {"mean": (0, 0, 0), "std": (1, 1, 1)}
+    photo = load_sample_images().images[0]
+    expected = 255 * timm.data.create_transform(**settings)(Image.fromarray(photo)).permute(1, 2, 0).numpy()
+    pixels = make_view(view).draw(*photo.shape[:2], np.random.default_rng(0)).sampling(photo)
+    assert np.abs(pixels - expected).max() < 1.5
+    written = json.loads((tmp_path / "hub" / "preprocessor_config.json").read_text())
+    assert Image.Resampling(written["resample"]).name == interpolation.upper()
+    assert written["size"] == {"shortest_edge": SIZE + 8}
 
 
 @pytest.mark.parametrize(

@@ -595,6 +595,10 @@ class TestBadInput:
                 ["loss.method=ldam", "model.centers=cosine", "loss.ldam.drw_epoch=2"],
                 "drw_epoch 2 is never reached in 2 epochs",
             ),
+            (
+                ["loss.method=focal", "loss.smoothing=0.1"],
+                "smoothing 0.1 is not part of .* focal; set it to 0",
+            ),
             (["loss.method=focal", "loss.focal.gama=1"], "nearest valid name: 'loss.focal.gamma'"),
         ],
     )

@@ -39,7 +39,18 @@ BALPOE = {
     "model.expert_width": "full",
     "optimizer.nesterov": True,
 }
-CONTRAST = {"model.centers": "cosine", "model.projection_dim": 1024, "loss.temperature": 0.07, "step.global_batch": 256}
+CONTRAST = {
+    "model.centers": "cosine",
+    "model.projection_dim": 1024,
+    "loss.temperature": 0.07,
+    "step.global_batch": 256,
+    # augmentation_sim of both main.py: jitter of BYOL's strength in 80 %, no blur
+    "views.query.name": "randcls",
+    "views.key.hue": 0.1,
+    "views.key.jitter_probability": 0.8,
+    "views.key.gray": 0.2,
+    "views.key.blur": 0.0,
+}
 VIT = {"global_pool": "avg"}
 GPACO_VIT = {
     "loss.alpha": 0.2,
@@ -61,35 +72,44 @@ GPACO_VIT = {
     "views.query.randaugment.magnitude": 10,
     "views.query.erasing": 0.0,
     "views.key.name": "sim",
+    "views.evaluation.interpolation": "bicubic",
     "engine.published_precision": "float16",
 }
 PUBLISHED = {
-    # RIDE: configs/config_{imagenet_lt_resnet50,imagenet_lt_resnext50,iNaturalist_resnet50}_ride.json, 80 of 100 epochs
-    "ride_imagenet_lt_resnet50": RIDE | {"lr": 0.1, "step.global_batch": 256, "loss.ride.reweight_factor": 0.02},
+    # RIDE: configs/config_{imagenet_lt_resnet50,imagenet_lt_resnext50,iNaturalist_resnet50}_ride.json, 80 of 100
+    # epochs; a micro-batch is what BatchNorm sees on one of n_gpu cards, here and in the next three
+    "ride_imagenet_lt_resnet50": RIDE
+    | {"lr": 0.1, "step.global_batch": 256, "step.micro_batch": 32, "loss.ride.reweight_factor": 0.02},
     "ride_imagenet_lt_resnext50": RIDE | {"lr": 0.1, "step.global_batch": 256, "loss.ride.diversity": 0.2},
-    "ride_inaturalist2018_resnet50": RIDE | {"lr": 0.2, "step.global_batch": 512, "loss.ride.reweight_factor": 0.015},
+    "ride_inaturalist2018_resnet50": RIDE
+    | {"lr": 0.2, "step.global_batch": 512, "step.micro_batch": 64, "loss.ride.reweight_factor": 0.015},
     # BalPoE: configs/mixup/long_training/*_bs-experts.json, tau = 1 - lambda
-    "balpoe_cifar100_lt_resnet32": BALPOE | {"taus": [0, 1, 2], "step.mixup": 0.4, "lr": 0.1, "step.global_batch": 128},
-    "balpoe_imagenet_lt_resnet50": BALPOE | {"taus": [0, 1.25, 2.5], "step.mixup": 0.3, "lr": 0.025},
+    "balpoe_cifar100_lt_resnet32": BALPOE
+    | {"taus": [0, 1, 2], "step.mixup": 0.4, "lr": 0.1, "step.global_batch": 128, "step.micro_batch": 128}
+    | {"views.query.name": "cifar", "views.query.autoaugment": "cifar10", "views.query.cutout": 0},
+    "balpoe_imagenet_lt_resnet50": BALPOE
+    | {"taus": [0, 1.25, 2.5], "step.mixup": 0.3, "lr": 0.025, "step.micro_batch": 32}
+    | {"views.query.name": "randcls", "views.query.randaugment.magnitude": 10},
     "balpoe_imagenet_lt_resnext50": BALPOE | {"taus": [0, 1.25, 2.5], "step.mixup": 0.3, "step.global_batch": 64},
     "balpoe_inaturalist2018_resnet50": BALPOE
-    | {"taus": [-1, 1, 3], "step.mixup": 0.2, "lr": 0.2, "step.global_batch": 512},
+    | {"taus": [-1, 1, 3], "step.mixup": 0.2, "lr": 0.2, "step.global_batch": 512, "step.micro_batch": 128},
     # SADE: configs/config_*_sade.json; tau, batch, lr, epochs; views of test_training_*.py
     "sade_imagenet_lt_resnext50": SADE
     | {"loss.sade.tau": 2, "lr": 0.025, "step.global_batch": 64, "schedule.epochs": 180, "schedule.warmup_epochs": 0}
     | {"optimizer.weight_decay": 5e-4, "views.query.name": "regular", "views.key.name": "mocov2"},
     "sade_inaturalist2018_resnet50": SADE
     | {"loss.sade.tau": 1, "lr": 0.2, "step.global_batch": 512, "schedule.epochs": 100, "schedule.milestones": (60, 80)}
-    | {"views.query.jitter": 0, "views.key.area": (0.08, 1.0)}
+    | {"views.query.jitter": 0, "views.key.area": (0.08, 1.0), "step.micro_batch": 128}
     | {"optimizer.weight_decay": 2e-4, "schedule.warmup_epochs": 5, "schedule.warmup_overshoot": False},
     "sade_cifar100_lt_resnet32": SADE
     | {"loss.sade.tau": 2, "lr": 0.1, "step.global_batch": 128, "schedule.epochs": 200}
     | {"schedule.milestones": (160, 180), "schedule.warmup_epochs": 5, "schedule.warmup_overshoot": False},
     # MDCS: configs/*_mdcs*.json; powers of the counts, weight and `warmup` of MDCSLoss in model/loss.py
     "mdcs_imagenet_lt_resnext50": MDCS
-    | {"step.global_batch": 256, "lr": 0.1, "schedule.warmup_epochs": 0, "views.key.name": "randcls"},
+    | {"step.global_batch": 256, "lr": 0.1, "schedule.warmup_epochs": 0, "views.key.name": "randcls"}
+    | {"step.micro_batch": 128},  # 4 cards, two of which see the weak views and two the strong ones
     "mdcs_cifar100_lt_resnet32": MDCS
-    | {"step.global_batch": 64, "lr": 0.1, "schedule.milestones": (200, 320, 380), "schedule.warmup_epochs": 10},
+    | {"step.global_batch": 64, "lr": 0.1, "schedule.milestones": (200, 320, 380), "schedule.warmup_epochs": 20},
     # BCL: README's commands, defaults of main.py; ProCo: sh/*.sh, defaults of ProCo/main.py
     "bcl_imagenet_lt_resnet50": CONTRAST | {"lr": 0.1, "schedule.epochs": 90, "loss.bcl.contrast_weight": 0.35},
     "bcl_inaturalist2018_resnet50": CONTRAST | {"lr": 0.2, "schedule.epochs": 100, "optimizer.weight_decay": 1e-4},

@@ -31,6 +31,7 @@ class Method(Section):
         uses_routers: the loss is of routers (RIDE's second stage), the method of `model.trained: routers`.
         uses_queue: the loss needs keys of earlier steps, so `queue.length` is above 0.
         mixes_labels: False where an image needs exactly one label, so that `step.mixup` and `step.cutmix` are refused.
+        smooths_labels: whether the loss takes `loss.smoothing`, which is refused where it does not.
         min_experts: 0 for a loss of any model, else the least `model.experts`.
         per_expert: name of the setting that has a number for each expert, or None.
         reweights_after: name of the setting that says after how many epochs the loss changes, or None.
@@ -45,6 +46,7 @@ class Method(Section):
     uses_routers: ClassVar[bool] = False
     uses_queue: ClassVar[bool] = False
     mixes_labels: ClassVar[bool] = True
+    smooths_labels: ClassVar[bool] = False
     min_experts: ClassVar[int] = 0
     per_expert: ClassVar[str | None] = None
     reweights_after: ClassVar[str | None] = None
@@ -67,6 +69,10 @@ class Method(Section):
         """
         self._check_model(recipe.model)
         self._check_run(recipe.step, recipe.queue, recipe.schedule)
+        if recipe.loss.smoothing and not self.smooths_labels:
+            raise ValueError(
+                f"loss.smoothing {recipe.loss.smoothing:g} is not part of loss.method {self.name}; set it to 0"
+            )
 
     def _check_model(self, model: ModelSettings) -> None:
         name = self.name

@@ -14,6 +14,7 @@ class BclSettings(Method):
     name = "bcl"
     loss = "paco_ds.losses.bcl:make_bcl"
     contrastive = True
+    smooths_labels = True
     uses_prototypes = True
 
     softmax_weight: Positive = Field(1.0, description="of the logit-adjusted cross-entropy")

@@ -13,6 +13,7 @@ class CrossEntropyMethod(Method):
 
     name = "cross_entropy"
     loss = "paco_ds.losses.cross_entropy:make_cross_entropy"
+    smooths_labels = True
 
 
 class BalancedSoftmaxMethod(Method):
@@ -20,6 +21,7 @@ class BalancedSoftmaxMethod(Method):
 
     name = "balanced_softmax"
     loss = "paco_ds.losses.cross_entropy:make_balanced_softmax"
+    smooths_labels = True
 
 
 class LogitAdjustmentSettings(Method):
@@ -27,6 +29,7 @@ class LogitAdjustmentSettings(Method):
 
     name = "logit_adjustment"
     loss = "paco_ds.losses.cross_entropy:make_logit_adjustment"
+    smooths_labels = True
 
     tau: NotNegative = Field(1.0, description="times log q(y); 1 as published")
 
@@ -36,5 +39,6 @@ class ClassBalancedSettings(Method):
 
     name = "class_balanced"
     loss = "paco_ds.losses.cross_entropy:make_class_balanced"
+    smooths_labels = True
 
     beta: Fraction = Field(0.9999, lt=1, description="of the effective number of images (1 - beta^n) / (1 - beta)")

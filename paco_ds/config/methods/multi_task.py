@@ -16,6 +16,7 @@ class MultiTaskSettings(Method):
     name = "multi_task"
     loss = "paco_ds.losses.multitask:make_multi_task"
     contrastive = True
+    smooths_labels = True
 
     softmax: Literal["cross_entropy", "balanced_softmax"] = Field("cross_entropy", description="loss of the centers")
     contrast: Literal["reweighted", "balanced_softmax", "supcon"] = Field(

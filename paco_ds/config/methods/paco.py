@@ -11,3 +11,4 @@ class PaCoMethod(Method):
     name = "paco"
     loss = "paco_ds.losses.paco:make_paco"
     contrastive = True
+    smooths_labels = True

@@ -14,6 +14,7 @@ class ProCoSettings(Method):
     name = "proco"
     loss = "paco_ds.losses.proco:make_proco"
     contrastive = True
+    smooths_labels = True
     uses_queue = True
 
     weight: Positive = Field(1.0, description="of the contrast")

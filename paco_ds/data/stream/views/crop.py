@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -13,6 +13,8 @@ from torch.nn import functional
 
 from paco_ds.data.stream.views.draws import below, uniform
 from paco_ds.data.stream.views.view import Pixels
+
+Resampling = Literal["bilinear", "bicubic"]
 
 
 class Axis(NamedTuple):
@@ -93,8 +95,8 @@ def _scaled(start: int, length: int, now: int, drawn: int) -> tuple[int, int]:
     return begin, min(max(round((start + length) * now / drawn), begin + 1), now)
 
 
-def resampled(image: Pixels, height: int, width: int) -> Pixels:
-    """Antialiased bilinear resize: PIL's BILINEAR within one byte, in less time.
+def resampled(image: Pixels, height: int, width: int, interpolation: Resampling = "bilinear") -> Pixels:
+    """Antialiased resize: PIL's BILINEAR or BICUBIC within one byte, in less time.
 
     Args:
         image: uint8 [H, W, 3], or a part of one; returned unchanged if it has the size already.
@@ -106,7 +108,7 @@ def resampled(image: Pixels, height: int, width: int) -> Pixels:
     planes = torch.from_numpy(np.ascontiguousarray(image)).as_strided(
         (1, 3, rows, columns), (3 * rows * columns, 1, 3 * columns, 3)
     )
-    resized = functional.interpolate(planes, (height, width), mode="bilinear", antialias=True)
+    resized = functional.interpolate(planes, (height, width), mode=interpolation, antialias=True)
     return resized[0].permute(1, 2, 0).numpy()
 
 
@@ -178,10 +180,11 @@ class CenterCrop:
 
     resize: int
     size: int
+    interpolation: Resampling = "bilinear"
     reduction: int = 1
 
     def __call__(self, image: Pixels) -> Pixels:
-        return _center(resized(image, self.resize), self.size, self.size)
+        return _center(resized(image, self.resize, self.interpolation), self.size, self.size)
 
 
 @dataclass(frozen=True)
@@ -191,22 +194,23 @@ class FiveCrops:
 
     resize: int
     size: int
+    interpolation: Resampling = "bilinear"
     reduction: int = 1
 
     def __call__(self, image: Pixels) -> Pixels:
-        image, side = resized(image, self.resize), self.size
+        image, side = resized(image, self.resize, self.interpolation), self.size
         rows, columns = slice(None, side), slice(None, side)
         lower, right = slice(image.shape[0] - side, None), slice(image.shape[1] - side, None)
         corners = [image[y, x] for y in (rows, lower) for x in (columns, right)]
         return np.concatenate([*corners, _center(image, side, side)])
 
 
-def resized(image: Pixels, shorter: int) -> Pixels:
+def resized(image: Pixels, shorter: int, interpolation: Resampling) -> Pixels:
     """The image with a shorter side of so many pixels; of one that is more than 16 times as long as wide the center."""
     short = min(image.shape[:2])
     image = _center(image, _LONGEST * short, _LONGEST * short)
     height, width = (shorter * side // short for side in image.shape[:2])
-    return resampled(image, height, width)
+    return resampled(image, height, width, interpolation)
 
 
 def _center(image: Pixels, height: int, width: int) -> Pixels:

@@ -76,7 +76,8 @@ class _Eval:
 
     def draw(self, height: int, width: int, rng: np.random.Generator) -> Drawn:
         s = self.settings
-        return Drawn(FiveCrops(s.resize, s.size) if s.crops == "five" else CenterCrop(s.resize, s.size))
+        crop = FiveCrops if s.crops == "five" else CenterCrop
+        return Drawn(crop(s.resize, s.size, s.interpolation))
 
 
 _MAKERS: dict[type, Callable[..., View]] = {ChainView: _Chain, CifarView: _Cifar, SmallView: _Small, EvalView: _Eval}

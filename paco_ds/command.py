@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import logging
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
@@ -75,6 +76,17 @@ def silence_known_noise() -> None:
 
 def _is_news(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(_NO_NEWS)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A type of an argument: a whole number of at least so much."""
+
+    def number(text: str) -> int:
+        if not text.strip().isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is no whole number of at least {least}")
+        return int(text)
+
+    return number
 
 
 @contextmanager

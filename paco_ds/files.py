@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
 from typing import IO, BinaryIO
 
 from paco_ds.errors import StorageError
@@ -75,7 +76,8 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     Raises:
         StorageError: it cannot be written. What was there before stays.
     """
-    partial = path.with_name(f".{path.name}{PARTIAL}")
+    # a name of its own: of two writers of one file each writes it whole, and the later one's stays
+    partial = path.with_name(f".{path.name}.{token_hex(4)}{PARTIAL}")
     with storage_errors(path):
         try:
             with partial.open("wb") as file:

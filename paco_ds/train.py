@@ -22,7 +22,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` hears Ctrl-C: no traceback of an import
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # a checkout need not be installed
 
-from paco_ds.command import Screen, report_user_errors, say, silence_known_noise
+from paco_ds.command import Screen, at_least, report_user_errors, say, silence_known_noise
 from paco_ds.config.load import load_recipe
 from paco_ds.config.plugins import AllowCode
 from paco_ds.config.shipped import RECIPES, card_with_images
@@ -193,15 +193,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a setting")
     parser.add_argument("--allow-code", action=AllowCode)
-    parser.add_argument("--expect-ranks", type=int, help="end at once if the job has another number of ranks")
-    parser.add_argument("--ranks", type=int, help="start this many ranks on this host")
+    parser.add_argument("--expect-ranks", type=at_least(1), help="end at once if the job has another number of ranks")
+    parser.add_argument("--ranks", type=at_least(1), help="start this many ranks on this host")
     parser.add_argument(
         "--restarts",
-        type=int,
+        type=at_least(0),
         metavar="N",
         help="start again after a lost rank, a hang or a kill; end after N starts in a row without a new checkpoint",
     )
-    parser.add_argument("--stop-at-step", type=int, help="write a checkpoint after this many steps and end")
+    parser.add_argument("--stop-at-step", type=at_least(1), help="write a checkpoint after this many steps and end")
     parser.add_argument(
         "--replay", type=Path, metavar="FOLDER", help="run a skipped step that a run kept again, on one rank, and end"
     )

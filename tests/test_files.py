@@ -71,6 +71,17 @@ def test_an_ancestor_that_cannot_be_made_is_of_the_path(tmp_path):
         place.mkdir(parents=True)
 
 
+def test_two_writers_of_a_file_each_write_it_whole(tmp_path):
+    """The one that ends last is there; not lines of both."""
+    with whole_file(tmp_path / "a.csv") as first:
+        first.write(b"first")
+        with whole_file(tmp_path / "a.csv") as second:
+            second.write(b"2nd")
+        assert (tmp_path / "a.csv").read_bytes() == b"2nd"
+    assert (tmp_path / "a.csv").read_bytes() == b"first"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
+
+
 def test_unfinished_files_of_a_killed_writer_are_removed(tmp_path):
     """And nothing else."""
     for name in (".report.html.partial", "report.html", "x.partial", ".hidden"):

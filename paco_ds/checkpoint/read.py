@@ -83,7 +83,7 @@ class Checkpoint:
         """Set all weights and buffers of a model, in place; an average that it has no place for is left out.
 
         Raises:
-            CheckpointError: the model has an average, and the checkpoint none.
+            CheckpointError: the model has an average, and the checkpoint none; or it is another network.
         """
         weights, averages = self.model(), model.average is not None
         saved = any(name.startswith(AVERAGE) for name in weights)
@@ -92,7 +92,16 @@ class Checkpoint:
                 f"evaluation.weights ema: {self.path} has no average, which is kept from the first step on where "
                 "that is set; set it to query or key, or train again with another --output"
             )
-        model.load_state_dict({n: t for n, t in weights.items() if averages or not n.startswith(AVERAGE)})
+        taken = {name: tensor for name, tensor in weights.items() if averages or not name.startswith(AVERAGE)}
+        there, here = _shapes(taken), _shapes(model.state_dict())
+        if differs := sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name)):
+            name = differs[0]
+            raise CheckpointError(
+                f"{self.path} is of another network, {len(differs)} tensors differ: {name} is "
+                f"{there.get(name, 'missing')} there and {here.get(name, 'missing')} here. The sections model and loss "
+                f"must be those that it was trained with"
+            )
+        model.load_state_dict(taken)
 
     def optimizer(self) -> dict[str, Tensor]:
         """The optimizer's states, float32, by STATE.PARAMETER: momentum_buffer of SGD, exp_avg and exp_avg_sq of AdamW;
@@ -289,3 +298,7 @@ def hint_after_storage_errors(run: Path) -> Iterator[None]:
         yield
     except StorageError as error:
         raise StorageError(f"{error}. {resume_hint(run)}") from error
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in tensors.items()}

@@ -7,6 +7,7 @@ to the one before, are 300 bytes and 400 million values.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ MOST_JSON = 2**30  # bytes; a manifest of a million shards has 300 MB
 _DEEPEST = 40
 _MOST_VALUES = 200_000
 _LONGEST_NUMBER = 100  # characters: YAML's numbers to the base 60 take quadratic time
+_OTHER_BASE = re.compile(r"[-+]?0[0-9_]+$|.*:")  # 010 is eight in YAML 1.1, and 1:30 is ninety
 _SHOWN = 200  # characters of a parser's message
 
 
@@ -124,6 +126,8 @@ class _BoundedLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Hashable] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue  # `<<: *other` gives keys that the mapping itself may set otherwise
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
                 continue  # refused below
@@ -149,3 +153,8 @@ def _check_bounds(root: yaml.Node) -> None:
             waiting += [(child, depth + 1) for child in node.value]
         elif node.tag.endswith((":int", ":float")) and len(node.value) > _LONGEST_NUMBER:
             raise yaml.YAMLError(f"a number has more than {_LONGEST_NUMBER} characters")
+        elif node.tag.endswith((":int", ":float")) and _OTHER_BASE.match(node.value):
+            raise yaml.YAMLError(
+                f"{node.value} would be read as a number to another base: write it without leading zeros and colons, "
+                f"or in quotes if it is a name"
+            )

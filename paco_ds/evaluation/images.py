@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import stat
 import sys
 import tarfile
 from collections.abc import Iterable, Iterator
@@ -13,8 +14,11 @@ from pathlib import Path
 from paco_ds.config.parse import one_line
 from paco_ds.data.manifest import MANIFEST_FILE, load_manifest
 from paco_ds.data.names import is_hidden
+from paco_ds.data.pack.root import Walk, unreadable
 from paco_ds.data.pack.source import ENDINGS, ending
+from paco_ds.data.pack.tar_scan import refuse_special, require_whole
 from paco_ds.data.shard import ShardReader
+from paco_ds.data.storage import as_storage
 from paco_ds.errors import UserError
 
 WHAT = "images, folders, patterns, shards, tars, or - for a list of paths on standard input"
@@ -38,6 +42,8 @@ class ListedImage:
         Raises:
             OSError, ValueError, BadSample: it cannot be read.
         """
+        if not stat.S_ISREG(os.stat(self.name).st_mode):
+            raise ValueError("no_file")  # a pipe would wait for a writer
         return Path(self.name).read_bytes()
 
 
@@ -81,7 +87,7 @@ def list_images(places: Iterable[str], split: str | None = None) -> Iterator[Lis
     """
     for place in places:
         if place == "-":
-            yield from map(ListedImage, filter(None, (line.rstrip("\r\n") for line in sys.stdin)))
+            yield from map(ListedImage, _lines())
         elif os.path.lexists(place):
             yield from _of_place(place, split)
         elif found := sorted(glob.glob(place, recursive=True)):
@@ -103,9 +109,19 @@ def _of_place(place: str, split: str | None) -> Iterator[ListedImage]:
         yield ListedImage(place)
 
 
+def _lines() -> Iterator[str]:
+    """The paths on standard input, one a line; names of files need not be UTF-8."""
+    if sys.stdin is None:
+        raise UserError("- reads paths from standard input, which is closed: pipe them in, or give them as arguments")
+    for line in sys.stdin.buffer:
+        if path := os.fsdecode(line.rstrip(b"\r\n")):
+            yield path
+
+
 def _of_folder(place: str) -> Iterator[ListedImage]:
-    for folder, folders, files in os.walk(place):
-        folders[:] = sorted(name for name in folders if not is_hidden(name))
+    walk = Walk(Path(place))
+    for folder, folders, files in os.walk(place, followlinks=True, onerror=unreadable):
+        folders[:] = [name for name in sorted(folders) if walk.enters(os.path.join(folder, name))]
         images = sorted(name for name in files if ending(name) in ENDINGS and not is_hidden(name))
         yield from (ListedImage(os.path.join(folder, name)) for name in images)
 
@@ -123,11 +139,16 @@ def _of_shards(place: str, wanted: str | None) -> Iterator[ListedImage]:
 
 
 def _of_tar(place: str) -> Iterator[ListedImage]:
+    end = 0
     try:
         with tarfile.open(place, "r:") as tar:
             for member in tar:
-                if member.isfile() and ending(member.name) in ENDINGS and not is_hidden(member.name):
+                end = member.offset_data + member.size
+                if ending(member.name) in ENDINGS and not is_hidden(member.name):
+                    refuse_special(member, place)
                     name = os.path.join(place, member.name)
                     yield TarImage(name, None, place, member.offset_data, member.size)
     except tarfile.TarError as error:
         raise UserError(f"{place} is not a whole tar ({one_line(error)}): copy it again, or unpack it") from None
+    folder, name = os.path.split(place)
+    require_whole(as_storage(folder or "."), name, end)

@@ -85,6 +85,8 @@ def _writer(path: Path | None, top: int) -> Iterator[Write]:
     """Writes rows to a file that is there whole or not at all, or to standard output; names that are not UTF-8 are
     written as they are (in Parquet, whose texts are UTF-8, escaped)."""
     if path is None:
+        if sys.stdout is None:
+            raise UserError("standard output is closed: give --output FILE.csv, .jsonl or .parquet")
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="surrogateescape")
         with reader_may_leave():

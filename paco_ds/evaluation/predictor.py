@@ -33,7 +33,7 @@ from paco_ds.config.views import EvalView
 from paco_ds.data.manifest import Manifest, TrainedData, open_data
 from paco_ds.data.shard import BadSample, RawSample
 from paco_ds.data.stream.views import MakeViews, make_view
-from paco_ds.errors import DataError
+from paco_ds.errors import CheckpointError, DataError
 from paco_ds.evaluation.images import ListedImage
 from paco_ds.evaluation.runner import Ensemble, load_recogniser
 from paco_ds.evaluation.temperature import checkpoint_digest
@@ -224,6 +224,8 @@ def load(run: str | os.PathLike[str], device: str | torch.device = "cpu", weight
         DataError: a run of before 0.11 whose shards are not there.
     """
     run = Path(run)
+    if not (run / "recipe.yaml").is_file():
+        raise CheckpointError(f"{run} is not the run directory of a training: {run / 'recipe.yaml'} is missing")
     recipe = load_recipe(run / "recipe.yaml", [f"evaluation.weights={weights}"] if weights else [])
     checkpoint = chosen_checkpoint(run, recipe.evaluation.checkpoint)
     data = _trained_data(checkpoint, recipe.data)

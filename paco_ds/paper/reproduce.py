@@ -27,7 +27,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from paco_ds.command import report_user_errors, say
+from paco_ds.command import at_least, report_user_errors, say
 from paco_ds.config.parse import read_json
 from paco_ds.config.plugins import AllowCode, code_is_allowed
 from paco_ds.config.recipe import Recipe
@@ -409,9 +409,11 @@ def _parser() -> argparse.ArgumentParser:
         "--scale", choices=["small", "paper"], help="train small stand-ins here, or write commands for a cluster"
     )
     parser.add_argument("--data", type=Path, help="card of the data set, by path or name; built if need be")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 1 to N for every row")
-    parser.add_argument("--ranks", type=int, default=2, help="ranks of each training on this host")
-    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time; their output goes to RUN/run.log")
+    parser.add_argument("--seeds", type=at_least(1), default=3, help="seeds 1 to N for every row")
+    parser.add_argument("--ranks", type=at_least(1), default=2, help="ranks of each training on this host")
+    parser.add_argument(
+        "--jobs", type=at_least(1), default=1, help="trainings at a time, each with its output in RUN/run.log"
+    )
     parser.add_argument("--keep", type=Path, help="file of kept results, a JSON line for each finished run; see above")
     parser.add_argument("--draw-only", action="store_true", help="train nothing, draw existing results")
     parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override for every row")

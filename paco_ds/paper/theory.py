@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from paco_ds.command import Screen, report_user_errors
+from paco_ds.command import Screen, at_least, report_user_errors
 from paco_ds.config.shipped import find_card
 from paco_ds.data.manifest import MANIFEST_FILE, load_manifest
 from paco_ds.data.pack.card import load_card
@@ -98,8 +98,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--split", default="train", help="whose class counts (default %(default)s)")
     parser.add_argument("--root", type=Path, help="folder of the card's files, if not the one it names")
     parser.add_argument("--alpha", type=_positive, default=0.05, help="weight of a positive (default %(default)s)")
-    parser.add_argument("--queue", type=_at_least(0), default=8192, help="queue.length (default %(default)s)")
-    parser.add_argument("--micro-batch", type=_at_least(1), default=32, help="step.micro_batch (default %(default)s)")
+    parser.add_argument("--queue", type=at_least(0), default=8192, help="queue.length (default %(default)s)")
+    parser.add_argument("--micro-batch", type=at_least(1), default=32, help="step.micro_batch (default %(default)s)")
     parser.add_argument("--output", type=Path, help="a .png for one picture, a folder for one picture each")
     return parser
 
@@ -109,16 +109,6 @@ def _positive(text: str) -> float:
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
     return number
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def integer(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
-        return int(text)
-
-    integer.__name__ = "whole number"  # what argparse calls a text that is none
-    return integer
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import psutil
 
-from paco_ds.command import INTERRUPTED, report_user_errors
+from paco_ds.command import INTERRUPTED, at_least, report_user_errors
 from paco_ds.config.load import load_recipe
 from paco_ds.distributed.hostfile import answers, hosts_left, on_hosts
 from paco_ds.distributed.launchers import KEEPER, is_launcher
@@ -230,7 +230,7 @@ def _elastic(command: Sequence[str], run: Path) -> Callable[[], Processes]:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--restarts", type=int, default=5, help="starts in a row without a new checkpoint, 5")
+    parser.add_argument("--restarts", type=at_least(0), default=5, help="starts in a row without a new checkpoint, 5")
     parser.add_argument("--run", type=Path, help="run directory; by default that of the command's --output or --config")
     parser.add_argument("--elastic", action="store_true", help="leave out hosts of the --hostfile that do not answer")
     parser.add_argument("command", nargs="+", help="after --: the command that starts the job")

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from paco_ds.config.load import load_recipe
+from paco_ds.config.parse import parse_yaml
 from paco_ds.errors import RecipeError
 from tests.recipes import TINY, tiny_recipe
 
@@ -49,6 +50,8 @@ def test_shipped_recipes_are_valid(path):
         ("schedule.warmup_epochs=2", r"'schedule': warmup_epochs 2 leaves nothing of 2 epochs"),
         ("views.key.size=16", r"'views': query.size 12 and key.size 16 differ"),
         ("views.evaluation.resize=8", r"'views.evaluation': resize 8 is smaller than the crop size 12"),
+        ("seed=010", r"010 would be read as a number to another base: write it without leading zeros"),
+        ("optimizer.lr=1:30", r"1:30 would be read as a number to another base"),
         ("seed", r"write key.path=value"),
         ("seed.deeper=1", r"'seed' is a setting, not a section$"),
         ("key_encoder.momentum_schedule=linear", r"'key_encoder.momentum_schedule': .*'constant' or 'cosine'"),
@@ -95,6 +98,14 @@ def test_a_missing_file_and_a_missing_setting_are_named(tmp_path, path):
     path.write_text(TINY.replace("optimizer: {lr: 0.05}", "optimizer: {}"))
     with pytest.raises(RecipeError, match=r"'optimizer.lr' is missing; .* --set optimizer.lr="):
         load_recipe(path)
+
+
+def test_settings_may_be_merged_from_an_anchor():
+    """`<<: *other`, whose keys the mapping itself may set otherwise; one given twice is still refused."""
+    merged = parse_yaml("base: &b {x: 1, y: 2}\nown: {<<: *b, y: 3}", "text", RecipeError)
+    assert merged["own"] == {"x": 1, "y": 3}
+    with pytest.raises(RecipeError, match="key 'y' is given twice"):
+        parse_yaml("base: &b {x: 1}\nown: {<<: *b, y: 3, y: 4}", "text", RecipeError)
 
 
 def test_overrides_are_yaml_and_reach_any_depth(path):

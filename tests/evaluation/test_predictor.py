@@ -108,8 +108,17 @@ def test_an_image_that_cannot_be_read_is_named(model, trained, tmp_path):
 
 
 def test_what_is_no_run_is_named(tmp_path):
-    with pytest.raises((RecipeError, CheckpointError), match=str(tmp_path)):
+    with pytest.raises(CheckpointError, match=f"{tmp_path} is not the run directory of a training"):
         paco_ds.load(tmp_path)
+
+
+def test_a_network_that_was_not_trained_is_refused_in_one_line(trained, tmp_path):
+    """A recipe.yaml that was edited, or other settings of paco-evaluate."""
+    shutil.copytree(trained[0], tmp_path / "run")
+    recipe = tmp_path / "run" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("projection_dim: ", "projection_dim: 1"))
+    with pytest.raises(CheckpointError, match=r"is of another network, \d+ tensors differ: .* there and .* here"):
+        paco_ds.load(tmp_path / "run")
 
 
 def test_names_that_are_not_utf_8_are_written_as_they_are(trained, tmp_path):
@@ -125,7 +134,7 @@ def test_names_that_are_not_utf_8_are_written_as_they_are(trained, tmp_path):
 )
 def test_a_mistake_leaves_standard_output_empty(trained, monkeypatch, capsys, place, message):
     """A table that goes on to another program is one, or nothing."""
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
     with pytest.raises(SystemExit):
         main([str(trained[0]), place, "--device", "cpu"])
     said = capsys.readouterr()
@@ -143,7 +152,7 @@ def test_the_command_writes_a_row_for_each_image_of_folders_and_lists(
     (tmp_path / "some" / "notes.txt").write_text("no image")
     (tmp_path / "some" / "bad.JPG").write_text("no image either")
     shutil.copy(images[0], tmp_path / "some" / "a, b.png")
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{images[7]}\n\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(f"{images[7]}\n\n".encode())))
     output = tmp_path / f"out{ending}"
     assert main([str(run), str(tmp_path / "some"), "-", "--top", "2", "--output", str(output), "--device", "cpu"]) == 0
     said = capsys.readouterr().err
@@ -172,6 +181,7 @@ def test_the_command_writes_a_row_for_each_image_of_folders_and_lists(
         (["EMPTY", "--output", "a.xlsx"], "neither .csv nor .jsonl"),
         (["EMPTY", "--top", "-1"], "--top -1 names no class"),
         (["EMPTY", "--device", "gpu"], "--device gpu cannot be used"),
+        (["EMPTY", "--device", "meta"], "--device meta cannot be used: it holds no values"),
     ],
 )
 def test_a_mistake_is_one_line(trained, tmp_path, capsys, arguments, message):

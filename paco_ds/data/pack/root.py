@@ -131,7 +131,7 @@ class Root:
             yield from (str(PurePosixPath(folder, name)) for name in self._find(folder) if walk.takes(name))
             return
         start = str(self.path / folder)
-        for parent, inner, files in os.walk(start, followlinks=True, onerror=_unreadable):
+        for parent, inner, files in os.walk(start, followlinks=True, onerror=unreadable):
             inner[:] = [name for name in sorted(inner) if walk.enters(os.path.join(parent, name))]
             inside = str(PurePosixPath(folder, os.path.relpath(parent, start)))
             taken = filter(walk.takes, files)
@@ -196,7 +196,7 @@ class Walk:
         return True
 
 
-def _unreadable(error: OSError) -> None:
+def unreadable(error: OSError) -> None:
     raise DataError(f"folder {error.filename} cannot be read: {error.strerror}") from error
 
 

@@ -77,7 +77,7 @@ class TarScan:
                     if is_hidden(member.name):
                         self.hidden += 1
                         continue
-                    _refuse_special(member, place)
+                    refuse_special(member, place)
                     folder, _, base = same_path(member.name).rpartition("/")
                     stem, _, suffix = base.partition(".")
                     if f"{folder}/{stem}" != key:
@@ -90,7 +90,7 @@ class TarScan:
         except (tarfile.TarError, OSError, EOFError) as error:
             raise DataError(f"{place} is damaged or no tar ({error}): copy it again") from error
         self._take(tar, key, sample)
-        _require_whole(self.root.storage, tar, end)
+        require_whole(self.root.storage, tar, end)
 
     def _refuse_packed(self, tar: str) -> None:
         """Raise DataError for a compressed tar or another archive, by its first bytes."""
@@ -177,7 +177,7 @@ def _matters(name: str) -> bool:
     return ending(name) in ENDINGS or ending(name) in ("json", "cls")
 
 
-def _refuse_special(member: tarfile.TarInfo, place: str) -> None:
+def refuse_special(member: tarfile.TarInfo, place: str) -> None:
     """Raise DataError for a member whose bytes do not lie in the tar as they are: readers of webdataset skip it."""
     if member.issparse():
         raise DataError(f"{place}: {member.name} is stored as a sparse file: pack it as a plain one")
@@ -190,7 +190,7 @@ def _refuse_special(member: tarfile.TarInfo, place: str) -> None:
         raise DataError(f"{place}: {member.name} is a folder, a device or the like, no file: take it out")
 
 
-def _require_whole(storage: Storage, tar: str, end: int) -> None:
+def require_whole(storage: Storage, tar: str, end: int) -> None:
     """tarfile, like webdataset, ends silently at a damaged header or another archive: after the last member there must
     be zeros, two blocks at least, and nothing else."""
     start, size = -(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE, storage.size(tar)

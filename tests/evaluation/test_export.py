@@ -125,7 +125,8 @@ def test_the_hubs_preprocessing_has_the_pixels_of_our_evaluation(resnet18, tmp_p
     settings = timm.data.resolve_data_config(model=theirs) | {"mean": (0, 0, 0), "std": (1, 1, 1)}
     photo = load_sample_images().images[0]
     expected = 255 * timm.data.create_transform(**settings)(Image.fromarray(photo)).permute(1, 2, 0).numpy()
-    pixels = make_view(view).draw(*photo.shape[:2], np.random.default_rng(0)).sampling(photo)
+    height, width, _ = photo.shape
+    pixels = make_view(view).draw(height, width, np.random.default_rng(0)).render(photo)
     assert np.abs(pixels - expected).max() < 1.5
     written = json.loads((tmp_path / "hub" / "preprocessor_config.json").read_text())
     assert Image.Resampling(written["resample"]).name == interpolation.upper()

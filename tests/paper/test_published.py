@@ -6,6 +6,7 @@ BalPoE: emasa's. BCL: FlamieZhu's main.py. ProCo: LeapLabTHU's sh/ and main.py.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -265,6 +266,16 @@ def test_methods_are_compared_with_an_equal_budget_of_steps(name, epochs):
     assert [batch for batch, _ in same] == [64]
 
 
+KIN = {
+    "CE, tau-normalised": "CE",
+    "RIDE, 1 expert": "RIDE, 3 experts",
+    "RIDE, 2 experts": "RIDE, 3 experts",
+    "SADE, 3 experts, aggregated": "SADE, 3 experts",
+    "PaCo without center rebalance": "PaCo",
+}
+TRIED_BEFORE = {"PaCo", "PaCo, 3 experts", "PaCo without center rebalance", "GPaCo"}  # by some 20 trials of the demo
+
+
 def test_every_method_is_tried_with_two_learning_rates_on_validation():
     """But what shares those of its kin; second stages, from the same first stage."""
     methods, trials = load_table("methods"), load_table("trials")
@@ -281,9 +292,26 @@ def test_every_method_is_tried_with_two_learning_rates_on_validation():
                 s for s in of_methods.set if "optimizer.lr" not in s
             }
     assert set(map(frozenset, tried.values())) == {frozenset({0.1, 0.2})}
-    shared = {"CE, tau-normalised", "RIDE, 1 expert", "RIDE, 2 experts", "RIDE, 3 experts, routed"}
-    shared |= {"SADE, 3 experts, aggregated", "PaCo without center rebalance"}
-    assert {row.name for row in methods.rows if row.drawn} - set(tried) == shared
+    assert {row.name for row in methods.rows if row.drawn} - set(tried) == KIN.keys() | {"RIDE, 3 experts, routed"}
+
+
+def test_methods_have_the_learning_rate_that_was_best_on_validation():
+    """By the kept results of table `trials`; the recipe's rate where two are equal. Kin share that of their kin."""
+    accuracies: dict[str, dict[float, float]] = {}
+    kept = {line["row"]: line for line in map(json.loads, (ROOT / "results" / "trials.jsonl").read_text().splitlines())}
+    for row in load_table("trials").rows:
+        if row.drawn:
+            name, _, lr = row.name.rpartition(", lr ")
+            figures = kept[f"{row.folder}-seed1"]
+            assert figures["split"] == "val"
+            accuracies.setdefault(name, {})[float(lr)] = figures["all"]
+    table = load_table("methods")
+    for row in table.rows:
+        if row.drawn and "routed" not in row.name:
+            recipe = table.resolve(row, None, ("model.start_from=FIRST",) if row.after else ())
+            of_rates = accuracies[KIN.get(row.name, row.name)]
+            assert recipe.optimizer.lr == max(of_rates, key=lambda lr: (of_rates[lr], lr)), row.name
+            assert row.trials == (22 if row.name in TRIED_BEFORE else 2), row.name
 
 
 # --fp16 of PaCo's and GPaCo's sh/; engine_finetune_paco.py has torch.cuda.amp

@@ -103,6 +103,23 @@ def test_overwrite_leaves_no_file_of_the_older_build(tiny_card: Path, damaged: M
     ]
 
 
+@pytest.mark.parametrize("by_link", [False, True])
+def test_tars_are_not_repacked_where_they_lie(
+    damaged: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str], by_link: bool
+) -> None:
+    """--overwrite would replace them while it reads them; a link to them leads to the same place."""
+    before = contents(damaged.directory)
+    root = damaged.directory
+    if by_link:
+        (root := tmp_path / "in").mkdir()
+        (root / "train-1.tar").symlink_to(damaged.directory / "train-00001.tar")
+    words = ["--source", "webdataset", "--root", str(root), "--train", "train-*.tar"]
+    assert main(["build", *words, "--output", str(damaged.directory), "--overwrite"]) == 2
+    assert main(["add", str(damaged.directory), *words]) == 2
+    assert capsys.readouterr().err.count("is a tar of the source in the folder that shards are written to: give") == 2
+    assert contents(damaged.directory) == before
+
+
 def test_interrupted_build_leaves_no_half_written_shard(
     tiny_card: Path,
     tiny_shards: Manifest,

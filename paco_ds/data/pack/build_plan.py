@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -104,7 +105,12 @@ def plan_of(
     first_shards: Mapping[str, int],
     first_keys: Mapping[str, int],
 ) -> BuildPlan:
-    """Divide a source into shards; `first_shards` and `first_keys` give the first numbers per split."""
+    """Divide a source into shards; `first_shards` and `first_keys` give the first numbers per split.
+
+    Raises:
+        DataError: a tar of the source lies in ``output``.
+    """
+    _refuse_tars_in(output, source.tars)
     settings = WriteSettings(output, source.images, source.classes, card.resize, card.background_color, options.verify)
     shards = []
     for split, samples in source.splits.items():
@@ -130,6 +136,21 @@ def plan_of(
     for *_, rows in shards:
         digest.update(np.ascontiguousarray(rows).data)
     return BuildPlan(source, settings, shards, digest.hexdigest(), listing)
+
+
+def _refuse_tars_in(output: Storage, tars: list[str]) -> None:
+    """Raise DataError if one of the tars lies in `output`: it would be replaced, or removed as a stale shard, while
+    images are still read from it."""
+    if output.is_local:  # a tar and the folders on the way to it may be links
+        own, of = os.path.realpath(output.local_directory), os.path.dirname
+        held = [tar for tar in tars if own in (of(os.path.realpath(tar)), os.path.realpath(of(tar)))]
+    else:
+        held = [tar for tar in tars if tar == output.place(tar.partition("?")[0].rpartition("/")[2])]
+    if held:
+        raise DataError(
+            f"{held[0]} is a tar of the source in the folder that shards are written to: give another --output, or "
+            "move the tars out of it"
+        )
 
 
 def _listing(source: Source) -> str:

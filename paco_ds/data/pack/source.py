@@ -114,6 +114,7 @@ class Source:
         ignored: number of files left out, by ending.
         notes: what else a user should know of the listing, a line each.
         bad: listed images that cannot be used, each with its reason.
+        tars: paths or URLs of the tars that images are read from while shards are written.
     """
 
     classes: tuple[str, ...]
@@ -122,6 +123,7 @@ class Source:
     ignored: Counter[str] = field(default_factory=Counter)
     bad: list[BadImage] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    tars: list[str] = field(default_factory=list)
 
     def require_training_images(self) -> None:
         """Raise DataError unless every class has a training image: a loss cannot learn a class that it never sees."""

@@ -101,10 +101,12 @@ class WebdatasetCard(Card):
         splits = {}
         bad: list[BadImage] = []
         notes: list[str] = []
+        places: list[str] = []
         for split, tars in self.splits.items():
             scan = TarScan(root, self.label_key, self.class_key, self.image_ending, names, bad)
             for tar in _expanded(root, tars.tars):
                 scan.tar(tar)
+                places.append(str(root.path / tar) if root.storage.is_local else root.storage.place(tar))
             splits[split] = scan.rows.build()
             if scan.hidden:
                 notes.append(
@@ -115,7 +117,7 @@ class WebdatasetCard(Card):
         if given is not None and largest >= len(given):
             raise DataError(f"label {largest} of the tars is out of range, the labels are 0 to {len(given) - 1}")
         classes = given or tuple(names.get(label, str(label)) for label in range(largest + 1))
-        return Source(classes, splits, Members(root), bad=bad, notes=notes)
+        return Source(classes, splits, Members(root), bad=bad, notes=notes, tars=places)
 
 
 def _expanded(root: Root, pattern: str) -> list[str]:

@@ -212,12 +212,52 @@ IMAGES, ANNOTATIONS = PAGE["images"], PAGE["annotations"]
         ({"annotations": None}, "has no annotations: it must be a list"),
         ({"annotations": [{"image_id": 1}]}, "annotations has an entry without category_id"),
         ({"images": [{"id": 1, "file_name": "../1.jpg"}]}, "does not lie under the root"),
+        ({"images": [{"id": 1, "file_name": " "}]}, "images has an entry without file_name"),
+        ({"images": [IMAGES[0], IMAGES[1] | {"id": 1}]}, "images t/1.jpg and t/2.jpg have the same id 1: give each"),
+        ({"images": [{"id": 2**63, "file_name": "t/1.jpg"}]}, r"has a whole number above 2\^63 - 1: number it anew"),
+        ({"categories": [*CATEGORIES, {"id": 3, "name": "owl"}]}, "category 3 is 'moth' and 'owl': give each an id"),
+        ({"categories": [{"id": 3, "name": " "}]}, "categories has an entry without name"),
+        ({"categories": [{"id": [3], "name": "moth"}]}, "categories has an entry without id"),
+        ({"info": float("nan")}, "is not JSON .*NaN.*: copy it again; if NaN or Infinity stands there, write null"),
     ],
 )
 def test_inaturalist_mistakes_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     """Each with the file, the image or the category."""
     with pytest.raises(DataError, match=message):
         read_source(naturalist(tmp_path, PAGE | change), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"id": [3], "name": "Moth"}, "categories has an entry without id"),
+        ({"id": 3, "name": ""}, "categories has an entry without name"),
+        ({"id": 7, "name": "Moth"}, "category 7 is 'Newt' and 'Moth': give each an id of its own"),
+    ],
+)
+def test_inaturalist_mistakes_in_the_file_of_categories_are_named(
+    tmp_path: Path, entry: dict[str, Any], message: str
+) -> None:
+    """As those of a page."""
+    (tmp_path / "categories.json").write_text(json.dumps([{"id": 7, "name": "Newt"}, entry]))
+    with pytest.raises(DataError, match=f"categories.json: {message}"):
+        read_source(naturalist(tmp_path, PAGE, categories="categories.json"), tmp_path)
+
+
+def test_inaturalist_page_of_a_spreadsheet_is_read(tmp_path: Path) -> None:
+    """With a byte order mark and spaces around names; paths of one file are one image."""
+    again = [{"id": 3, "file_name": "./t/1.jpg"}, {"id": 4, "file_name": "t//2.jpg"}]
+    page = {
+        "images": [*IMAGES, *again],
+        "annotations": [*ANNOTATIONS, {"image_id": 3, "category_id": 7}, {"image_id": 4, "category_id": 3}],
+        "categories": [{"id": 3, "name": " moth "}, {"id": 7, "name": "newt"}],
+    }
+    card = naturalist(tmp_path, page)
+    (tmp_path / "train.json").write_text(json.dumps(page), encoding="utf-8-sig")
+    source = read_source(card, tmp_path)
+    assert source.classes == ("moth", "newt")
+    assert list(source.splits["train"].names) == ["t/1.jpg", "t/2.jpg"]
+    assert [str(bad) for bad in source.bad] == ["t/1.jpg: listed_twice", "t/2.jpg: listed_twice"]
 
 
 def test_inaturalist_images_that_are_missing_or_listed_twice_are_bad(tmp_path: Path) -> None:
@@ -238,6 +278,16 @@ def test_inaturalist_splits_must_share_categories(tmp_path: Path) -> None:
     (tmp_path / "val.json").write_text(json.dumps(more))
     both = card.splits | {"val": INaturalistSplit(annotations="val.json")}
     with pytest.raises(DataError, match=r"val.json does not have the categories of .*train.json: 5"):
+        read_source(card.model_copy(update={"splits": both}), tmp_path)
+
+
+def test_inaturalist_splits_must_name_a_category_alike(tmp_path: Path) -> None:
+    """Two exports that number their categories apart would swap the labels of val."""
+    card = naturalist(tmp_path, PAGE)
+    swapped = [{"id": 3, "name": "newt"}, {"id": 7, "name": "moth"}]
+    (tmp_path / "val.json").write_text(json.dumps(PAGE | {"categories": swapped}))
+    both = card.splits | {"val": INaturalistSplit(annotations="val.json")}
+    with pytest.raises(DataError, match=r"category 3 is 'moth' in .*train.json and 'newt' in .*val.json: number"):
         read_source(card.model_copy(update={"splits": both}), tmp_path)
 
 

@@ -139,6 +139,14 @@ def test_torchvision_folders_of_2018(tmp_path: Path) -> None:
         read_source(card("inaturalist", splits), tmp_path)
 
 
+def test_torchvision_folders_of_two_splits_must_name_a_category_alike(tmp_path: Path) -> None:
+    """The label follows the number, so another name is another class."""
+    put(tmp_path, "train/00001_Aves/a.jpg", "train/00002_Rosa/b.jpg", "val/00001_Rosa/c.jpg")
+    splits = {name: {"folder": name} for name in ("train", "val")}
+    with pytest.raises(DataError, match="category 1 is 'Aves' in split train and 'Rosa' in split val: number"):
+        read_source(card("inaturalist", splits), tmp_path)
+
+
 def test_our_shards_packed_again_hold_the_same_samples(tiny_shards: Manifest, tmp_path: Path) -> None:
     """Another size and order: the same images with the same labels, split by split; class names are kept."""
     splits = {name: {"tars": f"{name}-*.tar"} for name in ("train", "test")}

@@ -5,10 +5,13 @@ The JSON of 2021 has 2.7 million images, so files are parsed as streams and kept
 
 from __future__ import annotations
 
+import codecs
 import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import chain
+from types import UnionType
 from typing import Any, ClassVar, Literal, Self
 
 import ijson
@@ -17,6 +20,7 @@ import numpy.typing as npt
 from pydantic import Field, model_validator
 
 from paco_ds.data.manifest import Name, StrictModel
+from paco_ds.data.names import same_name, same_path
 from paco_ds.data.pack.card import Card
 from paco_ds.data.pack.root import Root, require_inside
 from paco_ds.data.pack.samples import Names, Samples, SamplesBuilder
@@ -75,6 +79,8 @@ class INaturalistCard(Card):
             if sorted(page.categories) != ids:
                 differing = [str(i) for i in sorted(set(page.categories) ^ set(ids))]
                 raise DataError(f"{page.where} does not have the categories of {first.where}: {some(differing)}")
+            for i in ids:
+                _refuse_renamed(i, first.categories[i], first.where, page.categories[i], page.where)
         names = _categories(root, self.categories) if self.categories else first.categories
         nameless = [str(i) for i in ids if i not in names]
         if nameless:
@@ -95,23 +101,17 @@ class _Page:
         _parse(root, file, {"images": self._image, "annotations": self._annotation, "categories": self._a_category})
 
     def _image(self, entry: dict[str, Any]) -> None:
-        name = self._field(entry, "images", "file_name", str)
+        name = _field(self.where, entry, "images", "file_name", str)
         require_inside(self.where, name)
-        self._image_ids.append(self._field(entry, "images", "id", int))
-        self._names.add(name, 0)
+        self._image_ids.append(_field(self.where, entry, "images", "id", int))
+        self._names.add(same_path(name), 0)
 
     def _annotation(self, entry: dict[str, Any]) -> None:
-        self._annotated.append(self._field(entry, "annotations", "image_id", int))
-        self._category.append(self._field(entry, "annotations", "category_id", int))
+        self._annotated.append(_field(self.where, entry, "annotations", "image_id", int))
+        self._category.append(_field(self.where, entry, "annotations", "category_id", int))
 
     def _a_category(self, entry: dict[str, Any]) -> None:
-        self.categories[self._field(entry, "categories", "id", int)] = self._field(entry, "categories", "name", str)
-
-    def _field(self, entry: Any, part: str, key: str, kind: type) -> Any:
-        value = entry.get(key) if isinstance(entry, dict) else None
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise DataError(f"{self.where}: {part} has an entry without {key}: {entry!r:.80}")
-        return value
+        _take_category(self.categories, entry, self.where)
 
     def samples(self, labels: dict[int, int]) -> Samples:
         """The images with their labels by category; DataError for one without annotation or with two categories."""
@@ -120,6 +120,7 @@ class _Page:
                 raise DataError(f"{self.where} has no {part}: it must be a list of entries")
         names = self._names.build().names
         image_ids = np.array(self._image_ids, np.int64)
+        self._refuse_shared_ids(image_ids, names)
         annotated, category = self._by_image()
         known = np.array(sorted(labels), np.int64)
         label_of = np.array([labels[c] for c in known.tolist()], np.int32)
@@ -135,6 +136,17 @@ class _Page:
         if len(lost):
             raise DataError(f"{self.where}: image {image_ids[lost[0]]} ({names[int(lost[0])]}) has no annotation")
         return _table(names, label_of[place][at])
+
+    def _refuse_shared_ids(self, image_ids: npt.NDArray[np.int64], names: Names) -> None:
+        """Raise DataError if two files have one image id: both would get the label of one."""
+        order = np.argsort(image_ids, kind="stable")
+        again = np.flatnonzero(image_ids[order][1:] == image_ids[order][:-1])
+        for row, other in zip(order[again].tolist(), order[again + 1].tolist(), strict=True):
+            if names[row] != names[other]:
+                raise DataError(
+                    f"{self.where}: images {names[row]} and {names[other]} have the same id {image_ids[row]}: give "
+                    "each an id of its own"
+                )
 
     def _by_image(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Annotated images, ascending and each once, and their categories."""
@@ -159,12 +171,27 @@ def _categories(root: Root, file: str) -> dict[int, str]:
     names: dict[int, str] = {}
 
     def take(entry: Any) -> None:
-        if not isinstance(entry, dict) or not {"id", "name"} <= set(entry):
-            raise DataError(f"{root}/{file}: categories has an entry without id and name: {entry!r:.80}")
-        names[entry["id"]] = str(entry["name"])
+        _take_category(names, entry, f"{root}/{file}")
 
     _parse(root, file, {"": take, "categories": take})
     return names
+
+
+def _take_category(names: dict[int, str], entry: Any, where: str) -> None:
+    """Add the name of a category by its id; DataError if the id has another name."""
+    category = _field(where, entry, "categories", "id", int)
+    name = str(_field(where, entry, "categories", "name", str | int)).strip()
+    if names.setdefault(category, name) != name:
+        raise DataError(
+            f"{where}: category {category} is {names[category]!r:.60} and {name!r:.60}: give each an id of its own"
+        )
+
+
+def _field(where: str, entry: Any, part: str, key: str, kind: type | UnionType) -> Any:
+    value = entry.get(key) if isinstance(entry, dict) else None
+    if not isinstance(value, kind) or isinstance(value, bool) or not str(value).strip():
+        raise DataError(f"{where}: {part} has an entry without {key}: {entry!r:.80}")
+    return value
 
 
 def _parse(root: Root, file: str, takers: dict[str, Callable[[Any], None]]) -> None:
@@ -176,7 +203,9 @@ def _parse(root: Root, file: str, takers: dict[str, Callable[[Any], None]]) -> N
         ]
         nesting = _Nesting()
         try:
-            for chunk in iter(lambda: stream.read(_CHUNK), b""):
+            chunks = iter(lambda: stream.read(_CHUNK), b"")
+            start = next(chunks, b"").removeprefix(codecs.BOM_UTF8)
+            for chunk in chain((start,), chunks):
                 if nesting.too_deep(chunk):
                     raise DataError(f"{root}/{file} is not JSON of images: nested deep, or a text without end")
                 for parser in parsers:
@@ -187,7 +216,11 @@ def _parse(root: Root, file: str, takers: dict[str, Callable[[Any], None]]) -> N
             _drain(queues, takers)
         except ijson.JSONError as error:
             reason = " ".join(str(error).split())[:120]
-            raise DataError(f"{root}/{file} is not JSON ({reason}): copy it again") from error
+            if "integer overflow" in reason:
+                raise DataError(f"{root}/{file} has a whole number above 2^63 - 1: number it anew") from error
+            raise DataError(
+                f"{root}/{file} is not JSON ({reason}): copy it again; if NaN or Infinity stands there, write null"
+            ) from error
 
 
 class _Nesting:
@@ -214,13 +247,27 @@ def _drain(queues: dict[str, Any], takers: dict[str, Callable[[Any], None]]) -> 
         queue.clear()
 
 
+def _refuse_renamed(category: int, name: str, where: str, other: str, elsewhere: str) -> None:
+    """Raise DataError if a category has another name elsewhere: its label would mean two classes."""
+    if same_name(name) != same_name(other):
+        raise DataError(
+            f"category {category} is {name!r:.60} in {where} and {other!r:.60} in {elsewhere}: number the categories "
+            "of all splits alike"
+        )
+
+
 def _read_folders(card: INaturalistCard, root: Root) -> Source:
     """torchvision's INaturalist: 2021 has a folder `00000_Animalia_...` per category, the years before have
     `Aves/3111` by super-category and category id."""
     found = {name: dict(_category_folders(root, str(split.folder))) for name, split in card.splits.items()}
-    ids = sorted({category for folders in found.values() for category in folders})
+    first: dict[int, tuple[str, str]] = {}
+    for name, folders in found.items():
+        for category, (_, called) in folders.items():
+            before, split = first.setdefault(category, (called, name))
+            _refuse_renamed(category, before, f"split {split}", called, f"split {name}")
+    ids = sorted(first)
     known = _categories(root, card.categories) if card.categories else {}
-    names = {i: known.get(i) or next(str(f[i][1]) for f in found.values() if i in f) for i in ids}
+    names = {i: known.get(i) or first[i][0] for i in ids}
     ignored: Counter[str] = Counter()
     splits = {}
     for name, folders in found.items():

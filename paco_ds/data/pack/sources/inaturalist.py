@@ -5,16 +5,12 @@ The JSON of 2021 has 2.7 million images, so files are parsed as streams and kept
 
 from __future__ import annotations
 
-import codecs
-import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
-from itertools import chain
+from collections.abc import Iterator
 from types import UnionType
 from typing import Any, ClassVar, Literal, Self
 
-import ijson
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field, model_validator
@@ -22,16 +18,11 @@ from pydantic import Field, model_validator
 from paco_ds.data.manifest import Name, StrictModel
 from paco_ds.data.names import same_name, same_path
 from paco_ds.data.pack.card import Card
+from paco_ds.data.pack.json_lists import read_lists
 from paco_ds.data.pack.root import Root, require_inside
 from paco_ds.data.pack.samples import Names, Samples, SamplesBuilder
 from paco_ds.data.pack.source import Files, Source, add_images, some
 from paco_ds.errors import DataError
-
-_DEEPEST, _LONGEST_TEXT = 100, 2**20
-_TEXT = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
-_STEPS = bytes.maketrans(b"[{]}", b"\1\1\xff\xff")  # as int8: 1 into a list or object, -1 out of it
-_NO_BRACKETS = bytes(set(range(256)) - set(b"[{]}"))
-_CHUNK = 1 << 20
 
 
 class INaturalistSplit(StrictModel):
@@ -98,7 +89,7 @@ class _Page:
         self._image_ids, self._names = array("q"), SamplesBuilder()
         self._annotated, self._category = array("q"), array("q")
         self.categories: dict[int, str] = {}
-        _parse(root, file, {"images": self._image, "annotations": self._annotation, "categories": self._a_category})
+        read_lists(root, file, {"images": self._image, "annotations": self._annotation, "categories": self._a_category})
 
     def _image(self, entry: dict[str, Any]) -> None:
         name = _field(self.where, entry, "images", "file_name", str)
@@ -173,7 +164,7 @@ def _categories(root: Root, file: str) -> dict[int, str]:
     def take(entry: Any) -> None:
         _take_category(names, entry, f"{root}/{file}")
 
-    _parse(root, file, {"": take, "categories": take})
+    read_lists(root, file, {"": take, "categories": take})
     return names
 
 
@@ -192,59 +183,6 @@ def _field(where: str, entry: Any, part: str, key: str, kind: type | UnionType) 
     if not isinstance(value, kind) or isinstance(value, bool) or not str(value).strip():
         raise DataError(f"{where}: {part} has an entry without {key}: {entry!r:.80}")
     return value
-
-
-def _parse(root: Root, file: str, takers: dict[str, Callable[[Any], None]]) -> None:
-    """Call the taker of each list with its entries, in one pass over the file; "" stands for a file that is a list."""
-    with root.open(file, "the JSON file") as stream:
-        queues = {part: ijson.sendable_list() for part in takers}
-        parsers = [
-            ijson.items_coro(queues[part], f"{part}.item" if part else "item", use_float=True) for part in takers
-        ]
-        nesting = _Nesting()
-        try:
-            chunks = iter(lambda: stream.read(_CHUNK), b"")
-            start = next(chunks, b"").removeprefix(codecs.BOM_UTF8)
-            for chunk in chain((start,), chunks):
-                if nesting.too_deep(chunk):
-                    raise DataError(f"{root}/{file} is not JSON of images: nested deep, or a text without end")
-                for parser in parsers:
-                    parser.send(chunk)
-                _drain(queues, takers)
-            for parser in parsers:
-                parser.close()
-            _drain(queues, takers)
-        except ijson.JSONError as error:
-            reason = " ".join(str(error).split())[:120]
-            if "integer overflow" in reason:
-                raise DataError(f"{root}/{file} has a whole number above 2^63 - 1: number it anew") from error
-            raise DataError(
-                f"{root}/{file} is not JSON ({reason}): copy it again; if NaN or Infinity stands there, write null"
-            ) from error
-
-
-class _Nesting:
-    """Bounds nesting and texts before ijson sees them: its memory grows with the square of the depth."""
-
-    def __init__(self) -> None:
-        self._depth, self._rest = 0, b""
-
-    def too_deep(self, chunk: bytes) -> bool:
-        """Whether the JSON is nested more than 100 deep up to here, or has a text of more than 1 MiB."""
-        text = _TEXT.sub(b"", self._rest + chunk)
-        text, quote, begun = text.partition(b'"')  # a text that the next chunk ends
-        self._rest = quote + begun
-        steps = np.frombuffer(text.translate(_STEPS, _NO_BRACKETS), np.int8).cumsum(dtype=np.int64)
-        deepest = self._depth + int(steps.max(initial=0))
-        self._depth += int(steps[-1]) if len(steps) else 0
-        return deepest > _DEEPEST or len(self._rest) > _LONGEST_TEXT
-
-
-def _drain(queues: dict[str, Any], takers: dict[str, Callable[[Any], None]]) -> None:
-    for part, queue in queues.items():
-        for entry in queue:
-            takers[part](entry)
-        queue.clear()
 
 
 def _refuse_renamed(category: int, name: str, where: str, other: str, elsewhere: str) -> None:

@@ -147,6 +147,35 @@ def test_torchvision_folders_of_two_splits_must_name_a_category_alike(tmp_path: 
         read_source(card("inaturalist", splits), tmp_path)
 
 
+@pytest.mark.parametrize(
+    "names", [("in/0000_x/a.jpg", "in/00000_y/b.jpg"), ("in/Aves/3111/a.jpg", "in/Insecta/3111/b.jpg")]
+)
+def test_two_folders_of_one_category_number_are_refused(tmp_path: Path, names: tuple[str, str]) -> None:
+    """One of them would be lost."""
+    put(tmp_path, *names)
+    with pytest.raises(DataError, match=r"have the same number [0-9]+: rename one of the two"):
+        read_source(card("inaturalist", {"train": {"folder": "in"}}), tmp_path)
+
+
+def test_links_in_torchvision_folders_make_no_image_count_twice(tmp_path: Path) -> None:
+    """To itself, to another category; a category that is a link to another is refused."""
+    put(tmp_path, "in/00000_a/1.jpg", "in/00001_b/2.jpg", "in/3.jpg", "in/00001_b/.cache/4.jpg")
+    (tmp_path / "in/00000_a/self").symlink_to(".")
+    (tmp_path / "in/00000_a/other").symlink_to("../00001_b")
+    made = card("inaturalist", {"train": {"folder": "in"}})
+    source = read_source(made, tmp_path)
+    assert source.splits["train"].counts(2).tolist() == [1, 1]
+    links = ", ".join(f"{tmp_path}/in/00000_a/{name}" for name in ("other", "self"))
+    assert source.notes == [
+        "left out, images directly in in and in no class folder: 1",
+        "left out, hidden files and folders in in: 1",
+        f"left out, since their images are listed elsewhere: {links}",
+    ]
+    (tmp_path / "in/00002_c").symlink_to("00000_a")
+    with pytest.raises(DataError, match="00002_c is the folder of another class too: remove one of the two"):
+        read_source(made, tmp_path)
+
+
 def test_our_shards_packed_again_hold_the_same_samples(tiny_shards: Manifest, tmp_path: Path) -> None:
     """Another size and order: the same images with the same labels, split by split; class names are kept."""
     splits = {name: {"tars": f"{name}-*.tar"} for name in ("train", "test")}

@@ -11,9 +11,9 @@ from pydantic import Field
 from paco_ds.data.manifest import Name, StrictModel
 from paco_ds.data.names import same_name, split_called
 from paco_ds.data.pack.card import SPLIT_NAMES, Card
-from paco_ds.data.pack.root import Root, Walk
-from paco_ds.data.pack.samples import SamplesBuilder
-from paco_ds.data.pack.source import ENDINGS, Files, Source, add_images, ending, some
+from paco_ds.data.pack.class_folders import list_folders
+from paco_ds.data.pack.root import Root
+from paco_ds.data.pack.source import Files, Source, some
 from paco_ds.errors import DataError
 
 
@@ -76,15 +76,9 @@ class FolderCard(Card):
         ignored: Counter[str] = Counter()
         splits = {}
         for name, split in self.splits.items():
-            rows, walk = SamplesBuilder(), Walk(root.path / split.folder if root.storage.is_local else None)
-            for label, class_name in enumerate(classes):
-                if (folder := found[name].get(class_name)) is not None:
-                    place = f"{split.folder}/{folder}"
-                    if root.storage.is_local and not walk.enters(str(root.path / place), class_folder=True):
-                        raise DataError(f"{root}/{place} is the folder of another class too: remove one of the two")
-                    add_images(rows, root, place, label, ignored, walk)
-            splits[name] = rows.build()
-            notes += _left_out(root, split.folder, walk)
+            own = found[name]
+            places = [(label, f"{split.folder}/{own[each]}") for label, each in enumerate(classes) if each in own]
+            splits[name] = list_folders(root, split.folder, places, ignored, notes)
         return Source(classes, splits, Files(root), ignored, notes=notes + self._beside(root))
 
     def _class_folders(self, root: Root, folder: str) -> dict[str, str]:
@@ -112,15 +106,3 @@ class FolderCard(Card):
             return []
         others = [name for name in root.folders_in(".") if PurePosixPath(name) not in used]
         return [f"left out, folders beside those of the splits: {some(others)}"] if others else []
-
-
-def _left_out(root: Root, folder: str, walk: Walk) -> list[str]:
-    """Lines on what lies in the folder of a split and is not used."""
-    notes = []
-    if loose := sum(ending(name) in ENDINGS for name in root.files_in(folder)):
-        notes.append(f"left out, images directly in {folder} and in no class folder: {loose}")
-    if hidden := walk.hidden + root.hidden_in(folder):
-        notes.append(f"left out, hidden files and folders in {folder}: {hidden}")
-    if walk.left_out:
-        notes.append(f"left out, since their images are listed elsewhere: {some(walk.left_out)}")
-    return notes

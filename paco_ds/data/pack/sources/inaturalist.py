@@ -18,10 +18,11 @@ from pydantic import Field, model_validator
 from paco_ds.data.manifest import Name, StrictModel
 from paco_ds.data.names import same_name, same_path
 from paco_ds.data.pack.card import Card
+from paco_ds.data.pack.class_folders import list_folders
 from paco_ds.data.pack.json_lists import read_lists
 from paco_ds.data.pack.root import Root, require_inside
 from paco_ds.data.pack.samples import Names, Samples, SamplesBuilder
-from paco_ds.data.pack.source import Files, Source, add_images, some
+from paco_ds.data.pack.source import Files, Source, some
 from paco_ds.errors import DataError
 
 
@@ -197,7 +198,7 @@ def _refuse_renamed(category: int, name: str, where: str, other: str, elsewhere:
 def _read_folders(card: INaturalistCard, root: Root) -> Source:
     """torchvision's INaturalist: 2021 has a folder `00000_Animalia_...` per category, the years before have
     `Aves/3111` by super-category and category id."""
-    found = {name: dict(_category_folders(root, str(split.folder))) for name, split in card.splits.items()}
+    found = {name: _folders_by_category(root, str(split.folder)) for name, split in card.splits.items()}
     first: dict[int, tuple[str, str]] = {}
     for name, folders in found.items():
         for category, (_, called) in folders.items():
@@ -207,14 +208,23 @@ def _read_folders(card: INaturalistCard, root: Root) -> Source:
     known = _categories(root, card.categories) if card.categories else {}
     names = {i: known.get(i) or first[i][0] for i in ids}
     ignored: Counter[str] = Counter()
-    splits = {}
+    splits, notes = {}, list[str]()
     for name, folders in found.items():
-        rows = SamplesBuilder()
-        for label, category in enumerate(ids):
-            if category in folders:
-                add_images(rows, root, folders[category][0], label, ignored)
-        splits[name] = rows.build()
-    return Source(tuple(names[i] for i in ids), splits, Files(root), ignored)
+        places = [(label, folders[category][0]) for label, category in enumerate(ids) if category in folders]
+        splits[name] = list_folders(root, str(card.splits[name].folder), places, ignored, notes)
+    return Source(tuple(names[i] for i in ids), splits, Files(root), ignored, notes=notes)
+
+
+def _folders_by_category(root: Root, folder: str) -> dict[int, tuple[str, str]]:
+    """Folder and name of each category; DataError if two folders have one number."""
+    found: dict[int, tuple[str, str]] = {}
+    for number, (place, name) in _category_folders(root, folder):
+        if number in found:
+            raise DataError(
+                f"{root}/{place} and {found[number][0]} have the same number {number}: rename one of the two"
+            )
+        found[number] = place, name
+    return found
 
 
 def _category_folders(root: Root, folder: str) -> Iterator[tuple[int, tuple[str, str]]]:

@@ -1,0 +1,46 @@
+"""The images of class folders, for the sources `folder` and `inaturalist`: each folder once, the rest is said."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from paco_ds.data.pack.root import Root, Walk
+from paco_ds.data.pack.samples import Samples, SamplesBuilder
+from paco_ds.data.pack.source import ENDINGS, add_images, ending, some
+from paco_ds.errors import DataError
+
+
+def list_folders(
+    root: Root, split: str, places: Iterable[tuple[int, str]], ignored: Counter[str], notes: list[str]
+) -> Samples:
+    """The images of a split, class by class.
+
+    Args:
+        split: the folder that holds the class folders.
+        places: label and folder of each class.
+        ignored: counts other files, by ending.
+        notes: takes a line on each kind of thing that is left out.
+
+    Raises:
+        DataError: a folder is that of two classes, or cannot be read.
+    """
+    rows, walk = SamplesBuilder(), Walk(root.path / split if root.storage.is_local else None)
+    for label, place in places:
+        if root.storage.is_local and not walk.enters(str(root.path / place), class_folder=True):
+            raise DataError(f"{root}/{place} is the folder of another class too: remove one of the two")
+        add_images(rows, root, place, label, ignored, walk)
+    notes += _left_out(root, split, walk)
+    return rows.build()
+
+
+def _left_out(root: Root, folder: str, walk: Walk) -> list[str]:
+    """Lines on what lies in the folder of a split and is not used."""
+    notes = []
+    if loose := sum(ending(name) in ENDINGS for name in root.files_in(folder)):
+        notes.append(f"left out, images directly in {folder} and in no class folder: {loose}")
+    if hidden := walk.hidden + root.hidden_in(folder):
+        notes.append(f"left out, hidden files and folders in {folder}: {hidden}")
+    if walk.left_out:
+        notes.append(f"left out, since their images are listed elsewhere: {some(walk.left_out)}")
+    return notes

@@ -151,6 +151,27 @@ def test_a_folder_that_is_two_classes_is_refused(tmp_path):
         listed(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("link", "message"),
+    [
+        ("train/eel", "train/eel is a link to /mnt/gone, which is missing: mount or copy it, or remove the link"),
+        ("val", "there is no folder .*/val"),
+    ],
+)
+def test_a_link_that_leads_nowhere_counts_as_a_folder(tmp_path, link, message):
+    """A class or a split on a disk that is not mounted is missed, not left out."""
+    files(tmp_path, "train/cat/1.jpg")
+    (tmp_path / link).symlink_to("/mnt/gone")
+    with pytest.raises(DataError, match=message):
+        listed(tmp_path)
+
+
+def test_files_beside_class_folders_are_counted_by_ending(tmp_path):
+    """An archive may hold a class that was not unpacked."""
+    files(tmp_path, "train/cat/1.jpg", "train/eel.zip", "train/fox.tar", "train/LICENSE", "train/cat/2.txt")
+    assert listed(tmp_path).ignored == {".zip": 1, ".tar": 1, "(no ending)": 1, ".txt": 1}
+
+
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     """os.walk would pass over it."""
     files(tmp_path, "train/a/1.jpg", "train/a/b/2.jpg")

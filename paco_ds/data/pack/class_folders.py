@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from paco_ds.data.pack.root import Root, Walk
 from paco_ds.data.pack.samples import Samples, SamplesBuilder
-from paco_ds.data.pack.source import ENDINGS, add_images, ending, some
+from paco_ds.data.pack.source import ENDINGS, ending, some
 from paco_ds.errors import DataError
 
 
@@ -29,18 +29,23 @@ def list_folders(
     for label, place in places:
         if root.storage.is_local and not walk.enters(str(root.path / place), class_folder=True):
             raise DataError(f"{root}/{place} is the folder of another class too: remove one of the two")
-        add_images(rows, root, place, label, ignored, walk)
-    notes += _left_out(root, split, walk)
+        for name in sorted(_images(root.files(place, walk), ignored)):
+            rows.add(name, label)
+    if loose := _images(root.files_in(split), ignored):
+        notes.append(f"left out, images directly in {split} and in no class folder: {len(loose)}")
+    if hidden := walk.hidden + root.hidden_in(split):
+        notes.append(f"left out, hidden files and folders in {split}: {hidden}")
+    if walk.left_out:
+        notes.append(f"left out, since their images are listed elsewhere: {some(walk.left_out)}")
     return rows.build()
 
 
-def _left_out(root: Root, folder: str, walk: Walk) -> list[str]:
-    """Lines on what lies in the folder of a split and is not used."""
-    notes = []
-    if loose := sum(ending(name) in ENDINGS for name in root.files_in(folder)):
-        notes.append(f"left out, images directly in {folder} and in no class folder: {loose}")
-    if hidden := walk.hidden + root.hidden_in(folder):
-        notes.append(f"left out, hidden files and folders in {folder}: {hidden}")
-    if walk.left_out:
-        notes.append(f"left out, since their images are listed elsewhere: {some(walk.left_out)}")
-    return notes
+def _images(names: Iterable[str], ignored: Counter[str]) -> list[str]:
+    """The names of images, by their ending; the others are counted in `ignored`."""
+    images = []
+    for name in names:
+        if ending(name) in ENDINGS:
+            images.append(name)
+        else:
+            ignored[f".{ending(name)}" if ending(name) else "(no ending)"] += 1
+    return images

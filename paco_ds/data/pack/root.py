@@ -101,18 +101,26 @@ class Root:
         return np.stack((np.array(sizes, np.int64), np.array(stamps, np.int64)))
 
     def folders(self, folder: str) -> list[str]:
-        """As `folders_in`; DataError if there is none."""
+        """As `folders_in`; DataError if there is none, or a link in their place leads nowhere."""
         if not (found := self.folders_in(folder)):
             raise DataError(f"{self.storage.place(folder)} has no folder: images must lie in one folder per class")
+        for place in map(self.storage.place, (f"{folder}/{name}" for name in found)) if self.storage.is_local else ():
+            if not os.path.exists(place):
+                raise DataError(
+                    f"{place} is a link to {os.readlink(place)}, which is missing: mount or copy it, or remove the link"
+                )
         return found
 
     def folders_in(self, folder: str) -> list[str]:
-        """Names of the folders in a folder, sorted, without hidden ones; DataError if there is no such folder."""
+        """Names of the folders in a folder, sorted, without hidden ones; DataError if there is no such folder.
+
+        A link that leads nowhere counts as one: a class whose disk is not mounted would else be gone without a word.
+        """
         if self.storage.is_local:
             place = self.path / folder
             if not place.is_dir():
                 raise DataError(f"there is no folder {place}")
-            names = {entry.name for entry in os.scandir(place) if entry.is_dir()}
+            names = {entry.name for entry in os.scandir(place) if entry.is_dir() or _leads_nowhere(entry)}
         else:
             names = {name.partition("/")[0] for name in self._find(folder) if "/" in name}
         return sorted(name for name in names if not is_hidden(name))
@@ -194,6 +202,10 @@ class Walk:
             return False
         self._known.add(identity)
         return True
+
+
+def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
+    return entry.is_symlink() and not os.path.exists(entry.path)
 
 
 def unreadable(error: OSError) -> None:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from paco_ds.data.names import notes_on, same_name
 from paco_ds.data.pack.image_bytes import BadImage, Encoded
-from paco_ds.data.pack.root import MapOver, Root, Walk
+from paco_ds.data.pack.root import MapOver, Root
 from paco_ds.data.pack.samples import MISSING, Names, Samples, SamplesBuilder
 from paco_ds.data.pack.spelling import Spellings
 from paco_ds.data.storage import MissingFile
@@ -87,20 +87,6 @@ def add_array(rows: SamplesBuilder, file: str, labels: npt.NDArray[np.integer], 
     """Add a row for each image of a file of many, `image_bytes` each."""
     for place, label in enumerate(labels.tolist()):
         rows.add(f"{file}#{place}", label, place=place, size=image_bytes)
-
-
-def add_images(
-    rows: SamplesBuilder, root: Root, folder: str, label: int, ignored: Counter[str], walk: Walk | None = None
-) -> None:
-    """Add a row for each image file anywhere below a folder, sorted by name; count other files in `ignored`."""
-    names = []
-    for name in root.files(folder, walk):
-        if ending(name) in ENDINGS:
-            names.append(name)
-        else:
-            ignored[f".{ending(name)}" if ending(name) else "(no ending)"] += 1
-    for name in sorted(names):
-        rows.add(name, label)
 
 
 @dataclass

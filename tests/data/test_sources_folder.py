@@ -8,7 +8,7 @@ import pytest
 
 from paco_ds.data.names import is_hidden, split_called
 from paco_ds.data.pack.card import Card, card_of_options, changed, folder_card
-from paco_ds.data.pack.read import read_source
+from paco_ds.data.pack.read import list_source, read_source
 from paco_ds.data.pack.root import Root
 from paco_ds.data.pack.source import Source
 from paco_ds.errors import DataError
@@ -115,6 +115,8 @@ def test_what_is_hidden_is_left_out_behind_a_url_too(tmp_path):
         assert root.folders("train") == ["a"]
         assert list(root.files("train/a")) == ["train/a/1.jpg"]
         assert [s.folder for s in folder_card("memory://in").splits.values()] == ["train"]
+        flat = list_source(folder_card("memory://in/train"), "memory://in/train")
+        assert (flat.classes, list(flat.splits["train"].names)) == (("a",), ["a/1.jpg"])
     finally:
         memory.store.clear()
 

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from paco_ds.data.names import is_hidden
+from paco_ds.data.names import is_hidden, same_path
 from paco_ds.data.pack.image_bytes import Encoded
 from paco_ds.data.pack.samples import MISSING, Names
 from paco_ds.data.storage import MissingFile, Storage, as_storage
@@ -152,8 +152,8 @@ class Root:
         return len({first for name in self._find(folder) if is_hidden(first := name.partition("/")[0])})
 
     def _find(self, folder: str) -> dict[str, int]:
-        """`Storage.find`, of a URL, where `.` is the root as well."""
-        return self.storage.find("" if folder == "." else folder)
+        """`Storage.find`, of a URL, where `.` is the root, and `./a` is `a`."""
+        return self.storage.find("" if folder == "." else same_path(folder))
 
     def files_in(self, folder: str) -> list[str]:
         """Names of the files directly in a folder, without hidden ones."""

@@ -53,6 +53,10 @@ def test_usual_names_of_splits_are_taken(tmp_path, folders, splits):
         (("test/cat/1.jpg",), "has test and no folder of training images: name it with --train"),
         (("train/a/1.jpg", "val/a/1.jpg", "valid/a/1.jpg"), "has val and valid, both called like val"),
         (("Train/a/1.jpg", "train/a/1.jpg"), "has Train and train, both called like train"),
+        (
+            ("cat/train/1.jpg", "cat/val/2.jpg", "dog/train/3.jpg", "dog/val/4.jpg"),
+            "cat holds splits, as all class folders do: arrange them as train/CLASS and val/CLASS",
+        ),
         (("set/train/a/1.jpg", "set/test/a/2.jpg"), "set holds splits, and would be the only class: give it as --root"),
     ],
 )
@@ -60,6 +64,11 @@ def test_splits_that_are_not_clear_are_refused(tmp_path, names, message):
     """With the option that says it."""
     with pytest.raises(DataError, match=message):
         listed(files(tmp_path, *names))
+
+
+def test_a_class_may_have_a_part_called_like_a_split(tmp_path):
+    """If other classes have none."""
+    assert counts(listed(files(tmp_path, "toy/train/1.jpg", "doll/2.jpg"))) == {"train": [1, 1]}
 
 
 def test_folders_called_like_splits_are_no_classes(tmp_path):
@@ -174,18 +183,19 @@ def test_files_beside_class_folders_are_counted_by_ending(tmp_path):
     assert listed(tmp_path).ignored == {".zip": 1, ".tar": 1, "(no ending)": 1, ".txt": 1}
 
 
-def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize("folder", ["train", "train/a", "train/a/b"])
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch, folder):
     """os.walk would pass over it."""
     files(tmp_path, "train/a/1.jpg", "train/a/b/2.jpg")
     scan = os.scandir
 
     def denied(place):
-        if str(place).endswith("/b"):
+        if str(place).endswith(f"/{folder}"):
             raise PermissionError(13, "Permission denied", str(place))
         return scan(place)
 
     monkeypatch.setattr(os, "scandir", denied)
-    with pytest.raises(DataError, match=r"folder .*train/a/b cannot be read: Permission denied"):
+    with pytest.raises(DataError, match=rf"folder .*/{folder} cannot be read: Permission denied"):
         listed(tmp_path)
 
 

@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -120,7 +120,10 @@ class Root:
             place = self.path / folder
             if not place.is_dir():
                 raise DataError(f"there is no folder {place}")
-            names = {entry.name for entry in os.scandir(place) if entry.is_dir() or _leads_nowhere(entry)}
+            try:
+                names = {entry.name for entry in os.scandir(place) if entry.is_dir() or _leads_nowhere(entry)}
+            except OSError as error:
+                _unreadable(error)
         else:
             names = {name.partition("/")[0] for name in self._find(folder) if "/" in name}
         return sorted(name for name in names if not is_hidden(name))
@@ -208,7 +211,11 @@ def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
     return entry.is_symlink() and not os.path.exists(entry.path)
 
 
+<<<<<<< HEAD
 def unreadable(error: OSError) -> None:
+=======
+def _unreadable(error: OSError) -> NoReturn:
+>>>>>>> a7c90f4 (Splits inside of class folders are refused)
     raise DataError(f"folder {error.filename} cannot be read: {error.strerror}") from error
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from paco_ds.data.manifest import Name, StrictModel
-from paco_ds.data.names import same_name, split_called
+from paco_ds.data.names import same_name, same_path, split_called
 from paco_ds.data.pack.card import SPLIT_NAMES, Card
 from paco_ds.data.pack.class_folders import list_folders
 from paco_ds.data.pack.root import Root
@@ -94,9 +94,7 @@ class FolderCard(Card):
                     f"{root}/{folder} holds {some(called)}, called like splits and not like classes: give them as "
                     "--train, --val and --test, or name the classes in a card"
                 )
-            inner = root.path / folder / next(iter(found.values())) if root.storage.is_local else None
-            if len(found) == 1 and inner and any(split_called(each.name) for each in inner.iterdir() if each.is_dir()):
-                raise DataError(f"{inner} holds splits, and would be the only class: give it as --root")
+            _refuse_splits_in(root, [f"{folder}/{name}" for name in found.values()])
         return dict(sorted(found.items()))
 
     def _beside(self, root: Root) -> list[str]:
@@ -106,3 +104,16 @@ class FolderCard(Card):
             return []
         others = [name for name in root.folders_in(".") if PurePosixPath(name) not in used]
         return [f"left out, folders beside those of the splits: {some(others)}"] if others else []
+
+
+def _refuse_splits_in(root: Root, classes: list[str]) -> None:
+    """Raise DataError if every class folder holds folders called like splits: all of them would be one split."""
+    if not all(any(map(split_called, root.folders_in(name))) for name in classes):  # ends at the first, as a rule
+        return
+    first = root.storage.place(same_path(classes[0]))
+    if len(classes) == 1:
+        raise DataError(f"{first} holds splits, and would be the only class: give it as --root")
+    raise DataError(
+        f"{first} holds splits, as all class folders do: arrange them as train/CLASS and val/CLASS, or name the "
+        "classes in a card if they are none"
+    )

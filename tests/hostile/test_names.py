@@ -10,11 +10,13 @@ from rich.table import Table
 
 from paco_ds.command import Screen, say
 from paco_ds.data.pack.card import name_of
+from paco_ds.data.pack.command import main
 from paco_ds.data.pack.image_bytes import BadImage
 from paco_ds.data.pack.read import list_source
 from paco_ds.data.pack.source import some
 from paco_ds.data.pack.sources.folder import FolderCard
 from paco_ds.errors import DataError, printable, redacted
+from tests.data.tiny import encoded
 
 NAMES = ["demo [/]", "birds [red] v2", "[bold]", "a :cat: b", r"C:\[data]", "<b>&amp;"]
 
@@ -86,6 +88,22 @@ def test_a_file_name_is_one_line_of_the_list_of_bad_images():
     assert str(BadImage("empty", "a\nb.jpg: good\x1b[2J")) == r"a\nb.jpg: good\x1b[2J: empty"
     assert some(["a\nb"]) == r"a\nb"
     assert name_of("https://host/birds/?sig=S1GNED") == "birds"
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [([], "name"), (["--name", "caf\udce9"], "name"), (["--name", "x", "--license", "\xe9\udce9"], "license")],
+)
+def test_a_data_set_whose_name_is_not_utf8_is_refused(tmp_path, capsys, options, key):
+    """Before anything is built; the name is the root's where none is given. With a name, the root may be any."""
+    root = tmp_path / "caf\udce9"
+    (root / "train" / "cat").mkdir(parents=True)
+    (root / "train" / "cat" / "a.jpg").write_bytes(encoded())
+    words = ["build", "--source", "folder", "--root", str(root), "--output", str(tmp_path / "out")]
+    assert main([*words, *options]) == 2
+    assert f"--source folder: {key}: is not UTF-8 text, as the manifest is: give another" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*words, "--name", "cafe"]) == 0
 
 
 def test_a_class_folder_whose_name_is_not_utf8_is_taken(tmp_path):

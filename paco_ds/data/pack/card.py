@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, get_args
 
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator, model_validator
 
 from paco_ds.config.parse import brief, read_yaml
 from paco_ds.config.plugins import is_plugin, load_plugin
@@ -105,6 +105,17 @@ class Card(StrictModel):
     def keys_of_root(cls, root: str) -> dict[str, Any]:
         """Keys that follow from the root alone, such as `splits`; DataError if it is not a root of this source."""
         return {}
+
+    @field_validator("name", "license", "homepage")
+    @classmethod
+    def _utf8(cls, text: str) -> str:
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # of a folder's name, or an argument, in another encoding
+            raise ValueError(
+                "is not UTF-8 text, as the manifest is: give another, as an option or in the card"
+            ) from None
+        return text
 
     @model_validator(mode="after")
     def _no_repeats(self) -> Self:

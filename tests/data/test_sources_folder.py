@@ -177,6 +177,14 @@ def test_a_link_that_leads_nowhere_counts_as_a_folder(tmp_path, link, message):
         listed(tmp_path)
 
 
+def test_a_class_of_other_formats_is_told_from_an_empty_one(tmp_path):
+    """By the number and the endings of the files that were left out."""
+    files(tmp_path, "train/cat/1.tiff", "train/cat/2.TIFF", "train/cat/3.avif", "train/dog/1.jpg")
+    message = r"of cat \(left out, not images by their ending: 1 .avif, 2 .tiff\): add some, as JPEG or PNG"
+    with pytest.raises(DataError, match=message):
+        listed(tmp_path)
+
+
 def test_files_beside_class_folders_are_counted_by_ending(tmp_path):
     """An archive may hold a class that was not unpacked."""
     files(tmp_path, "train/cat/1.jpg", "train/eel.zip", "train/fox.tar", "train/LICENSE", "train/cat/2.txt")

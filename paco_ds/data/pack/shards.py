@@ -250,8 +250,7 @@ def _require_training_images(plan: BuildPlan, splits: Mapping[str, Split]) -> No
 def say_ignored(plan: BuildPlan, console: Screen) -> None:
     """Print which files were left out, and what else is worth knowing of the source."""
     if plan.source.ignored:
-        counts = ", ".join(f"{n} {ending}" for ending, n in sorted(plan.source.ignored.items()))
-        console.print(f"left out, not images by their ending: {counts}")
+        console.print(f"left out, not images by their ending: {plan.source.ignored_files()}")
     for note in plan.source.notes:
         console.print(note, highlight=False)
 

@@ -117,7 +117,14 @@ class Source:
             counts = self.splits["train"].counts(len(self.classes))
             empty = [self.classes[label] for label in np.flatnonzero(counts == 0)]
             if empty:
-                raise DataError(f"no training image of {some(empty)}: add some, or take the class out")
+                others = f" (left out, not images by their ending: {self.ignored_files()})" if self.ignored else ""
+                raise DataError(
+                    f"no training image of {some(empty)}{others}: add some, as JPEG or PNG, or take the class out"
+                )
+
+    def ignored_files(self) -> str:
+        """How many files were left out, by ending: `3 .tiff, 1 .txt`."""
+        return ", ".join(f"{count} {ending}" for ending, count in sorted(self.ignored.items()))
 
     def checked(self, look_up: MapOver = map) -> Source:
         """The source with file sizes looked up; missing, empty and repeated images move to `bad`."""

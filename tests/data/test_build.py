@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 
-from paco_ds.data.manifest import Manifest, sample_key
+from paco_ds.data.manifest import Manifest, load_manifest, sample_key
 from paco_ds.data.pack import write as write_module
 from paco_ds.data.pack.build_plan import BuildOptions
 from paco_ds.data.pack.card import load_card
@@ -163,6 +164,25 @@ def test_folders_need_no_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert main(["build", "--source", "folder", "--root", str(tmp_path / "mine"), "--output", output]) == 0
     assert "left out, not images by their ending: 1 .txt" in capsys.readouterr().out
     assert main(["check", output]) == 0
+
+
+@pytest.mark.parametrize("root", ["{folder}/mine", "memory://mine"])
+def test_shards_in_the_folder_of_the_images_are_no_class(tmp_path: Path, root: str) -> None:
+    """Nor the second time, nor when images are added."""
+    memory = fsspec.filesystem("memory")
+    try:
+        root = root.format(folder=tmp_path)
+        for name in ("cat/1.png", "dog/2.png"):
+            with fsspec.open(f"{root}/{name}", "wb", auto_mkdir=True) as file:
+                file.write(encoded(".png", seed=ord(name[0])))
+        words = ["build", "--source", "folder", "--root", root, "--output", f"{root}/shards", "--workers", "1"]
+        assert [main(words), main([*words, "--overwrite"])] == [0, 0]
+        with fsspec.open(f"{root}/cat/3.png", "wb") as file:
+            file.write(encoded(".png", seed=3))
+        assert main(["add", f"{root}/shards", "--source", "folder", "--root", root, "--workers", "1"]) == 0
+        assert load_manifest(f"{root}/shards").classes == ("cat", "dog")
+    finally:
+        memory.store.clear()
 
 
 @pytest.mark.parametrize(

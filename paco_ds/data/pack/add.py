@@ -14,6 +14,7 @@ from paco_ds.data.pack.build_plan import BuildOptions, BuildPlan, plan_of, selec
 from paco_ds.data.pack.build_ranks import BuildRank
 from paco_ds.data.pack.card import Card
 from paco_ds.data.pack.read import read_source
+from paco_ds.data.pack.root import Root
 from paco_ds.data.pack.shards import (
     STATE_FOLDER,
     clear_state,
@@ -83,7 +84,7 @@ def _plan(
 ) -> BuildPlan:
     if card.imbalance is not None:
         raise DataError("imbalance selects from a whole train split, not from added images: leave it out")
-    source = select(card, read_source(card, root, workers.map), options.seed)
+    source = select(card, read_source(card, Root(root, without=output), workers.map), options.seed)
     known = {same_name(name) for name in before.classes}
     classes = (*before.classes, *(name for name in source.classes if name not in known))
     label_of = {same_name(name): label for label, name in enumerate(classes)}

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from paco_ds.data.pack.build_ranks import BuildRank
 from paco_ds.data.pack.card import Card
 from paco_ds.data.pack.read import read_source
-from paco_ds.data.pack.root import MapOver
+from paco_ds.data.pack.root import MapOver, Root
 from paco_ds.data.pack.selection import make_long_tailed, split_off
 from paco_ds.data.pack.source import Source
 from paco_ds.data.pack.write import ShardJob, WriteSettings, plan_shards
@@ -79,7 +79,7 @@ def plan_build(
     card: Card, root: str | Path, output: Storage, options: BuildOptions, look_up: MapOver = map
 ) -> BuildPlan:
     """List the source, select from it, and divide it into shards; DataError as `build_shards`."""
-    source = select(card, read_source(card, root, look_up), options.seed)
+    source = select(card, read_source(card, Root(root, without=output), look_up), options.seed)
     return plan_of(card, source, output, options, {}, {})
 
 

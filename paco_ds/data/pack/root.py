@@ -27,11 +27,20 @@ MapOver = Callable[[Callable[[Names], npt.NDArray[np.int64]], Iterable[Names]], 
 
 
 class Root:
-    """The folder that holds a source: a local path or any fsspec URL."""
+    """The folder that holds a source: a local path or any fsspec URL.
 
-    def __init__(self, place: str | Path | Storage) -> None:
+    Args:
+        without: a folder in it that is no part of the source, since shards are written there.
+    """
+
+    def __init__(self, place: str | Path | Storage, without: Storage | None = None) -> None:
         self.storage = as_storage(place)
         self._prefix = f"{self.storage.url.rstrip('/')}/"
+        self._without = ""
+        if without is not None and self.storage.is_local and without.is_local:
+            self._without = os.path.relpath(os.path.realpath(without.url), os.path.realpath(self.storage.url))
+        elif without is not None and without.url.startswith(self._prefix):
+            self._without = same_path(without.url.removeprefix(self._prefix))
 
     def __str__(self) -> str:
         return self.storage.url
@@ -112,9 +121,12 @@ class Root:
         return found
 
     def folders_in(self, folder: str) -> list[str]:
-        """Names of the folders in a folder, sorted, without hidden ones; DataError if there is no such folder.
+        """Names of the folders in a folder, sorted, without hidden ones and that of the shards.
 
         A link that leads nowhere counts as one: a class whose disk is not mounted would else be gone without a word.
+
+        Raises:
+            DataError: there is no such folder, or it cannot be read.
         """
         if self.storage.is_local:
             place = self.path / folder
@@ -126,7 +138,7 @@ class Root:
                 _unreadable(error)
         else:
             names = {name.partition("/")[0] for name in self._find(folder) if "/" in name}
-        return sorted(name for name in names if not is_hidden(name))
+        return sorted(n for n in names if not is_hidden(n) and same_path(f"{folder}/{n}") != self._without)
 
     def files(self, folder: str, walk: Walk | None = None) -> Iterator[str]:
         """Names, relative to the root, of all files below a folder, without hidden ones.

@@ -66,6 +66,16 @@ def test_splits_that_are_not_clear_are_refused(tmp_path, names, message):
         listed(files(tmp_path, *names))
 
 
+def test_a_class_called_like_a_split_is_told_how_to_be_one(tmp_path):
+    """By a card; the message says what is assumed."""
+    files(tmp_path, "bus/1.jpg", "car/2.jpg", "train/3.jpg")
+    message = "train has no folder: .*; by its name it is taken for a split: if it is a class, write a card"
+    with pytest.raises(DataError, match=message):
+        listed(tmp_path)
+    card = changed(folder_card(tmp_path), splits={"train": {"folder": "."}}, classes=["bus", "car", "train"])
+    assert counts(read_source(card, tmp_path)) == {"train": [1, 1, 1]}
+
+
 def test_a_class_may_have_a_part_called_like_a_split(tmp_path):
     """If other classes have none."""
     assert counts(listed(files(tmp_path, "toy/train/1.jpg", "doll/2.jpg"))) == {"train": [1, 1]}

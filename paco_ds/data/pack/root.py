@@ -109,12 +109,14 @@ class Root:
             stamps.append(stamp)
         return np.stack((np.array(sizes, np.int64), np.array(stamps, np.int64)))
 
-    def folders(self, folder: str) -> list[str]:
-        """As `folders_in`; DataError if there is none, or a link in their place leads nowhere."""
+    def folders(self, folder: str, hint: str = "") -> list[str]:
+        """As `folders_in`; DataError if there is none, with a `hint`, or if one is a link that leads nowhere."""
         if not (found := self.folders_in(folder)):
-            raise DataError(f"{self.storage.place(folder)} has no folder: images must lie in one folder per class")
-        for place in map(self.storage.place, (f"{folder}/{name}" for name in found)) if self.storage.is_local else ():
-            if not os.path.exists(place):
+            raise DataError(
+                f"{self.storage.place(folder)} has no folder: images must lie in one folder per class{hint}"
+            )
+        for name in found if self.storage.is_local else ():
+            if not os.path.exists(place := self.storage.place(f"{folder}/{name}")):
                 raise DataError(
                     f"{place} is a link to {os.readlink(place)}, which is missing: mount or copy it, or remove the link"
                 )

@@ -16,6 +16,11 @@ from paco_ds.data.pack.root import Root
 from paco_ds.data.pack.source import Files, Source, some
 from paco_ds.errors import DataError
 
+_CALLED_LIKE_A_SPLIT = (
+    "; by its name it is taken for a split: if it is a class, write a card that names all `classes`, and gives "
+    "train `folder: .`"
+)
+
 
 class FolderSplit(StrictModel):
     """A folder with one folder of images per class."""
@@ -84,7 +89,7 @@ class FolderCard(Card):
     def _class_folders(self, root: Root, folder: str) -> dict[str, str]:
         """The class folders of a split by the names of their classes, sorted; DataError if they look like splits."""
         found: dict[str, str] = {}
-        for name in root.folders(folder):
+        for name in root.folders(folder, _CALLED_LIKE_A_SPLIT if split_called(folder) else ""):
             if same_name(name) in found:
                 raise DataError(f"{root}/{folder} has two folders called {name!r}, in two Unicode forms: rename one")
             found[same_name(name)] = name

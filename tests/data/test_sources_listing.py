@@ -47,8 +47,8 @@ def test_list_files_are_read_as_published(tmp_path: Path) -> None:
 
 
 def test_class_names_come_from_the_card_or_a_file(tmp_path: Path) -> None:
-    """One name on each line."""
-    (tmp_path / "names.txt").write_text("ant\nbee\n")
+    """One name on each line; a byte order mark, as Windows writes it, is none of the first."""
+    (tmp_path / "names.txt").write_text("\ufeffant\nbee\n", encoding="utf-8")
     assert listed(tmp_path, "a.jpg 1\nb.jpg 0\n", classes="names.txt").classes == ("ant", "bee")
     assert listed(tmp_path, "a.jpg 1\nb.jpg 0\n", classes=["x", "y"]).classes == ("x", "y")
 

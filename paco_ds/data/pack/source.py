@@ -193,7 +193,7 @@ def class_names(given: tuple[str, ...] | str | None, root: Root) -> tuple[str, .
         return None if given is None else tuple(map(same_name, given))
     with root.open(given, "the file of class names") as file:
         try:
-            names = tuple(line.strip() for line in file.read().decode("utf-8").splitlines())
+            names = tuple(line.strip() for line in file.read().decode("utf-8-sig").splitlines())
         except UnicodeDecodeError as error:
             raise DataError(f"{root}/{given} is not UTF-8 text ({error.reason} at byte {error.start})") from error
     names = tuple(map(same_name, names))

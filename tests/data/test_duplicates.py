@@ -42,6 +42,18 @@ def test_the_same_path_in_two_lists_is_said(tmp_path):
     ]
 
 
+def test_a_group_in_two_splits_is_said(tmp_path):
+    """Other images of a product that train has are no independent test."""
+    for number in range(4):
+        save(tmp_path / f"{number}.jpg", picture(number, 8))
+    (tmp_path / "train.csv").write_text("path,label,sku\n0.jpg,a,s1\n1.jpg,a,s2\n")
+    (tmp_path / "val.csv").write_text("path,label,sku\n2.jpg,a,s2 \n3.jpg,a,s3\n")
+    pages = {split: f"{split}.csv" for split in ("train", "val")}
+    options = {"source": "csv", "root": str(tmp_path), "group_column": "sku", **pages}
+    source = read_source(card_of_options(options), tmp_path)
+    assert source.notes == ["WARNING: 1 of 2 images of val are of groups of train: 2.jpg"]
+
+
 @pytest.mark.parametrize("link", [os.symlink, os.link])
 def test_a_link_to_an_image_of_another_split_is_said(tmp_path, link):
     """Symbolic or hard; files that are merely of one size and time are not."""

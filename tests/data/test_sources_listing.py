@@ -108,8 +108,8 @@ def test_csv_numbers_are_sorted_as_numbers_or_index_the_classes(tmp_path: Path) 
 
 
 def test_groups_are_kept(tmp_path: Path) -> None:
-    """Rows of one product share a number."""
-    source = tabled(tmp_path, "path,label,sku\na,x,7\nb,x,8\nc,x,7\n", group_column="sku")
+    """Rows of one product share a number, whatever spaces and form of Unicode its name is written with."""
+    source = tabled(tmp_path, "path,label,sku\na,x,é\nb,x,8\nc,x, e\u0301 \n", group_column="sku")
     assert source.splits["train"].groups.tolist() == [0, 1, 0]
 
 
@@ -130,6 +130,7 @@ def test_other_splits_have_the_classes_of_train(tmp_path: Path) -> None:
         ("path,label\na,x,y\n", {}, "line 2 has 3 fields, the header has 2"),
         ("path,label\na,\n", {}, "line 2: label is empty"),
         ("path,label\n,x\n", {}, "line 2: path is empty"),
+        ("path,label,sku\na,x,7\nb,x, \n", {"group_column": "sku"}, "line 3: sku is empty: give a row .* of its own"),
         ('path,label\n"a,x\n', {}, "no CSV"),
         ("path,label\n", {}, "names no image"),
         ("", {}, "has not the column"),

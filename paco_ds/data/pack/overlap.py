@@ -15,7 +15,8 @@ from paco_ds.data.pack.source import Files, Source, some
 
 
 def overlaps(source: Source) -> list[str]:
-    """A line for each two splits with the same files: by path and, on a local disk, by device and inode (links)."""
+    """A line for each two splits with the same files, by path and, on a local disk, by device and inode (links); and
+    for each two with images of the same groups."""
     lines = []
     for (first, a), (second, b) in combinations(source.splits.items(), 2):
         rows = _same_names(a.names, b.names)
@@ -24,6 +25,10 @@ def overlaps(source: Source) -> list[str]:
         if len(rows):
             names = some(b.names.text(row) for row in rows.tolist())
             lines.append(f"WARNING: {len(rows):,} of {len(b):,} images of {second} are also in {first}: {names}")
+        rows = np.flatnonzero(np.isin(b.groups, a.groups))
+        if len(rows):
+            names = some(b.names.text(row) for row in rows.tolist())
+            lines.append(f"WARNING: {len(rows):,} of {len(b):,} images of {second} are of groups of {first}: {names}")
     return lines
 
 

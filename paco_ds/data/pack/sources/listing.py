@@ -164,13 +164,20 @@ def _read_rows(
                 path, label = row[path_at].strip(), row[label_at].strip()
                 if not path or not label:
                     raise DataError(f"{where}: {card.label_column if path else card.path_column} is empty")
-                group = None if group_at is None else groups.setdefault(row[group_at], len(groups))
+                group = None if group_at is None else _group(row[group_at], groups, f"{where}: {card.group_column}")
                 rows.add(same_path(path), labels.find(same_name(label), where, may_add), group=group)
         except csv.Error as error:
             raise DataError(f"{place}, line {reader.line_num}: no CSV, {error}") from error
     if not len(rows):
         raise DataError(f"{place} names no image")
     return rows.build()
+
+
+def _group(text: str, groups: dict[str, int], where: str) -> int:
+    """The number of a group, the same for values that differ only in spaces around them or in Unicode's form."""
+    if not (value := same_name(text.strip())):
+        raise DataError(f"{where} is empty: give a row that is of no group a value of its own, such as its path")
+    return groups.setdefault(value, len(groups))
 
 
 def _column(header: list[str], name: str, setting: str, place: str) -> int:

@@ -139,6 +139,7 @@ def test_other_splits_have_the_classes_of_train(tmp_path: Path) -> None:
         ("path,label\na," + "9" * 5000 + "\n", {"classes": ["x"]}, "label 99999999999999999999 is out of range"),
         ("path,label\na,7\n", {"classes": ["x", "y"]}, "label 7 is out of range, the labels are 0 to 1"),
         ("path,label\na,z\n", {"classes": ["x", "y"]}, "'z' is none of the classes given"),
+        ("path,label\na,1\nb,0\n", {"classes": ["1", "2"]}, "line 3: '0' is none of the classes given; .* write names"),
         (b"path,label\n\xff\xfe,x\n", {}, "is not UTF-8 text"),
     ],
 )

@@ -81,7 +81,8 @@ class CsvCard(Card):
         return {"file": page}
 
     def list_images(self, root: Root) -> Source:
-        """CSV files with a header. A label is a class name; with ``classes`` given it may be an index into them."""
+        """CSV files with a header. A label is a class name; with ``classes`` given it may be an index into them, unless
+        one of their names is a number."""
         labels = _Labels(class_names(self.classes, root))
         groups: dict[str, int] = {}
         splits = {
@@ -120,6 +121,8 @@ class _Labels:
     def __init__(self, given: tuple[str, ...] | None) -> None:
         self._given = given
         self._number = {name: label for label, name in enumerate(given or ())}
+        # of classes 1, 2, 3 the label 1 could be the first or the second: only their names count then
+        self._numeric = any(name.isdecimal() for name in given or ())
 
     def find(self, text: str, where: str, may_add: bool) -> int:
         number = self._number.get(text)
@@ -127,9 +130,11 @@ class _Labels:
             return number
         if self._given is None and may_add:
             return self._number.setdefault(text, len(self._number))
-        if self._given is not None and text.isdecimal():
+        if self._given is not None and text.isdecimal() and not self._numeric:
             return label_in(text, len(self._given), where)
         known = "the classes given" if self._given is not None else "the classes of train"
+        if self._numeric:
+            known += "; some of them are numbers, so labels are names and not positions: write names"
         raise DataError(f"{where}: {text!r:.60} is none of {known}")
 
     def sorted(self) -> tuple[tuple[str, ...], np.ndarray]:

@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     Field,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     PrivateAttr,
     StringConstraints,
@@ -31,7 +34,17 @@ MANIFEST_FILE = "manifest.json"
 # Names become file names and prefixes of keys. No dot: webdataset ends a key at its first dot.
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Triple = tuple[float, float, float]
+
+
+def _of_unit_range(value: float) -> float:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{value:g} is not within 0 to 1, the range of pixels: divide figures of 0 to 255 by 255")
+    return value
+
+
+Level = Annotated[float, AfterValidator(_of_unit_range)]
+Mean = tuple[Level, Level, Level]  # of red, green, blue
+Deviation = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 Size = Annotated[int, Field(gt=0, lt=2**48)]  # bytes or samples; sums stay within an int64
 Amount = Annotated[int, Field(ge=0, lt=2**48)]
 
@@ -137,8 +150,6 @@ class Split(StrictModel):
         for what, (found, stated) in sums.items():
             if found != stated:
                 raise ValueError(f"{what} give {found}, but the split has {stated}")
-        if len({s.name for s in self.shards}) != len(self.shards):
-            raise ValueError("a shard is listed twice")
         return self
 
 
@@ -173,8 +184,8 @@ class Manifest(StrictModel):
     source: str
     seed: int
     classes: tuple[str, ...] = Field(min_length=1)
-    mean: Triple
-    std: Triple
+    mean: Mean
+    std: Deviation
     shots: Shots
     splits: dict[Name, Split] = Field(min_length=1)
 
@@ -190,6 +201,16 @@ class Manifest(StrictModel):
                 raise ValueError(
                     f"splits.{name}.class_counts has {len(split.class_counts)} entries for {len(self.classes)} classes"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _names_are_of_one_thing(self) -> "Manifest":
+        shards = Counter(shard.name for split in self.splits.values() for shard in split.shards)
+        for what, names in (("class", Counter(self.classes)), ("shard", shards)):
+            if "" in names:
+                raise ValueError(f"a {what} has an empty name")
+            if repeated := [name for name, count in names.items() if count > 1]:
+                raise ValueError(f"the {what} {repeated[0]!r} is listed twice")
         return self
 
     @property

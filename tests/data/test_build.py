@@ -236,3 +236,16 @@ def test_check_compares_class_counts(tiny_shards: Manifest) -> None:
     train = tiny_shards.split("train").model_copy(update={"class_counts": (29, 13, 5)})
     edited = tiny_shards.model_copy(update={"splits": {"train": train}})
     assert check_shards(edited) == ["split train: class_counts of the manifest differ from those of the indexes"]
+
+
+def test_check_compares_names_with_those_in_the_tars(tiny_shards: Manifest) -> None:
+    """Two classes swapped and one renamed; the shards of train and test exchanged."""
+    renamed = tiny_shards.model_copy(update={"classes": ("dog", "cat", "newt")})
+    lines = [f"class {label} is {name!r}, by the manifest " for label, name in enumerate(("cat", "dog", "eel"))]
+    problems = check_shards(renamed)
+    assert all(any(line in problem for problem in problems) for line in lines)
+    train, test = (tiny_shards.split(name) for name in ("train", "test"))
+    splits = {"train": test.model_copy(update={"name": "train"}), "test": train.model_copy(update={"name": "test"})}
+    problems = check_shards(tiny_shards.model_copy(update={"splits": splits}))
+    assert "shard test-00000.tar begins with test-00000000, by the manifest with train-00000000" in problems
+    assert len(problems) == len(train.shards) + len(test.shards)

@@ -45,6 +45,7 @@ def test_missing_card_points_to_those_that_ship(tmp_path: Path) -> None:
         ("name: tiny", "name: [tiny", "is not valid YAML"),
         ("license: MIT\n", "", "license: Field required"),
         ("std: [0.25, 0.25, 0.25]", "std: [0.25, 0, 0.25]", r"std.1: Input should be greater than 0"),
+        ("mean: [0.5, 0.5, 0.5]", "mean: [123, 116, 103]", r"mean.0: 123 is not within 0 to 1, .*: divide .* by 255"),
         ("cat, dog, eel", "cat, dog, cat", "classes names cat more than once"),
         (
             "test-images, labels: test-labels",

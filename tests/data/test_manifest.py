@@ -109,6 +109,29 @@ def test_edited_classes_are_refused(damaged: Manifest) -> None:
         load_manifest(edit(damaged, classes=["cat", "dog", "eel", "fox"]))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"classes": ["cat", "dog", "cat"]}, "the class 'cat' is listed twice"),
+        ({"classes": ["cat", "", "eel"]}, "a class has an empty name"),
+        ({"std": [0, 0, 0]}, r"std.0: Input should be greater than 0"),
+        ({"mean": [123, 116, 103]}, r"mean.0: 123 is not within 0 to 1"),
+    ],
+)
+def test_edited_names_and_figures_are_refused(damaged: Manifest, changes: dict[str, object], message: str) -> None:
+    """Names that are of no one class; figures with which no training step is finite."""
+    with pytest.raises(DataError, match=message):
+        load_manifest(edit(damaged, **changes))
+
+
+def test_a_shard_of_two_splits_is_refused(damaged: Manifest) -> None:
+    """What a model is measured on would be what it learns from."""
+    splits = json.loads((damaged.directory / "manifest.json").read_text())["splits"]
+    splits["val"] = splits["train"] | {"name": "val"}
+    with pytest.raises(DataError, match="the shard 'train-00000' is listed twice"):
+        load_manifest(edit(damaged, splits=splits))
+
+
 def test_mistyped_key_names_the_nearest(damaged: Manifest) -> None:
     """An unknown key is answered with the nearest valid one."""
     with pytest.raises(DataError, match="unknown key 'licence'; did you mean 'license'"):

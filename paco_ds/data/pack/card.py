@@ -15,12 +15,12 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, get_args
 
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from paco_ds.config.parse import brief, read_yaml
 from paco_ds.config.plugins import is_plugin, load_plugin
 from paco_ds.config.shipped import find_card
-from paco_ds.data.manifest import Name, Shots, StrictModel, Triple, validation_message
+from paco_ds.data.manifest import Deviation, Mean, Name, Shots, StrictModel, validation_message
 from paco_ds.data.pack import sources
 from paco_ds.data.pack.root import Root
 from paco_ds.data.pack.source import Source
@@ -78,8 +78,8 @@ class Card(StrictModel):
     license: str
     homepage: str = ""
     root: str = "."  # relative to the card's folder
-    mean: Triple = IMAGENET_MEAN
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = IMAGENET_STD
+    mean: Mean = IMAGENET_MEAN
+    std: Deviation = IMAGENET_STD
     shots: Shots = Shots()
     imbalance: Imbalance | None = None
     test_share: Share | None = None

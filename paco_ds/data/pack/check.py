@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import json
+import tarfile
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -11,7 +14,7 @@ from paco_ds.command import Screen
 from paco_ds.data.manifest import Manifest, Split
 from paco_ds.data.pack.progress_bar import ShardProgress
 from paco_ds.data.pack.workers import Report, Workers
-from paco_ds.data.shard import ShardReader, check_shard, load_index
+from paco_ds.data.shard import ShardReader, Stored, check_shard, load_index
 from paco_ds.data.storage import MissingFile, Storage
 from paco_ds.errors import DataError
 
@@ -46,9 +49,40 @@ def check_shards(manifest: Manifest, *, workers: int = 1, console: Screen | None
     ]
     if not problems:
         for split in manifest.splits.values():
-            counts = np.bincount(ShardReader(manifest.storage, split).labels(), minlength=len(manifest.classes))
-            if tuple(counts) != split.class_counts:
-                problems.append(f"split {split.name}: class_counts of the manifest differ from those of the indexes")
+            with ShardReader(manifest.storage, split) as reader:
+                counts = np.bincount(reader.labels(), minlength=len(manifest.classes))
+                if tuple(counts) != split.class_counts:
+                    problems.append(
+                        f"split {split.name}: class_counts of the manifest differ from those of the indexes"
+                    )
+                problems += _renamed(manifest, reader)
+    return problems
+
+
+def key_and_about(stored: Stored) -> tuple[str, dict[str, Any]]:
+    """The key and the JSON that an undamaged sample has in its tar."""
+    assert stored.stretch is not None
+    with tarfile.open(fileobj=io.BytesIO(stored.stretch + bytes(2 * tarfile.BLOCKSIZE))) as tar:
+        (member,) = [member for member in tar if member.name.endswith(".json")]
+        file = tar.extractfile(member)
+        assert file is not None  # a regular file
+        return member.name.removesuffix(".json"), json.load(file)
+
+
+def _renamed(manifest: Manifest, reader: ShardReader) -> list[str]:
+    """Where names in the manifest are not those in the tars: classes renamed or swapped, shards of other splits. The
+    first sample of each class and of each shard tells."""
+    problems = []
+    firsts = set(reader.split.starts())
+    of_classes = np.unique(reader.labels(), return_index=True)[1].tolist()
+    for stored in reader.read_window(sorted(firsts.union(of_classes)), gap=0):
+        key, about = key_and_about(stored)
+        label = int(stored.row["label"])
+        listed = manifest.classes[label]
+        if stored.sample_id in firsts and key != stored.key:
+            problems.append(f"shard {stored.shard} begins with {key}, by the manifest with {stored.key}")
+        if (written := about.get("class", listed)) != listed:
+            problems.append(f"shard {stored.shard}: class {label} is {written!r}, by the manifest {listed!r}")
     return problems
 
 

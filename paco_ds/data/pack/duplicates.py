@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
-import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
@@ -16,7 +14,7 @@ from PIL import Image
 
 from paco_ds.command import Screen
 from paco_ds.data.manifest import Manifest, Split
-from paco_ds.data.pack.check import ShardOf, over_shards
+from paco_ds.data.pack.check import ShardOf, key_and_about, over_shards
 from paco_ds.data.pack.source import some
 from paco_ds.data.pack.workers import Report
 from paco_ds.data.shard import BadSample, ShardReader
@@ -92,10 +90,7 @@ def describe(manifest: Manifest, pairs: Pairs) -> list[str]:
 def _source(reader: ShardReader, sample: int) -> str:
     """The name of a picture where it came from, or its key in shards of others."""
     (stored,) = reader.read_window([int(sample)])
-    with tarfile.open(fileobj=io.BytesIO((stored.stretch or b"") + bytes(2 * tarfile.BLOCKSIZE))) as tar:
-        (about,) = [tar.extractfile(member) for member in tar if member.name.endswith(".json")]
-        assert about is not None  # a regular file
-        return str(json.load(about).get("source", stored.key))
+    return str(key_and_about(stored)[1].get("source", stored.key))
 
 
 def _hash_shard(settings: tuple[Storage, dict[str, Split]], job: ShardOf, report: Report) -> tuple[ShardOf, Hashes]:

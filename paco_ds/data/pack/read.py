@@ -30,6 +30,8 @@ def read_source(card: Card, root: str | Path | Root, look_up: MapOver = map) -> 
     repeated = [name for name, count in Counter(source.classes).items() if count > 1]
     if repeated:
         raise DataError(f"{some(repeated)} of {card.name} is the name of more than one class: give them other names")
+    if "" in source.classes:
+        raise DataError(f"the class of label {source.classes.index('')} of {card.name} has an empty name: give it one")
     source.require_training_images()
     source = source.checked(look_up)
     source.notes.extend(overlaps(source))

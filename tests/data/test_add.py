@@ -125,6 +125,32 @@ def test_long_tailed_part_of_an_addition_is_refused(first: Manifest, tmp_path: P
         add_images(first.directory, card, root, SMALL)
 
 
+def test_images_that_the_shards_hold_are_said(
+    first: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By their bytes, whatever they are called: old images among the new ones, and those of train in val."""
+    root = images(tmp_path / "second", emu=1)
+    old = sorted((tmp_path / "first/train/emu").iterdir())
+    (root / "val/emu").mkdir(parents=True)
+    for number, path in enumerate(old[:2]):
+        shutil.copy(path, root / f"val/emu/copy{number}.png")
+    shutil.copy(tmp_path / "first/train/emu/3.png", root / "train/emu/again.png")
+    assert main(["add", str(first.directory), "--source", "folder", "--root", str(root), "--workers", "1"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    shards = f"in train of {first.directory} already"
+    assert f"WARNING: 1 of 2 images of train are {shards}: train/emu/again.png" in said
+    assert f"WARNING: 2 of 2 images of val are {shards}: val/emu/copy0.png, val/emu/copy1.png" in said
+
+
+def test_a_new_class_that_looks_like_an_old_one_is_said(
+    first: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It counts as a class of its own."""
+    root = str(images(tmp_path / "second", Bee=4))
+    assert main(["add", str(first.directory), "--source", "folder", "--root", root, "--workers", "1"]) == 0
+    assert "classes that look alike, and count as different: 'bee' and 'Bee'" in capsys.readouterr().out
+
+
 def test_command_says_the_revision(first: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`build_shards.py add DIR --source folder --root ROOT`."""
     root = str(images(tmp_path / "second", ant=4))

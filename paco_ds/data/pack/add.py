@@ -9,10 +9,11 @@ import numpy as np
 
 from paco_ds.command import Screen
 from paco_ds.data.manifest import MANIFEST_FILE, Manifest, Split, load_manifest
-from paco_ds.data.names import same_name
+from paco_ds.data.names import notes_on, same_name
 from paco_ds.data.pack.build_plan import BuildOptions, BuildPlan, plan_of, select
 from paco_ds.data.pack.build_ranks import BuildRank
 from paco_ds.data.pack.card import Card
+from paco_ds.data.pack.overlap import overlaps_with_shards
 from paco_ds.data.pack.read import read_source
 from paco_ds.data.pack.root import Root
 from paco_ds.data.pack.shards import (
@@ -64,6 +65,8 @@ def add_images(
                 remove_state(state)
                 return before
             raise DataError(f"these images of {card.name} are in {output.url} already, as its manifest says")
+        if rank.number == 0:
+            plan.source.notes.extend(overlaps_with_shards(plan.source, before))
         say_ignored(plan, console)
         refuse_bad(output, plan.source.bad, options.max_bad, rank)
 
@@ -87,6 +90,8 @@ def _plan(
     source = select(card, read_source(card, Root(root, without=output), workers.map), options.seed)
     known = {same_name(name) for name in before.classes}
     classes = (*before.classes, *(name for name in source.classes if name not in known))
+    said = {*source.notes, *notes_on(before.classes)}
+    notes = [*source.notes, *(note for note in notes_on(classes) if note not in said)]
     label_of = {same_name(name): label for label, name in enumerate(classes)}
     relabel = np.array([label_of[name] for name in source.classes], np.int32)
     splits = {name: replace(samples, labels=relabel[samples.labels]) for name, samples in source.splits.items()}
@@ -97,7 +102,8 @@ def _plan(
             (start if shard.first_key is None else shard.first_key) + shard.samples
             for start, shard in zip(split.starts(), split.shards, strict=True)
         )
-    return plan_of(card, replace(source, classes=classes, splits=splits), output, options, first_shards, first_keys)
+    source = replace(source, classes=classes, splits=splits, notes=notes)
+    return plan_of(card, source, output, options, first_shards, first_keys)
 
 
 def _merged(before: Manifest, plan: BuildPlan, written: list[Written]) -> Manifest:

@@ -1,17 +1,28 @@
-"""Images that are in two splits: what a model is measured on must not be among what it learns from."""
+"""Images that are in two splits, or in shards already: what a model is measured on must not be among what it learns
+from, and what it learns from should count once."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import combinations
 
 import numpy as np
 import numpy.typing as npt
 
+from paco_ds.data.manifest import Manifest
+from paco_ds.data.pack.image_bytes import BadImage, Encoded
 from paco_ds.data.pack.root import Root
 from paco_ds.data.pack.samples import MISSING, Names, Samples
-from paco_ds.data.pack.source import Files, Source, some
+from paco_ds.data.pack.source import Files, Images, Source, some
+from paco_ds.data.shard import BadSample, ShardReader, load_index
+
+_READ_TOGETHER = 256  # samples
+
+Digests = npt.NDArray[np.uint64]  # of the bytes of images
 
 
 def overlaps(source: Source) -> list[str]:
@@ -30,6 +41,65 @@ def overlaps(source: Source) -> list[str]:
             names = some(b.names.text(row) for row in rows.tolist())
             lines.append(f"WARNING: {len(rows):,} of {len(b):,} images of {second} are of groups of {first}: {names}")
     return lines
+
+
+def overlaps_with_shards(source: Source, manifest: Manifest) -> list[str]:
+    """A line for each split of a source and each split of shards that hold the same images, byte for byte.
+
+    By the indexes, only what has the same label and size is read. So images that the shards hold in another class, or
+    otherwise than the source does (resized, or as the PNG of an array), are not found.
+    """
+    lines = []
+    for second, samples in source.splits.items():
+        for first, split in manifest.splits.items():
+            rows = _rows_in_shards(source.images, samples, ShardReader(manifest.storage, split))
+            if len(rows):
+                names = some(samples.names.text(row) for row in rows.tolist())
+                lines.append(
+                    f"WARNING: {len(rows):,} of {len(samples):,} images of {second} are in {first} of "
+                    f"{manifest.storage.url} already: {names}"
+                )
+    return lines
+
+
+def _rows_in_shards(images: Images, samples: Samples, reader: ShardReader) -> npt.NDArray[np.int64]:
+    """Rows whose bytes are those of a sample of the shards with the same label."""
+    asked = samples.labels.astype(np.int64) << 32 | samples.sizes
+
+    def alike(number: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """(ids of a shard's samples with a label and size that is asked for, these two as one number)."""
+        index = load_index(reader.storage, reader.split.shards[number])
+        stored = index["label"].astype(np.int64) << 32 | index["image_size"]
+        found = np.isin(stored, asked)
+        return reader.ids_of_shard(number).start + np.flatnonzero(found), stored[found]
+
+    with ThreadPoolExecutor(1 if reader.storage.is_local else 16) as pool:
+        ids, stored = map(np.concatenate, zip(*pool.map(alike, range(len(reader.counts))), strict=True))
+    rows = np.flatnonzero(np.isin(asked, stored))
+    if not len(rows):
+        return rows
+    with reader:
+        known = np.fromiter(_digests_of_shards(reader, ids), np.uint64)
+    return rows[np.isin(np.fromiter(_digests(images, samples.take(rows)), np.uint64, len(rows)), known)]
+
+
+def _digests_of_shards(reader: ShardReader, ids: npt.NDArray[np.int64]) -> Iterator[int]:
+    for first in range(0, len(ids), _READ_TOGETHER):
+        for stored in reader.read_window(ids[first : first + _READ_TOGETHER].tolist()):
+            with suppress(BadSample):  # `check` names damage
+                yield _digest(stored.sample().image)
+
+
+def _digests(images: Images, samples: Samples) -> Iterator[int]:
+    for row, size in enumerate(samples.sizes.tolist()):
+        try:
+            yield _digest(images.read(samples, row, memoryview(bytearray(size + 1))))
+        except BadImage:  # the build names it
+            yield 0
+
+
+def _digest(image: Encoded) -> int:
+    return int.from_bytes(hashlib.blake2b(image, digest_size=8).digest())
 
 
 def _same_names(a: Names, b: Names) -> npt.NDArray[np.int64]:

@@ -225,6 +225,13 @@ def test_check_lists_all_damage(damaged: Manifest, capsys: pytest.CaptureFixture
         assert expected in printed
 
 
+def test_a_size_with_a_unit_is_refused_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    """`--shard-bytes` is a number of bytes."""
+    with pytest.raises(SystemExit):
+        main(["build", "card.yaml", "--output", "out", "--shard-bytes", "256MB"])
+    assert "--shard-bytes: '256MB' is not a whole number without a unit" in capsys.readouterr().err
+
+
 def test_check_of_no_shards_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Exit code 2: there is nothing to check."""
     assert main(["check", str(tmp_path / "none")]) == 2

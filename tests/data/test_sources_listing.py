@@ -34,15 +34,19 @@ def tabled(root: Path, text: str | bytes, **settings: Any) -> Source:
 
 def test_list_files_are_read_as_published(tmp_path: Path) -> None:
     """ImageNet-LT's and Places-LT's lines; names may have spaces and letters of any script; empty lines are none."""
-    lines = "train/n01440764/n01440764_190.JPEG 0\nb/bäckerei/im age.jpg 1\n\ntrain_val2018/Aves/3111/a.jpg\t1\n"
+    lines = (
+        "train/n01440764/n01440764_190.JPEG 0\nb/bäckerei/im age.jpg 1\n\ntrain_val2018/Aves/3111/a.jpg\t1\n"
+        "dog d/img.jpg\t1\n"
+    )
     source = listed(tmp_path, lines)
     train = source.splits["train"]
     assert list(train.names) == [
         "train/n01440764/n01440764_190.JPEG",
         "b/bäckerei/im age.jpg",
         "train_val2018/Aves/3111/a.jpg",
+        "dog d/img.jpg",
     ]
-    assert train.labels.tolist() == [0, 1, 1]
+    assert train.labels.tolist() == [0, 1, 1, 1]
     assert source.classes == ("0", "1")
 
 
@@ -97,6 +101,11 @@ def test_csv_columns_are_found_by_name(tmp_path: Path) -> None:
     assert source.classes == ("hat", "shoe")
     assert list(source.splits["train"].names) == ["a;b.jpg", "ü.jpg", "c.jpg"]
     assert source.splits["train"].labels.tolist() == [1, 0, 1]
+
+
+def test_a_tab_may_be_written_as_shells_pass_it_on(tmp_path: Path) -> None:
+    """`--delimiter '\\t'` is two characters."""
+    assert tabled(tmp_path, "path\tlabel\na.jpg\tx\n", delimiter="\\t").classes == ("x",)
 
 
 def test_csv_numbers_are_sorted_as_numbers_or_index_the_classes(tmp_path: Path) -> None:

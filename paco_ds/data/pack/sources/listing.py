@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any, BinaryIO, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field, StrictStr
+from pydantic import BeforeValidator, Field, StrictStr
 
 from paco_ds.data.manifest import Name, StrictModel
 from paco_ds.data.names import same_name, same_path
@@ -56,6 +56,11 @@ class CsvSplit(StrictModel):
     file: str
 
 
+def _tab(text: Any) -> Any:
+    """A shell passes a tab on as a backslash and a letter."""
+    return "\t" if text == "\\t" else text
+
+
 class CsvCard(Card):
     """Images named by the rows of CSV files. Rows with the same ``group_column`` value stay in the same split."""
 
@@ -65,14 +70,14 @@ class CsvCard(Card):
         "path_column": Option("NAME", "column of the path (path)"),
         "label_column": Option("NAME", "column of the class (label)"),
         "group_column": Option("NAME", "rows with the same value stay in the same split"),
-        "delimiter": Option("CHARACTER", "between fields (,)"),
+        "delimiter": Option("CHARACTER", "between fields (,); \\t is a tab"),
     }
 
     source: Literal["csv"]
     path_column: str = "path"
     label_column: str = "label"
     group_column: str | None = None
-    delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ","
+    delimiter: Annotated[str, BeforeValidator(_tab), Field(min_length=1, max_length=1)] = ","
     classes: tuple[StrictStr, ...] | StrictStr | None = None
     splits: dict[Name, CsvSplit] = Field(min_length=1)
 
@@ -103,13 +108,13 @@ def _read_list(root: Root, file: str, limit: int) -> Samples:
     with root.open(file, "the list file") as stream:
         for number, line in enumerate(_lines(stream, f"{root}/{file}"), 1):
             where = f"{root}/{file}, line {number}"
-            if not line.strip():
+            if not (text := line.strip()):
                 continue
-            path, _, label = line.strip().rpartition(" ") if " " in line.strip() else line.strip().rpartition("\t")
-            if not path or not label.isdecimal():
-                raise DataError(f"{where}: {line.strip()!r:.80} is not a path and a label from 0")
-            require_inside(where, path.strip())
-            rows.add(same_path(path.strip()), label_in(label, limit, where))
+            path, label = [*text.rsplit(maxsplit=1), ""][:2]  # a path may have spaces
+            if not label.isdecimal():
+                raise DataError(f"{where}: {text!r:.80} is not a path and a label from 0")
+            require_inside(where, path)
+            rows.add(same_path(path), label_in(label, limit, where))
     if not len(rows):
         raise DataError(f"{root}/{file} names no image")
     return rows.build()

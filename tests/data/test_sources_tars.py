@@ -41,6 +41,11 @@ def listed(root: Path, pattern: str = "a.tar", **options: str) -> Source:
             r"0 has several images, .jpg, .seg.png: .*image-ending",
         ),
         ([("0.left.jpg", JPG), ("0.right.jpg", JPG), ("0.cls", b"0")], r"several images, .left.jpg, .right.jpg"),
+        (
+            [("i.v1.0.jpg", JPG), ("i.v1.0.cls", b"0"), ("i.v1.1.jpg", JPG), ("i.v1.1.cls", b"0")],
+            "several images, .v1.0.jpg, .v1.1.jpg: .*; a key ends at the first dot of a name",
+        ),
+        ([("i.v1.jpg", JPG), ("i.v1.cls", b"0")], "i has no label: no .json, no .cls; .*; a key ends at the first dot"),
         ([("0.jpg", JPG), ("0.cls", b"0"), ("0.jpg", JPG)], "has 0.jpg twice"),
         ([("0.jpg", JPG), ("0.JPG", JPG), ("0.cls", b"0")], "has 0.JPG twice"),
         ([("0.jpg", JPG), ("0.cls", b"0"), ("0.cls", b"1")], "has 0.cls twice"),
@@ -118,6 +123,12 @@ def test_cls_counts_where_the_json_has_no_label(tmp_path):
     source = listed(tmp_path)
     assert source.classes == ("owl", "1")
     assert source.splits["train"].labels.tolist() == [0, 1]
+
+
+def test_a_tar_of_two_splits_is_said_however_it_is_written(tmp_path):
+    """`./a.tar` and `a.tar` are one."""
+    tar(tmp_path / "a.tar", ("0.jpg", JPG), ("0.cls", b"0"))
+    assert listed(tmp_path, val="./a.tar").notes == ["WARNING: 1 of 1 images of val are also in train: a.tar#0.jpg"]
 
 
 def test_hidden_members_are_left_out_aloud(tmp_path):

@@ -17,6 +17,7 @@ from paco_ds.errors import DataError
 _MOST_ABOUT = 1 << 20  # bytes of a JSON member
 _TAIL = 1 << 20  # bytes read at a time of what follows the last member
 _SORT = "pack it sorted by name, so that the members of a sample lie beside each other (tar --sort=name)"
+_DOTS = "; a key ends at the first dot of a name: where names have dots before their ending, pack them without"
 _PACKED = (
     (b"\x1f\x8b", "compressed by gzip", "unpack it with gunzip"),
     (b"BZh", "compressed by bzip2", "unpack it with bunzip2"),
@@ -59,6 +60,7 @@ class TarScan:
 
     def tar(self, tar: str) -> None:
         """Add the samples of a tar; DataError if it is damaged, since a reader would end at the place silently."""
+        tar = same_path(tar)  # `./a.tar` in train and `a.tar` in val are the same images
         place, local = self.root.storage.place(tar), self.root.storage.is_local
         key, sample, end = "", _Sample(), 0
         keys: set[str] = set()
@@ -148,7 +150,7 @@ class TarScan:
         if len(sample.images) > 1:
             raise DataError(
                 f"{where} has several images, {some(f'.{each}' for each in sample.images)}: choose one with "
-                "--image-ending (image_ending in a card)"
+                f"--image-ending (image_ending in a card){_hint(sample)}"
             )
         return next(iter(sample.images.values()), None)
 
@@ -164,12 +166,19 @@ class TarScan:
             label = number
         if label is None:
             lacks = f"its .json has no {self.label_key!r} (label_key)" if about is not None else "no .json"
-            raise DataError(f"{where} has no label: {lacks}, no .cls; if it lies elsewhere in the tar, {_SORT}")
+            raise DataError(
+                f"{where} has no label: {lacks}, no .cls; if it lies elsewhere in the tar, {_SORT}{_hint(sample)}"
+            )
         if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < LARGEST_LABEL:
             raise DataError(f"{where}: label {label!r:.60} is no number from 0 to {LARGEST_LABEL - 1}")
         if number not in (None, label):
             raise DataError(f"{where}: label {label} by its .json, and {written} by its .cls: remove one of the two")
         return label, None if name is None else same_name(str(name))
+
+
+def _hint(sample: _Sample) -> str:
+    """What else may be the cause where an image's ending has a dot in it, as `v1.0000.jpg` of `img.v1.0000.jpg`."""
+    return _DOTS if any("." in each for each in sample.images) else ""
 
 
 def _matters(name: str) -> bool:

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from paco_ds.data.pack.card import card_of_options, changed, folder_card, make_card
-from paco_ds.data.pack.image_bytes import BadImage, ending_of, on_background, size_of, verify
+from paco_ds.data.pack.image_bytes import BadImage, ending_of, on_background, resized, size_of, verify
 from paco_ds.data.pack.shards import build_shards
-from paco_ds.data.shard import ShardReader
+from paco_ds.data.shard import RawSample, ShardReader
 from paco_ds.data.stream.decode import decode
 from paco_ds.errors import DataError
 
@@ -42,6 +42,35 @@ def test_formats_are_known_by_their_bytes(kind, ending):
     verify(data, ending)
     with pytest.raises(BadImage):
         verify(data[: len(data) // 2], ending)
+
+
+def test_two_letters_are_no_bitmap_and_reserved_bytes_may_be_any():
+    """Training reads what the builder takes."""
+    data = bytearray(encoded("BMP"))
+    data[6:10] = b"abcd"
+    assert ending_of(bytes(data)) == "bmp"
+    assert (decode(RawSample("", 0, "", bytes(data)), 1000) == PIXELS).all()
+    with pytest.raises(BadImage, match="unknown_format"):
+        ending_of(b"BMW and other words of a text")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_damaged_exif_is_no_damage(kind):
+    """In none of the ways to build, nor in training: the image is taken as it is stored."""
+    data = encoded(kind, "RGB" if kind == "JPEG" else "RGBA", exif=b"Exif\0\0junkjunk")
+    ending = ending_of(data)
+    verify(data, ending)
+    assert resized(data, ending, 5, 90)[1] == "jpg"
+    assert on_background(data, ending, (0, 0, 0))[0] == data
+    assert decode(RawSample("", 0, "", data), 1000).shape == (12, 10, 3)
+
+
+def test_a_damaged_header_is_named_without_an_address():
+    """The same damage makes the same line."""
+    data = encoded("PNG")
+    with pytest.raises(BadImage) as raised:
+        verify(data[:10] + bytes(len(data) - 10), "png")
+    assert str(raised.value) == ": undecodable (damaged header)"
 
 
 def test_every_format_is_built_and_trained_on(tmp_path: Path) -> None:

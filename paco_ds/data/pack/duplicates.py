@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
@@ -117,7 +118,7 @@ def picture_hash(image: bytes) -> int:
     import imagehash
 
     try:
-        with Image.open(io.BytesIO(image)) as picture:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(image)) as picture:
             picture.draft("L", (64, 64))  # a JPEG is decoded at an eighth of its size
             bits = imagehash.phash(picture.convert("L")).hash.ravel()
     except (OSError, ValueError, Image.DecompressionBombError, SyntaxError):

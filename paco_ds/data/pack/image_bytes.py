@@ -10,8 +10,9 @@ from contextvars import ContextVar
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 
+from paco_ds.data.exif import upright
 from paco_ds.data.image_costs import MOST_SCANNED, MOST_SCANS, too_costly, webp_sides, without_texts
 from paco_ds.errors import printable
 
@@ -19,6 +20,7 @@ from paco_ds.errors import printable
 MAX_PIXELS = 178_956_970
 Encoded = bytes | memoryview
 _PIL_FORMAT = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP"}
+_BMP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)  # their bytes: two letters alone begin other files too
 Color = tuple[int, int, int]  # red, green, blue, of 255
 _HEARD: ContextVar[list[str] | None] = ContextVar("heard of Pillow", default=None)
 
@@ -50,7 +52,7 @@ def ending_of(data: Encoded) -> str:
         return "webp"
     if data[:6] in (b"GIF87a", b"GIF89a"):
         return "gif"
-    if data[:2] == b"BM" and data[6:10] == bytes(4):
+    if data[:2] == b"BM" and int.from_bytes(data[14:18], "little") in _BMP_HEADERS:
         return "bmp"
     if not data:
         raise BadImage("empty")
@@ -105,9 +107,8 @@ def resized(data: Encoded, ending: str, short: int, quality: int) -> tuple[Encod
     with _as_bad_image():
         image.draft("RGB", (2 * size[0], 2 * size[1]))  # JPEG decodes at a reduced scale, at least twice the target
         small = _eight_bits(image).resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
-        upright = ImageOps.exif_transpose(small)  # the new file has no EXIF orientation
         out = io.BytesIO()
-        upright.save(out, "JPEG", quality=quality)
+        upright(small).save(out, "JPEG", quality=quality)  # the new file has no EXIF orientation
     return out.getvalue(), "jpg"
 
 
@@ -120,7 +121,7 @@ def on_background(data: Encoded, ending: str, color: Color) -> tuple[Encoded, st
     if not (image.mode.endswith(("A", "a")) or "transparency" in image.info):
         return data, ending
     with _as_bad_image():
-        picture = ImageOps.exif_transpose(image).convert("RGBA")
+        picture = upright(image).convert("RGBA")
         if picture.getchannel("A").getextrema()[0] == 255:
             return data, ending
         whole = Image.new("RGBA", picture.size, (*color, 255))
@@ -187,6 +188,8 @@ def _as_bad_image() -> Iterator[None]:
             yield
     except Image.DecompressionBombError as error:
         raise BadImage("too_many_pixels", detail=str(error)) from error
+    except UnidentifiedImageError:  # its text is the address of a buffer
+        raise BadImage("undecodable", detail="damaged header") from None
     except MemoryError:
         raise
     except Exception as error:

@@ -18,8 +18,9 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
+from paco_ds.data.exif import upright
 from paco_ds.data.image_costs import has_surplus, too_costly, webp_sides, without_texts
 from paco_ds.data.shard import BadSample, RawSample
 
@@ -129,7 +130,7 @@ def _open_other(sample: RawSample, max_pixels: int) -> EncodedImage:
             warnings.simplefilter("ignore")  # about large images: the limit is checked here
             file = Image.open(io.BytesIO(data), formats=_FORMATS)
             _check_costs(file.height, file.width, sample, max_pixels)
-            image = np.array(_rgb(ImageOps.exif_transpose(file)))
+            image = np.array(_rgb(upright(file)))
     except BadSample:
         raise
     except UnidentifiedImageError:

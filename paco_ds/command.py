@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import errno
+import io
 import logging
 import os
+import select
 import signal
 import sys
 import warnings
@@ -90,22 +93,45 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 @contextmanager
-def reader_may_leave() -> Iterator[None]:
-    """Writing to standard output in the block ends quietly when its reader has left, as `| head` does."""
+def standard_output() -> Iterator[None]:
+    """Standard output in the block: what its encoding lacks is replaced, and the block ends quietly when its reader has
+    left, as `| head` does."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
+        codecs.register_error("paco_ds.shown", _shown)  # another handler is the user's, by PYTHONIOENCODING
+        sys.stdout.reconfigure(errors="paco_ds.shown")
     try:
         yield
         sys.stdout.flush()
     except BrokenPipeError:
+        if not _reader_left():
+            raise  # of a connection
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
         raise SystemExit(READER_LEFT) from None
+
+
+def _shown(error: UnicodeError) -> tuple[str | bytes, int]:
+    """A file's name whose bytes are not UTF-8 as it is, else a question mark."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.lookup_error("replace")(error)
+
+
+def _reader_left() -> bool:
+    with suppress(io.UnsupportedOperation):  # a stand-in without a file
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)  # asks for nothing: errors are always reported
+        return bool(poll.poll(0))
+    return False
 
 
 @contextmanager
 def report_user_errors() -> Iterator[None]:
     """Print a `UserError`, or an error of the operating system, on one line and exit with its status, upon which a
-    launcher ends the job; others name their rank. Ctrl-C is a line too."""
+    launcher ends the job; others name their rank. Ctrl-C is a line too. Standard output is as in `standard_output`."""
     try:
-        yield
+        with standard_output():
+            yield
     except KeyboardInterrupt:
         raise SystemExit(report_interrupt()) from None
     except Exception as error:

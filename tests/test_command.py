@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from paco_ds.command import INTERRUPTED, report_user_errors
+from paco_ds.command import INTERRUPTED, READER_LEFT, report_user_errors
 from paco_ds.errors import CheckpointError, NotFiniteError, StorageError
 
 
@@ -33,6 +33,7 @@ def test_threads_of_torch_wait_asleep_unless_told_otherwise(given, policy):
             "error: /mnt/x: No space left on device; make room there, then give the same command again",
         ),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "/y"), 2, "error: /y: No such file or directory"),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 75, "error: Broken pipe"),
         (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), 75, "error: Connection reset by peer"),
     ],
 )
@@ -48,6 +49,36 @@ def test_an_error_is_one_line_and_a_status(error, status, line, capsys, monkeypa
 def test_a_librarys_own_error_keeps_its_traceback():
     with pytest.raises(OSError, match="truncated"), report_user_errors():
         raise OSError("image file is truncated")
+
+
+COMMAND = "from paco_ds.command import report_user_errors\nwith report_user_errors(): "
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"),
+    [
+        ("utf-8", "café █ ".encode() + b"\xff"),
+        ("latin-1", b"caf\xe9 ? \xff"),
+        ("ascii:backslashreplace", rb"caf\xe9 \u2588 \udcff"),
+    ],
+)
+def test_what_a_terminal_cannot_show_is_replaced(encoding, shown):
+    """Bytes of names stay as they are; a handler that the user chose holds."""
+    command = [sys.executable, "-c", COMMAND + r"print('caf\xe9 \u2588 \udcff', end='')"]
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    assert subprocess.run(command, env=environment, stdout=subprocess.PIPE).stdout == shown
+
+
+@pytest.mark.parametrize("flush", [False, True])
+def test_a_reader_that_leaves_ends_a_command_quietly(flush):
+    """Whether the pipe breaks in the middle or when all is flushed at the end."""
+    command = [sys.executable, "-c", f"{COMMAND}input(); print('x', flush={flush})"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    process.stdin.write(b"\n")
+    process.stdin.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == READER_LEFT
 
 
 def test_ctrl_c_in_an_import_is_one_line():

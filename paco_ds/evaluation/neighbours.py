@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import argparse
 import csv
-import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from paco_ds.command import one_line_on_interrupt, reader_may_leave, report_user_errors
+from paco_ds.command import one_line_on_interrupt, report_user_errors
 from paco_ds.config.plugins import AllowCode
 from paco_ds.errors import CheckpointError, UserError
 
@@ -40,15 +39,12 @@ def main(argv: list[str] | None = None) -> int:
         own = table.names.index(arguments.query) if arguments.query in table.names else None
         feature, sha256 = _query(table, arguments) if own is None else (table.features[own], table.sha256[own])
         ((found, similarities),) = nearest(feature[None], table.features, arguments.k + 1)
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="surrogateescape")
         rows = csv.writer(sys.stdout)
         others = [(row, value) for row, value in zip(found, similarities, strict=True) if row != own][: arguments.k]
-        with reader_may_leave():
-            rows.writerow(["path", "similarity", "label", "predicted", "copy"])
-            for row, value in others:
-                copy = "copy" if table.sha256[row] == sha256 else ""
-                rows.writerow([table.names[row], f"{value:.6f}", table.labels[row] or "", table.predicted[row], copy])
+        rows.writerow(["path", "similarity", "label", "predicted", "copy"])
+        for row, value in others:
+            copy = "copy" if table.sha256[row] == sha256 else ""
+            rows.writerow([table.names[row], f"{value:.6f}", table.labels[row] or "", table.predicted[row], copy])
     return 0
 
 

@@ -27,7 +27,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from paco_ds.command import one_line_on_interrupt, reader_may_leave, report_user_errors
+from paco_ds.command import one_line_on_interrupt, report_user_errors, standard_output
 from paco_ds.errors import UserError
 from paco_ds.evaluation.image_job import Progress, add_arguments, in_order, joined, pyarrow
 from paco_ds.files import whole_file
@@ -87,9 +87,7 @@ def _writer(path: Path | None, top: int) -> Iterator[Write]:
     if path is None:
         if sys.stdout is None:
             raise UserError("standard output is closed: give --output FILE.csv, .jsonl or .parquet")
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="surrogateescape")
-        with reader_may_leave():
+        with standard_output():
             yield _csv(sys.stdout, top)
         return
     with whole_file(path) as file:

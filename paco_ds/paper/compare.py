@@ -182,10 +182,10 @@ def matching_lines(runs: Sequence[Run]) -> list[Line]:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = _parser()
-    arguments = parser.parse_args(argv)
-    if arguments.row and not arguments.table:
-        parser.error("--row is of a table: name it with --table")
     with one_line_on_interrupt(), report_user_errors():
+        arguments = parser.parse_args(argv)
+        if arguments.row and not arguments.table:
+            parser.error("--row is of a table: name it with --table")
         runs = [read_finished_run(run) for run in arguments.run]
         lines, differing = compare(runs)
         if arguments.table:

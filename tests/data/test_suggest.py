@@ -1,5 +1,8 @@
 """What is suggested for the class counts of a data set."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +137,16 @@ def test_command_writes_a_card_and_a_recipe_that_load(
     assert main(["build", str(tmp_path / "out" / "card.yaml"), "--output", str(tmp_path / "again")]) == 0
     assert main(command) == 2
     assert "card.yaml exists" in capsys.readouterr().err
+
+
+def test_a_terminal_without_its_letters_is_no_error(damaged: Manifest, tmp_path: Path) -> None:
+    """The bars of the histogram are none of ASCII."""
+    words = ["suggest", str(damaged.directory), "--output", str(tmp_path / "out")]
+    program = "import sys; from paco_ds.data.pack.command import main; sys.exit(main(sys.argv[1:]))"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", program, *words], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "images of a class" in done.stdout
 
 
 def test_recipe_for_photographs_loads(damaged: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.table import Table
 
-from paco_ds.command import Screen, exit_status, report_error, report_interrupt, say
+from paco_ds.command import Screen, exit_status, report_error, report_interrupt, say, standard_output
 from paco_ds.config.plugins import allow_code, is_plugin
 from paco_ds.config.shipped import find_card
 from paco_ds.data.manifest import SHOTS, Manifest, load_manifest
@@ -32,9 +32,10 @@ from paco_ds.errors import DataError, UserError
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 success, 1 damage or duplicates found, 130 interrupted, or that of the error."""
     try:
-        arguments = _parser(_known_sources(argv)).parse_args(argv)
-        code: int = arguments.command(arguments, Screen())
-        return code
+        with standard_output():
+            arguments = _parser(_known_sources(argv)).parse_args(argv)
+            code: int = arguments.command(arguments, Screen())
+            return code
     except (UserError, OSError) as error:
         report_error(error)
         return exit_status(error) or UserError.status

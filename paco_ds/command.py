@@ -86,7 +86,7 @@ def at_least(least: int) -> Callable[[str], int]:
 
     def number(text: str) -> int:
         if not text.strip().isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is no whole number of at least {least}")
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of {least} or more, without a unit")
         return int(text)
 
     return number
@@ -95,15 +95,17 @@ def at_least(least: int) -> Callable[[str], int]:
 @contextmanager
 def standard_output() -> Iterator[None]:
     """Standard output in the block: what its encoding lacks is replaced, and the block ends quietly when its reader has
-    left, as `| head` does."""
+    left, as `| head` does. A rank of a job goes on without its reader, see `Screen`."""
+    rank = "RANK" in os.environ
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
         codecs.register_error("paco_ds.shown", _shown)  # another handler is the user's, by PYTHONIOENCODING
         sys.stdout.reconfigure(errors="paco_ds.shown")
     try:
         yield
-        sys.stdout.flush()
+        if not rank and sys.stdout is not None:
+            sys.stdout.flush()
     except BrokenPipeError:
-        if not _reader_left():
+        if rank or not _reader_left():
             raise  # of a connection
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
         raise SystemExit(READER_LEFT) from None
@@ -118,7 +120,7 @@ def _shown(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def _reader_left() -> bool:
-    with suppress(io.UnsupportedOperation):  # a stand-in without a file
+    with suppress(io.UnsupportedOperation, AttributeError):  # a stand-in without a file, or none
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)  # asks for nothing: errors are always reported
         return bool(poll.poll(0))

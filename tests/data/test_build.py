@@ -229,7 +229,7 @@ def test_a_size_with_a_unit_is_refused_in_words(capsys: pytest.CaptureFixture[st
     """`--shard-bytes` is a number of bytes."""
     with pytest.raises(SystemExit):
         main(["build", "card.yaml", "--output", "out", "--shard-bytes", "256MB"])
-    assert "--shard-bytes: '256MB' is not a whole number without a unit" in capsys.readouterr().err
+    assert "--shard-bytes: '256MB' is no whole number of 1 or more, without a unit" in capsys.readouterr().err
 
 
 def test_check_of_no_shards_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -125,6 +125,20 @@ def test_cls_counts_where_the_json_has_no_label(tmp_path):
     assert source.splits["train"].labels.tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("pattern", ["a-*.tar", "*-*.tar", "a-[0-1].tar", "a-{0..1}.tar", "a-?.tar"])
+def test_patterns_name_tars_and_no_hidden_files(tmp_path, pattern):
+    """macOS puts a ._ file beside each."""
+    for number in range(2):
+        tar(tmp_path / f"a-{number}.tar", ("0.jpg", JPG), ("0.cls", b"0"))
+        (tmp_path / f"._a-{number}.tar").write_bytes(b"Mac OS X")
+    assert list(listed(tmp_path, pattern).splits["train"].names) == ["a-0.tar#0.jpg", "a-1.tar#0.jpg"]
+
+
+def test_a_pattern_with_half_a_brace_is_one_line(tmp_path):
+    with pytest.raises(DataError, match=r"the pattern a-\{0..1.tar has half a pair of braces"):
+        listed(tmp_path, "a-{0..1.tar")
+
+
 def test_a_tar_of_two_splits_is_said_however_it_is_written(tmp_path):
     """`./a.tar` and `a.tar` are one."""
     tar(tmp_path / "a.tar", ("0.jpg", JPG), ("0.cls", b"0"))

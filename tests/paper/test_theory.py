@@ -256,8 +256,8 @@ class TestCommand:
             (["--card", "nowhere.yaml"], "no dataset card nowhere.yaml"),
             (["--card", str(SHIPPED_CARD), "--output", "page.pdf"], "neither a folder nor a .png"),
             (["--card", str(SHIPPED_CARD), "--alpha", "0"], "0 is not a number above 0"),
-            (["--card", str(SHIPPED_CARD), "--queue", "-1"], "-1 is less than 0"),
-            (["--card", str(SHIPPED_CARD), "--micro-batch", "two"], "invalid whole number value: 'two'"),
+            (["--card", str(SHIPPED_CARD), "--queue", "-1"], "'-1' is no whole number of 0 or more"),
+            (["--card", str(SHIPPED_CARD), "--micro-batch", "two"], "'two' is no whole number of 1 or more"),
         ],
     )
     def test_what_is_wrong_is_one_message(self, capsys, arguments, message):

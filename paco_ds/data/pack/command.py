@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.table import Table
 
-from paco_ds.command import Screen, exit_status, report_error, report_interrupt, say, standard_output
+from paco_ds.command import Screen, at_least, exit_status, report_error, report_interrupt, say, standard_output
 from paco_ds.config.plugins import allow_code, is_plugin
 from paco_ds.config.shipped import find_card
 from paco_ds.data.manifest import SHOTS, Manifest, load_manifest
@@ -225,7 +225,7 @@ def _parser(sources: Mapping[str, type[Card]]) -> argparse.ArgumentParser:
     ask.add_argument("--overwrite", action="store_true", help="replace the files in --output")
     ask.set_defaults(command=_suggest)
     for command in (build, add, check):
-        command.add_argument("--workers", type=_at_least_1, default=len(os.sched_getaffinity(0)), help="processes")
+        command.add_argument("--workers", type=at_least(1), default=len(os.sched_getaffinity(0)), help="processes")
     return parser
 
 
@@ -259,7 +259,7 @@ def _add_source_options(command: argparse.ArgumentParser, sources: Mapping[str, 
     stored = command.add_argument_group("images (the first three are also keys of a card)")
     stored.add_argument(
         "--resize-short",
-        type=_at_least_1,
+        type=at_least(1),
         metavar="N",
         help="shorter side at most N pixels, as JPEG",
     )
@@ -268,27 +268,9 @@ def _add_source_options(command: argparse.ArgumentParser, sources: Mapping[str, 
         "--background", metavar="COLOR", help="white, black, mean or #rrggbb under transparent parts, stored as PNG"
     )
     stored.add_argument("--verify", action="store_true", help="decode every image")
-    stored.add_argument("--max-bad", type=_at_least_0, default=0, metavar="N", help="images that may be left out (0)")
-    command.add_argument("--seed", type=_at_least_0, default=0, help="of the order in the shards and of the selection")
-    command.add_argument("--shard-bytes", type=_at_least_1, default=SHARD_BYTES, help="largest shard, in bytes")
-
-
-def _at_least_1(text: str) -> int:
-    return _at_least(1, text)
-
-
-def _at_least_0(text: str) -> int:
-    return _at_least(0, text)
-
-
-def _at_least(least: int, text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number without a unit") from None
-    if number < least:
-        raise argparse.ArgumentTypeError(f"{number} is less than {least}")
-    return number
+    stored.add_argument("--max-bad", type=at_least(0), default=0, metavar="N", help="images that may be left out (0)")
+    command.add_argument("--seed", type=at_least(0), default=0, help="of the order in the shards and of the selection")
+    command.add_argument("--shard-bytes", type=at_least(1), default=SHARD_BYTES, help="largest shard, in bytes")
 
 
 def _summary(manifest: Manifest, seconds: float) -> Table:

@@ -137,7 +137,7 @@ class Root:
             try:
                 names = {entry.name for entry in os.scandir(place) if entry.is_dir() or _leads_nowhere(entry)}
             except OSError as error:
-                _unreadable(error)
+                unreadable(error)
         else:
             names = {name.partition("/")[0] for name in self._find(folder) if "/" in name}
         return sorted(n for n in names if not is_hidden(n) and same_path(f"{folder}/{n}") != self._without)
@@ -225,11 +225,8 @@ def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
     return entry.is_symlink() and not os.path.exists(entry.path)
 
 
-<<<<<<< HEAD
-def unreadable(error: OSError) -> None:
-=======
-def _unreadable(error: OSError) -> NoReturn:
->>>>>>> a7c90f4 (Splits inside of class folders are refused)
+def unreadable(error: OSError) -> NoReturn:
+    """Raise DataError for a folder that cannot be read."""
     raise DataError(f"folder {error.filename} cannot be read: {error.strerror}") from error
 
 

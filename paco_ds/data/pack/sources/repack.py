@@ -14,6 +14,7 @@ import braceexpand
 from pydantic import Field, StrictStr
 
 from paco_ds.data.manifest import Name, StrictModel
+from paco_ds.data.names import is_hidden
 from paco_ds.data.pack.card import CLASSES_FILE, Card, Option
 from paco_ds.data.pack.image_bytes import BadImage, Encoded
 from paco_ds.data.pack.root import Root
@@ -121,14 +122,18 @@ class WebdatasetCard(Card):
 
 
 def _expanded(root: Root, pattern: str) -> list[str]:
-    """The tars of a pattern with braces and stars, in the order of their names."""
+    """The tars of a pattern with braces, stars and brackets, in the order of their names; hidden ones by name only."""
     tars: list[str] = []
-    for name in braceexpand.braceexpand(pattern):
-        if "*" not in name and "?" not in name:
+    try:
+        names = list(braceexpand.braceexpand(pattern))
+    except ValueError:
+        raise DataError(f"the pattern {pattern} has half a pair of braces: write it as x-{{000..107}}.tar") from None
+    for name in names:
+        if set("*?[").isdisjoint(name) or root.storage.exists(name):
             tars.append(name)
             continue
         folder, _, last = name.rpartition("/")
-        found = sorted(n for n in _names(root, folder) if fnmatch.fnmatchcase(n, last))
+        found = sorted(n for n in _names(root, folder) if fnmatch.fnmatchcase(n, last) and not is_hidden(n))
         tars += [f"{folder}/{n}" if folder else n for n in found]
     if not tars:
         raise DataError(f"no tar under {root} is called {pattern}")

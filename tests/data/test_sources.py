@@ -307,10 +307,3 @@ def test_two_classes_of_one_name_are_refused(tmp_path: Path) -> None:
     page = PAGE | {"categories": [{"id": 7, "name": "newt"}, {"id": 3, "name": "newt"}]}
     with pytest.raises(DataError, match="newt of n is the name of more than one class"):
         read_source(naturalist(tmp_path, page), tmp_path)
-
-
-def test_a_class_without_a_name_is_refused(tmp_path: Path) -> None:
-    """Before the build, whose manifest would be refused."""
-    page = PAGE | {"categories": [{"id": 7, "name": "newt"}, {"id": 3, "name": ""}]}
-    with pytest.raises(DataError, match="the class of label 0 of n has an empty name"):
-        read_source(naturalist(tmp_path, page), tmp_path)

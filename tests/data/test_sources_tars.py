@@ -125,6 +125,13 @@ def test_cls_counts_where_the_json_has_no_label(tmp_path):
     assert source.splits["train"].labels.tolist() == [0, 1]
 
 
+def test_a_class_without_a_name_is_refused(tmp_path):
+    """Before the build, whose manifest would be refused."""
+    tar(tmp_path / "a.tar", ("0.jpg", JPG), ("0.json", b'{"label": 0, "class": ""}'))
+    with pytest.raises(DataError, match=r"the class of label 0 of .* has an empty name: give it one"):
+        listed(tmp_path)
+
+
 @pytest.mark.parametrize("pattern", ["a-*.tar", "*-*.tar", "a-[0-1].tar", "a-{0..1}.tar", "a-?.tar"])
 def test_patterns_name_tars_and_no_hidden_files(tmp_path, pattern):
     """macOS puts a ._ file beside each."""

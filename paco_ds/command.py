@@ -122,7 +122,7 @@ def _shown(error: UnicodeError) -> tuple[str | bytes, int]:
 def _reader_left() -> bool:
     with suppress(io.UnsupportedOperation, AttributeError):  # a stand-in without a file, or none
         poll = select.poll()
-        poll.register(sys.stdout.fileno(), 0)  # asks for nothing: errors are always reported
+        poll.register(sys.stdout.fileno(), 0)  # no event: errors and a closed pipe are reported without one
         return bool(poll.poll(0))
     return False
 

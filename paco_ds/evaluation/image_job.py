@@ -71,9 +71,9 @@ def joined(arguments: argparse.Namespace) -> Iterator[tuple[Predictor, Ranks, It
 
 
 def _move(model: Predictor, device: str) -> None:
+    if device == "meta":
+        raise UserError("--device meta cannot be used: it holds no values")
     try:
-        if device == "meta":
-            raise RuntimeError("it holds no values")
         model.to(device)
     except (RuntimeError, AssertionError) as error:  # what torch raises for a device that is none, or is not there
         raise UserError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None

@@ -28,7 +28,7 @@ def rows_of_the_paper() -> list[tuple[str, Row, Mapping[str, Any]]]:
         table = load_table(path)
         for row in table.rows:
             if row.paper is not None:
-                start = ("model.start_from=FIRST_STAGE",) if row.after else ()
+                start = (f"{row.start}=FIRST_STAGE",) if row.after else ()
                 found.append((path.stem, row, Identity.of(table.resolve(row, None, start)).settings))
     return found
 

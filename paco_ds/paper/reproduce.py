@@ -95,7 +95,7 @@ class Job:
     def overrides(self) -> tuple[str, ...]:
         """Overrides after those of the row: the seed, those of every row, and a second stage's start."""
         first = self.first_stage
-        start = (f"model.start_from={first.run}",) if first else ()
+        start = (f"{self.row.start}={first.run}",) if first else ()
         return (f"seed={self.seed}", *self.extra, *start)
 
     @cached_property
@@ -119,6 +119,7 @@ class Job:
         recipe, first = self.recipe, self.first_stage
         if first is not None:
             first.check()
+        if first is not None and self.row.start == "model.start_from":
             require_same_network(first.recipe.model, recipe.model, first.run)
         if self.kept:
             self.figures()

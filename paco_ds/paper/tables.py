@@ -10,6 +10,8 @@ At small scale a row is the small recipe of a data set with the row's `set` and 
 a small backbone. A second stage starts from the run, of the same seed, of the row that its `after` names:
 
       - {method: LWS, after: CE, set: [loss.method=cross_entropy, model.trained=center_scales]}
+
+or, with `start: loss.distill.teacher`, is taught by that run.
 """
 
 from __future__ import annotations
@@ -56,6 +58,9 @@ class Row(Section):
         {}, description="settings that count epochs, as shares of schedule.epochs, at any scale"
     )
     after: str | None = Field(None, description="name of the first stage's row, above, whose run this one starts from")
+    start: Literal["model.start_from", "loss.distill.teacher"] = Field(
+        "model.start_from", description="the setting that names the run of `after`: weights to start from, or a teacher"
+    )
     drawn: bool = Field(True, description="false: only a first stage, not a row of the drawn table")
     evaluate: tuple[str, ...] = Field((), description="options of evaluate.py that give the row's accuracies")
     trials: Annotated[int, Field(ge=0)] = Field(
@@ -117,7 +122,7 @@ class Table(Section):
         """The recipe of a row with its overrides, at paper scale or, with a small recipe, at small scale.
 
         Args:
-            overrides: further overrides; for a second stage with `model.start_from`.
+            overrides: further overrides; for a second stage with its `start`.
 
         Raises:
             RecipeError: recipe and overrides are not compatible.

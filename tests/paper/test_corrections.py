@@ -27,7 +27,7 @@ def test_small_rows_of_ride_re_weight_too(table):
     """RIDE, configs/*_ride.json: from 80 of 100 epochs, with Nesterov; but the rows that show what this is worth."""
     loaded, found = load_table(table), 0
     for row in loaded.rows:
-        recipe = loaded.resolve(row, None, START if row.after else ())
+        recipe = loaded.resolve(row, None, (f"{row.start}=FIRST",) if row.after else ())
         if recipe.loss.method == "ride":
             settings = recipe.loss.model_dump()["ride"]
             assert (settings["reweight_epoch"] is None) == ("no re-weighting" in row.name)
@@ -128,7 +128,7 @@ def test_tables_beyond_the_supplement_have_the_figures_at_hand(table, figures):
     loaded = load_table(table)
     assert [row.paper.all if row.paper else None for row in loaded.rows] == figures
     for row in loaded.rows:
-        loaded.resolve(row, None, START if row.after else ())
+        loaded.resolve(row, None, (f"{row.start}=FIRST",) if row.after else ())
         assert row.source
 
 

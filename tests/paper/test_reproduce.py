@@ -33,7 +33,7 @@ def test_every_row_of_a_shipped_table_is_a_valid_recipe_and_a_model(path):
     assert table.rows
     small = [None] if table.scale == "here" else [None, *sorted(SMALL_RECIPES.glob("*.yaml"))]
     for row, recipe in itertools.product(table.rows, small):
-        resolved = table.resolve(row, recipe, ("model.start_from=run",) if row.after else ())
+        resolved = table.resolve(row, recipe, (f"{row.start}=run",) if row.after else ())
         with torch.device("meta"):
             model_of(resolved, 20)
 
@@ -417,6 +417,19 @@ def test_the_start_of_a_second_stage_is_its_first_whatever_is_set_for_every_row(
     first, second = second_stage(tmp_path, extra=("model.start_from=torchvision:IMAGENET1K_V2",))
     assert second.training([])[-1] == f"--set=model.start_from={first.run}"
     assert first.recipe.model.start_from == "torchvision:IMAGENET1K_V2"
+
+
+def test_a_row_may_be_taught_by_another_with_another_network(tmp_path):
+    """Whose run of the same seed is its teacher; the kept result says what taught it."""
+    table = load_table("settings")
+    student = next(row for row in table.rows if row.name == "RIDE, 3 experts, taught by 6")
+    job = reproduce.Job(table, student, 3, tmp_path, None, (f"data.shards={tmp_path}/shards",), kept_in(tmp_path))
+    job.check()
+    assert job.training([])[-1] == f"--set=loss.distill.teacher={tmp_path}/ride--6-experts-seed3"
+    finish(job)
+    kept = kept_line(tmp_path, "ride--3-experts--taught-by-6-seed3")
+    assert (kept["recipe"]["model.experts"], kept["first_stage"]["model.experts"]) == (3, 6)
+    assert kept["recipe"]["loss.distill.temperature"] == 1.5
 
 
 def test_stages_of_different_networks_are_refused_before_anything_is_trained(tmp_path):

@@ -32,7 +32,7 @@ class DataSettings(Section):
     shards: str = running(..., description="directory or URL that holds manifest.json")
     classes: Count | None = Field(None, description="number of classes the shards must have")
     train_split: str = Field("train", description="the split that is trained on")
-    window: Count = Field(64, description="samples of a slot that are permuted, and read, together")
+    window: Count = Field(64, description="samples of a batch slot that are permuted, and read, together")
     workers: Natural = running(0, description="loader processes of each rank; 0 loads in the rank itself")
     sampler: Sampler = Field("instance_balanced", description="how often each image occurs in an epoch (Kang 2020)")
     max_bad_share: Fraction = running(0.001, description="share of an epoch's samples that may be unreadable")

@@ -56,7 +56,7 @@ class ModelSettings(Section):
         "full", description="channels of the experts' stages; reduced: three quarters, as RIDE is published"
     )
     centers: Literal["linear", "cosine"] = Field("linear", description="classifier; cosine: LDAM's and RIDE's")
-    centers_scale: Positive = Field(30.0, description="of cosine centers")
+    centers_scale: Positive = Field(30.0, description="s, which multiplies the cosines of cosine centers")
     centers_from: str | None = running(
         None,
         description="where cosine centers start: class_means, of the features of the training images before training; "

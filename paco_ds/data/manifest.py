@@ -30,6 +30,10 @@ from paco_ds.errors import DataError
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
+_WITHOUT = {  # what a data set without this split needs
+    "val": "; build with --validation-share .05, or set evaluation.split to null",
+    "test": "; build with --test-share .1, or set evaluation.test_split to a split that there is",
+}
 
 # Names become file names and prefixes of keys. No dot: webdataset ends a key at its first dot.
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
@@ -231,9 +235,8 @@ class Manifest(StrictModel):
     def split(self, name: str) -> Split:
         """The split of that name; DataError with the valid names."""
         if name not in self.splits:
-            known = ", ".join(self.splits)
-            cut = "; build with --validation-share .05, or set evaluation.split to null" if name == "val" else ""
-            raise DataError(f"{self.storage.url} has no split {name!r}; its splits are: {known}{cut}")
+            known, remedy = ", ".join(self.splits), _WITHOUT.get(name, "")
+            raise DataError(f"{self.storage.url} has no split {name!r}; its splits are: {known}{remedy}")
         return self.splits[name]
 
     def shots_of_classes(self, train_split: str = "train") -> tuple[str, ...]:

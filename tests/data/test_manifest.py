@@ -55,6 +55,17 @@ def test_unknown_split_names_the_known_ones(tiny_shards: Manifest) -> None:
         tiny_shards.split("valid")
 
 
+@pytest.mark.parametrize(
+    ("split", "remedy"), [("val", "set evaluation.split to null"), ("test", "set evaluation.test_split to a split")]
+)
+def test_a_split_that_was_not_built_comes_with_its_remedy(tiny_shards: Manifest, split: str, remedy: str) -> None:
+    """How to build it, or to do without."""
+    without = tiny_shards.model_copy(update={"splits": {"train": tiny_shards.split("train")}})
+    without._storage = tiny_shards.storage
+    with pytest.raises(DataError, match=f"has no split '{split}'; its splits are: train; build with .*{remedy}"):
+        without.split(split)
+
+
 def test_missing_directory_names_the_command(tmp_path: Path) -> None:
     """The remedy is the command that makes shards."""
     with pytest.raises(DataError, match=r"no shard directory .*nowhere; make it with `paco-build-shards"):

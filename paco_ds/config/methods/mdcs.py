@@ -11,7 +11,7 @@ from paco_ds.config.section import Natural, NotNegative, Number
 
 
 class MdcsSettings(Method):
-    """Experts with a bias each, and what they say of the query's view taught to what they say of the key's."""
+    """Experts with a bias each; the predictions on the query's view are distilled into those on the key's."""
 
     name = "mdcs"
     loss = "paco_ds.losses.mdcs:make_mdcs"

@@ -9,7 +9,7 @@ from paco_ds.config.section import Positive
 
 
 class ProCoSettings(Method):
-    """Contrast with a distribution for every class, estimated from the queue."""
+    """Contrast with a von Mises-Fisher distribution for every class, estimated from the queue."""
 
     name = "proco"
     loss = "paco_ds.losses.proco:make_proco"

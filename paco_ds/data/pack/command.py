@@ -239,7 +239,7 @@ def _add_source_options(command: argparse.ArgumentParser, sources: Mapping[str, 
     pages = "; ".join(f"{name}: {kind.page}" for name, kind in sources.items())
     for split in SPLIT_NAMES:
         text = f"images of {split}, relative to --root. " + (pages if split == "train" else "As --train")
-        without.add_argument(f"--{split}", metavar="PAGE", help=text.replace("%", "%%"))
+        without.add_argument(f"--{split}", metavar="WHERE", help=text.replace("%", "%%"))
     without.add_argument("--name", help="of the data set; the root's name unless given")
     without.add_argument("--license", help="of the data set")
     options = {key: option for kind in sources.values() for key, option in kind.options.items()}

@@ -11,6 +11,7 @@ import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
 import matplotlib
 import numpy as np
@@ -81,7 +82,7 @@ def comparison_chart(
         color = GROUP_COLORS[group]
         for row, values in enumerate(seeds[group]):
             if len(values):
-                middle = float(np.mean(values))
+                middle = fmean(values)  # as in the table beside it: np.mean may round 83.45 to the other side
                 axes.plot([min(values), max(values)], [row, row], color=color, lw=7, alpha=0.16)
                 axes.plot(values, [row] * len(values), "o", color=color, ms=5, alpha=0.6, mew=0)
                 axes.plot([middle, middle], [row - 0.27, row + 0.27], color=color, lw=2.6)

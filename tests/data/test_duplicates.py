@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from paco_ds.data.manifest import load_manifest
+from paco_ds.data.pack.build_plan import select
 from paco_ds.data.pack.card import card_of_options, folder_card
 from paco_ds.data.pack.command import main
 from paco_ds.data.pack.duplicates import _near, find_duplicates, picture_hash
@@ -64,6 +65,16 @@ def test_a_link_to_an_image_of_another_split_is_said(tmp_path, link):
     link(tmp_path / "train/a/0.jpg", tmp_path / "val/a/2.jpg")
     notes = read_source(folder_card(tmp_path), tmp_path).notes
     assert notes == ["WARNING: 1 of 2 images of val are also in train: val/a/2.jpg"]
+
+
+def test_links_within_train_that_a_share_divides_are_said(tmp_path):
+    """Two names of one image may be drawn into both splits."""
+    for number in range(4):
+        save(tmp_path / "train" / "a" / f"{number}.jpg", picture(number, 8))
+        os.link(tmp_path / f"train/a/{number}.jpg", tmp_path / f"train/a/copy{number}.jpg")
+    card = folder_card(tmp_path).model_copy(update={"validation_share": 0.4})
+    (note,) = select(card, read_source(card, tmp_path), seed=0).notes
+    assert "of 3 images of val are also in train: train/a/" in note
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,8 @@ import gzip
 import io
 import json
 import lzma
+import os
+import pickle
 import tarfile
 import zipfile
 from pathlib import Path
@@ -150,6 +152,25 @@ def test_a_tar_of_two_splits_is_said_however_it_is_written(tmp_path):
     """`./a.tar` and `a.tar` are one."""
     tar(tmp_path / "a.tar", ("0.jpg", JPG), ("0.cls", b"0"))
     assert listed(tmp_path, val="./a.tar").notes == ["WARNING: 1 of 1 images of val are also in train: a.tar#0.jpg"]
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_a_tar_that_is_a_link_to_one_of_another_split_is_said(tmp_path, link):
+    tar(tmp_path / "a.tar", ("0.jpg", JPG), ("0.cls", b"0"))
+    link(tmp_path / "a.tar", tmp_path / "b.tar")
+    assert listed(tmp_path, "a.tar", val="b.tar").notes == [
+        "WARNING: 1 of 1 images of val are also in train: b.tar#0.jpg"
+    ]
+
+
+def test_a_number_sign_in_a_tars_path_is_part_of_it(tmp_path):
+    """`a.tar#2.tar` was read as member `2.tar` of a.tar, whose images were packed in its place."""
+    tar(tmp_path / "a.tar", ("0.jpg", b"another" + JPG), ("0.cls", b"0"))
+    tar(tmp_path / "a.tar#2.tar", ("0#.jpg", JPG), ("0#.cls", b"0"))
+    source = pickle.loads(pickle.dumps(listed(tmp_path, "a*.tar")))
+    samples = source.splits["train"]
+    assert list(samples.names) == ["a.tar#0.jpg", "a.tar#2.tar#0#.jpg"]
+    assert bytes(source.images.read(samples, 1, memoryview(bytearray(len(JPG) + 1)))) == JPG
 
 
 def test_hidden_members_are_left_out_aloud(tmp_path):

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from paco_ds.data.pack.build_ranks import BuildRank
 from paco_ds.data.pack.card import Card
+from paco_ds.data.pack.overlap import overlaps
 from paco_ds.data.pack.read import read_source
 from paco_ds.data.pack.root import MapOver, Root
 from paco_ds.data.pack.selection import make_long_tailed, split_off
@@ -84,8 +85,9 @@ def plan_build(
 
 
 def select(card: Card, source: Source, seed: int) -> Source:
-    """Apply the card's selection: a long-tailed subset of train, then test and validation splits taken from it."""
-    splits, classes = dict(source.splits), len(source.classes)
+    """Apply the card's selection: a long-tailed subset of train, then test and validation splits taken from it. Links
+    to one image may come apart then, so splits are compared once more."""
+    splits, classes, notes = dict(source.splits), len(source.classes), list(source.notes)
     if card.imbalance is not None:
         splits["train"] = make_long_tailed(splits["train"], classes, card.imbalance, seed)
     for name, option in (("test", "test_share"), ("val", "validation_share")):
@@ -94,7 +96,10 @@ def select(card: Card, source: Source, seed: int) -> Source:
         splits["train"], splits[name] = split_off(name, splits["train"], classes, share, seed)
         if not len(splits[name]):
             raise DataError(f"{option} {share} selects no image of these classes: raise it, or add images")
-    return replace(source, splits=splits)
+    selected = replace(source, splits=splits, notes=notes)
+    if splits.keys() != source.splits.keys():
+        notes += [line for line in overlaps(selected) if line not in notes]
+    return selected
 
 
 def plan_of(

@@ -26,13 +26,16 @@ Digests = npt.NDArray[np.uint64]  # of the bytes of images
 
 
 def overlaps(source: Source) -> list[str]:
-    """A line for each two splits with the same files, by path and, on a local disk, by device and inode (links); and
-    for each two with images of the same groups."""
+    """A line for each two splits with the same files, by path and, on a local disk, by device and inode (links), be
+    they images or files of many images; and for each two with images of the same groups."""
     lines = []
     for (first, a), (second, b) in combinations(source.splits.items(), 2):
-        rows = _same_names(a.names, b.names)
-        if isinstance(source.images, Files) and source.images.root.storage.is_local:
-            rows = np.union1d(rows, _same_files(source.images.root, a, b))
+        rows, root = _same_names(a.names, b.names), source.images.root
+        if root.storage.is_local:
+            of_one = (
+                _same_files(root, a, b) if isinstance(source.images, Files) else _in_same_files(source.images, a, b)
+            )
+            rows = np.union1d(rows, of_one)
         if len(rows):
             names = some(b.names.text(row) for row in rows.tolist())
             lines.append(f"WARNING: {len(rows):,} of {len(b):,} images of {second} are also in {first}: {names}")
@@ -120,8 +123,24 @@ def _same_files(root: Root, a: Samples, b: Samples) -> npt.NDArray[np.int64]:
     return np.array([row for row, identity in _identities(root, b, rows[1]) if identity in known], np.int64)
 
 
+def _in_same_files(images: Images, a: Samples, b: Samples) -> npt.NDArray[np.int64]:
+    """Rows of b in a file of many images, a tar or an array, that is one of a's by another name."""
+
+    def identities(samples: Samples) -> tuple[list[str], dict[str, tuple[int, int]]]:
+        files = [images.file_of(name) for name in samples.names]
+        return files, {file: _identity(os.stat(images.root.path / file)) for file in set(files)}
+
+    (_, known), (files, own) = identities(a), identities(b)
+    elsewhere = {identity: file for file, identity in known.items()}
+    linked = {file for file, identity in own.items() if elsewhere.get(identity, file) != file}
+    return np.array([row for row, file in enumerate(files) if file in linked], np.int64)
+
+
+def _identity(file: os.stat_result) -> tuple[int, int]:
+    return file.st_dev, file.st_ino
+
+
 def _identities(root: Root, samples: Samples, rows: npt.NDArray[np.int64]) -> Iterator[tuple[int, tuple[int, int]]]:
     for row in rows.tolist():
         if samples.sizes[row] != MISSING:
-            file = os.stat(root.path / samples.names[row])
-            yield row, (file.st_dev, file.st_ino)
+            yield row, _identity(os.stat(root.path / samples.names[row]))

@@ -31,6 +31,15 @@ Pixels = npt.NDArray[np.uint8]
 class Images(Protocol):
     """Reads the images of a source by table row. It is pickled for the worker processes."""
 
+    @property
+    def root(self) -> Root:
+        """What names are relative to."""
+        ...
+
+    def file_of(self, name: str) -> str:
+        """The file under the root that holds the image of this name."""
+        ...
+
     def read(self, samples: Samples, row: int, room: memoryview) -> Encoded:
         """The encoded image; BadImage if it cannot be had, DataError if the source changed under the build.
 
@@ -44,6 +53,9 @@ class Files:
     """Images that are single files, kept byte for byte."""
 
     root: Root
+
+    def file_of(self, name: str) -> str:
+        return name
 
     def read(self, samples: Samples, row: int, room: memoryview) -> Encoded:
         name = samples.names[row]
@@ -69,9 +81,12 @@ class Arrays:
     root: Root
     load: Callable[[Root, str], Pixels]
 
+    def file_of(self, name: str) -> str:
+        return name.rpartition("#")[0]
+
     def read(self, samples: Samples, row: int, room: memoryview) -> bytes:
         """One image as PNG; each process loads its file once."""
-        file = samples.names[row].rpartition("#")[0]
+        file = self.file_of(samples.names[row])
         pixels = _loaded(self.load, self.root, file)[samples.places[row]]
         if pixels.ndim == 3:
             pixels = pixels[..., ::-1]  # OpenCV writes blue, green, red

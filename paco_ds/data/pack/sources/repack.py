@@ -14,7 +14,7 @@ import braceexpand
 from pydantic import Field, StrictStr
 
 from paco_ds.data.manifest import Name, StrictModel
-from paco_ds.data.names import is_hidden
+from paco_ds.data.names import is_hidden, same_path
 from paco_ds.data.pack.card import CLASSES_FILE, Card, Option
 from paco_ds.data.pack.image_bytes import BadImage, Encoded
 from paco_ds.data.pack.root import Root
@@ -29,20 +29,28 @@ _MAX_OPEN = 64
 
 @dataclass
 class Members:
-    """Images that are members of tars. Tars stay open, since rows come in any order from a few of them."""
+    """Images that are members of tars. Tars stay open, since rows come in any order from a few of them.
+
+    Attributes:
+        marked: tars with a # in their path, which else ends where the member begins.
+    """
 
     root: Root
+    marked: tuple[str, ...] = ()
     _open: dict[str, int] = field(default_factory=dict, repr=False)
 
-    def __getstate__(self) -> Root:
-        return self.root
+    def __getstate__(self) -> tuple[Root, tuple[str, ...]]:
+        return self.root, self.marked
 
-    def __setstate__(self, root: Root) -> None:
-        self.root, self._open = root, {}
+    def __setstate__(self, state: tuple[Root, tuple[str, ...]]) -> None:
+        (self.root, self.marked), self._open = state, {}
+
+    def file_of(self, name: str) -> str:
+        return next((tar for tar in self.marked if name.startswith(f"{tar}#")), name.partition("#")[0])
 
     def read(self, samples: Samples, row: int, room: memoryview) -> Encoded:
         name = samples.names[row]
-        tar = name.partition("#")[0]
+        tar = self.file_of(name)
         if not self.root.storage.is_local:
             return self._read_range(tar, int(samples.places[row]), len(room) - 1)
         try:
@@ -103,10 +111,12 @@ class WebdatasetCard(Card):
         bad: list[BadImage] = []
         notes: list[str] = []
         places: list[str] = []
+        marked: set[str] = set()
         for split, tars in self.splits.items():
             scan = TarScan(root, self.label_key, self.class_key, self.image_ending, names, bad)
             for tar in _expanded(root, tars.tars):
                 scan.tar(tar)
+                marked |= {same_path(tar)} if "#" in tar else set()
                 places.append(str(root.path / tar) if root.storage.is_local else root.storage.place(tar))
             splits[split] = scan.rows.build()
             if scan.hidden:
@@ -118,7 +128,9 @@ class WebdatasetCard(Card):
         if given is not None and largest >= len(given):
             raise DataError(f"label {largest} of the tars is out of range, the labels are 0 to {len(given) - 1}")
         classes = given or tuple(names.get(label, str(label)) for label in range(largest + 1))
-        return Source(classes, splits, Members(root), bad=bad, notes=notes, tars=places)
+        return Source(
+            classes, splits, Members(root, tuple(sorted(marked, reverse=True))), bad=bad, notes=notes, tars=places
+        )
 
 
 def _expanded(root: Root, pattern: str) -> list[str]:

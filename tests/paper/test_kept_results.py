@@ -9,7 +9,7 @@ from paco_ds.paper import reproduce
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize(("table", "seeds"), [("methods", 3)])
+@pytest.mark.parametrize(("table", "seeds"), [("methods", 3), ("settings", 1)])
 def test_the_page_has_the_table_of_the_kept_results(tmp_path, table, seeds):
     """`--draw-only` without runs and shards, as a reader of the repository would."""
     keep = ROOT / "results" / f"{table}.jsonl"

@@ -57,6 +57,7 @@ from paco_ds.training.saver import Saver
 from paco_ds.training.step_result import OUTLIER, StepResult
 from paco_ds.training.stop_request import StopRequest
 from paco_ds.training.teacher import Teacher
+from paco_ds.training.timetable import Timetable
 
 logger = logging.getLogger(__name__)
 STARTED_FROM = "started_from.json"  # what became of the tensors of model.start_from
@@ -110,7 +111,7 @@ class Trainer:
         metrics: Exporter | None = None,
         plan_stage: PlanStage | None = None,
     ) -> None:
-        self.run_dir, self.ranks, self.stop_at_step = run, ranks, stop_at_step
+        self.run_dir, self.ranks = run, ranks
         self.lock, self.saver, self.started = lock, Saver(), now()
         self.heartbeat = heartbeat or Heartbeat()
         self.heartbeat.mark("start", 0, slow=True)
@@ -139,6 +140,10 @@ class Trainer:
         self.stop_request, self.stop_agreed = stop_request or StopRequest(), False
         # loader processes start here, before DeepSpeed and metrics start threads
         self.stream = build_stream(recipe, manifest, self.layout, self.steps_done, ranks.device)
+        plan = self.stream.plan
+        self.timetable = Timetable(
+            plan.total_steps, plan.steps_per_epoch, stop_at_step, recipe.checkpoint, recipe.evaluation
+        )
         classes = Classes.of(manifest, recipe.data.train_split)
         model = build_model(recipe, classes)
         self.started_from: Fit | None = None
@@ -226,16 +231,17 @@ class Trainer:
 
     def _run(self) -> ShotAccuracy | None:
         self._make_up_evaluation()
-        while self.steps_done < self.last_step and not self.stop_agreed:
+        last_step = self.timetable.last_step
+        while self.steps_done < last_step and not self.stop_agreed:
             self.train_step()
             if self._pauses():
                 self.read_figures()
             # before the evaluation: nothing that it meets costs the epoch. While steps are skipped nothing changes, and
             # the checkpoints from before the trouble are kept
-            due = self._checkpoint_due(self.steps_done) and not self.skipped_in_a_row
-            if due or self.stop_agreed or self.steps_done == self.last_step:
+            due = self.timetable.checkpoint_due(self.steps_done) and not self.skipped_in_a_row
+            if due or self.stop_agreed or self.steps_done == last_step:
                 self.save()
-            if self.steps_done % self.steps_per_epoch == 0 and not self._stops_early:
+            if self.timetable.ends_epoch(self.steps_done) and not self._stops_early:
                 self._after_epoch()
         self._wait_until_saved()
         if self.steps_done < self.total_steps:
@@ -252,9 +258,9 @@ class Trainer:
         """Whether the figures of the last step are read at once: where no device works beside the host, or something
         follows that must know of every step: a checkpoint, an evaluation, the end; or a step that, if skipped too,
         ends the run and is kept with the state that it met."""
-        done, most = self.steps_done, self.recipe.engine.max_skipped
-        over = not self.reads_late or self.stop_agreed or done == self.last_step or self.skipped_in_a_row + 1 >= most
-        return over or done % self.steps_per_epoch == 0 or self._checkpoint_due(done)
+        last_skip = self.skipped_in_a_row + 1 >= self.recipe.engine.max_skipped
+        goes_on = self.timetable.next_step_follows(self.steps_done) and not self.stop_agreed
+        return not self.reads_late or last_skip or not goes_on
 
     def train_step(self) -> StepResult:
         """One optimizer step: wait for its images and take it; then read the figures of the one before, so that the
@@ -292,7 +298,7 @@ class Trainer:
         self.stop_agreed = self.stop_agreed or result.stop
         record = StepRecord(
             step=taken.number + 1,
-            epoch=taken.number // self.steps_per_epoch,
+            epoch=self.timetable.epoch(taken.number),
             loss=result.loss,
             lr=taken.lr,
             grad_norm=result.grad_norm,
@@ -411,12 +417,7 @@ class Trainer:
 
     @property
     def total_steps(self) -> int:
-        return self.stream.plan.total_steps
-
-    @property
-    def last_step(self) -> int:
-        """After which the run ends, or is to stop."""
-        return min(self.total_steps, self.stop_at_step or self.total_steps)
+        return self.timetable.total_steps
 
     @property
     def _stops_early(self) -> bool:
@@ -425,7 +426,7 @@ class Trainer:
 
     @property
     def steps_per_epoch(self) -> int:
-        return self.stream.plan.steps_per_epoch
+        return self.timetable.steps_per_epoch
 
     def _same_on_all_ranks(self, checkpoint: Checkpoint | None) -> Checkpoint | None:
         """The checkpoint, if every rank found the same step: the run directory has to be shared."""
@@ -483,27 +484,18 @@ class Trainer:
             self.logger.say(f"resumes from the checkpoint of step {self.steps_done} of {self.total_steps}")
 
     def _looks_ahead(self, done: int) -> bool:
-        """Whether to ask for the images of the step after so many. Not at the end of an epoch or of the run, or before
-        a checkpoint: a read error in the next step must not prevent this checkpoint."""
+        """Whether to ask for the images of the step after so many, so that its key images are already on their way."""
         contrast = self.step.contrast
-        if contrast is None or contrast.key_encoder is None or not contrast.key_encoder.exchanges:
-            return False
-        at_epoch_end = done % self.steps_per_epoch == 0
-        return done < self.last_step and not at_epoch_end and not self._checkpoint_due(done)
+        exchanges = contrast is not None and contrast.key_encoder is not None and contrast.key_encoder.exchanges
+        return exchanges and self.timetable.next_step_follows(done)
 
     def _after_epoch(self) -> None:
         self.bad_samples.begin_epoch()
-        if self._evaluation_due():
+        if self.timetable.evaluation_due(self.steps_done):
             self._evaluate_epoch()
 
-    def _evaluation_due(self) -> bool:
-        """Whether the validation split is evaluated after this step, the last of an epoch."""
-        settings, epoch = self.recipe.evaluation, self.steps_done // self.steps_per_epoch
-        regular = settings.every_epochs and epoch % settings.every_epochs == 0
-        return bool(settings.split and (regular or self.steps_done == self.total_steps))
-
     def _evaluate_epoch(self) -> None:
-        split, epoch = self.recipe.evaluation.split, self.steps_done // self.steps_per_epoch
+        split, epoch = self.recipe.evaluation.split, self.timetable.epoch(self.steps_done)
         assert split is not None
         began = time.perf_counter()
         accuracy = self.evaluate(split)
@@ -526,7 +518,7 @@ class Trainer:
 
     def _make_up_evaluation(self) -> None:
         """Of a run that ended between the checkpoint at the end of an epoch and its evaluation, or the best weights."""
-        if not self.steps_done or self.steps_done % self.steps_per_epoch or not self._evaluation_due():
+        if not self.timetable.evaluation_due(self.steps_done):
             return
         logged = self.ranks.gather_objects(self.logger.log.evaluation_of(self.steps_done))[0]
         if logged is None:
@@ -574,12 +566,6 @@ class Trainer:
             f"paco-train --replay {kept} says where it begins. {resume_hint(self.run_dir)}, with a lower optimizer.lr "
             f"or optimizer.clip_norm (which a resumed run may have); or move later checkpoints away"
         )
-
-    def _checkpoint_due(self, done: int) -> bool:
-        settings = self.recipe.checkpoint
-        if settings.every_steps and done % settings.every_steps == 0:
-            return True
-        return done % (self.steps_per_epoch * settings.every_epochs) == 0
 
     def _finish(self) -> ShotAccuracy:
         split, step = self.recipe.evaluation.test_split, self.steps_done

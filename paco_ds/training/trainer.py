@@ -18,10 +18,9 @@ from typing import Any
 import torch
 
 from paco_ds.checkpoint import Checkpoint, Checkpoints, resume_hint
-from paco_ds.config.engine import described, in_words
+from paco_ds.config.engine import described
 from paco_ds.config.parse import one_line
 from paco_ds.config.recipe import Recipe
-from paco_ds.contrast.key_queue import short_queue_hint
 from paco_ds.data.manifest import open_data
 from paco_ds.data.shard import ShardReader
 from paco_ds.data.stream.batches import MicroBatch
@@ -51,6 +50,7 @@ from paco_ds.training.fitting import Fit
 from paco_ds.training.images_ahead import ImagesAhead
 from paco_ds.training.initial_centers import load_initial_centers
 from paco_ds.training.initial_weights import load_initial_weights
+from paco_ds.training.opening import STARTED_FROM, Opening
 from paco_ds.training.optimizer import UsualNorm, learning_rate
 from paco_ds.training.replay import keep_step
 from paco_ds.training.saver import Saver
@@ -60,7 +60,6 @@ from paco_ds.training.teacher import Teacher
 from paco_ds.training.timetable import Timetable
 
 logger = logging.getLogger(__name__)
-STARTED_FROM = "started_from.json"  # what became of the tensors of model.start_from
 
 
 @dataclass(frozen=True)
@@ -441,39 +440,22 @@ class Trainer:
         return checkpoint
 
     def _announce(self) -> None:
-        recipe, ranks, step = self.recipe, self.ranks, self.layout
-        images = self.manifest.split(recipe.data.train_split).samples
-        self.logger.say(
-            f"{recipe.name}: {recipe.loss.method} with {recipe.model.backbone}, into {self.run_dir}\n"
-            f"  data       {images} images of {len(self.manifest.classes)} classes, {recipe.data.shards}\n"
-            f"  ranks      {ranks.world_size} on {ranks.device.type}, "
-            f"ZeRO stage {stage_of(self.engine)} ({self.chosen.why_stage})\n"
-            f"  step       {step.micro_batches} micro-batches of {step.micro_batch} ({step.accumulation} a rank)\n"
-            f"  length     {self.total_steps} steps in {recipe.schedule.epochs} epochs\n"
-            f"  precision  {in_words(self._execution)}"
-        )
         key_encoder = self.step.contrast.key_encoder if self.step.contrast else None
-        if key_encoder is not None and recipe.key_encoder is not None and recipe.key_encoder.batch_norm == "auto":
-            has = "has" if key_encoder.batch_norm == "shuffle" else "has no"
-            self.logger.say(f"key_encoder.batch_norm auto: {key_encoder.batch_norm}, the key encoder {has} BatchNorm")
-        if self.started_from is not None:
-            self.logger.say(
-                f"starts from {recipe.model.start_from}: {self.started_from.in_words()}; all names: "
-                f"{self.run_dir / STARTED_FROM}"
-            )
-        if recipe.optimizer.lr_per_256:
-            self.logger.say(
-                f"peak learning rate {recipe.lr:g}: {recipe.optimizer.lr:g} for 256 images, and a step has "
-                f"{step.global_batch}"
-            )
-        if recipe.step.scale != 1:
-            self.logger.say(
-                f"scaled: {step.micro_batches} micro-batches a step where the recipe has "
-                f"{recipe.step.reference_micro_batches}, so the peak learning rate is {recipe.lr:g} "
-                f"(step.lr_scaling {recipe.step.lr_scaling})"
-            )
-            if recipe.keys_from and (hint := short_queue_hint(recipe.queue.length, step.global_batch)):
-                self.logger.say(hint)
+        opening = Opening(
+            self.recipe,
+            self.run_dir,
+            images=self.manifest.split(self.recipe.data.train_split).samples,
+            classes=len(self.manifest.classes),
+            layout=self.layout,
+            device=self.ranks.device.type,
+            zero_stage=stage_of(self.engine),
+            why_stage=self.chosen.why_stage,
+            total_steps=self.total_steps,
+            keys_normalised=key_encoder.batch_norm if key_encoder else None,
+            started_from=self.started_from,
+        )
+        for line in opening.lines():
+            self.logger.say(line)
         for key, (before, lowered) in self.checkpoints.lowered.items():
             self.logger.changed_setting(self.steps_done, key, before, lowered)
         if (changed := self.chosen.changed_precision) is not None:

@@ -9,8 +9,8 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from paco_ds.config.parse import one_line
 from paco_ds.config.recipe import Recipe
 from paco_ds.data.manifest import open_data
 from paco_ds.data.shard import ShardReader
-from paco_ds.data.stream.batches import MicroBatch
 from paco_ds.distributed.folder_lock import FolderLock
 from paco_ds.distributed.heartbeat import Heartbeat
 from paco_ds.distributed.parts import Parts
@@ -37,7 +36,6 @@ from paco_ds.evaluation.split import EvaluationSplit
 from paco_ds.files import replace_text, storage_errors
 from paco_ds.metrics.exporter import Exporter
 from paco_ds.metrics.run_logger import BadSamples, RunLogger
-from paco_ds.metrics.steps import StepRecord
 from paco_ds.models.averages import frozen_weights, source_of
 from paco_ds.models.families import ImageSizes
 from paco_ds.models.recogniser import Recogniser
@@ -54,32 +52,13 @@ from paco_ds.training.opening import STARTED_FROM, Opening
 from paco_ds.training.optimizer import UsualNorm, learning_rate
 from paco_ds.training.replay import keep_step
 from paco_ds.training.saver import Saver
-from paco_ds.training.step_result import OUTLIER, StepResult
+from paco_ds.training.step_result import StepResult, skip_reason
 from paco_ds.training.stop_request import StopRequest
+from paco_ds.training.taken_step import TakenStep, step_record
 from paco_ds.training.teacher import Teacher
 from paco_ds.training.timetable import Timetable
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TakenStep:
-    """A step whose figures are still on the device.
-
-    Attributes:
-        number: of the step, from 0.
-        lr: its learning rate.
-        seconds: to take it, and to wait for the one before or, where nothing follows at once, for itself.
-        waited: seconds of them that this rank waited for images.
-        micro_batches: of this rank.
-    """
-
-    number: int
-    lr: float
-    seconds: float
-    waited: float
-    micro_batches: Sequence[MicroBatch]
-    result: StepResult
 
 
 class Trainer:
@@ -295,26 +274,8 @@ class Trainer:
         """The figures of a step into log and metrics, and what follows from them."""
         result = taken.result
         self.stop_agreed = self.stop_agreed or result.stop
-        record = StepRecord(
-            step=taken.number + 1,
-            epoch=self.timetable.epoch(taken.number),
-            loss=result.loss,
-            lr=taken.lr,
-            grad_norm=result.grad_norm,
-            grad_norm_ratio=result.grad_norm_ratio,
-            images_per_second=self.layout.global_batch / taken.seconds,
-            data_wait_seconds=taken.waited,
-            step_seconds=taken.seconds,
-            queue_fill=result.queue_fill,
-            center_probability=result.center_probability,
-            center_probability_optimum=result.center_probability_optimum,
-            positive_probability=result.positive_probability,
-            positive_probability_optimum=result.positive_probability_optimum,
-            parts=result.parts,
-            skipped=result.skipped is not None,
-            bad_samples=result.replaced,
-        )
-        self.logger.step(record, self.layout.accumulation * self.layout.micro_batch, _in_words(result))
+        record = step_record(taken, self.timetable.epoch(taken.number), self.layout.global_batch)
+        self.logger.step(record, self.layout.accumulation * self.layout.micro_batch, skip_reason(result))
         mine = ((r.key, r.shard, r.reason) for batch in taken.micro_batches for r in batch.replaced)
         self.bad_samples.add(mine, on_all_ranks=result.replaced)
         self._abort_after_repeated_skips(taken)
@@ -525,7 +486,7 @@ class Trainer:
         if self.skipped_in_a_row < self.recipe.engine.max_skipped:
             return
         kept = self.run_dir / f"skipped-step-{taken.number + 1:08d}"
-        reason, recipe = _in_words(result), self.recipe
+        reason, recipe = skip_reason(result), self.recipe
         with ShardReader(self.manifest.storage, self.manifest.split(recipe.data.train_split)) as reader:
             keep_step(
                 kept,
@@ -581,13 +542,6 @@ class Trainer:
                 self.logger.say(f"report: {page}")
         self.logger.metrics.ended("finished")
         return accuracy
-
-
-def _in_words(result: StepResult) -> str | None:
-    """Why a step was skipped."""
-    if result.skipped == OUTLIER:
-        return f"its gradient norm {result.grad_norm:.4g} is {result.grad_norm_ratio:.4g} times the usual one"
-    return f"{result.skipped} not finite" if result.skipped else None
 
 
 def _follows(frozen: frozenset[str], name: str) -> bool:

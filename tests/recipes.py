@@ -67,7 +67,7 @@ def model_of(
         classes,
         mean,
         std,
-        sizes=ImageSizes(recipe.views.query.size, recipe.views.evaluation.size),
+        sizes=ImageSizes.of(recipe.views),
         with_key_encoder=recipe.keys_from == "key_encoder",
         seed=recipe.seed,
     )

@@ -87,7 +87,7 @@ def load_recogniser(checkpoint: Checkpoint, recipe: Recipe, data: Manifest | Tra
         len(data.classes),
         data.mean,
         data.std,
-        sizes=ImageSizes(recipe.views.query.size, recipe.views.evaluation.size),
+        sizes=ImageSizes.of(recipe.views),
         with_key_encoder=recipe.keys_from == "key_encoder",
         seed=recipe.seed,
     )

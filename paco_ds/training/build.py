@@ -94,7 +94,7 @@ def build_model(recipe: Recipe, classes: Classes) -> Recogniser:
         len(classes.counts),
         classes.mean,
         classes.std,
-        sizes=ImageSizes(recipe.views.query.size, recipe.views.evaluation.size),
+        sizes=ImageSizes.of(recipe.views),
         with_key_encoder=recipe.keys_from == "key_encoder",
         seed=recipe.seed,
     )

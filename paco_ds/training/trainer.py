@@ -9,7 +9,7 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from paco_ds.distributed.heartbeat import Heartbeat
 from paco_ds.distributed.parts import Parts
 from paco_ds.distributed.ranks import MicroBatchLayout, Ranks, SharedFlag
 from paco_ds.distributed.zero import own_model, own_states, set_states, stage_of
-from paco_ds.errors import NotFiniteError, RecipeError, UserError
+from paco_ds.errors import NotFiniteError, UserError
 from paco_ds.evaluation.accuracy import ShotAccuracy
 from paco_ds.evaluation.results import about_process, now, versions, write_results
 from paco_ds.evaluation.runner import EvaluationLeftError, evaluate, load_recogniser
@@ -41,7 +41,7 @@ from paco_ds.models.families import ImageSizes
 from paco_ds.models.recogniser import Recogniser
 from paco_ds.report.history import History
 from paco_ds.report.run_report import write_report
-from paco_ds.training.agreement import check_replicas_equal
+from paco_ds.training.agreement import check_replicas_equal, same_on_all_ranks
 from paco_ds.training.build import Classes, build_model, build_step, build_stream
 from paco_ds.training.engine import PlanStage, choose_on_ranks, read_deepspeed_config
 from paco_ds.training.fitting import Fit
@@ -89,20 +89,19 @@ class Trainer:
         metrics: Exporter | None = None,
         plan_stage: PlanStage | None = None,
     ) -> None:
-        self.run_dir, self.ranks = run, ranks
-        self.lock, self.saver, self.started = lock, Saver(), now()
+        self.run_dir, self.ranks, self.lock = run, ranks, lock
+        self.saver, self.started = Saver(), now()
         self.heartbeat = heartbeat or Heartbeat()
         self.heartbeat.mark("start", 0, slow=True)
         splits = (recipe.data.train_split, recipe.evaluation.split, recipe.evaluation.test_split)
-        self.manifest = manifest = open_data(recipe.data, set(filter(None, splits)))
+        self.manifest = open_data(recipe.data, set(filter(None, splits)))
         self.layout = MicroBatchLayout(recipe.step.micro_batch, recipe.step.micro_batches, ranks.rank, ranks.world_size)
-        self.checkpoints = Checkpoints(run, recipe, manifest.sha256, self.saver, Parts(ranks).whole)
-        checkpoint = self._same_on_all_ranks(self.checkpoints.latest())
-        as_given = recipe
+        self.checkpoints = Checkpoints(run, recipe, self.manifest.sha256, self.saver, Parts(ranks).whole)
+        checkpoint = same_on_all_ranks(self.checkpoints.latest(), run, ranks)
         trained_with = checkpoint.state.get("autocast") if checkpoint else None
         self.chosen = choose_on_ranks(recipe.engine, ranks, trained_with, plan_stage, recipe.optimizer)
-        self.recipe = recipe = recipe.model_copy(update={"engine": self.chosen.settings})
-        config = read_deepspeed_config(recipe.engine.deepspeed)
+        self.recipe = recipe.model_copy(update={"engine": self.chosen.settings})
+        config = read_deepspeed_config(self.recipe.engine.deepspeed)
 
         self.steps_done = self.first_step = checkpoint.step if checkpoint else 0
         best = self.checkpoints.best(until=self.steps_done)
@@ -112,33 +111,21 @@ class Trainer:
         # a CPU has done the step when it returns: there is nobody to keep busy
         self.reads_late = ranks.device.type != "cpu"
         distill = recipe.loss.distill
-        self.teacher = None if distill is None else Teacher(distill, manifest, ranks.device)
+        self.teacher = None if distill is None else Teacher(distill, self.manifest, ranks.device)
         if checkpoint and self.teacher:
             self.teacher.check_taught(checkpoint)
         self.stop_request, self.stop_agreed = stop_request or StopRequest(), False
         # loader processes start here, before DeepSpeed and metrics start threads
-        self.stream = build_stream(recipe, manifest, self.layout, self.steps_done, ranks.device)
+        self.stream = build_stream(self.recipe, self.manifest, self.layout, self.steps_done, ranks.device)
         plan = self.stream.plan
         self.timetable = Timetable(
             plan.total_steps, plan.steps_per_epoch, stop_at_step, recipe.checkpoint, recipe.evaluation
         )
-        classes = Classes.of(manifest, recipe.data.train_split)
-        model = build_model(recipe, classes)
-        self.started_from: Fit | None = None
-        if checkpoint:
-            checkpoint.load_into(model)
-        else:
-            sizes = ImageSizes(recipe.views.query.size, recipe.views.evaluation.size)
-            self.started_from = load_initial_weights(model, recipe.model, sizes)
-            self._start_centers(model)
-            if model.average is not None:
-                model.begin_average()
-        frozen = frozen_weights(model)
-        if ranks.first:
-            self.checkpoints.keep_frozen(frozen)
-        self._is_frozen = partial(_follows, frozenset(frozen))
+        classes = Classes.of(self.manifest, recipe.data.train_split)
+        model = build_model(self.recipe, classes)
+        self.started_from = self._load_weights(model, checkpoint)
         self.step = build_step(
-            recipe,
+            self.recipe,
             model,
             classes,
             config,
@@ -151,45 +138,74 @@ class Trainer:
         self.engine = self.step.engine
         self.queue = self.step.contrast.queue if self.step.contrast else None
         if checkpoint:
-            self.step.usual_norm = UsualNorm(**checkpoint.state.get("usual_norm", {}), device=ranks.device)
-            set_states(self.engine, checkpoint.optimizer())
-            if self.queue is not None:
-                self.queue.load_state_dict(checkpoint.queue())
+            self._restore_states(checkpoint)
         self.images = ImagesAhead(self.stream, self.step.begin_exchange, self._looks_ahead, start=self.steps_done)
         if ranks.first:
-            with storage_errors(run):
-                run.mkdir(parents=True, exist_ok=True)
-            # a second stage may be reading it; `auto` stays, for a continuation on other hardware
-            replace_text(run / "recipe.yaml", as_given.to_yaml())
-            if self.started_from is not None:
-                replace_text(run / STARTED_FROM, json.dumps(self.started_from.lists(), indent=1) + "\n")
-        self.logger = RunLogger(
-            recipe.metrics,
-            run,
-            ranks,
-            metrics or Exporter(),
-            epochs=recipe.schedule.epochs,
-            total_steps=self.total_steps,
-            steps_done=self.steps_done,
-            window=checkpoint.state.get("log_window") if checkpoint else None,
-        )
-        if checkpoint and ranks.first:
-            self.logger.checkpoint_saved(checkpoint.path)
+            self._write_run_files(recipe.to_yaml())
+        self.logger = self._open_log(metrics or Exporter(), checkpoint)
         self.history = History(run / "metrics.jsonl")
-        if ranks.first:
-            self.logger.log.start(self.steps_done, about_process() | {"execution": self._execution})
         self.bad_samples = BadSamples(
             self.logger, recipe.data, ranks, planned=self.steps_per_epoch * self.layout.global_batch
         )
 
+    def _load_weights(self, model: Recogniser, checkpoint: Checkpoint | None) -> Fit | None:
+        """Put those of the checkpoint, or those to begin with, into the model, before DeepSpeed partitions it. Returns
+        what `model.start_from` filled, see `load_initial_weights`."""
+        started_from = None
+        if checkpoint:
+            checkpoint.load_into(model)
+        else:
+            started_from = load_initial_weights(model, self.recipe.model, ImageSizes.of(self.recipe.views))
+            self._start_centers(model)
+            if model.average is not None:
+                model.begin_average()
+        frozen = frozen_weights(model)
+        if self.ranks.first:
+            self.checkpoints.keep_frozen(frozen)
+        self._is_frozen = partial(_is_or_follows, frozenset(frozen))
+        return started_from
+
     def _start_centers(self, model: Recogniser) -> None:
-        """Where `model.centers_from` says, before DeepSpeed partitions them."""
+        """Where `model.centers_from` says."""
         recipe = self.recipe
         if recipe.model.centers_from is None:
             return
-        images = replace(self._judged(recipe.data.train_split), max_bad_share=recipe.data.max_bad_share)
+        images = replace(self._evaluation_split(recipe.data.train_split), max_bad_share=recipe.data.max_bad_share)
         mark = partial(self.heartbeat.mark, "start", 0, slow=True)
         load_initial_centers(model, recipe.model.centers_from, images, self.ranks, mark)
+
+    def _restore_states(self, checkpoint: Checkpoint) -> None:
+        """Of the optimizer, of the gradient norms that were usual, and of the queue."""
+        self.step.usual_norm = UsualNorm(**checkpoint.state.get("usual_norm", {}), device=self.ranks.device)
+        set_states(self.engine, checkpoint.optimizer())
+        if self.queue is not None:
+            self.queue.load_state_dict(checkpoint.queue())
+
+    def _write_run_files(self, as_given: str) -> None:
+        """The recipe, in which `auto` stays for a continuation on other hardware; what `model.start_from` filled."""
+        with storage_errors(self.run_dir):
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+        replace_text(self.run_dir / "recipe.yaml", as_given)  # a second stage may be reading it
+        if self.started_from is not None:
+            replace_text(self.run_dir / STARTED_FROM, json.dumps(self.started_from.lists(), indent=1) + "\n")
+
+    def _open_log(self, metrics: Exporter, checkpoint: Checkpoint | None) -> RunLogger:
+        """The log of the run, cut after the checkpoint, with a line of this start."""
+        run_logger = RunLogger(
+            self.recipe.metrics,
+            self.run_dir,
+            self.ranks,
+            metrics,
+            epochs=self.recipe.schedule.epochs,
+            total_steps=self.total_steps,
+            steps_done=self.steps_done,
+            window=checkpoint.state.get("log_window") if checkpoint else None,
+        )
+        if self.ranks.first:
+            if checkpoint:
+                run_logger.checkpoint_saved(checkpoint.path)
+            run_logger.log.start(self.steps_done, about_process() | {"execution": self._execution})
+        return run_logger
 
     def run(self) -> ShotAccuracy | None:
         """Train to the end, evaluate, report. None if the run was stopped before its end."""
@@ -208,11 +224,11 @@ class Trainer:
             return None
 
     def _run(self) -> ShotAccuracy | None:
-        self._make_up_evaluation()
+        self._evaluate_if_missed()
         last_step = self.timetable.last_step
         while self.steps_done < last_step and not self.stop_agreed:
             self.train_step()
-            if self._pauses():
+            if self._must_read_now():
                 self.read_figures()
             # before the evaluation: nothing that it meets costs the epoch. While steps are skipped nothing changes, and
             # the checkpoints from before the trouble are kept
@@ -232,7 +248,7 @@ class Trainer:
             return None
         return self._finish()
 
-    def _pauses(self) -> bool:
+    def _must_read_now(self) -> bool:
         """Whether the figures of the last step are read at once: where no device works beside the host, or something
         follows that must know of every step: a checkpoint, an evaluation, the end; or a step that, if skipped too,
         ends the run and is kept with the state that it met."""
@@ -284,7 +300,7 @@ class Trainer:
         """Accuracy of the present weights, those of `evaluation.weights`."""
         experts, model = self.recipe.model.experts, self.engine.module
         with model.evaluating(self.recipe.evaluation.weights):
-            return evaluate(self.engine, model, self._judged(split), self.ranks, experts, self._leave())
+            return evaluate(self.engine, model, self._evaluation_split(split), self.ranks, experts, self._leave())
 
     def _leave(self) -> Callable[[], bool]:
         """To be asked before each batch of an evaluation: whether to leave it. Marks its progress."""
@@ -298,7 +314,7 @@ class Trainer:
 
         return leave
 
-    def _judged(self, split: str) -> EvaluationSplit:
+    def _evaluation_split(self, split: str) -> EvaluationSplit:
         recipe = self.recipe
         return EvaluationSplit(
             self.manifest,
@@ -314,11 +330,16 @@ class Trainer:
         device, experts, leave = self.ranks.device, self.recipe.model.experts, self._leave()
         model = load_recogniser(checkpoint, self.recipe, self.manifest).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=checkpoint.state["autocast"]):
-            return evaluate(model, model, self._judged(split), self.ranks, experts, leave)
+            return evaluate(model, model, self._evaluation_split(split), self.ranks, experts, leave)
 
     @property
     def _execution(self) -> dict[str, Any]:
         return described(self.recipe.engine, stage_of(self.engine))
+
+    @property
+    def _autocast(self) -> bool:
+        """Whether it is trained under bfloat16 autocast."""
+        return bool(self.engine.torch_autocast_enabled())
 
     @property
     def _trained_data(self) -> dict[str, Any]:
@@ -336,7 +357,7 @@ class Trainer:
             about={
                 "world_size": self.ranks.world_size,
                 "zero_stage": stage_of(self.engine),
-                "autocast": bool(self.engine.torch_autocast_enabled()),
+                "autocast": self._autocast,
                 "scale": self.recipe.step.scale,
                 "usual_norm": self.step.usual_norm.state(),
                 "log_window": self.logger.log.window(),
@@ -380,25 +401,13 @@ class Trainer:
         return self.timetable.total_steps
 
     @property
-    def _stops_early(self) -> bool:
-        """Asked to stop before the end; an evaluation that is due then is made up for by the resumed run."""
-        return self.stop_agreed and self.steps_done < self.total_steps
-
-    @property
     def steps_per_epoch(self) -> int:
         return self.timetable.steps_per_epoch
 
-    def _same_on_all_ranks(self, checkpoint: Checkpoint | None) -> Checkpoint | None:
-        """The checkpoint, if every rank found the same step: the run directory has to be shared."""
-        mine = torch.tensor(checkpoint.step if checkpoint else 0, device=self.ranks.device)
-        found = [int(step) for step in self.ranks.gather(mine)]
-        if len(set(found)) > 1:
-            steps = ", ".join(f"rank {rank}: {step}" for rank, step in enumerate(found))
-            raise RecipeError(
-                f"ranks found different checkpoints in {self.run_dir} ({steps}): "
-                f"put --output on storage that all hosts share"
-            )
-        return checkpoint
+    @property
+    def _stops_early(self) -> bool:
+        """Asked to stop before the end; an evaluation that is due then is made up for by the resumed run."""
+        return self.stop_agreed and self.steps_done < self.total_steps
 
     def _announce(self) -> None:
         key_encoder = self.step.contrast.key_encoder if self.step.contrast else None
@@ -443,7 +452,7 @@ class Trainer:
         began = time.perf_counter()
         accuracy = self.evaluate(split)
         self.logger.evaluation(self.steps_done, epoch, split, accuracy, time.perf_counter() - began)
-        self.logger.say(f"epoch {epoch}, {split}: {_one_line(accuracy)}")
+        self.logger.say(f"epoch {epoch}, {split}: {accuracy.one_line()}")
         assert accuracy.detail is not None
         self._keep_if_best({"best_all": accuracy.all, "best_balanced": accuracy.detail.balanced})
         self._draw_page()
@@ -459,7 +468,7 @@ class Trainer:
             logger.warning("%s cannot be drawn, training goes on: %s", self.run_dir / "report.html", one_line(error))
             return None
 
-    def _make_up_evaluation(self) -> None:
+    def _evaluate_if_missed(self) -> None:
         """Of a run that ended between the checkpoint at the end of an epoch and its evaluation, or the best weights."""
         if not self.timetable.evaluation_due(self.steps_done):
             return
@@ -476,7 +485,7 @@ class Trainer:
             self._wait_until_saved()
             self.best_score = score
             self.heartbeat.mark("save", self.steps_done, slow=True)
-            about = {"score": score, "autocast": bool(self.engine.torch_autocast_enabled()), "data": self._trained_data}
+            about = {"score": score, "autocast": self._autocast, "data": self._trained_data}
             weights = own_model(self.engine, self._is_frozen)
             self.checkpoints.save_best(self.steps_done, weights, about, self.ranks.first)
 
@@ -544,15 +553,6 @@ class Trainer:
         return accuracy
 
 
-def _follows(frozen: frozenset[str], name: str) -> bool:
+def _is_or_follows(frozen: frozenset[str], name: str) -> bool:
     """Whether a weight, or what a moving average follows with it, is one of these."""
     return source_of(name) in frozen
-
-
-def _one_line(accuracy: ShotAccuracy) -> str:
-    shots: Iterator[str] = (
-        f"{name} {100 * value:.1f}" if value is not None else f"{name} -" for name, value in accuracy.top1().items()
-    )
-    experts = [] if accuracy.experts_used is None else [f"experts {accuracy.experts_used:.2f}"]
-    left_out = [f"{len(accuracy.left_out)} unreadable images left out"] if accuracy.left_out else []
-    return "  ".join([*shots, *experts, *left_out])

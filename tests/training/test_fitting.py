@@ -34,7 +34,7 @@ def started(family, path, *overrides, **more):
     """(a fresh model with the weights of a file, what became of them)."""
     recipe = tiny_recipe(*of(family, **more), f"model.start_from={path}", *overrides)
     model = model_of(recipe, 5).eval()
-    sizes = ImageSizes(recipe.views.query.size, recipe.views.evaluation.size)
+    sizes = ImageSizes.of(recipe.views)
     return model, load_initial_weights(model, recipe.model, sizes)
 
 

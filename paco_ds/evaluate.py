@@ -89,15 +89,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         other = _other_shards(arguments.data, recipe.data, split, manifest) if arguments.data else None
 
         def judged(split: str, images: Manifest | None = None) -> EvaluationSplit:
-            return EvaluationSplit(
-                manifest,
-                split,
-                recipe.data,
-                recipe.views.evaluation,
-                recipe.evaluation.batch,
-                recipe.evaluation.max_bad_share,
-                images,
-            )
+            return EvaluationSplit(manifest, split, recipe.data, recipe.views.evaluation, recipe.evaluation, images)
 
         members, steps = [], []
         for run, its_recipe in zip(runs, recipes, strict=True):
@@ -152,12 +144,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             write_results(
                 target,
                 accuracy,
-                manifest,
+                judged(split, other),
                 run=recipe.name,
                 seed=recipe.seed,
                 scale=recipe.step.scale,
-                train_split=recipe.data.train_split,
-                split=split,
                 step=steps[0],
                 world_size=ranks.world_size,
                 started=started,

@@ -170,7 +170,8 @@ class Trainer:
         recipe = self.recipe
         if recipe.model.centers_from is None:
             return
-        images = replace(self._evaluation_split(recipe.data.train_split), max_bad_share=recipe.data.max_bad_share)
+        settings = recipe.evaluation.model_copy(update={"max_bad_share": recipe.data.max_bad_share})
+        images = replace(self._evaluation_split(recipe.data.train_split), settings=settings)
         mark = partial(self.heartbeat.mark, "start", 0, slow=True)
         load_initial_centers(model, recipe.model.centers_from, images, self.ranks, mark)
 
@@ -316,14 +317,7 @@ class Trainer:
 
     def _evaluation_split(self, split: str) -> EvaluationSplit:
         recipe = self.recipe
-        return EvaluationSplit(
-            self.manifest,
-            split,
-            recipe.data,
-            recipe.views.evaluation,
-            recipe.evaluation.batch,
-            recipe.evaluation.max_bad_share,
-        )
+        return EvaluationSplit(self.manifest, split, recipe.data, recipe.views.evaluation, recipe.evaluation)
 
     def _evaluate_checkpoint(self, checkpoint: Checkpoint, split: str) -> ShotAccuracy:
         """Accuracy of saved weights, in the precision they were trained with."""
@@ -534,12 +528,10 @@ class Trainer:
             write_results(
                 self.run_dir / "metrics.json",
                 accuracy,
-                self.manifest,
+                self._evaluation_split(split),
                 run=self.recipe.name,
                 seed=self.recipe.seed,
                 scale=self.recipe.step.scale,
-                train_split=self.recipe.data.train_split,
-                split=split,
                 step=step,
                 world_size=self.ranks.world_size,
                 started=self.started,

@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         RankWatchdog(lambda: resume_hint(output), ending.end_process) as watchdog,
     ):
         ending.message = lambda: watchdog.message
-        recipe = recipe if arguments.config else _demo(recipe, arguments.set)
+        recipe = recipe if arguments.config else _demo(arguments.set)
         ranks = engine.start(recipe.step, recipe.engine.threads, arguments.expect_ranks)
         if ranks.first and not arguments.config:
             say(
@@ -155,11 +155,12 @@ def _replay(folder: Path) -> int:
     return 0
 
 
-def _demo(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+def _demo(overrides: Sequence[str]) -> Recipe:
     """The demo on any number of ranks: those that cannot share its step evenly run one micro-batch each."""
     from paco_ds.distributed.launch import environment_ranks
 
     _, world_size, _ = environment_ranks()
+    recipe = load_recipe("demo", overrides)
     if recipe.step.micro_batches % world_size:
         recipe = load_recipe("demo", (f"step.micro_batches={world_size}", *overrides))
     return recipe

@@ -104,8 +104,9 @@ class Checkpoint:
         model.load_state_dict(taken)
 
     def optimizer(self) -> dict[str, Tensor]:
-        """The optimizer's states, float32, by STATE.PARAMETER: momentum_buffer of SGD, exp_avg and exp_avg_sq of AdamW;
-        and `step`, how many steps AdamW has applied."""
+        """The optimizer's states, float32, by STATE.PARAMETER: momentum_buffer of SGD, of LARS and of Muon's matrices,
+        exp_avg and exp_avg_sq of AdamW, which also steps what is no matrix of Muon; and `step`, how many steps AdamW
+        has applied."""
         if MOMENTUM in self.state["sha256"]:
             return states_of_momentum(load_file(self.path / MOMENTUM))
         return load_file(self.path / OPTIMIZER)

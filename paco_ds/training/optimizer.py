@@ -19,7 +19,7 @@ class UsualNorm:
     """The geometric mean of the gradient norms of recent steps, with a memory of about 100 of them.
 
     A geometric mean follows a norm that falls by orders of magnitude in training, and one outlier moves it little. It
-    lives on the device, since a step may be refused by it before the host knows its norm.
+    lives on the device, since a step may be skipped for it before the host knows its norm.
 
     Args:
         log_mean, steps: as `state` of an earlier run gave them.

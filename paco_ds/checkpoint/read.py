@@ -20,8 +20,8 @@ from paco_ds.config.load import load_recipe
 from paco_ds.config.recipe import Recipe
 from paco_ds.errors import CheckpointError, RecipeError, StorageError
 from paco_ds.files import sha256_file
-from paco_ds.models.averages import AVERAGE, KEY_ENCODER, average_of
 from paco_ds.models.recogniser import Recogniser
+from paco_ds.models.weight_names import AVERAGE, KEY_ENCODER, average_of
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from paco_ds.config.model import ModelSettings
 from paco_ds.config.recipe import Recipe
-from paco_ds.models.averages import Weights
 from paco_ds.models.backbones import Backbone, make_backbone
 from paco_ds.models.experts import Experts
 from paco_ds.models.families import ImageSizes
@@ -24,6 +23,7 @@ from paco_ds.models.heads import CosineCenters, LinearCenters, Normalize, PerExp
 from paco_ds.models.initialisation import initialise_as_published
 from paco_ds.models.output import ModelOutput
 from paco_ds.models.routing import Routers, ask_in_turn
+from paco_ds.models.weight_names import Weights
 
 
 class Encoder(nn.Module):

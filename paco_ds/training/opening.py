@@ -10,7 +10,7 @@ from paco_ds.config.engine import described, in_words
 from paco_ds.config.recipe import Recipe
 from paco_ds.contrast.key_queue import short_queue_hint
 from paco_ds.distributed.ranks import MicroBatchLayout
-from paco_ds.training.fitting import Fit
+from paco_ds.training.weight_mapping import Fit
 
 STARTED_FROM = "started_from.json"
 """File of a run directory: what became of the tensors of `model.start_from`."""

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from paco_ds.config.optimizer import OptimizerSettings, ScheduleSettings
 from paco_ds.models.recogniser import Recogniser
-from paco_ds.training.guarded import GuardedAdamW, GuardedOptimizer, GuardedSGD
+from paco_ds.training.lars_muon import GuardedLars, GuardedMuon
 from paco_ds.training.parameter_groups import parameter_groups
-from paco_ds.training.whole_weights import GuardedLars, GuardedMuon
+from paco_ds.training.skipping_optimizers import GuardedAdamW, GuardedOptimizer, GuardedSGD
 
 
 class UsualNorm:

@@ -41,10 +41,10 @@ from paco_ds.randomness import DrawPurpose, seed_torch
 from paco_ds.training.batch_norm import RunningStatistics
 from paco_ds.training.forward import Forward, ForwardResult
 from paco_ds.training.gradients import GradientMean
-from paco_ds.training.guarded import GuardedOptimizer
 from paco_ds.training.mixup import CutMix, Mixup
 from paco_ds.training.optimizer import UsualNorm
 from paco_ds.training.parameter_groups import LR_FACTOR
+from paco_ds.training.skipping_optimizers import GuardedOptimizer
 from paco_ds.training.step_result import StepResult, pack
 from paco_ds.training.totals import StepTotals
 from paco_ds.training.weight_average import WeightAverage

@@ -36,15 +36,14 @@ from paco_ds.evaluation.split import EvaluationSplit
 from paco_ds.files import replace_text, storage_errors
 from paco_ds.metrics.exporter import Exporter
 from paco_ds.metrics.run_logger import BadSamples, RunLogger
-from paco_ds.models.averages import frozen_weights, source_of
 from paco_ds.models.families import ImageSizes
 from paco_ds.models.recogniser import Recogniser
+from paco_ds.models.weight_names import frozen_weights, source_of
 from paco_ds.report.history import History
 from paco_ds.report.run_report import write_report
 from paco_ds.training.agreement import check_replicas_equal, same_on_all_ranks
 from paco_ds.training.build import Classes, build_model, build_step, build_stream
 from paco_ds.training.engine import PlanStage, choose_on_ranks, read_deepspeed_config
-from paco_ds.training.fitting import Fit
 from paco_ds.training.images_ahead import ImagesAhead
 from paco_ds.training.initial_centers import load_initial_centers
 from paco_ds.training.initial_weights import load_initial_weights
@@ -57,6 +56,7 @@ from paco_ds.training.stop_request import StopRequest
 from paco_ds.training.taken_step import TakenStep, step_record
 from paco_ds.training.teacher import Teacher
 from paco_ds.training.timetable import Timetable
+from paco_ds.training.weight_mapping import Fit
 
 logger = logging.getLogger(__name__)
 

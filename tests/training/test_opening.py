@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from paco_ds.distributed.ranks import MicroBatchLayout
-from paco_ds.training.fitting import Fit
 from paco_ds.training.opening import Opening
+from paco_ds.training.weight_mapping import Fit
 from tests.recipes import tiny_recipe
 
 RUN = Path("runs/a")

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, DEFAULT_NS_STEPS, EPS, _zeropower_via_newtonschulz
 
-from paco_ds.training.guarded import GuardedAdamW, GuardedSGD
 from paco_ds.training.parameter_groups import MUON
+from paco_ds.training.skipping_optimizers import GuardedAdamW, GuardedSGD
 
 _DECAY = "decay"  # entry of a group of LARS: its weight decay, which torch's SGD must not add once more
 _LARS_EPS = 1e-8

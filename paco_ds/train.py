@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         RankWatchdog(lambda: resume_hint(output), ending.end_process) as watchdog,
     ):
         ending.message = lambda: watchdog.message
-        recipe = recipe if arguments.config else _demo(recipe, arguments.set)
+        recipe = recipe if arguments.config else _demo(arguments.set)
         ranks = engine.start(recipe.step, recipe.engine.threads, arguments.expect_ranks)
         if ranks.first and not arguments.config:
             say(
@@ -83,14 +84,6 @@ def main(argv: list[str] | None = None) -> int:
             served_metrics(recipe.metrics, output, ranks, build, watchdog.heartbeat) as metrics,
         ):
             before = ending.begin() if ranks.first else ""
-
-            def plan_stage(chosen: EngineSettings, gpu_memory: int) -> tuple[int, str]:
-                from paco_ds.planning.plan import find_data, make_plan, planned_stage  # loads torch's compiler
-
-                planned, data = recipe.model_copy(update={"engine": chosen}), find_data(recipe.data, None, None)
-                plan = make_plan(planned, ranks.world_size, data, gpu_memory=gpu_memory, remedies=False)
-                return planned_stage(plan)
-
             trainer = Trainer(
                 recipe,
                 output,
@@ -100,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
                 lock,
                 watchdog.heartbeat,
                 metrics,
-                plan_stage,
+                _StagePlanner(recipe, ranks.world_size),
             )
             ending.step = lambda: trainer.steps_done
             if 0 < trainer.steps_done < trainer.total_steps:
@@ -113,6 +106,22 @@ def main(argv: list[str] | None = None) -> int:
         ranks.wait_for_all()
         leave_job()
     return status
+
+
+@dataclass(frozen=True)
+class _StagePlanner:
+    """Decides `engine.deepspeed: auto` on CUDA by a plan of the run's memory, see `choose_on_ranks`."""
+
+    recipe: Recipe
+    world_size: int
+
+    def __call__(self, chosen: EngineSettings, gpu_memory: int) -> tuple[int, str]:
+        """(the ZeRO stage, what decided it) for GPUs of so many bytes."""
+        from paco_ds.planning.plan import find_data, make_plan, planned_stage  # loads torch's compiler
+
+        planned, data = self.recipe.model_copy(update={"engine": chosen}), find_data(self.recipe.data, None, None)
+        plan = make_plan(planned, self.world_size, data, gpu_memory=gpu_memory, remedies=False)
+        return planned_stage(plan)
 
 
 def _train(trainer: Trainer) -> tuple[int, str]:
@@ -155,11 +164,12 @@ def _replay(folder: Path) -> int:
     return 0
 
 
-def _demo(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+def _demo(overrides: Sequence[str]) -> Recipe:
     """The demo on any number of ranks: those that cannot share its step evenly run one micro-batch each."""
     from paco_ds.distributed.launch import environment_ranks
 
     _, world_size, _ = environment_ranks()
+    recipe = load_recipe("demo", overrides)
     if recipe.step.micro_batches % world_size:
         recipe = load_recipe("demo", (f"step.micro_batches={world_size}", *overrides))
     return recipe

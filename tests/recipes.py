@@ -11,7 +11,6 @@ from paco_ds.config.load import load_recipe, validate_recipe
 from paco_ds.config.recipe import Recipe
 from paco_ds.data.manifest import Manifest
 from paco_ds.data.stream.batches import MicroBatch, evaluation_stream
-from paco_ds.models.families import ImageSizes
 from paco_ds.models.recogniser import Recogniser, make_recogniser
 
 TINY = """
@@ -61,16 +60,7 @@ def model_of(
     recipe: Recipe, classes: int, mean: Sequence[float] = (0.5,) * 3, std: Sequence[float] = (0.2,) * 3
 ) -> Recogniser:
     """The recipe's model with the weights of its seed; nothing is frozen."""
-    return make_recogniser(
-        recipe.model,
-        recipe.method,
-        classes,
-        mean,
-        std,
-        sizes=ImageSizes(recipe.views.query.size, recipe.views.evaluation.size),
-        with_key_encoder=recipe.keys_from == "key_encoder",
-        seed=recipe.seed,
-    )
+    return make_recogniser(recipe, classes, mean, std)
 
 
 def write_tiny_recipe(path: Path, *overrides: str) -> Recipe:

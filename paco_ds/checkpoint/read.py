@@ -20,8 +20,8 @@ from paco_ds.config.load import load_recipe
 from paco_ds.config.recipe import Recipe
 from paco_ds.errors import CheckpointError, RecipeError, StorageError
 from paco_ds.files import sha256_file
-from paco_ds.models.averages import AVERAGE, KEY_ENCODER, average_of
 from paco_ds.models.recogniser import Recogniser
+from paco_ds.models.weight_names import AVERAGE, KEY_ENCODER, average_of
 
 logger = logging.getLogger(__name__)
 
@@ -104,8 +104,9 @@ class Checkpoint:
         model.load_state_dict(taken)
 
     def optimizer(self) -> dict[str, Tensor]:
-        """The optimizer's states, float32, by STATE.PARAMETER: momentum_buffer of SGD, exp_avg and exp_avg_sq of AdamW;
-        and `step`, how many steps AdamW has applied."""
+        """The optimizer's states, float32, by STATE.PARAMETER: momentum_buffer of SGD, of LARS and of Muon's matrices,
+        exp_avg and exp_avg_sq of AdamW, which also steps what is no matrix of Muon; and `step`, how many steps AdamW
+        has applied."""
         if MOMENTUM in self.state["sha256"]:
             return states_of_momentum(load_file(self.path / MOMENTUM))
         return load_file(self.path / OPTIMIZER)

@@ -1,4 +1,4 @@
-"""The recipe: every setting of a run, typed and frozen. Files and overrides are read by `recipe_file`.
+"""The recipe: every setting of a run, typed and frozen. Files and overrides are read by `config.load`.
 
 A setting is either *meaning* (it decides what is learnt: a resumed run must agree on it) or *running* (where and
 how it is computed: free to change on resume). Sections and fields marked `RUNNING` are the latter.

@@ -105,7 +105,7 @@ class KeyQueue:
     The n-th pushed key (from 0) lies in slot n mod length, so the queue does not depend on how pushes are divided.
     Unfilled slots are not used. A queue of length 0 stays empty.
 
-    How many were pushed is a number on the device, since it alone knows whether a step was refused. The host reads it
+    How many were pushed is a number on the device, since it alone knows whether a step was skipped. The host reads it
     until the queue is full, and for checkpoints.
 
     Args:

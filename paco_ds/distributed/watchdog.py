@@ -29,9 +29,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from paco_ds.command import exit_status
-from paco_ds.distributed.hang import HangWatch
-from paco_ds.distributed.heartbeat import Heartbeat
-from paco_ds.distributed.last_words import (
+from paco_ds.distributed.end_messages import (
     how_lost,
     in_time,
     name_ranks,
@@ -41,6 +39,8 @@ from paco_ds.distributed.last_words import (
     stacks,
     status_in,
 )
+from paco_ds.distributed.hang import HangWatch
+from paco_ds.distributed.heartbeat import Heartbeat
 from paco_ds.distributed.launch import environment_ranks
 from paco_ds.distributed.link import KEEPALIVE_IDLE, Link, Message
 from paco_ds.distributed.listener import Listener, allow_open_files

@@ -129,6 +129,13 @@ class ShotAccuracy:
             return figures
         return {**figures, "experts_used": self.experts_used, "images_by_experts": list(self.images_by_experts)}
 
+    def one_line(self) -> str:
+        """The four top-1 figures in percent, and what else there is to say."""
+        shots = [f"{name} -" if value is None else f"{name} {100 * value:.1f}" for name, value in self.top1().items()]
+        experts = [] if self.experts_used is None else [f"experts {self.experts_used:.2f}"]
+        left_out = [f"{len(self.left_out)} unreadable images left out"] if self.left_out else []
+        return "  ".join([*shots, *experts, *left_out])
+
     def table(self, title: str | None = None) -> Table:
         """Many / Medium / Few / All, top-1 and top-5 in percent, as a rich table."""
         table = Table(title=title, title_justify="left", caption=self._routing(), caption_justify="left")

@@ -37,8 +37,8 @@ from paco_ds.errors import CheckpointError, DataError
 from paco_ds.evaluation.images import ListedImage
 from paco_ds.evaluation.runner import Ensemble, load_recogniser
 from paco_ds.evaluation.temperature import checkpoint_digest
-from paco_ds.models.averages import Weights
 from paco_ds.models.recogniser import Recogniser, concat_experts
+from paco_ds.models.weight_names import Weights
 
 T = TypeVar("T")
 Picture = str | os.PathLike[str] | bytes | npt.NDArray[np.uint8] | Image.Image | ListedImage

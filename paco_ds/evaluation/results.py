@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 import paco_ds
-from paco_ds.data.manifest import Manifest
 from paco_ds.errors import redacted
 from paco_ds.evaluation.accuracy import ShotAccuracy
+from paco_ds.evaluation.split import EvaluationSplit
 from paco_ds.files import replace_text
 
 
@@ -78,13 +78,11 @@ def _processor() -> str:
 def write_results(
     path: Path,
     accuracy: ShotAccuracy,
-    manifest: Manifest,
+    split: EvaluationSplit,
     *,
     run: str,
     seed: int,
     scale: float,
-    train_split: str,
-    split: str,
     step: int,
     world_size: int,
     started: str,
@@ -93,29 +91,29 @@ def write_results(
     """Write metrics.json atomically; accuracies are fractions.
 
     Args:
+        split, step: the images and the weights that were evaluated.
         run: name of the recipe.
         scale: of the learning rate, see `StepSettings.scale`.
-        train_split: whose images decide the shots.
-        split, step: the images and the weights that were evaluated.
         started: see :func:`now`.
         about: further keys.
     """
+    classes = split.manifest.classes
     results = {
         **accuracy.to_json(),
-        **(accuracy.detail.to_json(manifest.classes) if accuracy.detail else {}),
-        **({"mistakes": accuracy.mistakes.to_json(manifest.classes)} if accuracy.mistakes else {}),
+        **(accuracy.detail.to_json(classes) if accuracy.detail else {}),
+        **({"mistakes": accuracy.mistakes.to_json(classes)} if accuracy.mistakes else {}),
         "run": run,
-        "split": split,
+        "split": split.name,
         "step": step,
         "seed": seed,
-        "class_names": list(manifest.classes),
-        "class_counts": list(manifest.split(train_split).class_counts),
-        "shots_of_classes": list(manifest.shots_of_classes(train_split)),
+        "class_names": list(classes),
+        "class_counts": list(split.class_counts),
+        "shots_of_classes": list(split.shots),
         "world_size": world_size,
         "scale": scale,
         "started": started,
         "finished": now(),
-        "manifest_sha256": manifest.sha256,
+        "manifest_sha256": split.manifest.sha256,
         "versions": versions(),
         **(about or {}),
     }

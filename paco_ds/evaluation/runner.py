@@ -17,7 +17,6 @@ from paco_ds.evaluation.accuracy import ClassCounts, ShotAccuracy, shot_accuracy
 from paco_ds.evaluation.mistakes import mistakes
 from paco_ds.evaluation.predictions import Recorder, detail
 from paco_ds.evaluation.split import EvaluationSplit
-from paco_ds.models.families import ImageSizes
 from paco_ds.models.output import ModelOutput
 from paco_ds.models.recogniser import Recogniser, make_recogniser
 
@@ -81,16 +80,7 @@ def load_recogniser(checkpoint: Checkpoint, recipe: Recipe, data: Manifest | Tra
         CheckpointError: they are not in the checkpoint.
     """
     weights = recipe.evaluation.weights
-    model = make_recogniser(
-        recipe.model,
-        recipe.method,
-        len(data.classes),
-        data.mean,
-        data.std,
-        sizes=ImageSizes(recipe.views.query.size, recipe.views.evaluation.size),
-        with_key_encoder=recipe.keys_from == "key_encoder",
-        seed=recipe.seed,
-    )
+    model = make_recogniser(recipe, len(data.classes), data.mean, data.std)
     if weights == "ema":
         model.begin_average()
     checkpoint.load_into(model)

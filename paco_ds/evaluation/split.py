@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from paco_ds.config.data import DataSettings
+from paco_ds.config.recipe import EvaluationSettings
 from paco_ds.config.views import EvalView, TrainView
 from paco_ds.data.manifest import Manifest
 from paco_ds.data.names import same_name
@@ -28,8 +29,7 @@ class EvaluationSplit:
     Attributes:
         name: of the split.
         data: how shards are read, and the split whose counts make the shots.
-        batch: images of a batch.
-        max_bad_share: share of its images that may be unreadable, and are left out by name.
+        settings: images of a batch, and the share of the split's that may be unreadable and are left out by name.
         images: shards of the images where they are not those of training; of the same classes, or of some of them.
     """
 
@@ -37,8 +37,7 @@ class EvaluationSplit:
     name: str
     data: DataSettings
     view: EvalView
-    batch: int
-    max_bad_share: float = 0.0
+    settings: EvaluationSettings
     images: Manifest | None = None
 
     def batches(self, ranks: Ranks) -> Iterator[MicroBatch]:
@@ -49,10 +48,10 @@ class EvaluationSplit:
             self.view,
             self.images or self.manifest,
             self.name,
-            self.batch,
+            self.settings.batch,
             ranks.rank,
             ranks.world_size,
-            leave_out_bad=self.max_bad_share > 0,
+            leave_out_bad=self.settings.max_bad_share > 0,
         )
         if self.images is None:
             return batches
@@ -93,19 +92,20 @@ class EvaluationSplit:
         """Names of the images of all ranks that could not be read, given those of this rank. A collective.
 
         Raises:
-            DataError: on every rank, if there are more than `max_bad_share` of the split.
+            DataError: on every rank, if there are more than `evaluation.max_bad_share` of the split.
         """
-        if not self.max_bad_share:
+        share = self.settings.max_bad_share
+        if not share:
             return ()
         names = [f"{bad.key} of {bad.shard}: {bad.reason}" for bad in mine]
         for name in names:
             logger.warning("image %s was left out of the evaluation of %s", name, self.name)
         found = [name for of_rank in ranks.gather_objects(names) for name in of_rank]
         samples = (self.images or self.manifest).split(self.name).samples
-        if len(found) > self.max_bad_share * samples:
+        if len(found) > share * samples:
             raise DataError(
                 f"{len(found)} of {samples} images of {self.name} cannot be read, more than evaluation.max_bad_share = "
-                f"{self.max_bad_share:g} allows, the first {found[0]}. Copy or rebuild the shards; paco-build-shards "
+                f"{share:g} allows, the first {found[0]}. Copy or rebuild the shards; paco-build-shards "
                 f"check lists all"
             )
         return tuple(found)

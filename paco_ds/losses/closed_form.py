@@ -6,6 +6,10 @@ For an anchor of total weight W, with denominator exp(lse), weights w_c of the c
     dL / dz_c = r (W exp(z_c - lse) - w_c)                   Eq. (18) is this times the feature
     dL / ds_j = r (W gamma exp(s_j - lse) - alpha [j in P])
 
+In names `weight` is W, `factor` is r, `push` is r W, and `pull` the two sums of L: L = push lse - factor pull. In
+gradients `push` is what a softmax is multiplied by, for that of one part of the denominator (batch or queue) alone
+r W exp(lse of the part - lse); and `pull` is the other term: r beta of centers, r alpha of positives.
+
 Queue keys have no gradient, so their sum over j is two [D] vectors: the attention output, and the class sum S_y.
 
 Shapes: E experts (attention heads), B anchors, C classes, O others of the batch (queries, then keys), N keys in the

@@ -14,16 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paco_ds.config.methods import Method
 from paco_ds.config.model import ModelSettings
-from paco_ds.models.averages import Weights
+from paco_ds.config.recipe import Recipe
 from paco_ds.models.backbones import Backbone, make_backbone
 from paco_ds.models.experts import Experts
-from paco_ds.models.families import USUAL_SIZES, ImageSizes
+from paco_ds.models.families import ImageSizes
 from paco_ds.models.heads import CosineCenters, LinearCenters, Normalize, PerExpert, Projection, ScaledCenters
 from paco_ds.models.initialisation import initialise_as_published
 from paco_ds.models.output import ModelOutput
 from paco_ds.models.routing import Routers, ask_in_turn
+from paco_ds.models.weight_names import Weights
 
 
 class Encoder(nn.Module):
@@ -231,30 +231,20 @@ def _set_statistics(key_encoder: Encoder, source: Encoder | None) -> None:
                 setattr(norm, each, its and getattr(its, each))
 
 
-def make_recogniser(
-    settings: ModelSettings,
-    method: Method,
-    classes: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    *,
-    sizes: ImageSizes = USUAL_SIZES,
-    with_key_encoder: bool,
-    seed: int,
-) -> Recogniser:
-    """The model for shards with this many classes, with the heads that the method trains.
+def make_recogniser(recipe: Recipe, classes: int, mean: Sequence[float], std: Sequence[float]) -> Recogniser:
+    """The model of a recipe for shards with this many classes: the heads that its method trains, with weights drawn
+    from its seed; nothing is frozen.
 
     Args:
         mean, std: of the channels, in the 0-1 range.
-        sizes: of the views, for backbones whose weights depend on them.
-        seed: of the initial weights.
 
     Raises:
         RecipeError: an unknown backbone, or one that does not fit the other settings.
     """
+    settings, method = recipe.model, recipe.method
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        backbone = make_backbone(settings, sizes)
+        torch.manual_seed(recipe.seed)
+        backbone = make_backbone(settings, ImageSizes.of(recipe.views))
         dim = backbone.feature_dim
 
         def project() -> nn.Module:
@@ -274,6 +264,7 @@ def make_recogniser(
         encoder = Encoder(backbone, projection)
         if settings.initialisation == "published":
             initialise_as_published(encoder, centers)
+        with_key_encoder = recipe.keys_from == "key_encoder"
         return Recogniser(encoder, centers, Normalize(mean, std), with_key_encoder, prototypes, routers)
 
 

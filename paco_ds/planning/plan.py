@@ -162,7 +162,7 @@ def make_plan(
     order = EpochOrder(data.shards, layout.global_batch, seed=recipe.seed, epoch=0, window=recipe.data.window)
     autocast = recipe.engine.precision == "bfloat16"
     trace = trace_step(recipe, data.class_counts, autocast)
-    check_files(recipe.model, ImageSizes(recipe.views.query.size, recipe.views.evaluation.size), data.names)
+    check_files(recipe.model, ImageSizes.of(recipe.views), data.names)
     rank = PlannedRank(recipe, trace, len(data.class_counts), layout)
     zeros = {stage: zero_settings(config, stage) for stage in (STAGES if recipe.optimizer.takes_parts else STAGES[:1])}
     memory = {s: plan_memory(rank, zero, device) for s, zero in zeros.items()}

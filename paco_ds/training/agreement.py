@@ -1,15 +1,33 @@
-"""Comparison of what every rank must hold alike: the queue and the buffers of the model."""
+"""Comparison of what every rank must hold alike: the checkpoint to resume from, the queue, the buffers of the model."""
 
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from paco_ds.checkpoint import Checkpoint
 from paco_ds.contrast.key_queue import KeyQueue, digest
 from paco_ds.distributed.ranks import Ranks
-from paco_ds.errors import TrainingError
+from paco_ds.errors import RecipeError, TrainingError
+
+
+def same_on_all_ranks(checkpoint: Checkpoint | None, run: Path, ranks: Ranks) -> Checkpoint | None:
+    """The checkpoint that this rank found in a run directory, if every rank found the same step; a collective.
+
+    Raises:
+        RecipeError: they did not: the run directory has to be shared.
+    """
+    mine = torch.tensor(checkpoint.step if checkpoint else 0, device=ranks.device)
+    found = [int(step) for step in ranks.gather(mine)]
+    if len(set(found)) > 1:
+        steps = ", ".join(f"rank {rank}: {step}" for rank, step in enumerate(found))
+        raise RecipeError(
+            f"ranks found different checkpoints in {run} ({steps}): put --output on storage that all hosts share"
+        )
+    return checkpoint
 
 
 def check_replicas_equal(model: nn.Module, queue: KeyQueue | None, ranks: Ranks) -> None:

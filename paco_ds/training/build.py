@@ -19,7 +19,6 @@ from paco_ds.distributed.ranks import MicroBatchLayout, Ranks
 from paco_ds.losses import make_loss
 from paco_ds.losses.distillation import Distillation
 from paco_ds.models.execution import Hardware, choose
-from paco_ds.models.families import ImageSizes
 from paco_ds.models.recogniser import Recogniser, make_recogniser
 from paco_ds.training.engine import autocast_of, initialise
 from paco_ds.training.forward import Forward
@@ -88,16 +87,7 @@ def build_model(recipe: Recipe, classes: Classes) -> Recogniser:
     Raises:
         RecipeError: an unknown backbone, or one that does not fit the recipe.
     """
-    model = make_recogniser(
-        recipe.model,
-        recipe.method,
-        len(classes.counts),
-        classes.mean,
-        classes.std,
-        sizes=ImageSizes(recipe.views.query.size, recipe.views.evaluation.size),
-        with_key_encoder=recipe.keys_from == "key_encoder",
-        seed=recipe.seed,
-    )
+    model = make_recogniser(recipe, len(classes.counts), classes.mean, classes.std)
     freeze(model, recipe.model)
     if recipe.evaluation.weights == "ema":
         model.begin_average()

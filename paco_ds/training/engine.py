@@ -24,8 +24,8 @@ from paco_ds.errors import RecipeError, UserError
 from paco_ds.models.compile_cache import mend_compile_cache
 from paco_ds.models.execution import Hardware, choose, choose_kernels, prepare
 from paco_ds.models.recogniser import Recogniser
-from paco_ds.training.guarded import GuardedOptimizer
 from paco_ds.training.optimizer import make_optimizer
+from paco_ds.training.skipping_optimizers import GuardedOptimizer
 
 _OWNED = {  # DeepSpeed keys that the recipe decides: {key: recipe setting}
     "train_batch_size": "step.micro_batch and step.micro_batches",

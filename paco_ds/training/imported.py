@@ -23,12 +23,12 @@ from paco_ds.distributed.zero import plain_states
 from paco_ds.errors import RecipeError
 from paco_ds.evaluation.results import versions
 from paco_ds.files import replace_text, sha256_file, storage_errors
-from paco_ds.models.averages import AVERAGE
 from paco_ds.models.recogniser import Recogniser
+from paco_ds.models.weight_names import AVERAGE
 from paco_ds.training.build import Classes, build_model
+from paco_ds.training.identify_network import backbone_of
 from paco_ds.training.optimizer import make_optimizer
 from paco_ds.training.published import NETWORK, Published, read_published
-from paco_ds.training.recognised import backbone_of
 from paco_ds.training.weight_files import weights_file
 
 

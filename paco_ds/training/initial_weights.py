@@ -15,10 +15,10 @@ from paco_ds.models.adapters import is_added
 from paco_ds.models.backbones import Backbone, make_backbone
 from paco_ds.models.families import USUAL_SIZES, ImageSizes
 from paco_ds.models.recogniser import Recogniser
-from paco_ds.training.fitting import Fit, fill_backbone, fit_backbone, needs_whole
 from paco_ds.training.initial_centers import read_embeddings
 from paco_ds.training.pretrained import is_published, published_weights
 from paco_ds.training.weight_files import is_hub_folder, read_tensors, state_dict_of, weights_file
+from paco_ds.training.weight_mapping import Fit, fill_backbone, fit_backbone, needs_whole
 
 _SAME = ("backbone", "kwargs", "width", "experts", "expert_width")  # what the first stage must share
 _SAME_CENTERS = ("centers", "centers_scale")  # and where its centers are taken over as they are

@@ -10,16 +10,16 @@ from torch import Tensor
 
 from paco_ds.config.optimizer import OptimizerSettings, ScheduleSettings
 from paco_ds.models.recogniser import Recogniser
-from paco_ds.training.guarded import GuardedAdamW, GuardedOptimizer, GuardedSGD
+from paco_ds.training.lars_muon import GuardedLars, GuardedMuon
 from paco_ds.training.parameter_groups import parameter_groups
-from paco_ds.training.whole_weights import GuardedLars, GuardedMuon
+from paco_ds.training.skipping_optimizers import GuardedAdamW, GuardedOptimizer, GuardedSGD
 
 
 class UsualNorm:
     """The geometric mean of the gradient norms of recent steps, with a memory of about 100 of them.
 
     A geometric mean follows a norm that falls by orders of magnitude in training, and one outlier moves it little. It
-    lives on the device, since a step may be refused by it before the host knows its norm.
+    lives on the device, since a step may be skipped for it before the host knows its norm.
 
     Args:
         log_mean, steps: as `state` of an earlier run gave them.

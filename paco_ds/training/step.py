@@ -14,7 +14,7 @@ states of the optimizer, statistics and queue stay as they were on every rank. S
 the usual, where `engine.max_grad_norm_ratio` says so. Only moving averages of the weights (the key encoder, and that of
 `evaluation.weights: ema`) may have been updated, which are finite whenever the weights are.
 
-The host does not wait for the device in a step: what is not finite is found, and the step refused, on the device. Its
+The host does not wait for the device in a step: what is not finite is found, and the step skipped, on the device. Its
 figures are copied to the host behind it.
 
 Ranks wait for each other twice: before the first loss for the keys, and for the gradients. Key images are exchanged
@@ -41,10 +41,10 @@ from paco_ds.randomness import DrawPurpose, seed_torch
 from paco_ds.training.batch_norm import RunningStatistics
 from paco_ds.training.forward import Forward, ForwardResult
 from paco_ds.training.gradients import GradientMean
-from paco_ds.training.guarded import GuardedOptimizer
 from paco_ds.training.mixup import CutMix, Mixup
 from paco_ds.training.optimizer import UsualNorm
 from paco_ds.training.parameter_groups import LR_FACTOR
+from paco_ds.training.skipping_optimizers import GuardedOptimizer
 from paco_ds.training.step_result import StepResult, pack
 from paco_ds.training.totals import StepTotals
 from paco_ds.training.weight_average import WeightAverage
@@ -55,7 +55,10 @@ class Step:
 
     Args:
         engine: the DeepSpeed engine; its module is a `Recogniser`.
+        optimizer: of the engine; its guards are set here, so that it skips what must not be applied.
         forward: forward and loss of a micro-batch, through the engine.
+        layout: which micro-batches of the step are this rank's.
+        ranks: among which keys, gradients and figures are exchanged.
         shots_of_classes: "many", "medium" or "few" for each class.
         contrast: keys and queue; None for methods without contrast.
         seed: of dropout and stochastic depth, which depend on it, the step and the micro-batch.
@@ -131,7 +134,7 @@ class Step:
         self.optimizer.guard = lambda: totals.finite() if pending is None else totals.finite() & pending.wait().finite
         self.optimizer.norm_guard = self._near_the_usual
         newest = self._run_queries(step, micro_batches, pending, totals)
-        # of a refused step too: no collective outlives its step
+        # of a skipped step too: no collective outlives its step
         vector, keys = totals.vector, None if newest is None else newest.wait()
         applied = self._applied()
         self.statistics.finish_step(self.layout.micro_batches, step, applied)
@@ -210,7 +213,7 @@ class Step:
 
     def _applied(self) -> Tensor:
         """Whether the step of the engine was applied: a bool scalar on the device."""
-        if self.optimizer.applied is None or not self.engine.was_step_applied():  # DeepSpeed refused it, on the host
+        if self.optimizer.applied is None or not self.engine.was_step_applied():  # DeepSpeed skipped it, on the host
             return torch.zeros((), dtype=torch.bool, device=self.ranks.device)
         return self.optimizer.applied
 

@@ -111,6 +111,13 @@ class StepResult:
         return min(1.0, self._read.pushed / self._queue_length) if self._queue_length else 1.0
 
 
+def skip_reason(result: StepResult) -> str | None:
+    """Why a step was skipped, in words; None of one that was not."""
+    if result.skipped == OUTLIER:
+        return f"its gradient norm {result.grad_norm:.4g} is {result.grad_norm_ratio:.4g} times the usual one"
+    return f"{result.skipped} not finite" if result.skipped else None
+
+
 @dataclass(frozen=True)
 class _Read:
     """The figures of a step on the host; those after `totals` in the order of `_OWN_FIGURES`."""

@@ -9,8 +9,8 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,17 @@ from typing import Any
 import torch
 
 from paco_ds.checkpoint import Checkpoint, Checkpoints, resume_hint
-from paco_ds.config.engine import described, in_words
+from paco_ds.config.engine import described
 from paco_ds.config.parse import one_line
 from paco_ds.config.recipe import Recipe
-from paco_ds.contrast.key_queue import short_queue_hint
 from paco_ds.data.manifest import open_data
 from paco_ds.data.shard import ShardReader
-from paco_ds.data.stream.batches import MicroBatch
 from paco_ds.distributed.folder_lock import FolderLock
 from paco_ds.distributed.heartbeat import Heartbeat
 from paco_ds.distributed.parts import Parts
 from paco_ds.distributed.ranks import MicroBatchLayout, Ranks, SharedFlag
 from paco_ds.distributed.zero import own_model, own_states, set_states, stage_of
-from paco_ds.errors import NotFiniteError, RecipeError, UserError
+from paco_ds.errors import NotFiniteError, UserError
 from paco_ds.evaluation.accuracy import ShotAccuracy
 from paco_ds.evaluation.results import about_process, now, versions, write_results
 from paco_ds.evaluation.runner import EvaluationLeftError, evaluate, load_recogniser
@@ -38,48 +36,29 @@ from paco_ds.evaluation.split import EvaluationSplit
 from paco_ds.files import replace_text, storage_errors
 from paco_ds.metrics.exporter import Exporter
 from paco_ds.metrics.run_logger import BadSamples, RunLogger
-from paco_ds.metrics.steps import StepRecord
-from paco_ds.models.averages import frozen_weights, source_of
 from paco_ds.models.families import ImageSizes
 from paco_ds.models.recogniser import Recogniser
+from paco_ds.models.weight_names import frozen_weights, source_of
 from paco_ds.report.history import History
 from paco_ds.report.run_report import write_report
-from paco_ds.training.agreement import check_replicas_equal
+from paco_ds.training.agreement import check_replicas_equal, same_on_all_ranks
 from paco_ds.training.build import Classes, build_model, build_step, build_stream
 from paco_ds.training.engine import PlanStage, choose_on_ranks, read_deepspeed_config
-from paco_ds.training.fitting import Fit
 from paco_ds.training.images_ahead import ImagesAhead
 from paco_ds.training.initial_centers import load_initial_centers
 from paco_ds.training.initial_weights import load_initial_weights
+from paco_ds.training.opening import STARTED_FROM, Opening
 from paco_ds.training.optimizer import UsualNorm, learning_rate
 from paco_ds.training.replay import keep_step
 from paco_ds.training.saver import Saver
-from paco_ds.training.step_result import OUTLIER, StepResult
+from paco_ds.training.step_result import StepResult, skip_reason
 from paco_ds.training.stop_request import StopRequest
+from paco_ds.training.taken_step import TakenStep, step_record
 from paco_ds.training.teacher import Teacher
+from paco_ds.training.timetable import Timetable
+from paco_ds.training.weight_mapping import Fit
 
 logger = logging.getLogger(__name__)
-STARTED_FROM = "started_from.json"  # what became of the tensors of model.start_from
-
-
-@dataclass(frozen=True)
-class TakenStep:
-    """A step whose figures are still on the device.
-
-    Attributes:
-        number: of the step, from 0.
-        lr: its learning rate.
-        seconds: to take it, and to wait for the one before or, where nothing follows at once, for itself.
-        waited: seconds of them that this rank waited for images.
-        micro_batches: of this rank.
-    """
-
-    number: int
-    lr: float
-    seconds: float
-    waited: float
-    micro_batches: Sequence[MicroBatch]
-    result: StepResult
 
 
 class Trainer:
@@ -110,20 +89,19 @@ class Trainer:
         metrics: Exporter | None = None,
         plan_stage: PlanStage | None = None,
     ) -> None:
-        self.run_dir, self.ranks, self.stop_at_step = run, ranks, stop_at_step
-        self.lock, self.saver, self.started = lock, Saver(), now()
+        self.run_dir, self.ranks, self.lock = run, ranks, lock
+        self.saver, self.started = Saver(), now()
         self.heartbeat = heartbeat or Heartbeat()
         self.heartbeat.mark("start", 0, slow=True)
         splits = (recipe.data.train_split, recipe.evaluation.split, recipe.evaluation.test_split)
-        self.manifest = manifest = open_data(recipe.data, set(filter(None, splits)))
+        self.manifest = open_data(recipe.data, set(filter(None, splits)))
         self.layout = MicroBatchLayout(recipe.step.micro_batch, recipe.step.micro_batches, ranks.rank, ranks.world_size)
-        self.checkpoints = Checkpoints(run, recipe, manifest.sha256, self.saver, Parts(ranks).whole)
-        checkpoint = self._same_on_all_ranks(self.checkpoints.latest())
-        as_given = recipe
+        self.checkpoints = Checkpoints(run, recipe, self.manifest.sha256, self.saver, Parts(ranks).whole)
+        checkpoint = same_on_all_ranks(self.checkpoints.latest(), run, ranks)
         trained_with = checkpoint.state.get("autocast") if checkpoint else None
         self.chosen = choose_on_ranks(recipe.engine, ranks, trained_with, plan_stage, recipe.optimizer)
-        self.recipe = recipe = recipe.model_copy(update={"engine": self.chosen.settings})
-        config = read_deepspeed_config(recipe.engine.deepspeed)
+        self.recipe = recipe.model_copy(update={"engine": self.chosen.settings})
+        config = read_deepspeed_config(self.recipe.engine.deepspeed)
 
         self.steps_done = self.first_step = checkpoint.step if checkpoint else 0
         best = self.checkpoints.best(until=self.steps_done)
@@ -133,29 +111,21 @@ class Trainer:
         # a CPU has done the step when it returns: there is nobody to keep busy
         self.reads_late = ranks.device.type != "cpu"
         distill = recipe.loss.distill
-        self.teacher = None if distill is None else Teacher(distill, manifest, ranks.device)
+        self.teacher = None if distill is None else Teacher(distill, self.manifest, ranks.device)
         if checkpoint and self.teacher:
             self.teacher.check_taught(checkpoint)
         self.stop_request, self.stop_agreed = stop_request or StopRequest(), False
         # loader processes start here, before DeepSpeed and metrics start threads
-        self.stream = build_stream(recipe, manifest, self.layout, self.steps_done, ranks.device)
-        classes = Classes.of(manifest, recipe.data.train_split)
-        model = build_model(recipe, classes)
-        self.started_from: Fit | None = None
-        if checkpoint:
-            checkpoint.load_into(model)
-        else:
-            sizes = ImageSizes(recipe.views.query.size, recipe.views.evaluation.size)
-            self.started_from = load_initial_weights(model, recipe.model, sizes)
-            self._start_centers(model)
-            if model.average is not None:
-                model.begin_average()
-        frozen = frozen_weights(model)
-        if ranks.first:
-            self.checkpoints.keep_frozen(frozen)
-        self._is_frozen = partial(_follows, frozenset(frozen))
+        self.stream = build_stream(self.recipe, self.manifest, self.layout, self.steps_done, ranks.device)
+        plan = self.stream.plan
+        self.timetable = Timetable(
+            plan.total_steps, plan.steps_per_epoch, stop_at_step, recipe.checkpoint, recipe.evaluation
+        )
+        classes = Classes.of(self.manifest, recipe.data.train_split)
+        model = build_model(self.recipe, classes)
+        self.started_from = self._load_weights(model, checkpoint)
         self.step = build_step(
-            recipe,
+            self.recipe,
             model,
             classes,
             config,
@@ -168,45 +138,75 @@ class Trainer:
         self.engine = self.step.engine
         self.queue = self.step.contrast.queue if self.step.contrast else None
         if checkpoint:
-            self.step.usual_norm = UsualNorm(**checkpoint.state.get("usual_norm", {}), device=ranks.device)
-            set_states(self.engine, checkpoint.optimizer())
-            if self.queue is not None:
-                self.queue.load_state_dict(checkpoint.queue())
+            self._restore_states(checkpoint)
         self.images = ImagesAhead(self.stream, self.step.begin_exchange, self._looks_ahead, start=self.steps_done)
         if ranks.first:
-            with storage_errors(run):
-                run.mkdir(parents=True, exist_ok=True)
-            # a second stage may be reading it; `auto` stays, for a continuation on other hardware
-            replace_text(run / "recipe.yaml", as_given.to_yaml())
-            if self.started_from is not None:
-                replace_text(run / STARTED_FROM, json.dumps(self.started_from.lists(), indent=1) + "\n")
-        self.logger = RunLogger(
-            recipe.metrics,
-            run,
-            ranks,
-            metrics or Exporter(),
-            epochs=recipe.schedule.epochs,
-            total_steps=self.total_steps,
-            steps_done=self.steps_done,
-            window=checkpoint.state.get("log_window") if checkpoint else None,
-        )
-        if checkpoint and ranks.first:
-            self.logger.checkpoint_saved(checkpoint.path)
+            self._write_run_files(recipe.to_yaml())
+        self.logger = self._open_log(metrics or Exporter(), checkpoint)
         self.history = History(run / "metrics.jsonl")
-        if ranks.first:
-            self.logger.log.start(self.steps_done, about_process() | {"execution": self._execution})
         self.bad_samples = BadSamples(
             self.logger, recipe.data, ranks, planned=self.steps_per_epoch * self.layout.global_batch
         )
 
+    def _load_weights(self, model: Recogniser, checkpoint: Checkpoint | None) -> Fit | None:
+        """Put those of the checkpoint, or those to begin with, into the model, before DeepSpeed partitions it. Returns
+        what `model.start_from` filled, see `load_initial_weights`."""
+        started_from = None
+        if checkpoint:
+            checkpoint.load_into(model)
+        else:
+            started_from = load_initial_weights(model, self.recipe.model, ImageSizes.of(self.recipe.views))
+            self._start_centers(model)
+            if model.average is not None:
+                model.begin_average()
+        frozen = frozen_weights(model)
+        if self.ranks.first:
+            self.checkpoints.keep_frozen(frozen)
+        self._is_frozen = partial(_is_or_follows, frozenset(frozen))
+        return started_from
+
     def _start_centers(self, model: Recogniser) -> None:
-        """Where `model.centers_from` says, before DeepSpeed partitions them."""
+        """Where `model.centers_from` says."""
         recipe = self.recipe
         if recipe.model.centers_from is None:
             return
-        images = replace(self._judged(recipe.data.train_split), max_bad_share=recipe.data.max_bad_share)
+        settings = recipe.evaluation.model_copy(update={"max_bad_share": recipe.data.max_bad_share})
+        images = replace(self._evaluation_split(recipe.data.train_split), settings=settings)
         mark = partial(self.heartbeat.mark, "start", 0, slow=True)
         load_initial_centers(model, recipe.model.centers_from, images, self.ranks, mark)
+
+    def _restore_states(self, checkpoint: Checkpoint) -> None:
+        """Of the optimizer, of the gradient norms that were usual, and of the queue."""
+        self.step.usual_norm = UsualNorm(**checkpoint.state.get("usual_norm", {}), device=self.ranks.device)
+        set_states(self.engine, checkpoint.optimizer())
+        if self.queue is not None:
+            self.queue.load_state_dict(checkpoint.queue())
+
+    def _write_run_files(self, as_given: str) -> None:
+        """The recipe, in which `auto` stays for a continuation on other hardware; what `model.start_from` filled."""
+        with storage_errors(self.run_dir):
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+        replace_text(self.run_dir / "recipe.yaml", as_given)  # a second stage may be reading it
+        if self.started_from is not None:
+            replace_text(self.run_dir / STARTED_FROM, json.dumps(self.started_from.lists(), indent=1) + "\n")
+
+    def _open_log(self, metrics: Exporter, checkpoint: Checkpoint | None) -> RunLogger:
+        """The log of the run, cut after the checkpoint, with a line of this start."""
+        run_logger = RunLogger(
+            self.recipe.metrics,
+            self.run_dir,
+            self.ranks,
+            metrics,
+            epochs=self.recipe.schedule.epochs,
+            total_steps=self.total_steps,
+            steps_done=self.steps_done,
+            window=checkpoint.state.get("log_window") if checkpoint else None,
+        )
+        if self.ranks.first:
+            if checkpoint:
+                run_logger.checkpoint_saved(checkpoint.path)
+            run_logger.log.start(self.steps_done, about_process() | {"execution": self._execution})
+        return run_logger
 
     def run(self) -> ShotAccuracy | None:
         """Train to the end, evaluate, report. None if the run was stopped before its end."""
@@ -225,17 +225,18 @@ class Trainer:
             return None
 
     def _run(self) -> ShotAccuracy | None:
-        self._make_up_evaluation()
-        while self.steps_done < self.last_step and not self.stop_agreed:
+        self._evaluate_if_missed()
+        last_step = self.timetable.last_step
+        while self.steps_done < last_step and not self.stop_agreed:
             self.train_step()
-            if self._pauses():
+            if self._must_read_now():
                 self.read_figures()
             # before the evaluation: nothing that it meets costs the epoch. While steps are skipped nothing changes, and
             # the checkpoints from before the trouble are kept
-            due = self._checkpoint_due(self.steps_done) and not self.skipped_in_a_row
-            if due or self.stop_agreed or self.steps_done == self.last_step:
+            due = self.timetable.checkpoint_due(self.steps_done) and not self.skipped_in_a_row
+            if due or self.stop_agreed or self.steps_done == last_step:
                 self.save()
-            if self.steps_done % self.steps_per_epoch == 0 and not self._stops_early:
+            if self.timetable.ends_epoch(self.steps_done) and not self._stops_early:
                 self._after_epoch()
         self._wait_until_saved()
         if self.steps_done < self.total_steps:
@@ -248,13 +249,13 @@ class Trainer:
             return None
         return self._finish()
 
-    def _pauses(self) -> bool:
+    def _must_read_now(self) -> bool:
         """Whether the figures of the last step are read at once: where no device works beside the host, or something
         follows that must know of every step: a checkpoint, an evaluation, the end; or a step that, if skipped too,
         ends the run and is kept with the state that it met."""
-        done, most = self.steps_done, self.recipe.engine.max_skipped
-        over = not self.reads_late or self.stop_agreed or done == self.last_step or self.skipped_in_a_row + 1 >= most
-        return over or done % self.steps_per_epoch == 0 or self._checkpoint_due(done)
+        last_skip = self.skipped_in_a_row + 1 >= self.recipe.engine.max_skipped
+        goes_on = self.timetable.next_step_follows(self.steps_done) and not self.stop_agreed
+        return not self.reads_late or last_skip or not goes_on
 
     def train_step(self) -> StepResult:
         """One optimizer step: wait for its images and take it; then read the figures of the one before, so that the
@@ -290,26 +291,8 @@ class Trainer:
         """The figures of a step into log and metrics, and what follows from them."""
         result = taken.result
         self.stop_agreed = self.stop_agreed or result.stop
-        record = StepRecord(
-            step=taken.number + 1,
-            epoch=taken.number // self.steps_per_epoch,
-            loss=result.loss,
-            lr=taken.lr,
-            grad_norm=result.grad_norm,
-            grad_norm_ratio=result.grad_norm_ratio,
-            images_per_second=self.layout.global_batch / taken.seconds,
-            data_wait_seconds=taken.waited,
-            step_seconds=taken.seconds,
-            queue_fill=result.queue_fill,
-            center_probability=result.center_probability,
-            center_probability_optimum=result.center_probability_optimum,
-            positive_probability=result.positive_probability,
-            positive_probability_optimum=result.positive_probability_optimum,
-            parts=result.parts,
-            skipped=result.skipped is not None,
-            bad_samples=result.replaced,
-        )
-        self.logger.step(record, self.layout.accumulation * self.layout.micro_batch, _in_words(result))
+        record = step_record(taken, self.timetable.epoch(taken.number), self.layout.global_batch)
+        self.logger.step(record, self.layout.accumulation * self.layout.micro_batch, skip_reason(result))
         mine = ((r.key, r.shard, r.reason) for batch in taken.micro_batches for r in batch.replaced)
         self.bad_samples.add(mine, on_all_ranks=result.replaced)
         self._abort_after_repeated_skips(taken)
@@ -318,7 +301,7 @@ class Trainer:
         """Accuracy of the present weights, those of `evaluation.weights`."""
         experts, model = self.recipe.model.experts, self.engine.module
         with model.evaluating(self.recipe.evaluation.weights):
-            return evaluate(self.engine, model, self._judged(split), self.ranks, experts, self._leave())
+            return evaluate(self.engine, model, self._evaluation_split(split), self.ranks, experts, self._leave())
 
     def _leave(self) -> Callable[[], bool]:
         """To be asked before each batch of an evaluation: whether to leave it. Marks its progress."""
@@ -332,27 +315,25 @@ class Trainer:
 
         return leave
 
-    def _judged(self, split: str) -> EvaluationSplit:
+    def _evaluation_split(self, split: str) -> EvaluationSplit:
         recipe = self.recipe
-        return EvaluationSplit(
-            self.manifest,
-            split,
-            recipe.data,
-            recipe.views.evaluation,
-            recipe.evaluation.batch,
-            recipe.evaluation.max_bad_share,
-        )
+        return EvaluationSplit(self.manifest, split, recipe.data, recipe.views.evaluation, recipe.evaluation)
 
     def _evaluate_checkpoint(self, checkpoint: Checkpoint, split: str) -> ShotAccuracy:
         """Accuracy of saved weights, in the precision they were trained with."""
         device, experts, leave = self.ranks.device, self.recipe.model.experts, self._leave()
         model = load_recogniser(checkpoint, self.recipe, self.manifest).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=checkpoint.state["autocast"]):
-            return evaluate(model, model, self._judged(split), self.ranks, experts, leave)
+            return evaluate(model, model, self._evaluation_split(split), self.ranks, experts, leave)
 
     @property
     def _execution(self) -> dict[str, Any]:
         return described(self.recipe.engine, stage_of(self.engine))
+
+    @property
+    def _autocast(self) -> bool:
+        """Whether it is trained under bfloat16 autocast."""
+        return bool(self.engine.torch_autocast_enabled())
 
     @property
     def _trained_data(self) -> dict[str, Any]:
@@ -370,7 +351,7 @@ class Trainer:
             about={
                 "world_size": self.ranks.world_size,
                 "zero_stage": stage_of(self.engine),
-                "autocast": bool(self.engine.torch_autocast_enabled()),
+                "autocast": self._autocast,
                 "scale": self.recipe.step.scale,
                 "usual_norm": self.step.usual_norm.state(),
                 "log_window": self.logger.log.window(),
@@ -411,68 +392,34 @@ class Trainer:
 
     @property
     def total_steps(self) -> int:
-        return self.stream.plan.total_steps
+        return self.timetable.total_steps
 
     @property
-    def last_step(self) -> int:
-        """After which the run ends, or is to stop."""
-        return min(self.total_steps, self.stop_at_step or self.total_steps)
+    def steps_per_epoch(self) -> int:
+        return self.timetable.steps_per_epoch
 
     @property
     def _stops_early(self) -> bool:
         """Asked to stop before the end; an evaluation that is due then is made up for by the resumed run."""
         return self.stop_agreed and self.steps_done < self.total_steps
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.stream.plan.steps_per_epoch
-
-    def _same_on_all_ranks(self, checkpoint: Checkpoint | None) -> Checkpoint | None:
-        """The checkpoint, if every rank found the same step: the run directory has to be shared."""
-        mine = torch.tensor(checkpoint.step if checkpoint else 0, device=self.ranks.device)
-        found = [int(step) for step in self.ranks.gather(mine)]
-        if len(set(found)) > 1:
-            steps = ", ".join(f"rank {rank}: {step}" for rank, step in enumerate(found))
-            raise RecipeError(
-                f"ranks found different checkpoints in {self.run_dir} ({steps}): "
-                f"put --output on storage that all hosts share"
-            )
-        return checkpoint
-
     def _announce(self) -> None:
-        recipe, ranks, step = self.recipe, self.ranks, self.layout
-        images = self.manifest.split(recipe.data.train_split).samples
-        self.logger.say(
-            f"{recipe.name}: {recipe.loss.method} with {recipe.model.backbone}, into {self.run_dir}\n"
-            f"  data       {images} images of {len(self.manifest.classes)} classes, {recipe.data.shards}\n"
-            f"  ranks      {ranks.world_size} on {ranks.device.type}, "
-            f"ZeRO stage {stage_of(self.engine)} ({self.chosen.why_stage})\n"
-            f"  step       {step.micro_batches} micro-batches of {step.micro_batch} ({step.accumulation} a rank)\n"
-            f"  length     {self.total_steps} steps in {recipe.schedule.epochs} epochs\n"
-            f"  precision  {in_words(self._execution)}"
-        )
         key_encoder = self.step.contrast.key_encoder if self.step.contrast else None
-        if key_encoder is not None and recipe.key_encoder is not None and recipe.key_encoder.batch_norm == "auto":
-            has = "has" if key_encoder.batch_norm == "shuffle" else "has no"
-            self.logger.say(f"key_encoder.batch_norm auto: {key_encoder.batch_norm}, the key encoder {has} BatchNorm")
-        if self.started_from is not None:
-            self.logger.say(
-                f"starts from {recipe.model.start_from}: {self.started_from.in_words()}; all names: "
-                f"{self.run_dir / STARTED_FROM}"
-            )
-        if recipe.optimizer.lr_per_256:
-            self.logger.say(
-                f"peak learning rate {recipe.lr:g}: {recipe.optimizer.lr:g} for 256 images, and a step has "
-                f"{step.global_batch}"
-            )
-        if recipe.step.scale != 1:
-            self.logger.say(
-                f"scaled: {step.micro_batches} micro-batches a step where the recipe has "
-                f"{recipe.step.reference_micro_batches}, so the peak learning rate is {recipe.lr:g} "
-                f"(step.lr_scaling {recipe.step.lr_scaling})"
-            )
-            if recipe.keys_from and (hint := short_queue_hint(recipe.queue.length, step.global_batch)):
-                self.logger.say(hint)
+        opening = Opening(
+            self.recipe,
+            self.run_dir,
+            images=self.manifest.split(self.recipe.data.train_split).samples,
+            classes=len(self.manifest.classes),
+            layout=self.layout,
+            device=self.ranks.device.type,
+            zero_stage=stage_of(self.engine),
+            why_stage=self.chosen.why_stage,
+            total_steps=self.total_steps,
+            keys_normalised=key_encoder.batch_norm if key_encoder else None,
+            started_from=self.started_from,
+        )
+        for line in opening.lines():
+            self.logger.say(line)
         for key, (before, lowered) in self.checkpoints.lowered.items():
             self.logger.changed_setting(self.steps_done, key, before, lowered)
         if (changed := self.chosen.changed_precision) is not None:
@@ -483,32 +430,23 @@ class Trainer:
             self.logger.say(f"resumes from the checkpoint of step {self.steps_done} of {self.total_steps}")
 
     def _looks_ahead(self, done: int) -> bool:
-        """Whether to ask for the images of the step after so many. Not at the end of an epoch or of the run, or before
-        a checkpoint: a read error in the next step must not prevent this checkpoint."""
+        """Whether to ask for the images of the step after so many, so that its key images are already on their way."""
         contrast = self.step.contrast
-        if contrast is None or contrast.key_encoder is None or not contrast.key_encoder.exchanges:
-            return False
-        at_epoch_end = done % self.steps_per_epoch == 0
-        return done < self.last_step and not at_epoch_end and not self._checkpoint_due(done)
+        exchanges = contrast is not None and contrast.key_encoder is not None and contrast.key_encoder.exchanges
+        return exchanges and self.timetable.next_step_follows(done)
 
     def _after_epoch(self) -> None:
         self.bad_samples.begin_epoch()
-        if self._evaluation_due():
+        if self.timetable.evaluation_due(self.steps_done):
             self._evaluate_epoch()
 
-    def _evaluation_due(self) -> bool:
-        """Whether the validation split is evaluated after this step, the last of an epoch."""
-        settings, epoch = self.recipe.evaluation, self.steps_done // self.steps_per_epoch
-        regular = settings.every_epochs and epoch % settings.every_epochs == 0
-        return bool(settings.split and (regular or self.steps_done == self.total_steps))
-
     def _evaluate_epoch(self) -> None:
-        split, epoch = self.recipe.evaluation.split, self.steps_done // self.steps_per_epoch
+        split, epoch = self.recipe.evaluation.split, self.timetable.epoch(self.steps_done)
         assert split is not None
         began = time.perf_counter()
         accuracy = self.evaluate(split)
         self.logger.evaluation(self.steps_done, epoch, split, accuracy, time.perf_counter() - began)
-        self.logger.say(f"epoch {epoch}, {split}: {_one_line(accuracy)}")
+        self.logger.say(f"epoch {epoch}, {split}: {accuracy.one_line()}")
         assert accuracy.detail is not None
         self._keep_if_best({"best_all": accuracy.all, "best_balanced": accuracy.detail.balanced})
         self._draw_page()
@@ -524,9 +462,9 @@ class Trainer:
             logger.warning("%s cannot be drawn, training goes on: %s", self.run_dir / "report.html", one_line(error))
             return None
 
-    def _make_up_evaluation(self) -> None:
+    def _evaluate_if_missed(self) -> None:
         """Of a run that ended between the checkpoint at the end of an epoch and its evaluation, or the best weights."""
-        if not self.steps_done or self.steps_done % self.steps_per_epoch or not self._evaluation_due():
+        if not self.timetable.evaluation_due(self.steps_done):
             return
         logged = self.ranks.gather_objects(self.logger.log.evaluation_of(self.steps_done))[0]
         if logged is None:
@@ -541,7 +479,7 @@ class Trainer:
             self._wait_until_saved()
             self.best_score = score
             self.heartbeat.mark("save", self.steps_done, slow=True)
-            about = {"score": score, "autocast": bool(self.engine.torch_autocast_enabled()), "data": self._trained_data}
+            about = {"score": score, "autocast": self._autocast, "data": self._trained_data}
             weights = own_model(self.engine, self._is_frozen)
             self.checkpoints.save_best(self.steps_done, weights, about, self.ranks.first)
 
@@ -551,7 +489,7 @@ class Trainer:
         if self.skipped_in_a_row < self.recipe.engine.max_skipped:
             return
         kept = self.run_dir / f"skipped-step-{taken.number + 1:08d}"
-        reason, recipe = _in_words(result), self.recipe
+        reason, recipe = skip_reason(result), self.recipe
         with ShardReader(self.manifest.storage, self.manifest.split(recipe.data.train_split)) as reader:
             keep_step(
                 kept,
@@ -575,12 +513,6 @@ class Trainer:
             f"or optimizer.clip_norm (which a resumed run may have); or move later checkpoints away"
         )
 
-    def _checkpoint_due(self, done: int) -> bool:
-        settings = self.recipe.checkpoint
-        if settings.every_steps and done % settings.every_steps == 0:
-            return True
-        return done % (self.steps_per_epoch * settings.every_epochs) == 0
-
     def _finish(self) -> ShotAccuracy:
         split, step = self.recipe.evaluation.test_split, self.steps_done
         best = self.checkpoints.best(until=step)
@@ -596,12 +528,10 @@ class Trainer:
             write_results(
                 self.run_dir / "metrics.json",
                 accuracy,
-                self.manifest,
+                self._evaluation_split(split),
                 run=self.recipe.name,
                 seed=self.recipe.seed,
                 scale=self.recipe.step.scale,
-                train_split=self.recipe.data.train_split,
-                split=split,
                 step=step,
                 world_size=self.ranks.world_size,
                 started=self.started,
@@ -615,22 +545,6 @@ class Trainer:
         return accuracy
 
 
-def _in_words(result: StepResult) -> str | None:
-    """Why a step was skipped."""
-    if result.skipped == OUTLIER:
-        return f"its gradient norm {result.grad_norm:.4g} is {result.grad_norm_ratio:.4g} times the usual one"
-    return f"{result.skipped} not finite" if result.skipped else None
-
-
-def _follows(frozen: frozenset[str], name: str) -> bool:
+def _is_or_follows(frozen: frozenset[str], name: str) -> bool:
     """Whether a weight, or what a moving average follows with it, is one of these."""
     return source_of(name) in frozen
-
-
-def _one_line(accuracy: ShotAccuracy) -> str:
-    shots: Iterator[str] = (
-        f"{name} {100 * value:.1f}" if value is not None else f"{name} -" for name, value in accuracy.top1().items()
-    )
-    experts = [] if accuracy.experts_used is None else [f"experts {accuracy.experts_used:.2f}"]
-    left_out = [f"{len(accuracy.left_out)} unreadable images left out"] if accuracy.left_out else []
-    return "  ".join([*shots, *experts, *left_out])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from paco_ds.distributed.zero import move_average
-from paco_ds.models.averages import AVERAGE, source_of
+from paco_ds.models.weight_names import AVERAGE, source_of
 
 
 def ema_decay(decay: float, step: int) -> float:

@@ -46,12 +46,10 @@ def written(
     return write_results(
         output,
         accuracy,
-        manifest,
+        _judged(recipe, manifest, split),
         run=recipe.name,
         seed=recipe.seed,
         scale=recipe.step.scale,
-        train_split=recipe.data.train_split,
-        split=split,
         step=0,
         world_size=ranks.world_size,
         started="",
@@ -74,7 +72,7 @@ def weights_of_experts(ranks: Ranks, run: Path, split: str) -> dict[str, list[fl
 
 
 def _judged(recipe: Recipe, manifest: Manifest, split: str) -> EvaluationSplit:
-    return EvaluationSplit(manifest, split, recipe.data, recipe.views.evaluation, recipe.evaluation.batch)
+    return EvaluationSplit(manifest, split, recipe.data, recipe.views.evaluation, recipe.evaluation)
 
 
 def _loaded(run: Path, split: str, overrides: tuple[str, ...] = ()) -> tuple[Recipe, Manifest, Recogniser]:

@@ -45,7 +45,7 @@ def growth(
     # does the library of the network: timm takes up to 190 MiB
     _two_steps(ranks, tiny_recipe(), config).engine.destroy()
     with torch.device("meta"):
-        make_backbone(recipe.model, ImageSizes(recipe.views.query.size, recipe.views.evaluation.size))
+        make_backbone(recipe.model, ImageSizes.of(recipe.views))
     libc = ctypes.CDLL(None)
     if give_back:
         assert libc.mallopt(M_MMAP_THRESHOLD, 2**20) == 1

@@ -10,9 +10,9 @@ import psutil
 import pytest
 
 from paco_ds.distributed import hang as hang_module
+from paco_ds.distributed.end_messages import in_time, name_ranks, resume_children
 from paco_ds.distributed.hang import ANSWER, Hang, HangWatch, Pace, Place
 from paco_ds.distributed.heartbeat import SLOW, SLOW_SECONDS, Heartbeat
-from paco_ds.distributed.last_words import in_time, name_ranks, resume_children
 from paco_ds.errors import HANG
 from tests.distributed.test_watchdog import Job, eventually
 from tests.recipes import write_tiny_recipe

@@ -64,7 +64,7 @@ def test_the_demo_without_settings_runs_on_any_number_of_ranks(ranks, micro_batc
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
 
     def demo(*overrides):
-        return train._demo(load_recipe("demo", overrides), overrides).step
+        return train._demo(overrides).step
 
     assert demo().micro_batches == micro_batches
     assert demo("step.micro_batches=16").micro_batches == 16

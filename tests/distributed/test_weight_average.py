@@ -10,7 +10,7 @@ from paco_ds.checkpoint import newest_checkpoint
 from paco_ds.config.load import load_recipe
 from paco_ds.errors import CheckpointError
 from paco_ds.evaluation.predictor import load
-from paco_ds.models.averages import source_of
+from paco_ds.models.weight_names import source_of
 from paco_ds.training.weight_average import ema_decay
 from tests.pool import RankError
 from tests.recipes import write_tiny_recipe

@@ -111,6 +111,16 @@ def test_json_form_and_table_hold_the_four_figures() -> None:
     )
 
 
+def test_a_line_of_a_training_has_percent_and_what_else_there_is_to_say() -> None:
+    """A dash for a shot without images; experts and images left out only where there are any."""
+    labels_B, logits_BC = torch.tensor([0] * 9 + [1]), torch.tensor([[1.0, 0.0, 0.0]]).expand(10, 3)
+    got = shot_accuracy(_counted(logits_BC, labels_B), ["many", "many", "few"])
+    line = "many 50.0  medium -  few -  all 90.0"
+    assert got.one_line() == line
+    more = replace(got, images_by_experts=[5, 5], left_out=["a"])
+    assert more.one_line() == f"{line}  experts 1.50  1 unreadable images left out"
+
+
 @pytest.mark.parametrize(
     ("shots", "message"),
     [(["many"], "1 shots given for 3 classes"), (["many", "lots", "few"], "unknown shot 'lots'")],

@@ -207,11 +207,11 @@ def test_a_start_does_not_load_torchs_compiler():
     """Nor torchvision nor matplotlib: seconds of a core in every rank, where the recipe needs none of them."""
     program = """
 import sys, torch
-from paco_ds.training import engine, guarded, trainer, whole_weights
+from paco_ds.training import engine, lars_muon, skipping_optimizers, trainer
 engine.import_muon_uncompiled()
 weight = torch.nn.Parameter(torch.ones(2))
 weight.grad = torch.ones(2)
-for kind in (guarded.GuardedSGD, guarded.GuardedAdamW):
+for kind in (skipping_optimizers.GuardedSGD, skipping_optimizers.GuardedAdamW):
     kind([weight], 0.25, clip_norm=None, whole=True, weight_decay=0).step()
 assert weight.tolist() == [0.5, 0.5]
 print([name for name in ("torch._inductor.compile_fx", "torch._dynamo", "torchvision", "matplotlib")

@@ -7,8 +7,8 @@ import torch
 
 from paco_ds.config.load import load_recipe
 from paco_ds.errors import RecipeError
-from paco_ds.training.guarded import GuardedAdamW, GuardedSGD
 from paco_ds.training.optimizer import UsualNorm, learning_rate
+from paco_ds.training.skipping_optimizers import GuardedAdamW, GuardedSGD
 from tests.recipes import tiny_recipe
 
 

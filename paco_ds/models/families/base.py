@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from paco_ds.config.model import ModelSettings
+from paco_ds.config.views import ViewSettings
 from paco_ds.models.experts import Experts, Width
 
 
@@ -17,6 +18,11 @@ class ImageSizes(NamedTuple):
 
     training: int
     evaluation: int
+
+    @classmethod
+    def of(cls, views: ViewSettings) -> ImageSizes:
+        """Those of the query's view and of evaluations."""
+        return cls(views.query.size, views.evaluation.size)
 
 
 USUAL_SIZES = ImageSizes(224, 224)  # those that views have by default

@@ -112,11 +112,11 @@ def _created(name: str, kwargs: Mapping[str, Any], size: int) -> tuple[nn.Module
             return _create(name, sized), sized
         except TypeError as error:
             if _unexpected(error) != "img_size":
-                raise _refusal(name, kwargs, error) from None
+                raise _refusal(name, error) from None
     try:
         return _create(name, kwargs), dict(kwargs)
     except TypeError as error:
-        raise _refusal(name, kwargs, error) from None
+        raise _refusal(name, error) from None
 
 
 def _create(name: str, arguments: Mapping[str, Any]) -> nn.Module:
@@ -144,7 +144,7 @@ def _unexpected(error: TypeError) -> str | None:
     return found[1] if found else None
 
 
-def _refusal(name: str, kwargs: Mapping[str, Any], error: TypeError) -> RecipeError:
+def _refusal(name: str, error: TypeError) -> RecipeError:
     """What to say of an argument that a network does not know: those with near names."""
     import timm
 

@@ -1,6 +1,6 @@
 """Optimizers that look at whole weights: LARS at their norms, Muon at matrices. Ranks cannot partition what they step.
 
-Both make of each gradient what torch's fused SGD then steps by, since its kernel leaves a refused step out on the
+Both make of each gradient what torch's fused SGD then steps by, since its kernel leaves a skipped step out on the
 device; timm's LARS and torch's Muon would need a copy of all weights for that. Tests hold them against these two.
 """
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, DEFAULT_NS_STEPS, EPS, _zeropower_via_newtonschulz
 
-from paco_ds.training.guarded import GuardedAdamW, GuardedSGD
 from paco_ds.training.parameter_groups import MUON
+from paco_ds.training.skipping_optimizers import GuardedAdamW, GuardedSGD
 
 _DECAY = "decay"  # entry of a group of LARS: its weight decay, which torch's SGD must not add once more
 _LARS_EPS = 1e-8
@@ -81,7 +81,7 @@ class GuardedMuon(GuardedAdamW):
             )  # fmt: skip
 
     def _update(self, weight: Tensor, gradient: Tensor) -> Tensor:
-        """What the learning rate is multiplied by; moves the momentum on, unless the step is refused."""
+        """What the learning rate is multiplied by; moves the momentum on, unless the step is skipped."""
         mean = self.state[weight]["momentum_buffer"]
         if self.applied is not None:
             gradient = gradient.where(self.applied, mean)  # toward itself: no bit of it changes

@@ -14,10 +14,10 @@ from torch.nn.utils import get_total_norm
 
 
 class GuardedOptimizer(torch.optim.Optimizer):
-    """A fused optimizer of torch whose `step` changes nothing where it is refused, without the host knowing: torch's
+    """A fused optimizer of torch whose `step` changes nothing where it is skipped, without the host knowing: torch's
     kernels read `found_inf` and `grad_scale` on the device.
 
-    Without ZeRO `step` also computes the global gradient norm, clips, and refuses a norm that is not finite; at stages
+    Without ZeRO `step` also computes the global gradient norm, clips, and skips where the norm is not finite; at stages
     1 to 3 DeepSpeed does these three first, and calls `step` once for each group of parameters.
 
     Attributes:
@@ -89,7 +89,7 @@ class GuardedOptimizer(torch.optim.Optimizer):
 
     def begin(self, parameter: Tensor) -> None:
         """Give a parameter without states those before the first step, which are zero: a first step of torch's SGD
-        would leave a momentum without a value where it is refused."""
+        would leave a momentum without a value where it is skipped."""
         state = self.state[parameter]
         if not state:
             state.update({name: torch.zeros_like(parameter) for name in self.states_of(parameter)})

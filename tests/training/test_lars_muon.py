@@ -5,8 +5,8 @@ import timm.optim
 import torch
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
+from paco_ds.training.lars_muon import GuardedLars, GuardedMuon
 from paco_ds.training.parameter_groups import LR_FACTOR, MUON, hidden_matrices, parameter_groups
-from paco_ds.training.whole_weights import GuardedLars, GuardedMuon
 from tests.models.tiny_networks import of
 from tests.recipes import model_of, tiny_recipe
 

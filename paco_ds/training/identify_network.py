@@ -17,7 +17,7 @@ _SETTING = "model.backbone="
 def backbone_of(published: Published, overrides: Sequence[str]) -> list[str]:
     """The overrides of `model.backbone` and its arguments that a file asks for.
 
-    None where the user gave one or nothing is recognised.
+    None of them where the user gave one or nothing is recognised: [].
 
     Raises:
         RecipeError: several of torchvision's networks have these shapes.

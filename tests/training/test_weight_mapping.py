@@ -15,9 +15,9 @@ from paco_ds.errors import RecipeError
 from paco_ds.evaluation.exporter import export
 from paco_ds.evaluation.predictor import Predictor
 from paco_ds.models.families import ImageSizes
+from paco_ds.training.identify_network import backbone_of
 from paco_ds.training.initial_weights import load_initial_weights
 from paco_ds.training.published import read_published
-from paco_ds.training.recognised import backbone_of
 from tests.models.tiny_networks import SIZE, TINY, of
 from tests.recipes import model_of, tiny_recipe
 from tests.training.drawn import drawn
@@ -34,7 +34,7 @@ def started(family, path, *overrides, **more):
     """(a fresh model with the weights of a file, what became of them)."""
     recipe = tiny_recipe(*of(family, **more), f"model.start_from={path}", *overrides)
     model = model_of(recipe, 5).eval()
-    sizes = ImageSizes(recipe.views.query.size, recipe.views.evaluation.size)
+    sizes = ImageSizes.of(recipe.views)
     return model, load_initial_weights(model, recipe.model, sizes)
 
 

@@ -51,6 +51,8 @@ class Screen(Console):
 
     def __init__(self, file: TextIO | None = None, *, width: int | None = None, quiet: bool = False) -> None:
         super().__init__(file=file, width=width, quiet=quiet, markup=False, emoji=False)
+        if self.width < 1:  # COLUMNS=0, as some terminals without a size have it: nothing would be printed
+            self.width = 80
 
     def render_str(self, text: str, **style: Any) -> Text:
         """The text of a line or of a table's title or cell, as rich asks for it."""

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from paco_ds.command import INTERRUPTED, READER_LEFT, report_user_errors
+from paco_ds.command import INTERRUPTED, READER_LEFT, Screen, report_user_errors
 from paco_ds.errors import CheckpointError, NotFiniteError, StorageError
 
 
@@ -44,6 +44,13 @@ def test_an_error_is_one_line_and_a_status(error, status, line, capsys, monkeypa
         raise error
     assert end.value.code == status
     assert capsys.readouterr().err == f"{line}\n"
+
+
+def test_a_terminal_without_a_width_is_printed_to(monkeypatch, capsys):
+    """COLUMNS=0: rich would print nothing at all."""
+    monkeypatch.setenv("COLUMNS", "0")
+    Screen().print("a line")
+    assert capsys.readouterr().out == "a line\n"
 
 
 def test_a_librarys_own_error_keeps_its_traceback():

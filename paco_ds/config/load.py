@@ -201,7 +201,8 @@ def _explain(detail: Any, place: str, origin: dict[str, str]) -> str:
         near = f"; nearest valid name: {difflib.get_close_matches(tag, _VIEWS, n=1, cutoff=0.0)[0]!r}" if tag else ""
         return f"{where}: {key!r}: {wrong}{near} (valid: {', '.join(_VIEWS)})"
     given = "" if isinstance(detail["input"], dict) else f" (given: {brief(detail['input'])})"
-    return f"{where}: {key!r}: {detail['msg'].removeprefix('Value error, ')}{given}"
+    of_key = f"{key!r}: " if key else ""  # a rule of the whole recipe names its keys itself
+    return f"{where}: {of_key}{detail['msg'].removeprefix('Value error, ')}{given}"
 
 
 def _origin(key: str, origin: dict[str, str]) -> str | None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, field_validator, model_validator
 
 from paco_ds.config.data import DataSettings
 from paco_ds.config.engine import EngineSettings
@@ -153,6 +153,13 @@ class MetricsSettings(Section):
     address: str | None = Field(
         None, description="address of this host that serves, and stands in the targets; by default all, IPv4 and IPv6"
     )
+
+    @field_validator("address")
+    @classmethod
+    def _without_brackets(cls, address: str | None) -> str | None:
+        """An IPv6 address may be given as it stands in a URL."""
+        return address and address.removeprefix("[").removesuffix("]")
+
     targets_dir: str | None = Field(None, description="folder of all runs' lists of targets, beside the run's own")
     linger_seconds: float = Field(
         0.0, ge=0, le=60, description="how long a run that finished or failed is still served; two scrapes suffice"

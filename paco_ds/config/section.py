@@ -20,8 +20,8 @@ Number = BeforeValidator(_no_bool)
 Fraction = Annotated[float, Number, Field(ge=0, le=1)]
 Positive = Annotated[float, Number, Field(gt=0)]
 NotNegative = Annotated[float, Number, Field(ge=0)]
-Count = Annotated[int, Number, Field(ge=1)]
-Natural = Annotated[int, Number, Field(ge=0)]
+Count = Annotated[int, Number, Field(ge=1, lt=2**63)]  # as torch counts
+Natural = Annotated[int, Number, Field(ge=0, lt=2**63)]
 
 
 class Section(BaseModel):

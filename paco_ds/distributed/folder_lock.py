@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import socket
 import tempfile
@@ -19,6 +20,7 @@ from paco_ds.errors import StorageError, UserError
 from paco_ds.files import storage_errors
 
 LOCK_FILE = ".lock"
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ class FolderLock:
 
     `FOLDER/.lock` names the holder and is refreshed while it runs. A lock is stale if its process ended on this
     machine or, from another machine or damaged, if it is not refreshed for a minute by the storage's own clock (those
-    of two hosts may differ). A stale lock is taken over, so a killed run never blocks the next.
+    of two hosts may differ) or, whatever its date, in a minute of looking on. A stale lock is taken over, so a killed
+    run never blocks the next.
 
     Args:
         use: what is done with the folder, for the message.
@@ -170,8 +173,11 @@ class FolderLock:
 
     def _is_refreshed(self) -> bool:
         """Wait until the lock is refreshed (True), or has been left alone for `patience` (False)."""
-        seen = self._refreshed_at(self.path)
-        while seen is not None and self._now() - seen < self.patience:
+        seen, began, said = self._refreshed_at(self.path), time.monotonic(), False
+        while seen is not None and self._now() - seen < self.patience > time.monotonic() - began:
+            if not said:
+                log.warning("%s: waiting up to %g seconds for a sign of its holder", self.path, self.patience)
+                said = True
             time.sleep(min(1.0, self.patience / 10))
             again = self._refreshed_at(self.path)
             if again is not None and again != seen:
@@ -198,7 +204,7 @@ class FolderLock:
         claim = self.path.with_name(f"{LOCK_FILE}-{hashlib.sha256(stale).hexdigest()[:16]}")
         if not self._create(claim):
             holder, made = LockHolder.of(self._read(claim) or b""), self._refreshed_at(claim)
-            if (holder and holder.is_gone()) or (made is not None and self._now() - made > self.patience):
+            if (holder and holder.is_gone()) or (made is not None and abs(self._now() - made) > self.patience):
                 claim.unlink(missing_ok=True)  # its process was killed just here
             time.sleep(0.05)
             return False

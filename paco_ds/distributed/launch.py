@@ -20,14 +20,32 @@ from paco_ds.errors import UserError
 
 
 def environment_ranks() -> tuple[int, int, int]:
-    """(rank, world size, local rank) as a launcher set them; (0, 1, 0) without one."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    """(rank, world size, local rank) as a launcher set them; (0, 1, 0) without one.
+
+    Raises:
+        UserError: they are no numbers, or no rank of so many.
+    """
+    rank, world_size, local_rank = _number("RANK", 0), _number("WORLD_SIZE", 1), _number("LOCAL_RANK", 0)
+    if rank >= world_size:
+        raise UserError(
+            f"RANK is {rank} and WORLD_SIZE {world_size} in the environment, but ranks are 0 to WORLD_SIZE - 1: launch "
+            f"with `deepspeed`, or unset both to have one rank"
+        )
+    return rank, world_size, local_rank
+
+
+def _number(name: str, default: int) -> int:
+    """A variable of the environment that is a whole number; an empty one is not set."""
+    if not (text := os.environ.get(name, "").strip()):
+        return default
+    if not (text.isascii() and text.isdecimal()):
+        raise UserError(f"{name} is {text!r:.60} in the environment, where a whole number belongs: correct or unset it")
+    return int(text)
 
 
 def local_world_size() -> int:
     """Ranks of this job on this host, as a launcher set them (DeepSpeed's name, or torchrun's); all without one."""
-    names = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "WORLD_SIZE")
-    return next((int(size) for size in map(os.environ.get, names) if size), 1)
+    return _number("LOCAL_SIZE", _number("LOCAL_WORLD_SIZE", _number("WORLD_SIZE", 1)))
 
 
 def join_job(threads: int | None, initialise: Callable[..., object] = dist.init_process_group) -> Ranks:
@@ -39,13 +57,13 @@ def join_job(threads: int | None, initialise: Callable[..., object] = dist.init_
 
     Raises:
         UserError: WORLD_SIZE is above 1 but the address of rank 0 is not set, or a launcher started several
-            processes without setting their ranks, or gloo would not be reachable.
+            processes without setting their ranks, or these are no ranks, or gloo would not be reachable.
     """
     rank, world_size, local_rank = environment_ranks()
     if world_size == 1:
         _refuse_unnamed_ranks()
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update({"MASTER_PORT": free_port()} | alone | os.environ)
+        os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": str(local_rank)})
+        initialise = _alone(initialise)
     elif missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise UserError(
             f"WORLD_SIZE is {world_size}, but {', '.join(missing)} is not set: launch with `deepspeed`, or set these "
@@ -62,6 +80,22 @@ def join_job(threads: int | None, initialise: Callable[..., object] = dist.init_
     initialise("nccl" if cuda else "gloo")
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     return Ranks(rank, world_size, local_rank, device, dist.group.WORLD)
+
+
+def _alone(initialise: Callable[..., object]) -> Callable[[str], None]:
+    """Initialise on this host: one rank meets nobody, and the address of a job may be left over from another one, as in
+    a shell in its container. (Under torchrun the agent has the store, at the address it set.)"""
+
+    def initialise_here(backend: str) -> None:
+        address = (
+            {} if "TORCHELASTIC_RUN_ID" in os.environ else {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        )
+        before = {name: os.environ[name] for name in address if os.environ.get(name)}
+        os.environ.update(address)
+        initialise(backend)
+        os.environ.update(before)  # by which the address is found that Prometheus reaches
+
+    return initialise_here
 
 
 def check_gloo_interface() -> None:
@@ -115,7 +149,7 @@ def _is_loopback(address: str) -> bool:
 def _refuse_unnamed_ranks() -> None:
     """Raise UserError if a launcher started several processes without ranks: all would write the same run."""
     for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        if "WORLD_SIZE" not in os.environ and int(os.environ.get(name, 1)) > 1:
+        if not os.environ.get("WORLD_SIZE") and _number(name, 1) > 1:
             raise UserError(
                 f"{name} is {os.environ[name]}, but WORLD_SIZE is not set: this launcher starts several processes "
                 f"without setting their ranks. Set RANK, LOCAL_RANK, LOCAL_SIZE, WORLD_SIZE, MASTER_ADDR and "

@@ -4,7 +4,9 @@ model that was trained.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -85,9 +87,18 @@ def about(runs: Sequence[Path], images: RunImages) -> dict[str, Any]:
     """What metrics.json says of what is evaluated on what."""
     about: dict[str, Any] = {"ensemble": [str(run) for run in runs]} if len(runs) > 1 else {}
     about["weights"] = images.recipe.evaluation.weights
+    if len(runs) == 1 and (execution := _execution_of(runs[0])) is not None:
+        about["execution"] = execution
     if images.other is not None:
         about["data"] = {"manifest_sha256": images.other.sha256, "classes": len(images.other.classes)}
     return about
+
+
+def _execution_of(run: Path) -> Any:
+    """How the training was computed, of its metrics.json; None without one."""
+    with suppress(OSError, ValueError):
+        return json.loads((run / "metrics.json").read_text(encoding="utf-8")).get("execution")
+    return None
 
 
 def with_normalized_centers(

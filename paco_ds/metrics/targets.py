@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import json
 import os
 import time
@@ -41,7 +42,7 @@ def served_metrics(
         port = sink.start(settings.port, ranks.local_rank, settings.address) if settings.serve else None
         sink.build_info(build)
         ranks.on_bytes = sink.add_collective_bytes
-        host = _bracketed(settings.address) or reachable_host(os.environ.get("MASTER_ADDR", "127.0.0.1"))
+        host = _bracketed(announced(settings.address)) or reachable_host(os.environ.get("MASTER_ADDR", "127.0.0.1"))
         addresses = ranks.gather_objects(f"{host}:{port}" if port else None)
         if ranks.first:
             text = targets(addresses, run.resolve().name)
@@ -95,6 +96,14 @@ def targets(addresses: Sequence[str | None], run: str) -> str:
         if address is not None
     ]
     return json.dumps(groups, indent=2) + "\n"
+
+
+def announced(address: str | None) -> str | None:
+    """The address in the targets; None for all of them (0.0.0.0 and ::), of which one that is reachable is chosen."""
+    with suppress(ValueError):
+        if address is not None and ipaddress.ip_address(address).is_unspecified:
+            return None
+    return address
 
 
 def _bracketed(address: str | None) -> str | None:

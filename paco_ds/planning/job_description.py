@@ -19,9 +19,30 @@ LEAVE = 120  # seconds between the warning and the end, for the step under way a
 
 
 def _name(name: str) -> str:
-    if not re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,38}[a-z0-9])?", name):
-        raise ValueError("a name has at most 40 lower-case letters, digits and dashes, as Kubernetes wants it")
+    if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", name):
+        raise ValueError(
+            "a name has at most 40 lower-case letters, digits and dashes, and begins with a letter, as Kubernetes "
+            "wants it"
+        )
     return name
+
+
+def _directory(path: str) -> str:
+    if path.startswith("~"):
+        raise ValueError(f"{path!r:.60} is quoted where it is used, so ~ is not your home: write the folder out")
+    return path
+
+
+DECIDED = ("nodes", "ntasks", "ntasks-per-node", "cpus-per-task", "gpus-per-node", "signal", "job-name", "nodelist")
+
+
+def _options(given: dict[str, str]) -> dict[str, str]:
+    if twice := [name for name in given if name in DECIDED]:
+        raise ValueError(
+            f"{twice[0]} follows from the description itself (name, hosts or nodes, ranks_per_host, gpus, "
+            f"cores_per_rank): leave it out"
+        )
+    return given
 
 
 def _host(name: str) -> str:
@@ -58,8 +79,10 @@ class Job(Section):
     restarts: Natural = 20
     port: Annotated[int, Field(ge=1024, le=65535)] = 29500
     environment: dict[Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$")], Line] = Field(default_factory=dict)
-    directory: str = "."
-    slurm: dict[Annotated[str, Field(pattern="^[a-z][a-z-]*$")], Line] = Field(default_factory=dict)
+    directory: Annotated[str, AfterValidator(_directory)] = "."
+    slurm: Annotated[dict[Annotated[str, Field(pattern="^[a-z][a-z-]*$")], Line], AfterValidator(_options)] = Field(
+        default_factory=dict
+    )
     image: str | None = None
     claim: str | None = None
     mount: str = "/shared"
@@ -68,6 +91,8 @@ class Job(Section):
     def _check_hosts(self) -> Job:
         if bool(self.hosts) == (self.nodes is not None):
             raise ValueError("give hosts, their names, or nodes, their number")
+        if twice := [host for host in self.hosts if self.hosts.count(host) > 1]:
+            raise ValueError(f"hosts has {twice[0]} more than once: a host has all its ranks, see ranks_per_host")
         return self
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import posixpath
 from typing import Any
 
 import yaml
@@ -39,7 +40,7 @@ def _jobset(job: Job, metrics: MetricsSettings) -> dict[str, Any]:
     container = {
         "name": "ranks",
         "image": job.image,
-        "workingDir": job.directory if job.directory.startswith("/") else job.mount,
+        "workingDir": posixpath.normpath(posixpath.join(job.mount, job.directory)),
         "command": [*launch, *where, f"--master_port={job.port}", "--module", "paco_ds.train"],
         "args": [word.replace("$(", "$$(") for word in job.training()],
         "env": [{"name": name, "value": value} for name, value in job.environment.items()],

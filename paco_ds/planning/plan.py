@@ -151,8 +151,6 @@ def make_plan(
         raise UserError(f"--ranks {ranks}: there must be at least one")
     if images_per_second is not None and not images_per_second > 0:
         raise UserError(f"--images-per-second {images_per_second:g}: it must be above 0")
-    if recipe.step.micro_batch < 2:
-        raise RecipeError("step.micro_batch is 1: BatchNorm needs at least 2 images; raise it")
     layout = MicroBatchLayout(recipe.step.micro_batch, recipe.step.micro_batches, 0, ranks)
     config = read_deepspeed_config(recipe.engine.deepspeed)
     if recipe.engine.deepspeed != "auto":

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from paco_ds.config.recipe import Recipe
 from paco_ds.contrast.contrast import Contrast
@@ -16,6 +17,7 @@ from paco_ds.contrast.key_queue import KeyQueue
 from paco_ds.data.manifest import Manifest
 from paco_ds.data.stream.batches import RenderOn, TrainingStream
 from paco_ds.distributed.ranks import MicroBatchLayout, Ranks
+from paco_ds.errors import RecipeError
 from paco_ds.losses import make_loss
 from paco_ds.losses.distillation import Distillation
 from paco_ds.models.execution import Hardware, choose
@@ -89,6 +91,8 @@ def build_model(recipe: Recipe, classes: Classes) -> Recogniser:
     """
     model = make_recogniser(recipe, len(classes.counts), classes.mean, classes.std)
     freeze(model, recipe.model)
+    if recipe.step.micro_batch < 2 and any(isinstance(m, _BatchNorm) and m.training for m in model.modules()):
+        raise RecipeError("step.micro_batch is 1: BatchNorm needs at least 2 images; raise it")
     if recipe.evaluation.weights == "ema":
         model.begin_average()
     return model

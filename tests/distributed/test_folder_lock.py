@@ -67,6 +67,16 @@ def test_of_another_host_only_time_tells(tmp_path):
     assert time.monotonic() - began < 5
 
 
+def test_a_lock_dated_in_the_future_is_stale_after_the_same_while(tmp_path, caplog):
+    """As a host with a wrong clock leaves it; and what is waited for is said."""
+    changed_lock(tmp_path, machine="another", host="node7", pid=1)
+    os.utime(tmp_path / LOCK_FILE, (time.time() + 86400, time.time() + 86400))
+    began = time.monotonic()
+    FolderLock(tmp_path, "trained", patience=SOON).acquire()
+    assert SOON / 2 <= time.monotonic() - began < 10
+    assert caplog.messages == [f"{tmp_path / LOCK_FILE}: waiting up to 0.3 seconds for a sign of its holder"]
+
+
 def test_one_that_is_refreshed_on_another_host_is_held(tmp_path, monkeypatch):
     """Seen from a machine where its process number says nothing."""
     with FolderLock(tmp_path, "trained", patience=2.0):

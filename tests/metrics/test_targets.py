@@ -15,7 +15,7 @@ from paco_ds.distributed.heartbeat import Heartbeat
 from paco_ds.distributed.ranks import Ranks
 from paco_ds.errors import UserError
 from paco_ds.metrics.exporter import Exporter
-from paco_ds.metrics.targets import served_metrics, target_files
+from paco_ds.metrics.targets import announced, served_metrics, target_files
 from tests.multinode.hosts import free_port
 
 
@@ -66,7 +66,7 @@ def test_a_start_that_is_refused_for_its_settings_removes_them(tmp_path: Path) -
     assert lists(tmp_path) == []
 
 
-@pytest.mark.parametrize(("address", "host"), [("127.0.0.1", "127.0.0.1"), ("::1", "[::1]")])
+@pytest.mark.parametrize(("address", "host"), [("127.0.0.1", "127.0.0.1"), ("::1", "[::1]"), ("[::1]", "[::1]")])
 def test_metrics_address_is_where_it_serves_and_what_the_list_names(tmp_path: Path, address: str, host: str) -> None:
     """IPv4 and, in brackets, IPv6."""
     with serve(tmp_path, address=address) as metrics:
@@ -75,6 +75,12 @@ def test_metrics_address_is_where_it_serves_and_what_the_list_names(tmp_path: Pa
         assert target.rpartition(":")[0] == host
         with urllib.request.urlopen(f"http://{target}/metrics", timeout=60) as response:
             assert b"paco_total_steps 7.0" in response.read()
+
+
+@pytest.mark.parametrize(("address", "named"), [("0.0.0.0", None), ("::", None), ("::1", "::1"), ("node1", "node1")])
+def test_all_addresses_are_none_that_a_list_can_name(address: str, named: str | None) -> None:
+    """One that is reachable stands for them."""
+    assert announced(address) == named
 
 
 def test_an_address_of_another_host_is_no_target(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

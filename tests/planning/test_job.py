@@ -127,6 +127,13 @@ def test_a_jobset_starts_a_pod_a_host_and_ends_for_good_after_a_mistake(rendered
     assert container["args"] == ARGUMENTS
 
 
+@pytest.mark.parametrize(("directory", "works_in"), [(".", "/shared"), ("exp/a", "/shared/exp/a"), ("/b", "/b")])
+def test_a_jobset_works_in_the_directory_below_its_volume(rendered, directory, works_in):
+    jobset, _ = yaml.safe_load_all(rendered("jobset", directory=directory))
+    pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert pod["containers"][0]["workingDir"] == works_in
+
+
 def test_a_pod_monitor_scrapes_every_rank_with_its_labels(rendered):
     """By the names of the container's ports; ranks are numbered through the hosts, as in metrics_targets.json."""
     jobset, monitor = yaml.safe_load_all(rendered("jobset", set=[SHARDS, "step.micro_batches=16", "metrics.port=9500"]))
@@ -200,6 +207,10 @@ def test_shipped_scripts_pass_shellcheck(script):
     [
         ("slurm", {"hots": 2}, "hots"),
         ("slurm", {"name": "A job"}, "lower-case letters"),
+        ("jobset", {"name": "2024-run"}, "begins with a letter"),
+        ("slurm", {"slurm": {"nodes": "4"}}, "nodes follows from the description itself"),
+        ("slurm", {"directory": "~/x"}, "~ is not your home"),
+        ("hostfile", {"hosts": ["a", "a"]}, "hosts has a more than once"),
         ("slurm", {"hosts": ["-oProxyCommand=x"]}, "no name of a host"),
         ("slurm", {"hosts": [], "nodes": 3}, "24 ranks cannot share step.micro_batches = 16 evenly"),
         ("slurm", {"recipe": "imagenet"}, "imagenet"),

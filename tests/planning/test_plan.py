@@ -27,6 +27,7 @@ from paco_ds.planning.print_plan import as_json, print_plan, verdict_lines
 from paco_ds.planning.sizes import format_bytes, parse_bytes
 from paco_ds.planning.trace import LiveBytes, trace_step, views_peak
 from paco_ds.planning.traffic import plan_traffic
+from paco_ds.training.build import Classes, build_model
 from paco_ds.training.forward import Forward
 from tests.recipes import model_of, tiny_recipe, write_tiny_recipe
 
@@ -402,10 +403,12 @@ def test_ranks_that_do_not_divide_the_step_are_refused_with_the_legal_ones(zero1
 
 
 def test_a_micro_batch_of_one_is_refused(zero1):
-    """BatchNorm would end the run at its first step."""
+    """BatchNorm would end the run at its first step: by the plan and by the training, which builds the same model."""
     recipe = tiny_recipe(zero1, "step.micro_batch=1")
     with pytest.raises(RecipeError, match=r"step.micro_batch is 1"):
         make_plan(recipe, 1, find_data(recipe.data, 1000, 10))
+    with pytest.raises(RecipeError, match=r"step.micro_batch is 1"):
+        build_model(recipe, Classes((100,) * 10, ()))
 
 
 @pytest.mark.parametrize(

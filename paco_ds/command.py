@@ -26,6 +26,7 @@ from paco_ds.errors import RESUMABLE, StorageError, UserError, printable
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 INTERRUPTED = 130
+OUT_OF_MEMORY = 1
 """Exit status after Ctrl-C, as shells have it."""
 READER_LEFT = 141
 """Exit status when the reader of standard output has left, as shells have it of SIGPIPE."""
@@ -152,6 +153,8 @@ def report_error(error: Exception) -> None:
     rank = os.environ.get("RANK", "0")
     where = f" (rank {rank} of {os.environ['WORLD_SIZE']})" if "WORLD_SIZE" in os.environ else ""
     text = _in_words(error) if isinstance(error, OSError) else str(error)
+    if _lacked_memory(error):
+        text = _short_of_memory(error)
     print(f"error{where}: {printable(text)}", file=sys.stderr, flush=True)
 
 
@@ -183,15 +186,34 @@ def exit_status(error: BaseException | None) -> int | None:
     """Status of a command that ends with this error; None for one of the program, which is shown with its traceback.
 
     An error of the operating system is one of storage, which needs a person, of a connection, which may come back, or
-    of a path that the user gave. A library's OSError without an errno is one of the program.
+    of a path that the user gave. A library's OSError without an errno is one of the program. Where memory was short a
+    start again may help, as after an error of the program.
     """
     if isinstance(error, UserError):
         return error.status
+    if _lacked_memory(error):
+        return OUT_OF_MEMORY
     if not isinstance(error, OSError) or error.strerror is None:
         return None
     if error.errno in _REMEDIES:
         return StorageError.status
     return RESUMABLE if isinstance(error, ConnectionError | TimeoutError) else UserError.status
+
+
+def _lacked_memory(error: BaseException | None) -> bool:
+    """Whether it is torch's error, or Python's, that no memory was left on the GPU or the host."""
+    named = {kind.__name__ for kind in type(error).__mro__}  # torch itself is not imported here
+    return bool({"OutOfMemoryError", "MemoryError"} & named) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def _short_of_memory(error: Exception) -> str:
+    said = (str(error).splitlines() or [""])[0]
+    return (
+        f"out of memory{f' ({said:.300})' if said else ''}: paco-preflight --plan says what a training needs; lower "
+        f"step.micro_batch or queue.length, or set engine.activation_checkpointing"
+    )
 
 
 def _in_words(error: OSError) -> str:

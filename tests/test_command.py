@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from paco_ds.command import INTERRUPTED, READER_LEFT, Screen, report_user_errors
 from paco_ds.errors import CheckpointError, NotFiniteError, StorageError
@@ -44,6 +45,24 @@ def test_an_error_is_one_line_and_a_status(error, status, line, capsys, monkeypa
         raise error
     assert end.value.code == status
     assert capsys.readouterr().err == f"{line}\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 79 GiB\nmore"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 400 bytes"),
+        MemoryError(),
+    ],
+)
+def test_a_lack_of_memory_is_one_line_with_what_to_do(error, capsys):
+    """On a GPU and on the host; status 1, since a start again may find more."""
+    with pytest.raises(SystemExit) as end, report_user_errors():
+        raise error
+    assert end.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: out of memory")
+    assert line.endswith("lower step.micro_batch or queue.length, or set engine.activation_checkpointing")
 
 
 def test_a_terminal_without_a_width_is_printed_to(monkeypatch, capsys):

@@ -26,8 +26,9 @@ from paco_ds.errors import RESUMABLE, StorageError, UserError, printable
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 INTERRUPTED = 130
-OUT_OF_MEMORY = 1
 """Exit status after Ctrl-C, as shells have it."""
+OUT_OF_MEMORY = 1
+"""Exit status where memory was short: that of an error of the program."""
 READER_LEFT = 141
 """Exit status when the reader of standard output has left, as shells have it of SIGPIPE."""
 _NO_NEWS = ("Setting accelerator to CPU", "**** You are using ZeRO with an untested optimizer")

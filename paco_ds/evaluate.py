@@ -5,10 +5,10 @@ examples:
   deepspeed --module paco_ds.evaluate --run runs/demo
   paco-evaluate --run runs/demo --data data/another-test-set
 
-Prints Many / Medium / Few / All, top-1 and top-5, and writes RUN/metrics.json. Reads the portable checkpoint; no
-DeepSpeed engine is needed, and every image is counted once on any number of ranks. Several --run are an ensemble:
-their probabilities are averaged. --data takes the images from other shards of the same classes, or of some of them;
-shots are still those of the run.
+Prints Many / Medium / Few / All, top-1 and top-5, and writes RUN/metrics.json (of another split metrics-SPLIT.json, of
+other shards metrics-FOLDER-SPLIT.json). Reads the portable checkpoint; no DeepSpeed engine is needed, and every image
+is counted once on any number of ranks. Several --run are an ensemble: their probabilities are averaged. --data takes
+the images from other shards of the same classes, or of some of them; shots are still those of the run.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _report(
     about: Mapping[str, Any],
 ) -> None:
     """Print the table, and write metrics.json or the file that stands for it."""
-    from paco_ds.evaluation.results import write_results
+    from paco_ds.evaluation.results import results_file, write_results
 
     runs, recipe, split, other = arguments.run, images.recipe, images.split, images.other
     if other is not None and len(other.classes) < (classes := len(images.manifest.classes)):
@@ -120,9 +120,8 @@ def _report(
         say(f"{arguments.data} has {of_all}; predictions are among all of them")
     what = f"{recipe.name}, step {step}" if len(runs) == 1 else f"ensemble of {len(runs)} runs"
     Screen().print(accuracy.table(f"{what}, on {split}"))
-    own = split == recipe.evaluation.test_split and other is None
-    judged_on = Path(arguments.data.partition("?")[0]).name if other else split  # a query may hold a secret
-    target = arguments.output or runs[0] / ("metrics.json" if own else f"metrics-{judged_on}.json")
+    of_run = results_file(runs[0], split, recipe.evaluation.test_split, images.manifest, other)
+    target = arguments.output or of_run
     write_results(
         target,
         accuracy,
@@ -147,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         help="run directory of a training; several of one data set are evaluated as an ensemble",
     )
-    parser.add_argument("--output", type=Path, help="where to write; RUN/metrics.json by default, needed for several")
+    parser.add_argument("--output", type=Path, help="where to write; in RUN by default, needed for several")
     parser.add_argument(
         "--tau-normalize",
         metavar="TAU",

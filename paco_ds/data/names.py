@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import posixpath
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 _MADE_BY_SYSTEMS = frozenset(
     ("__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found")
@@ -67,6 +68,12 @@ def notes_on(classes: Iterable[str]) -> list[str]:
         *([f"classes that look alike, and count as different: {_first(pairs)}"] if pairs else []),
         *([f"classes called like a missing value: {', '.join(missing[:5])}"] if missing else []),
     ]
+
+
+def most_alike(name: str, names: Sequence[str]) -> str | None:
+    """The one of the names that looks the same (`Cat` and `cat`), or is a letter or two away; None if none is."""
+    same = (each for each in names if _look(each) == _look(name))
+    return next(same, None) or next(iter(difflib.get_close_matches(name[:100], names, 1, 0.8)), None)
 
 
 def _look(name: str) -> str:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 
 import paco_ds
+from paco_ds.data.manifest import Manifest
+from paco_ds.data.storage import Storage
 from paco_ds.errors import redacted
 from paco_ds.evaluation.accuracy import ShotAccuracy
 from paco_ds.evaluation.split import EvaluationSplit
@@ -73,6 +75,35 @@ def _processor() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def results_file(run: Path, split: str, test_split: str, trained: Manifest, other: Manifest | None = None) -> Path:
+    """Where the results of a split go in a run: metrics.json, metrics-SPLIT.json or, of other shards,
+    metrics-FOLDER-SPLIT.json; with 8 digits of the manifest's digest where a file of other images has that name."""
+    if other is None and split == test_split:
+        return run / "metrics.json"
+    file = run / (f"metrics-{_folder_of(other.storage)}-{split}.json" if other else f"metrics-{split}.json")
+    images = (other or trained).sha256
+    if os.path.lexists(file) and _images_of(file) != (images, split):
+        return file.with_name(f"{file.stem}-{images[:8]}.json")
+    return file
+
+
+def _folder_of(storage: Storage) -> str:
+    """The name of the folder of shards."""
+    if storage.is_local:
+        return os.path.basename(os.path.abspath(storage.url)) or "data"
+    address = storage.url.partition("?")[0].replace("{name}", "")  # a query may hold a secret
+    return address.rstrip("/").rpartition("/")[2] or "data"
+
+
+def _images_of(file: Path) -> tuple[Any, Any] | None:
+    """(digest of the manifest, split) of the images that results are of; None for another file."""
+    try:
+        results = json.loads(file.read_bytes())
+        return (results.get("data") or results)["manifest_sha256"], results["split"]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        return None
 
 
 def write_results(

@@ -13,7 +13,8 @@ from paco_ds.config.data import DataSettings
 from paco_ds.config.recipe import EvaluationSettings
 from paco_ds.config.views import EvalView, TrainView
 from paco_ds.data.manifest import Manifest
-from paco_ds.data.names import same_name
+from paco_ds.data.names import most_alike, same_name
+from paco_ds.data.pack.source import some
 from paco_ds.data.stream.batches import MicroBatch, TrainingStream, evaluation_stream
 from paco_ds.data.stream.load import Replaced
 from paco_ds.distributed.ranks import MicroBatchLayout, Ranks
@@ -131,8 +132,11 @@ def class_index(images: Manifest, trained: Manifest) -> Tensor:
     unknown = [name for name in images.classes if same_name(name) not in number]
     if unknown:
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        alike = most_alike(unknown[0], trained.classes)
+        instead = f"{alike!r}, which the run has" if alike else f"one of the run's ({some(trained.classes)})"
         raise DataError(
             f"{images.storage.url} has the class {unknown[0]!r}{more}, which the run was not trained on; classes are "
-            f"compared by name: build these shards with the class list of the run's (--classes)"
+            f"compared by name: in their source, rename it to {instead}, or leave its images out, then build these "
+            f"shards again"
         )
     return torch.tensor([number[same_name(name)] for name in images.classes])

@@ -136,6 +136,7 @@ def report_user_errors() -> Iterator[None]:
     """Print a `UserError`, or an error of the operating system, on one line and exit with its status, upon which a
     launcher ends the job; others name their rank. Ctrl-C is a line too. Standard output is as in `standard_output`."""
     try:
+        require_utf8_names()
         with standard_output():
             yield
     except KeyboardInterrupt:
@@ -147,6 +148,13 @@ def report_user_errors() -> Iterator[None]:
             raise
         report_error(error)
         raise SystemExit(status) from None
+
+
+def require_utf8_names() -> None:
+    """Raise UserError if names of files are not read as UTF-8: names of classes would be others than on other hosts,
+    and images with such names missing. In the C locale Python takes UTF-8 by itself."""
+    if (encoding := sys.getfilesystemencoding()) != "utf-8":
+        raise UserError(f"the locale of this shell reads names of files as {encoding}, not UTF-8: set PYTHONUTF8=1")
 
 
 def report_error(error: Exception) -> None:

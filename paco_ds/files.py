@@ -118,6 +118,18 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def utf8_path(path: Path) -> Iterator[str]:
+    """A path of a file for libraries that take UTF-8 alone: its own, or that of an open descriptor in /proc."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with open(path, "rb") as file:
+            yield f"/proc/self/fd/{file.fileno()}"
+    else:
+        yield str(path)
+
+
 def sha256_file(path: str | Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from paco_ds.command import INTERRUPTED, READER_LEFT, Screen, report_user_errors
+from paco_ds.data.pack.command import main as build
 from paco_ds.errors import CheckpointError, NotFiniteError, StorageError
 
 
@@ -121,3 +122,26 @@ def test_ctrl_c_in_an_import_is_one_line():
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=60)[0] == "interrupted\n"
     assert process.returncode == INTERRUPTED
+
+
+@pytest.mark.parametrize("builder", [False, True])
+def test_names_that_are_not_read_as_utf_8_are_refused(builder, monkeypatch, capsys):
+    """In a locale of ISO-8859-1 classes would have other names than on other hosts."""
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "iso8859-1")
+    if builder:
+        assert build(["check", "nowhere"]) == 2
+    else:
+        with pytest.raises(SystemExit), report_user_errors():
+            pytest.fail("the command began")
+    said = "error: the locale of this shell reads names of files as iso8859-1, not UTF-8: set PYTHONUTF8=1\n"
+    assert capsys.readouterr().err == said
+
+
+def test_the_c_locale_reads_names_as_utf_8():
+    """Python coerces it, or takes UTF-8 by itself where that is off."""
+    for given in ({}, {"PYTHONCOERCECLOCALE": "0"}):
+        kept = {name: value for name, value in os.environ.items() if name not in ("LC_ALL", "PYTHONUTF8")}
+        command = [sys.executable, "-c", f"{COMMAND}print('began')"]
+        environment = kept | {"LC_ALL": "C"} | given
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout == "began\n"

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from paco_ds.checkpoint.tensors import load_tensors
 from paco_ds.config.load import load_recipe
 from paco_ds.config.recipe import Recipe
 from paco_ds.errors import CheckpointError, RecipeError, StorageError
@@ -69,10 +69,10 @@ class Checkpoint:
     def model(self) -> dict[str, Tensor]:
         """Weights and buffers by name, float32 (counters int64); frozen ones too, and what in averages is equal to
         them."""
-        weights = load_file(self.path / MODEL)
+        weights = load_tensors(self.path / MODEL)
         if self.state.get("frozen") is None:
             return weights
-        frozen = load_file(self.path.parent / self.state["frozen"]["file"])
+        frozen = load_tensors(self.path.parent / self.state["frozen"]["file"])
         for average in (KEY_ENCODER, AVERAGE):
             if any(name.startswith(average) for name in weights):
                 names = {source: average_of(source, average) for source in frozen}
@@ -108,12 +108,12 @@ class Checkpoint:
         exp_avg and exp_avg_sq of AdamW, which also steps what is no matrix of Muon; and `step`, how many steps AdamW
         has applied."""
         if MOMENTUM in self.state["sha256"]:
-            return states_of_momentum(load_file(self.path / MOMENTUM))
-        return load_file(self.path / OPTIMIZER)
+            return states_of_momentum(load_tensors(self.path / MOMENTUM))
+        return load_tensors(self.path / OPTIMIZER)
 
     def queue(self) -> dict[str, Tensor]:
         """The state of a `KeyQueue`; only for methods with a queue."""
-        return load_file(self.path / QUEUE)
+        return load_tensors(self.path / QUEUE)
 
     def check_data(self, manifest_sha256: str, remedy: str = "or give another --output") -> None:
         """Check that the shards are those it was trained on.

@@ -6,7 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -37,6 +37,7 @@ _WITHOUT = {  # what a data set without this split needs
 
 # Names become file names and prefixes of keys. No dot: webdataset ends a key at its first dot.
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
+HexColor = Annotated[str, StringConstraints(pattern=r"^#[0-9a-f]{6}$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -165,12 +166,19 @@ class TrainedData:
         classes: their names, in the order of the logits.
         class_counts: training images of each.
         mean, std: of the channels of its pixels, in the 0-1 range.
+        background: `#rrggbb` that the build put under transparent parts; None if it left them, or
+            if an older paco_ds built the shards.
     """
 
     classes: Sequence[str]
     class_counts: Sequence[int]
     mean: Sequence[float]
     std: Sequence[float]
+    background: str | None = None
+
+    def state(self) -> dict[str, Any]:
+        """Its entries in a checkpoint: no entry where there is no background."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 class Manifest(StrictModel):
@@ -190,6 +198,7 @@ class Manifest(StrictModel):
     classes: tuple[str, ...] = Field(min_length=1)
     mean: Mean
     std: Deviation
+    background: HexColor | None = None  # under transparent parts; not written where the build had none
     shots: Shots
     splits: dict[Name, Split] = Field(min_length=1)
 
@@ -245,7 +254,7 @@ class Manifest(StrictModel):
 
     def trained_data(self, train_split: str = "train") -> TrainedData:
         """What a checkpoint keeps of these shards."""
-        return TrainedData(self.classes, self.split(train_split).class_counts, self.mean, self.std)
+        return TrainedData(self.classes, self.split(train_split).class_counts, self.mean, self.std, self.background)
 
     def check_files(self, split_name: str) -> None:
         """Raise DataError unless every shard and index of the split exists in full size, by one listing.

@@ -41,13 +41,13 @@ def main(argv: list[str] | None = None) -> int:
             pyarrow()
         if not arguments.output.parent.is_dir():
             raise UserError(f"--output {arguments.output}: {arguments.output.parent} is no folder: make it first")
-    with joined(arguments) as (model, ranks, images):
+    with joined(arguments) as (model, ranks, images, left_out):
         import numpy as np
 
         from paco_ds.evaluation.predictor import Unreadable
 
         classes = {same_name(name): name for name in model.class_names}
-        progress, rows = Progress(images, ranks), list[tuple["ListedImage", "Prediction", str]]()
+        progress, rows = Progress(images, ranks, left_out), list[tuple["ListedImage", "Prediction", str]]()
         features = bytearray()  # grows in place: a stack of the rows would hold them twice
         for image, answer in in_order(images, model.batch, model.embed_stream, ranks):
             if isinstance(answer, Unreadable):

@@ -257,6 +257,7 @@ def _about(model: Predictor) -> dict[str, Any]:
         "size": model.view.size,
         "mean": channels(model, "mean"),
         "std": channels(model, "std"),
+        **({"background": model.background} if model.background else {}),
     }
 
 

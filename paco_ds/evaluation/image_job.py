@@ -6,7 +6,8 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from itertools import islice, tee
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from paco_ds.command import one_line_on_interrupt, report_user_errors
 from paco_ds.config.plugins import AllowCode
+from paco_ds.data.pack.source import by_ending
 from paco_ds.errors import UserError, printable
 from paco_ds.evaluation.images import WHAT
 
@@ -39,8 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @contextmanager
-def joined(arguments: argparse.Namespace) -> Iterator[tuple[Predictor, Ranks, Iterable[ListedImage]]]:
-    """(model, ranks, all images) of a command, of one rank or of those of a launcher; errors are lines.
+def joined(arguments: argparse.Namespace) -> Iterator[tuple[Predictor, Ranks, Iterable[ListedImage], Counter[str]]]:
+    """(model, ranks, all images, files of folders that are no images by ending) of a command, of one rank or of those
+    of a launcher; errors are lines. The files are counted while images are listed, on the first rank.
 
     Raises:
         UserError: the device cannot be used, or a place is not there.
@@ -55,18 +58,19 @@ def joined(arguments: argparse.Namespace) -> Iterator[tuple[Predictor, Ranks, It
         from paco_ds.evaluation.predictor import load
 
         model = load(arguments.run, weights=arguments.weights)
-        images: Iterable[ListedImage] = list_images(arguments.images, arguments.split)
+        left_out = Counter[str]()
+        images: Iterable[ListedImage] = list_images(arguments.images, arguments.split, left_out)
         if environment_ranks()[1] == 1:
             device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
             _move(model, device)
-            yield model, Ranks(0, 1, 0, model.device), images
+            yield model, Ranks(0, 1, 0, model.device), images, left_out
             return
         with RankWatchdog():
             ranks = join_job(None)
             _move(model, arguments.device or str(ranks.device))
             # one rank reads the list: standard input has one reader, and a folder may change
             images = ranks.gather_objects(list(images) if ranks.first else None)[0]
-            yield model, ranks, images
+            yield model, ranks, images, left_out
             leave_job()
 
 
@@ -106,9 +110,11 @@ class Progress:
 
     Args:
         images: all of them; their number is said if it is known.
+        left_out: number of files that are no images, by ending.
     """
 
-    def __init__(self, images: Iterable[ListedImage], ranks: Ranks) -> None:
+    def __init__(self, images: Iterable[ListedImage], ranks: Ranks, left_out: Mapping[str, int]) -> None:
+        self._left_out = left_out
         self._of = f" of {len(images):,}" if isinstance(images, Sequence) else ""
         self.read, self.unreadable, self._first = 0, 0, ranks.first
         self._began = self._said = time.monotonic()
@@ -128,13 +134,16 @@ class Progress:
         if output:
             figures = f"{self.read} images ({self._rate:.0f} a second), {self.unreadable} unreadable"
             self.say(f"written: {output}: {figures}")
+        if self._left_out:
+            self.say(f"left out, not images by their ending: {by_ending(self._left_out)}")
         return 0 if self.read else 1
 
     def require_images(self, places: Sequence[str]) -> None:
         """Raise UserError if there were none."""
         if not self.read + self.unreadable:
             where = ["standard input" if place == "-" else place for place in places]
-            raise UserError(f"no image was given: there is none in {', '.join(where)}")
+            others = f" (not images by their ending: {by_ending(self._left_out)})" if self._left_out else ""
+            raise UserError(f"no image was given: there is none in {', '.join(where)}{others}")
 
     def say(self, text: str) -> None:
         """A line on standard error, of the first rank."""

@@ -46,9 +46,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     with one_line_on_interrupt(), report_user_errors():
         _check(arguments)
-    with joined(arguments) as (model, ranks, images):
+    with joined(arguments) as (model, ranks, images, left_out):
         _set_temperature(model, arguments)
-        top, progress = min(arguments.top, len(model.class_names)), Progress(images, ranks)
+        top, progress = min(arguments.top, len(model.class_names)), Progress(images, ranks, left_out)
         with _writer(arguments.output, top) if ranks.first else nullcontext(lambda name, answer: None) as write:
             for image, answer in in_order(images, model.batch, lambda mine: model.stream(mine, top), ranks):
                 if isinstance(answer, tuple):

@@ -31,6 +31,7 @@ from paco_ds.config.data import DataSettings
 from paco_ds.config.load import load_recipe
 from paco_ds.config.views import EvalView
 from paco_ds.data.manifest import Manifest, TrainedData, open_data
+from paco_ds.data.pack.image_bytes import BadImage, Color, ending_of, filled, on_background
 from paco_ds.data.shard import BadSample, RawSample
 from paco_ds.data.stream.views import MakeViews, make_view
 from paco_ds.errors import CheckpointError, DataError
@@ -77,7 +78,8 @@ class Unreadable:
 class Predictor:
     """A trained model, the view that it was evaluated with, and the names of its classes.
 
-    Images are resized and cropped as in the run's evaluations, and the weights are those that gave its results.
+    Images are resized and cropped as in the run's evaluations, transparent parts are filled as in its shards, and the
+    weights are those that gave its results.
 
     Args:
         view: of evaluations.
@@ -85,6 +87,7 @@ class Predictor:
         batch: images that are run at a time.
         autocast: whether the model runs under bfloat16 autocast, as it was trained.
         digest: SHA-256 of the weights.
+        background: `#rrggbb` that the shards of the training had put under transparent parts.
 
     Attributes:
         temperature: that logits are divided by; 1 unless set.
@@ -103,9 +106,11 @@ class Predictor:
         batch: int,
         autocast: bool,
         digest: str = "",
+        background: str | None = None,
     ) -> None:
         self.backbone, self.class_names, self.view, self.batch = backbone, tuple(class_names), view, batch
         self.digest, self.temperature, self.max_pixels = digest, 1.0, max_pixels
+        self.background = background
         self.recogniser, self._autocast = model.eval(), autocast
         self._answer = Ensemble([(model, autocast)])
         self._make_views = MakeViews((make_view(view),), max_pixels)
@@ -197,8 +202,9 @@ class Predictor:
     def _view(self, number: int, image: Picture) -> tuple[View | Unreadable, str]:
         name = _name(image, number)
         try:
-            encoded = _encoded(image)
-            (view,) = self._make_views(RawSample(name, 0, "", encoded), np.random.default_rng(0))
+            color = _color(self.background)
+            encoded = _encoded(image, color)
+            (view,) = self._make_views(RawSample(name, 0, "", _filled(encoded, color)), np.random.default_rng(0))
         except BadSample as bad:
             return Unreadable(name, bad.reason), ""
         except OSError as error:
@@ -213,8 +219,8 @@ class Predictor:
 def load(run: str | os.PathLike[str], device: str | torch.device = "cpu", weights: Weights | None = None) -> Predictor:
     """The model of a run's results: its best weights if `evaluation.checkpoint` keeps them, else the newest.
 
-    Class names and the mean and deviation of pixels come from the checkpoint; of runs before 0.11, which do not have
-    them there, from the shards.
+    Class names, the mean and deviation of pixels and the background of transparent parts come from the checkpoint; of
+    runs before 0.11, which do not have them there, from the shards.
 
     Args:
         weights: `query`, `key` or `ema`; those of the run's `evaluation.weights` by default.
@@ -239,6 +245,7 @@ def load(run: str | os.PathLike[str], device: str | torch.device = "cpu", weight
         recipe.evaluation.batch,
         checkpoint.state["autocast"],
         checkpoint_digest(checkpoint, recipe.evaluation.weights),
+        data.background,
     ).to(device)
 
 
@@ -261,8 +268,26 @@ def _name(image: Picture, number: int) -> str:
     return os.fspath(image) if isinstance(image, str | os.PathLike) else f"image {number}"
 
 
-def _encoded(image: Picture) -> bytes:
-    """The bytes of an image file."""
+def _color(background: str | None) -> Color | None:
+    if background is None:
+        return None
+    red, green, blue = bytes.fromhex(background[1:])
+    return red, green, blue
+
+
+def _filled(encoded: bytes, color: Color | None) -> bytes:
+    """An image with the color under transparent parts, as the build of shards fills them; one that is damaged as it is,
+    since the decoder names the damage."""
+    if color is None:
+        return encoded
+    try:
+        return bytes(on_background(encoded, ending_of(encoded), color)[0])
+    except BadImage:
+        return encoded
+
+
+def _encoded(image: Picture, color: Color | None) -> bytes:
+    """The bytes of an image file; of pixels in memory, with the color under transparent parts."""
     if isinstance(image, ListedImage):
         return image.read()
     if isinstance(image, bytes):
@@ -270,6 +295,8 @@ def _encoded(image: Picture) -> bytes:
     if isinstance(image, str | os.PathLike):
         return Path(image).read_bytes()
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    if color is not None:
+        picture = filled(picture, color) or picture
     output = io.BytesIO()
     picture.convert("RGB").save(output, "PNG", compress_level=0)
     return output.getvalue()

@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -90,7 +90,7 @@ def import_published(
         "epoch": 0.0,
         "versions": versions(),
         "teacher_sha256": None,
-        "data": asdict(manifest.trained_data(split)),
+        "data": manifest.trained_data(split).state(),
         "imported": {
             "file": path.name,
             "sha256": sha256_file(weights_file(path)),

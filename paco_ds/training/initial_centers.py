@@ -20,6 +20,7 @@ from paco_ds.data.stream.load import Replaced
 from paco_ds.distributed.ranks import Ranks
 from paco_ds.errors import DataError, RecipeError
 from paco_ds.evaluation.split import EvaluationSplit
+from paco_ds.files import utf8_path
 from paco_ds.models.heads import CosineCenters
 from paco_ds.models.recogniser import Recogniser
 
@@ -105,7 +106,7 @@ def read_embeddings(path: Path, classes: Sequence[str], feature_dim: int) -> Ten
     if not path.is_file():
         raise RecipeError(f"{where}: there is no such file; give {CLASS_MEANS}, or a .safetensors file of embeddings")
     try:
-        with safe_open(path, framework="pt") as file:
+        with utf8_path(path) as place, safe_open(place, framework="pt") as file:
             rows = file.get_tensor(_TENSOR) if _TENSOR in list(file.keys()) else None
             names = json.loads((file.metadata() or {}).get(_NAMES, "null"))
     except (SafetensorError, OSError, ValueError, RecursionError) as error:

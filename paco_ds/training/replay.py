@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from paco_ds.checkpoint import MODEL, OPTIMIZER, QUEUE, write_tensors
 from paco_ds.checkpoint.read import MOMENTUM, states_of_momentum
+from paco_ds.checkpoint.tensors import load_tensors
 from paco_ds.config.load import load_recipe
 from paco_ds.config.parse import read_json
 from paco_ds.config.recipe import Recipe
@@ -148,9 +148,9 @@ def read_kept_step(folder: Path) -> KeptStep:
         about = read_json(folder / ABOUT, CheckpointError)
         recipe = load_recipe(folder / RECIPE)
         paths = [folder / f"micro-batch-{j:05d}.safetensors" for j in range(recipe.step.micro_batches)]
-        batches = [_micro_batch(load_file(path)) for path in paths]
+        batches = [_micro_batch(load_tensors(path)) for path in paths]
         digests = about["sha256"]
-        state = {name: load_file(folder / name) for name in (MODEL, OPTIMIZER, MOMENTUM, QUEUE) if name in digests}
+        state = {name: load_tensors(folder / name) for name in (MODEL, OPTIMIZER, MOMENTUM, QUEUE) if name in digests}
         read = [*state, *(path.name for path in paths)]
         damaged = [name for name in read if sha256_file(folder / name) != digests.get(name)]
     except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:

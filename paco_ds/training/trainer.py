@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -337,7 +337,7 @@ class Trainer:
 
     @property
     def _trained_data(self) -> dict[str, Any]:
-        return asdict(self.manifest.trained_data(self.recipe.data.train_split))
+        return self.manifest.trained_data(self.recipe.data.train_split).state()
 
     def save(self) -> None:
         """Copy all that a checkpoint holds; it is written while training goes on."""

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from paco_ds.checkpoint.tensors import load_tensors
 from paco_ds.config.parse import one_line
 from paco_ds.errors import RecipeError
 
@@ -56,7 +56,7 @@ def read_tensors(path: Path, where: str) -> Any:
         raise RecipeError(f"{where}: there is no such file")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return load_tensors(path)
         with torch.serialization.safe_globals([(_Placeholder, name) for name in _PLACEHOLDERS]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:  # torch's own text advises to read it unsafely

@@ -156,3 +156,20 @@ def test_command_says_the_revision(first: Manifest, tmp_path: Path, capsys: pyte
     root = str(images(tmp_path / "second", ant=4))
     assert main(["add", str(first.directory), "--source", "folder", "--root", root, "--workers", "1"]) == 0
     assert "revision 2; the previous manifest is kept beside it" in capsys.readouterr().out
+
+
+def test_another_background_is_refused(first: Manifest, tmp_path: Path) -> None:
+    """Transparent parts of a set have one color; a set without one has no word of it in its manifest."""
+    assert "background" not in (first.directory / "manifest.json").read_text()
+    assert "background" not in first.trained_data().state()
+    root = images(tmp_path / "second", bee=2)
+    white = changed(folder_card(root), background="white")
+    with pytest.raises(DataError, match=r"background #ffffff of second: .* has none in its manifest.*leave it out"):
+        add_images(first.directory, white, root, SMALL)
+    filled = build_shards(white, root, tmp_path / "filled", SMALL)
+    more = images(tmp_path / "third", bee=3)
+    with pytest.raises(DataError, match=r"has background #ffffff in its manifest, .* give --background '#ffffff'"):
+        add_images(filled.directory, folder_card(more), more, SMALL)
+    added = add_images(filled.directory, changed(folder_card(more), background="#FFFFFF"), more, SMALL)
+    assert added is not None
+    assert added.background == "#ffffff"

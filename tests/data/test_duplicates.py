@@ -1,11 +1,13 @@
 """Pictures in two splits: the same files are found when they are listed, the same pictures by `check --duplicates`."""
 
+import io
 import os
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from PIL import ExifTags, Image
 
 from paco_ds.data.manifest import load_manifest
 from paco_ds.data.pack.build_plan import select
@@ -146,3 +148,19 @@ def test_near_rows_are_those_of_all_pairs():
 def test_pairs_say_their_splits(shards):
     names = [(pairs.first, pairs.second) for pairs in find_duplicates(load_manifest(shards))]
     assert names == [("train", "train"), ("val", "val"), ("train", "val")]
+
+
+def test_a_photograph_turned_by_exif_or_with_16_bits_is_near_to_itself():
+    """Stored as the camera wrote it, and upright; as 8 bits and as 16."""
+    image = Image.fromarray(picture(3, 256)[:200])
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    turned, stored, gray, deep = (io.BytesIO() for _ in range(4))
+    image.save(turned, "JPEG", exif=exif)
+    image.transpose(Image.Transpose.ROTATE_270).save(stored, "JPEG")
+    image.convert("L").save(gray, "PNG")
+    Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(deep, "PNG")
+    for one, other in ((turned, stored), (gray, deep)):
+        hashes = [picture_hash(file.getvalue()) for file in (one, other)]
+        assert 0 not in hashes
+        assert (hashes[0] ^ hashes[1]).bit_count() <= 4

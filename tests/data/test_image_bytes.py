@@ -142,8 +142,23 @@ def test_shards_are_built_with_a_background_and_a_test_split(tmp_path: Path) -> 
         (folder / f"{number}.png").write_bytes(transparent("PNG", "RGBA"))
     card = changed(folder_card(tmp_path / "in"), background="white", test_share=0.2, validation_share=0.25)
     manifest = build_shards(card, tmp_path / "in", tmp_path / "out")
+    assert manifest.background == "#ffffff"
+    assert manifest.trained_data().state()["background"] == "#ffffff"
     assert {name: split.samples for name, split in manifest.splits.items()} == {"train": 6, "test": 2, "val": 2}
     sample = ShardReader(manifest.storage, manifest.split("test")).read(0)
     assert (decode(sample, 1000)[:, :4] == 255).all()
     with pytest.raises(DataError, match="test_share makes a split test out of train, but the card has a test already"):
         changed(card, splits={"train": {"folder": "train"}, "test": {"folder": "test"}})
+
+
+def test_the_transparent_value_of_16_bit_gray_has_the_background():
+    """Of a ramp that is cut to its upper 8 bits, and not clipped to white; the value is compared in 16 bits."""
+    ramp = np.arange(0, 65_536, 64, dtype=np.uint16).reshape(32, 32)
+    out = io.BytesIO()
+    Image.fromarray(ramp).save(out, "PNG", transparency=64)
+    filled, ending = on_background(out.getvalue(), "png", (9, 8, 7))
+    pixels = np.asarray(Image.open(io.BytesIO(filled)))
+    assert ending == "png"
+    assert tuple(pixels[0, 1]) == (9, 8, 7)
+    pixels = np.delete(pixels.reshape(-1, 3), 1, 0)
+    assert (pixels == np.delete(ramp.ravel() >> 8, 1)[:, None]).all()

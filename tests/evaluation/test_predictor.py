@@ -16,15 +16,17 @@ import torch
 from PIL import Image
 
 import paco_ds
-from paco_ds.checkpoint import chosen_checkpoint
+from paco_ds.checkpoint import Checkpoint, chosen_checkpoint
+from paco_ds.config.data import DataSettings
 from paco_ds.config.load import load_recipe
 from paco_ds.config.recipe import EvaluationSettings
-from paco_ds.data.manifest import open_data
+from paco_ds.data.manifest import load_manifest, open_data
 from paco_ds.distributed.ranks import Ranks
 from paco_ds.errors import CheckpointError, DataError, RecipeError
 from paco_ds.evaluation import embed, neighbours, temperature
 from paco_ds.evaluation.embeddings import load_embeddings
 from paco_ds.evaluation.predict import main
+from paco_ds.evaluation.predictor import _trained_data
 from paco_ds.evaluation.runner import load_recogniser
 from tests.commands import run_command
 from tests.damaged import copy_with_damage
@@ -311,3 +313,41 @@ def test_a_reader_that_leaves_ends_the_command_quietly(trained, monkeypatch, cap
             main([str(trained[0]), str(trained[1][0]), "--device", "cpu"])
     assert ended.value.code == 141
     assert capsys.readouterr().err == ""
+
+
+def test_transparent_parts_are_filled_as_in_the_shards_of_the_training(model, tmp_path, monkeypatch):
+    """Of files, bytes, arrays and PIL's; one without transparent parts is as before, a damaged one is named."""
+    pixels = np.random.default_rng(0).integers(0, 255, (12, 12, 4), dtype=np.uint8)
+    pixels[..., 3] = 255
+    pixels[:6, :, 3] = 0
+    picture, path = Image.fromarray(pixels), tmp_path / "a.png"
+    picture.save(path)
+    white = pixels[..., :3].copy()
+    white[:6] = 255
+    with_white, unfilled = model.probabilities([white, pixels[..., :3]])
+    assert not torch.equal(with_white, unfilled)
+    assert torch.equal(model.probabilities([path])[0], unfilled)
+    monkeypatch.setattr(model, "background", "#ffffff")
+    rows = model.probabilities([path, path.read_bytes(), pixels, picture])
+    assert all(torch.equal(row, with_white) for row in rows)
+    assert torch.equal(model.probabilities([pixels[..., :3]])[0], unfilled)
+    with pytest.raises(DataError, match=r"image 0 cannot be read \(truncated\)"):
+        model.predict([path.read_bytes()[:60]])
+
+
+@pytest.mark.parametrize("background", [None, "#102030"])
+def test_the_background_comes_from_the_checkpoint(striped_shards, background):
+    """Checkpoints without one, as all were before, are read as before."""
+    manifest = load_manifest(striped_shards).model_copy(update={"background": background})
+    state = {"data": json.loads(json.dumps(manifest.trained_data().state()))}
+    assert ("background" in state["data"]) == (background is not None)
+    data = _trained_data(Checkpoint(striped_shards, 0, state), DataSettings(shards="gone"))
+    assert data.background == background
+
+
+def test_a_run_is_read_from_a_folder_whose_name_is_not_utf_8(trained, tmp_path):
+    """safetensors opens paths of UTF-8 alone."""
+    run = tmp_path / os.fsdecode(b"caf\xe9")
+    shutil.copytree(trained[0], run)
+    images = trained[1][:2]
+    assert torch.equal(paco_ds.load(run).probabilities(images), paco_ds.load(trained[0]).probabilities(images))

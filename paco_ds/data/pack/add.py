@@ -87,6 +87,7 @@ def _plan(
 ) -> BuildPlan:
     if card.imbalance is not None:
         raise DataError("imbalance selects from a whole train split, not from added images: leave it out")
+    _refuse_another_background(before, card)
     source = select(card, read_source(card, Root(root, without=output), workers.map), options.seed)
     known = {same_name(name) for name in before.classes}
     classes = (*before.classes, *(name for name in source.classes if name not in known))
@@ -104,6 +105,18 @@ def _plan(
         )
     source = replace(source, classes=classes, splits=splits, notes=notes)
     return plan_of(card, source, output, options, first_shards, first_keys)
+
+
+def _refuse_another_background(before: Manifest, card: Card) -> None:
+    """Raise DataError if the card fills transparent parts otherwise than the shards do."""
+    if card.background_hex == before.background:
+        return
+    said = f"has background {before.background} in its manifest" if before.background else "has none in its manifest"
+    give = f"give --background '{before.background}'" if before.background else "leave it out"
+    raise DataError(
+        f"background {card.background_hex} of {card.name}: {before.storage.url} {said}, and a set has one: {give}, or "
+        f"build all images again"
+    )
 
 
 def _merged(before: Manifest, plan: BuildPlan, written: list[Written]) -> Manifest:

@@ -146,6 +146,11 @@ class Card(StrictModel):
         value = bytes.fromhex(named.get(self.background, self.background)[1:])
         return value[0], value[1], value[2]
 
+    @property
+    def background_hex(self) -> str | None:
+        """`background_color` as the manifest has it, `#rrggbb`."""
+        return None if self.background_color is None else f"#{bytes(self.background_color).hex()}"
+
 
 @cache
 def card_types() -> dict[str, type[Card]]:

@@ -14,7 +14,16 @@ from typing import Any
 
 from rich.table import Table
 
-from paco_ds.command import Screen, at_least, exit_status, report_error, report_interrupt, say, standard_output
+from paco_ds.command import (
+    Screen,
+    at_least,
+    exit_status,
+    report_error,
+    report_interrupt,
+    require_utf8_names,
+    say,
+    standard_output,
+)
 from paco_ds.config.plugins import allow_code, is_plugin
 from paco_ds.config.shipped import find_card
 from paco_ds.data.manifest import SHOTS, Manifest, load_manifest
@@ -32,6 +41,7 @@ from paco_ds.errors import DataError, UserError
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 success, 1 damage or duplicates found, 130 interrupted, or that of the error."""
     try:
+        require_utf8_names()
         with standard_output():
             arguments = _parser(_known_sources(argv)).parse_args(argv)
             code: int = arguments.command(arguments, Screen())

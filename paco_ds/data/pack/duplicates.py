@@ -14,8 +14,10 @@ import numpy.typing as npt
 from PIL import Image
 
 from paco_ds.command import Screen
+from paco_ds.data.exif import upright
 from paco_ds.data.manifest import Manifest, Split
 from paco_ds.data.pack.check import ShardOf, key_and_about, over_shards
+from paco_ds.data.pack.image_bytes import eight_bits
 from paco_ds.data.pack.source import some
 from paco_ds.data.pack.workers import Report
 from paco_ds.data.shard import BadSample, ShardReader
@@ -113,14 +115,14 @@ def _hash_shard(settings: tuple[Storage, dict[str, Split]], job: ShardOf, report
 
 
 def picture_hash(image: bytes) -> int:
-    """64 bits of the lowest frequencies of a picture in grey (`imagehash.phash`); 0 where it cannot be decoded or has
-    one colour only, so that it is near to nothing."""
+    """64 bits of the lowest frequencies of a picture, upright and in grey (`imagehash.phash`); 0 where it cannot be
+    decoded or has one colour only, so that it is near to nothing."""
     import imagehash
 
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(image)) as picture:
             picture.draft("L", (64, 64))  # a JPEG is decoded at an eighth of its size
-            bits = imagehash.phash(picture.convert("L")).hash.ravel()
+            bits = imagehash.phash(eight_bits(upright(picture)).convert("L")).hash.ravel()
     except (OSError, ValueError, Image.DecompressionBombError, SyntaxError):
         return 0
     plain = min(bits.sum(), (~bits).sum()) < _PLAIN

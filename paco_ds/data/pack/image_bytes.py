@@ -89,7 +89,7 @@ def colors_of(data: Encoded) -> np.ndarray:
     image = _opened(data, ending_of(data))
     with _as_bad_image():
         image.draft("RGB", (64, 64))
-        small = _eight_bits(image)
+        small = eight_bits(image)
         small.thumbnail((64, 64), Image.Resampling.BOX)
     return np.asarray(small)
 
@@ -106,7 +106,7 @@ def resized(data: Encoded, ending: str, short: int, quality: int) -> tuple[Encod
     size = (max(short, round(image.width * scale)), max(short, round(image.height * scale)))
     with _as_bad_image():
         image.draft("RGB", (2 * size[0], 2 * size[1]))  # JPEG decodes at a reduced scale, at least twice the target
-        small = _eight_bits(image).resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
+        small = eight_bits(image).resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
         out = io.BytesIO()
         upright(small).save(out, "JPEG", quality=quality)  # the new file has no EXIF orientation
     return out.getvalue(), "jpg"
@@ -118,20 +118,44 @@ def on_background(data: Encoded, ending: str, color: Color) -> tuple[Encoded, st
     Returns the bytes and their ending. Raises BadImage as `verify`.
     """
     image = _opened(data, ending)
-    if not (image.mode.endswith(("A", "a")) or "transparency" in image.info):
+    if not _may_be_transparent(image):
         return data, ending
     with _as_bad_image():
-        picture = upright(image).convert("RGBA")
-        if picture.getchannel("A").getextrema()[0] == 255:
+        whole = filled(upright(image), color)
+        if whole is None:
             return data, ending
-        whole = Image.new("RGBA", picture.size, (*color, 255))
-        whole.alpha_composite(picture)
         out = io.BytesIO()
-        whole.convert("RGB").save(out, "PNG")
+        whole.save(out, "PNG")
     return out.getvalue(), "png"
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
+def filled(image: Image.Image, color: Color) -> Image.Image | None:
+    """The image as RGB with a color under its transparent parts; None if it has none."""
+    if not _may_be_transparent(image):
+        return None
+    picture = _with_alpha(image)
+    if picture.getchannel("A").getextrema()[0] == 255:
+        return None
+    whole = Image.new("RGBA", picture.size, (*color, 255))
+    whole.alpha_composite(picture)
+    return whole.convert("RGB")
+
+
+def _may_be_transparent(image: Image.Image) -> bool:
+    return image.mode.endswith(("A", "a")) or "transparency" in image.info
+
+
+def _with_alpha(image: Image.Image) -> Image.Image:
+    """8-bit RGBA; the one value of 16-bit gray that a PNG calls transparent is compared before it is cut to 8 bits."""
+    if not image.mode.startswith("I"):
+        return image.convert("RGBA")
+    picture = eight_bits(image)
+    seen = np.where(np.asarray(image) == image.info["transparency"], 0, 255)
+    picture.putalpha(Image.fromarray(seen.astype(np.uint8)))
+    return picture
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
     """8-bit RGB; of 16-bit gray the upper byte is kept, where Pillow would clip to white."""
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")

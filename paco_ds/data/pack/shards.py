@@ -98,6 +98,7 @@ def build_share(
                 classes=plan.source.classes,
                 mean=card.mean,
                 std=card.std,
+                background=card.background_hex,
                 shots=card.shots,
                 listings=(plan.listing,),
                 splits=described,

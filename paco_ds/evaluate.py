@@ -118,8 +118,9 @@ def _report(
     if other is not None and len(other.classes) < (classes := len(images.manifest.classes)):
         of_all = f"{len(other.classes)} of the {classes} classes"
         say(f"{arguments.data} has {of_all}; predictions are among all of them")
-    if other is not None and other.background != (trained := images.manifest.background):
-        say(f"{arguments.data} has background {other.background}, the run's shards {trained}")
+    if other is not None and other.background != images.manifest.background:
+        here, there = images.manifest.background or "none", other.background or "none"
+        say(f"background under transparent parts: {there} in {arguments.data}, {here} in the run's shards")
     what = f"{recipe.name}, step {step}" if len(runs) == 1 else f"ensemble of {len(runs)} runs"
     Screen().print(accuracy.table(f"{what}, on {split}"))
     of_run = results_file(runs[0], split, recipe.evaluation.test_split, images.manifest, other)

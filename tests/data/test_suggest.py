@@ -15,8 +15,9 @@ from paco_ds.data.pack import suggest as suggest_module
 from paco_ds.data.pack.card import Imbalance, load_card
 from paco_ds.data.pack.command import main
 from paco_ds.data.pack.selection import long_tailed_counts
-from paco_ds.data.pack.suggest import WEIGHTS, Sampled, command_of, histogram, suggest
+from paco_ds.data.pack.suggest import WEIGHTS, Sampled, card_of, command_of, histogram, suggest
 from paco_ds.data.shard import ShardReader
+from paco_ds.data.storage import as_storage
 from paco_ds.data.stream.decode import decode
 
 PHOTOGRAPHS = Sampled(300, (0.4, 0.4, 0.4), (0.2, 0.2, 0.2))
@@ -155,3 +156,11 @@ def test_recipe_for_photographs_loads(damaged: Manifest, tmp_path: Path, monkeyp
     assert main(["suggest", str(damaged.directory), "--output", str(tmp_path / "out")]) == 0
     recipe = load_recipe(tmp_path / "out" / "recipe.yaml")
     assert (recipe.model.backbone, recipe.views.query.name, recipe.views.key.name) == ("resnet50", "randcls", "sim")
+
+
+@pytest.mark.parametrize("background", [None, "#ffffff"])
+def test_the_suggested_card_keeps_the_background(background: str | None) -> None:
+    """Shards packed again have no transparent parts left, and predictions need the color."""
+    manifest = manifest_of([30, 20]).model_copy(update={"background": background})
+    manifest._storage = as_storage("s3://bucket/shards")
+    assert card_of(manifest, suggest(manifest)).get("background") == background

@@ -208,6 +208,7 @@ def card_of(manifest: Manifest, suggestion: Suggestion) -> dict[str, Any]:
         "root": manifest.storage.url if not manifest.storage.is_local else str(manifest.directory.resolve()),
         "mean": list(suggestion.images.mean),
         "std": list(suggestion.images.std),
+        **({"background": manifest.background} if manifest.background else {}),
         "shots": manifest.shots.model_dump(),
         "splits": {name: {"tars": f"{name}-*.tar"} for name in manifest.splits},
     }

@@ -27,6 +27,15 @@ _SPLITS = {
     "testing": "test",
     "testset": "test",
 }
+_PARTS_OF_NAMES = _SPLITS | {
+    "trn": "train",
+    "tr": "train",
+    "dev": "val",
+    "tst": "test",
+    "te": "test",
+    "holdout": "test",
+}
+_PARTS_OF_NAMES |= dict.fromkeys(("fold", "folds", "split", "part"), "fold")
 _MISSING_VALUES = frozenset(("nan", "none", "null", "n/a", "na", "<na>", "nil"))
 _BESIDE_A_SPLIT = frozenset(("set", "data", "dataset", "images", "image", "imgs", "img", "seg", "split", ""))
 
@@ -57,15 +66,19 @@ def split_called(folder: str) -> str | None:
     return splits.pop() if len(splits) == 1 and others <= _BESIDE_A_SPLIT else None
 
 
+def split_in(name: str) -> str | None:
+    """The split, or `fold`, that a part of a name says: `cars_train`, `trainingData`, `tst`, `fold0`; None if none or
+    several do. A class may be called so too: no more than a hint."""
+    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)
+    splits = {_PARTS_OF_NAMES[word] for word in map(str.casefold, words) if word in _PARTS_OF_NAMES}
+    return splits.pop() if len(splits) == 1 else None
+
+
 def notes_on(classes: Iterable[str]) -> list[str]:
     """Lines on class names that may be mistakes: alike (`Cat` and `cat`, `03` and `3`), or missing values."""
-    alike = defaultdict(list)
-    for name in classes:
-        alike[_look(name)].append(name)
-    pairs = [" and ".join(map(repr, names)) for names in alike.values() if len(names) > 1]
     missing = [repr(name) for name in classes if name.casefold() in _MISSING_VALUES]
     return [
-        *([f"classes that look alike, and count as different: {_first(pairs)}"] if pairs else []),
+        *look_alike("classes", classes),
         *([f"classes called like a missing value: {', '.join(missing[:5])}"] if missing else []),
     ]
 
@@ -76,9 +89,23 @@ def most_alike(name: str, names: Sequence[str]) -> str | None:
     return next(same, None) or next(iter(difflib.get_close_matches(name[:100], names, 1, 0.8)), None)
 
 
+def look_alike(what: str, names: Iterable[str]) -> list[str]:
+    """A line on names that look alike, if any do; `what` says what they are the names of."""
+    first: dict[str, str] = {}
+    more: defaultdict[str, list[str]] = defaultdict(list)
+    for name in names:
+        look = _look(name)
+        if first.setdefault(look, name) != name:
+            more[look].append(name)
+    pairs = [" and ".join(map(repr, (first[look], *others))) for look, others in more.items()]
+    return [f"{what} that look alike, and count as different: {_first(pairs)}"] if pairs else []
+
+
 def _look(name: str) -> str:
     """A name without its case, spaces and what is not seen; a number by its value."""
-    seen = "".join(letter for letter in name.casefold() if unicodedata.category(letter) not in ("Cf", "Cc"))
+    seen = name.casefold()
+    if not (seen.isascii() and seen.isprintable()):
+        seen = "".join(letter for letter in seen if unicodedata.category(letter) not in ("Cf", "Cc"))
     if re.fullmatch(r"[0-9]+(\.0*)?", seen.strip()):
         return seen.strip().partition(".")[0].lstrip("0") or "0"
     return re.sub(r"[\s_-]+", " ", seen).strip()

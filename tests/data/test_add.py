@@ -151,6 +151,28 @@ def test_a_new_class_that_looks_like_an_old_one_is_said(
     assert "classes that look alike, and count as different: 'bee' and 'Bee'" in capsys.readouterr().out
 
 
+def test_new_classes_are_said(first: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder that is spelt otherwise makes one."""
+    root = str(images(tmp_path / "second", bees=1, emu=1))
+    assert main(["add", str(first.directory), "--source", "folder", "--root", root, "--workers", "1"]) == 0
+    assert "new classes, which the shards have not yet: bees\n" in capsys.readouterr().out
+
+
+def test_numbers_are_no_new_classes_of_shards_with_names(first: Manifest, tmp_path: Path) -> None:
+    """A list without --classes has labels alone."""
+    (images(tmp_path / "second", bee=1) / "t.txt").write_text("train/bee/0.png 0\n")
+    card = card_of_options({"source": "list", "root": str(tmp_path / "second"), "train": "t.txt"})
+    with pytest.raises(DataError, match=r"classes 0 are numbers, and those of .* are names: name them, as by"):
+        add_images(first.directory, card, tmp_path / "second", SMALL)
+
+
+def test_images_are_added_to_a_folder_and_not_to_a_manifest(first: Manifest) -> None:
+    """An old manifest is no place for new shards."""
+    place = first.directory / "manifest-1.json"
+    with pytest.raises(DataError, match=f"manifest-1.json is a manifest, .*: give {first.directory}$"):
+        add_images(place, folder_card(first.directory), first.directory, SMALL)
+
+
 def test_command_says_the_revision(first: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`build_shards.py add DIR --source folder --root ROOT`."""
     root = str(images(tmp_path / "second", ant=4))

@@ -201,6 +201,14 @@ def test_small_images_keep_their_bytes() -> None:
     assert resized(data, "png", 24, 90) == (data, "png")
 
 
+def test_strips_too_long_for_a_jpeg_keep_their_bytes() -> None:
+    """Such as a page of comics: a JPEG has at most 65,500 pixels a side."""
+    out = io.BytesIO()
+    Image.new("L", (8, 90_000)).save(out, "PNG")
+    assert resized(out.getvalue(), "png", 7, 90) == (out.getvalue(), "png")
+    assert resized(out.getvalue(), "png", 5, 90)[1] == "jpg"
+
+
 def test_rotation_in_exif_is_done_before_it_is_lost() -> None:
     """The new file says nothing of it, so its pixels must be upright."""
     half = Image.new("RGB", (80, 40), "black")

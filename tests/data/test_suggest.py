@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import braceexpand
 import numpy as np
 import pytest
 
@@ -138,6 +139,29 @@ def test_command_writes_a_card_and_a_recipe_that_load(
     assert main(["build", str(tmp_path / "out" / "card.yaml"), "--output", str(tmp_path / "again")]) == 0
     assert main(command) == 2
     assert "card.yaml exists" in capsys.readouterr().err
+
+
+def test_the_card_is_of_the_shards_of_the_manifest() -> None:
+    """`add` puts later ones beside them; a name of two lines would end a comment."""
+    manifest = manifest_of([3, 2])
+    (shard,) = manifest.split("train").shards
+    for numbers, pattern in (
+        ((0,), "train-00000.tar"),
+        ((0, 1, 2), "train-{00000..00002}.tar"),
+        ((9, 10), "train-{00009..00010}.tar"),
+        ((0, 2), "{train-00000,train-00002}.tar"),
+    ):
+        shards = [shard.model_copy(update={"name": f"train-{number:05d}"}) for number in numbers]
+        split = manifest.split("train").model_copy(update={"shards": tuple(shards)})
+        assert suggest_module._tars(split) == pattern
+        assert [*braceexpand.braceexpand(pattern)] == [each.file for each in shards]
+
+
+def test_a_name_of_two_lines_makes_a_card_that_can_be_read(damaged: Manifest, tmp_path: Path) -> None:
+    """It stands in a comment too."""
+    manifest = damaged.model_copy(update={"name": "birds\n2024"})
+    path, _ = suggest_module.write_files(manifest, suggest(damaged), tmp_path, overwrite=False)
+    assert load_card(path).name == "birds\n2024"
 
 
 def test_a_terminal_without_its_letters_is_no_error(damaged: Manifest, tmp_path: Path) -> None:

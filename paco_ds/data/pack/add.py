@@ -26,6 +26,7 @@ from paco_ds.data.pack.shards import (
     say_ignored,
     write_plan,
 )
+from paco_ds.data.pack.source import some
 from paco_ds.data.pack.workers import Workers
 from paco_ds.data.pack.write import Written
 from paco_ds.data.storage import Storage, as_storage
@@ -47,10 +48,15 @@ def add_images(
     file.
 
     Raises:
-        DataError: as `build_shards`; these images were added before; a new class has no training image.
+        DataError: as `build_shards`; these images were added before; a new class has no training image, or is a number
+            where the old ones are names.
     """
     console = console or Screen(quiet=True)
     output = as_storage(directory)
+    if output.url.endswith(".json"):
+        raise DataError(
+            f"{output.url} is a manifest, and images are added to the newest: give {output.parent()[0].url}"
+        )
     state = output.inside(STATE_FOLDER)
     with (
         rank.sole_builder(output),
@@ -90,9 +96,16 @@ def _plan(
     _refuse_another_background(before, card)
     source = select(card, read_source(card, Root(root, without=output), workers.map), options.seed)
     known = {same_name(name) for name in before.classes}
-    classes = (*before.classes, *(name for name in source.classes if name not in known))
+    new = [name for name in source.classes if name not in known]
+    if new and all(map(str.isdecimal, new)) and not any(map(str.isdecimal, before.classes)):
+        raise DataError(
+            f"the classes {some(new)} are numbers, and those of {output.url} are names: name them, as by --classes"
+        )
+    classes = (*before.classes, *new)
     said = {*source.notes, *notes_on(before.classes)}
     notes = [*source.notes, *(note for note in notes_on(classes) if note not in said)]
+    if new:
+        notes.append(f"new classes, which the shards have not yet: {some(new)}")
     label_of = {same_name(name): label for label, name in enumerate(classes)}
     relabel = np.array([label_of[name] for name in source.classes], np.int32)
     splits = {name: replace(samples, labels=relabel[samples.labels]) for name, samples in source.splits.items()}

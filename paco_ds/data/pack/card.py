@@ -218,6 +218,8 @@ def card_of_options(options: Mapping[str, str | None]) -> Card:
     shared = {"source", "root", "name", "license", *SPLIT_NAMES}
     given = {key: value for key, value in options.items() if value is not None}
     for key in given:
+        if key in ("root", *SPLIT_NAMES) and not given[key]:
+            raise DataError(f"--{key} is empty, such as an unset variable: give it a value, or leave it out")
         if key not in shared | set(kind.options):
             raise DataError(f"--source {source} does not take --{key.replace('_', '-')}")
     try:

@@ -23,15 +23,15 @@ def list_folders(
         notes: takes a line on each kind of thing that is left out.
 
     Raises:
-        DataError: a folder is that of two classes, or cannot be read.
+        DataError: a folder is that of two classes, or cannot be read; a link leads nowhere.
     """
     rows, walk = SamplesBuilder(), Walk(root.path / split if root.storage.is_local else None)
     for label, place in places:
         if root.storage.is_local and not walk.enters(str(root.path / place), class_folder=True):
             raise DataError(f"{root}/{place} is the folder of another class too: remove one of the two")
-        for name in sorted(_images(root.files(place, walk), ignored)):
+        for name in sorted(_images(root, root.files(place, walk), ignored)):
             rows.add(name, label)
-    if loose := _images(root.files_in(split), ignored):
+    if loose := _images(root, (f"{split}/{name}" for name in root.files_in(split)), ignored):
         notes.append(f"left out, images directly in {split} and in no class folder: {len(loose)}")
     if hidden := walk.hidden + root.hidden_in(split):
         notes.append(f"left out, hidden files and folders in {split}: {hidden}")
@@ -40,12 +40,16 @@ def list_folders(
     return rows.build()
 
 
-def _images(names: Iterable[str], ignored: Counter[str]) -> list[str]:
-    """The names of images, by their ending; the others are counted in `ignored`."""
+def _images(root: Root, names: Iterable[str], ignored: Counter[str]) -> list[str]:
+    """The names of images, by their ending; the others are counted in `ignored`.
+
+    A link that leads nowhere may be a folder that is not mounted; one with an image's ending is found missing later.
+    """
     images = []
     for name in names:
         if ending(name) in ENDINGS:
             images.append(name)
         else:
+            root.refuse_dangling(name)
             ignored[f".{ending(name)}" if ending(name) else "(no ending)"] += 1
     return images

@@ -18,6 +18,7 @@ from paco_ds.errors import printable
 
 # Largest image that is decoded, in pixels: a decompression bomb is a small file that fills memory.
 MAX_PIXELS = 178_956_970
+_LONGEST_JPEG = 65_500  # pixels of a side, by libjpeg
 Encoded = bytes | memoryview
 _PIL_FORMAT = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP"}
 _BMP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)  # their bytes: two letters alone begin other files too
@@ -95,7 +96,8 @@ def colors_of(data: Encoded) -> np.ndarray:
 
 
 def resized(data: Encoded, ending: str, short: int, quality: int) -> tuple[Encoded, str]:
-    """Shrink the shorter side to ``short`` pixels, as upright JPEG; the same bytes if it is not longer.
+    """Shrink the shorter side to ``short`` pixels, as upright JPEG; the same bytes if it is not longer, or if the other
+    side is too long for a JPEG after shrinking.
 
     Returns the bytes and their ending. Raises BadImage as `verify`.
     """
@@ -104,6 +106,8 @@ def resized(data: Encoded, ending: str, short: int, quality: int) -> tuple[Encod
         return data, ending
     scale = short / min(image.size)
     size = (max(short, round(image.width * scale)), max(short, round(image.height * scale)))
+    if max(size) > _LONGEST_JPEG:
+        return data, ending
     with _as_bad_image():
         image.draft("RGB", (2 * size[0], 2 * size[1]))  # JPEG decodes at a reduced scale, at least twice the target
         small = eight_bits(image).resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)

@@ -11,6 +11,7 @@ from typing import Any
 import ijson
 import numpy as np
 
+from paco_ds.data.pack.file_kinds import is_utf16, packed_as
 from paco_ds.data.pack.root import Root
 from paco_ds.errors import DataError
 
@@ -32,6 +33,7 @@ def read_lists(root: Root, file: str, takers: dict[str, Callable[[Any], None]]) 
         try:
             chunks = iter(lambda: stream.read(_CHUNK), b"")
             start = next(chunks, b"").removeprefix(codecs.BOM_UTF8)
+            _refuse_other_kinds(start, f"{root}/{file}")
             for chunk in chain((start,), chunks):
                 if nesting.too_deep(chunk):
                     raise DataError(f"{root}/{file} is not JSON of images: nested deep, or a text without end")
@@ -45,9 +47,21 @@ def read_lists(root: Root, file: str, takers: dict[str, Callable[[Any], None]]) 
             reason = " ".join(str(error).split())[:120]
             if "integer overflow" in reason:
                 raise DataError(f"{root}/{file} has a whole number above 2^63 - 1: number it anew") from error
+            if "UTF8" in reason:
+                raise DataError(
+                    f"{root}/{file} is not UTF-8 text: convert it, as with iconv -f LATIN1 -t UTF-8"
+                ) from error
             raise DataError(
                 f"{root}/{file} is not JSON ({reason}): copy it again; if NaN or Infinity stands there, write null"
             ) from error
+
+
+def _refuse_other_kinds(begin: bytes, place: str) -> None:
+    """Raise DataError, with the remedy, for what is compressed or UTF-16 by its first bytes."""
+    if packed := packed_as(begin):
+        raise DataError(f"{place} is {packed[0]}: {packed[1]}")
+    if is_utf16(begin):
+        raise DataError(f"{place} is UTF-16 text: convert it with iconv -f UTF-16 -t UTF-8")
 
 
 class _Nesting:

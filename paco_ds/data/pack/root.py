@@ -115,12 +115,19 @@ class Root:
             raise DataError(
                 f"{self.storage.place(folder)} has no folder: images must lie in one folder per class{hint}"
             )
-        for name in found if self.storage.is_local else ():
-            if not os.path.exists(place := self.storage.place(f"{folder}/{name}")):
-                raise DataError(
-                    f"{place} is a link to {os.readlink(place)}, which is missing: mount or copy it, or remove the link"
-                )
+        for name in found:
+            self.refuse_dangling(f"{folder}/{name}")
         return found
+
+    def refuse_dangling(self, name: str) -> None:
+        """Raise DataError if a local file or folder is a link that leads nowhere: a disk may not be mounted."""
+        if not self.storage.is_local:
+            return
+        place = self.storage.place(name)
+        if os.path.islink(place) and not os.path.exists(place):
+            raise DataError(
+                f"{place} is a link to {os.readlink(place)}, which is missing: mount or copy it, or remove the link"
+            )
 
     def folders_in(self, folder: str) -> list[str]:
         """Names of the folders in a folder, sorted, without hidden ones and that of the shards.

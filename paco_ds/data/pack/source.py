@@ -6,13 +6,13 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Protocol, overload
+from typing import Protocol
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 
-from paco_ds.data.names import notes_on, same_name
+from paco_ds.data.names import notes_on
 from paco_ds.data.pack.image_bytes import BadImage, Encoded
 from paco_ds.data.pack.root import MapOver, Root
 from paco_ds.data.pack.samples import MISSING, Names, Samples, SamplesBuilder
@@ -142,13 +142,23 @@ class Source:
         return by_ending(self.ignored)
 
     def checked(self, look_up: MapOver = map) -> Source:
-        """The source with file sizes looked up; missing, empty and repeated images move to `bad`."""
+        """The source with file sizes looked up; missing, empty and repeated images move to `bad`.
+
+        Raises:
+            DataError: all images of a split are missing.
+        """
         splits, bad, notes = {}, list(self.bad), [*self.notes, *notes_on(self.classes)]
         for name, samples in self.splits.items():
             several: list[int] = []
             if isinstance(self.images, Files):
                 samples = samples.sized(*self.images.root.sizes(samples.names, look_up))
                 samples, respelled, several = _as_on_disk(samples, self.images.root)
+                if len(samples) and (samples.sizes == MISSING).all():
+                    first = samples.names.text(0)
+                    raise DataError(
+                        f"none of the {len(samples):,} images of {name} is there, such as {first}: give as --root the "
+                        f"folder to which these paths are relative, instead of {self.images.root}"
+                    )
                 if respelled:
                     notes.append(
                         f"{name}: {len(respelled)} names have another Unicode form on disk (NFC, NFD) and were "
@@ -198,26 +208,10 @@ def _as_on_disk(samples: Samples, root: Root) -> tuple[Samples, list[str], list[
     return replace(samples, names=names, sizes=sizes, stamps=stamps), [samples.names[row] for row in rows], several
 
 
-@overload
-def class_names(given: tuple[str, ...] | str, root: Root) -> tuple[str, ...]: ...
-@overload
-def class_names(given: tuple[str, ...] | str | None, root: Root) -> tuple[str, ...] | None: ...
-def class_names(given: tuple[str, ...] | str | None, root: Root) -> tuple[str, ...] | None:
-    """The class names of a card: listed there, or in a text file with one name per line."""
-    if not isinstance(given, str):
-        return None if given is None else tuple(map(same_name, given))
-    with root.open(given, "the file of class names") as file:
-        try:
-            names = tuple(line.strip() for line in file.read().decode("utf-8-sig").splitlines())
-        except UnicodeDecodeError as error:
-            raise DataError(f"{root}/{given} is not UTF-8 text ({error.reason} at byte {error.start})") from error
-    names = tuple(map(same_name, names))
-    if not names or "" in names:
-        raise DataError(f"{root}/{given} must have a class name on each line and no empty line")
-    repeated = [name for name, count in Counter(names).items() if count > 1]
-    if repeated:
-        raise DataError(f"{root}/{given} names {some(repeated)} more than once")
-    return names
+def refuse_labels_from_one(splits: Mapping[str, Samples], place: str) -> None:
+    """Raise DataError if labels without a list of classes count from 1: class 0 would have no training image."""
+    if "train" in splits and min((int(s.labels.min()) for s in splits.values() if len(s)), default=0) == 1:
+        raise DataError(f"the labels of {place} count from 1, and here from 0: subtract 1 from each")
 
 
 def label_in(text: str, limit: int, where: str) -> int:

@@ -22,7 +22,7 @@ import numpy as np
 import yaml
 
 import paco_ds
-from paco_ds.data.manifest import Manifest
+from paco_ds.data.manifest import Manifest, Split
 from paco_ds.data.pack.image_bytes import BadImage, colors_of, size_of
 from paco_ds.data.shard import BadSample, ShardReader
 from paco_ds.errors import DataError
@@ -210,8 +210,19 @@ def card_of(manifest: Manifest, suggestion: Suggestion) -> dict[str, Any]:
         "std": list(suggestion.images.std),
         **({"background": manifest.background} if manifest.background else {}),
         "shots": manifest.shots.model_dump(),
-        "splits": {name: {"tars": f"{name}-*.tar"} for name in manifest.splits},
+        "splits": {name: {"tars": _tars(split)} for name, split in manifest.splits.items()},
     }
+
+
+def _tars(split: Split) -> str:
+    """The pattern of a split's own tars: `add` puts later ones beside them."""
+    names = [shard.name for shard in split.shards]
+    ends = [name.removeprefix(f"{split.name}-") for name in names]
+    if len(names) == 1:
+        return split.shards[0].file
+    first = int(ends[0]) if ends[0].isdecimal() else 0
+    in_order = ends == [f"{number:0{len(ends[0])}d}" for number in range(first, first + len(ends))]
+    return f"{split.name}-{{{ends[0]}..{ends[-1]}}}.tar" if in_order else f"{{{','.join(names)}}}.tar"
 
 
 def recipe_of(manifest: Manifest, suggestion: Suggestion, folder: Path) -> dict[str, Any]:
@@ -261,7 +272,10 @@ def write_files(manifest: Manifest, suggestion: Suggestion, folder: Path, overwr
         DataError: one exists, and `overwrite` is off.
     """
     content = {
-        "card.yaml": (f"# The shards of {manifest.name} as a source.\n", card_of(manifest, suggestion)),
+        "card.yaml": (
+            f"# The shards of {' '.join(manifest.name.split())} as a source.\n",
+            card_of(manifest, suggestion),
+        ),
         "recipe.yaml": (
             "".join(f"# {line}\n" for line in ("Suggested by paco-build-shards suggest:", *suggestion.reasons)),
             recipe_of(manifest, suggestion, folder),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from paco_ds.config.parse import parse_json
 from paco_ds.data.names import is_hidden, same_name, same_path
+from paco_ds.data.pack.file_kinds import LONGEST_MAGIC, is_archive, packed_as
 from paco_ds.data.pack.image_bytes import BadImage
 from paco_ds.data.pack.root import Root
 from paco_ds.data.pack.samples import SamplesBuilder
@@ -18,13 +19,6 @@ _MOST_ABOUT = 1 << 20  # bytes of a JSON member
 _TAIL = 1 << 20  # bytes read at a time of what follows the last member
 _SORT = "pack it sorted by name, so that the members of a sample lie beside each other (tar --sort=name)"
 _DOTS = "; a key ends at the first dot of a name: where names have dots before their ending, pack them without"
-_PACKED = (
-    (b"\x1f\x8b", "compressed by gzip", "unpack it with gunzip"),
-    (b"BZh", "compressed by bzip2", "unpack it with bunzip2"),
-    (b"\xfd7zXZ", "compressed by xz", "unpack it with unxz"),
-    (b"\x28\xb5\x2f\xfd", "compressed by zstd", "unpack it with unzstd"),
-    (b"PK\x03\x04", "a zip archive", "unpack it and pack its files as a tar"),
-)
 
 
 @dataclass
@@ -46,7 +40,8 @@ class TarScan:
         rows: a row for each sample.
         names: class names by label, as far as the tars give them.
         bad: samples without an image.
-        hidden: number of hidden members, which are left out.
+        hidden, first_hidden: number of hidden members, which are left out, and the name of the first.
+        archives: members that are archives themselves, which are not read.
     """
 
     root: Root
@@ -57,6 +52,8 @@ class TarScan:
     bad: list[BadImage]
     rows: SamplesBuilder = field(default_factory=SamplesBuilder)
     hidden: int = 0
+    first_hidden: str = ""
+    archives: list[str] = field(default_factory=list)
 
     def tar(self, tar: str) -> None:
         """Add the samples of a tar; DataError if it is damaged, since a reader would end at the place silently."""
@@ -78,7 +75,10 @@ class TarScan:
                         continue
                     if is_hidden(member.name):
                         self.hidden += 1
+                        self.first_hidden = self.first_hidden or member.name
                         continue
+                    if is_archive(member.name):
+                        self.archives.append(f"{tar}#{member.name}")
                     refuse_special(member, place)
                     folder, _, base = same_path(member.name).rpartition("/")
                     stem, _, suffix = base.partition(".")
@@ -97,12 +97,10 @@ class TarScan:
     def _refuse_packed(self, tar: str) -> None:
         """Raise DataError for a compressed tar or another archive, by its first bytes."""
         storage = self.root.storage
-        begin = storage.read_range(tar, 0, min(6, storage.size(tar)))
-        for magic, kind, remedy in _PACKED:
-            if begin.startswith(magic):
-                raise DataError(
-                    f"{storage.place(tar)} is {kind}, and images are read by their place in a tar: {remedy}"
-                )
+        if packed := packed_as(storage.read_range(tar, 0, min(LONGEST_MAGIC, storage.size(tar)))):
+            kind, remedy = packed
+            remedy += " and pack its files as a tar" if "archive" in kind else ""
+            raise DataError(f"{storage.place(tar)} is {kind}, and images are read by their place in a tar: {remedy}")
 
     def _member(
         self, archive: tarfile.TarFile, member: tarfile.TarInfo, suffix: str, sample: _Sample, place: str
@@ -160,7 +158,7 @@ class TarScan:
         if about is not None and not isinstance(about, dict):
             raise DataError(f"{where}: its .json is no object with keys, but {about!r:.60}")
         label, name = (about or {}).get(self.label_key), (about or {}).get(self.class_key)
-        written = None if sample.cls is None else sample.cls.decode("utf-8", "replace").strip()
+        written = None if sample.cls is None else sample.cls.decode("utf-8-sig", "replace").strip()
         number = None if written is None else label_in(written, LARGEST_LABEL, f"{where}: .cls")
         if label is None:
             label = number

@@ -9,9 +9,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from paco_ds.data.manifest import Name, StrictModel
-from paco_ds.data.names import same_name, same_path, split_called
+from paco_ds.data.names import same_name, split_called
 from paco_ds.data.pack.card import SPLIT_NAMES, Card
 from paco_ds.data.pack.class_folders import list_folders
+from paco_ds.data.pack.nested_folders import refuse_nested
 from paco_ds.data.pack.root import Root
 from paco_ds.data.pack.source import Files, Source, some
 from paco_ds.errors import DataError
@@ -66,9 +67,9 @@ class FolderCard(Card):
         """List the images of class folders; DataError if a split has a class folder that train has not."""
         found = {name: self._class_folders(root, split.folder) for name, split in self.splits.items()}
         first = "train" if "train" in found else next(iter(found))
+        notes = [] if self.classes else refuse_nested(root, self.splits[first].folder, list(found[first].values()))
         classes = tuple(map(same_name, self.classes or found[first]))
         origin = "the card" if self.classes else f"split {first}"
-        notes = []
         for name, folders in found.items():
             missing, extra = set(classes) - set(folders), set(folders) - set(classes)
             if extra or (missing and name == first):
@@ -87,38 +88,23 @@ class FolderCard(Card):
         return Source(classes, splits, Files(root), ignored, notes=notes + self._beside(root))
 
     def _class_folders(self, root: Root, folder: str) -> dict[str, str]:
-        """The class folders of a split by the names of their classes, sorted; DataError if they look like splits."""
+        """The class folders of a split by the names of their classes, sorted; DataError if called like splits."""
         found: dict[str, str] = {}
         for name in root.folders(folder, _CALLED_LIKE_A_SPLIT if split_called(folder) else ""):
             if same_name(name) in found:
                 raise DataError(f"{root}/{folder} has two folders called {name!r}, in two Unicode forms: rename one")
             found[same_name(name)] = name
-        if self.classes is None:
-            if called := [name for name in found if split_called(name)]:
-                raise DataError(
-                    f"{root}/{folder} holds {some(called)}, called like splits and not like classes: give them as "
-                    "--train, --val and --test, or name the classes in a card"
-                )
-            _refuse_splits_in(root, [f"{folder}/{name}" for name in found.values()])
+        if self.classes is None and (called := [name for name in found if split_called(name)]):
+            raise DataError(
+                f"{root}/{folder} holds {some(called)}, called like splits and not like classes: give them as "
+                "--train, --val and --test, or name the classes in a card"
+            )
         return dict(sorted(found.items()))
 
     def _beside(self, root: Root) -> list[str]:
         """A line on folders that lie beside those of the splits, if there are any."""
         used = [PurePosixPath(split.folder) for split in self.splits.values()]
-        if not root.storage.is_local or any(len(folder.parts) != 1 for folder in used):
+        if any(len(folder.parts) != 1 for folder in used):
             return []
         others = [name for name in root.folders_in(".") if PurePosixPath(name) not in used]
         return [f"left out, folders beside those of the splits: {some(others)}"] if others else []
-
-
-def _refuse_splits_in(root: Root, classes: list[str]) -> None:
-    """Raise DataError if every class folder holds folders called like splits: all of them would be one split."""
-    if not all(any(map(split_called, root.folders_in(name))) for name in classes):  # ends at the first, as a rule
-        return
-    first = root.storage.place(same_path(classes[0]))
-    if len(classes) == 1:
-        raise DataError(f"{first} holds splits, and would be the only class: give it as --root")
-    raise DataError(
-        f"{first} holds splits, as all class folders do: arrange them as train/CLASS and val/CLASS, or name the "
-        "classes in a card if they are none"
-    )

@@ -12,9 +12,10 @@ from pydantic import Field, StrictStr
 
 from paco_ds.data.manifest import Name, StrictModel
 from paco_ds.data.pack.card import CLASSES_FILE, Card, Option
+from paco_ds.data.pack.class_list import class_names
 from paco_ds.data.pack.root import Root
 from paco_ds.data.pack.samples import SamplesBuilder
-from paco_ds.data.pack.source import Arrays, Pixels, Source, add_array, class_names
+from paco_ds.data.pack.source import Arrays, Pixels, Source, add_array
 from paco_ds.errors import DataError
 
 _UINT8 = 0x08
@@ -47,7 +48,8 @@ class IdxCard(Card):
 
     def list_images(self, root: Root) -> Source:
         """List the images of IDX files; DataError if they are malformed or a label has no class."""
-        classes = class_names(self.classes, root)
+        notes: list[str] = []
+        classes = class_names(self.classes, root, notes)
         splits = {}
         for name, files in self.splits.items():
             images, labels = load_idx(root, files.images), load_idx(root, files.labels)
@@ -63,7 +65,7 @@ class IdxCard(Card):
             rows = SamplesBuilder()
             add_array(rows, files.images, labels, images[0].nbytes if len(images) else 0)
             splits[name] = rows.build()
-        return Source(classes, splits, Arrays(root, load_idx))
+        return Source(classes, splits, Arrays(root, load_idx), notes=notes)
 
 
 def read_idx(path: Path) -> Pixels:

@@ -5,6 +5,7 @@ The JSON of 2021 has 2.7 million images, so files are parsed as streams and kept
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections import Counter
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from paco_ds.data.manifest import Name, StrictModel
 from paco_ds.data.names import same_name, same_path
 from paco_ds.data.pack.card import Card
 from paco_ds.data.pack.class_folders import list_folders
+from paco_ds.data.pack.class_list import refuse_swapped
 from paco_ds.data.pack.json_lists import read_lists
 from paco_ds.data.pack.root import Root, require_inside
 from paco_ds.data.pack.samples import Names, Samples, SamplesBuilder
@@ -56,7 +58,7 @@ class INaturalistCard(Card):
 
     @classmethod
     def split_of(cls, page: str) -> dict[str, Any]:
-        return {"annotations": page} if page.endswith(".json") else {"folder": page}
+        return {"annotations": page} if re.search(r"\.json(\.[a-z0-9]+)?$", page, re.IGNORECASE) else {"folder": page}
 
     def list_images(self, root: Root) -> Source:
         """List the images; labels follow the category ids."""
@@ -74,6 +76,8 @@ class INaturalistCard(Card):
             for i in ids:
                 _refuse_renamed(i, first.categories[i], first.where, page.categories[i], page.where)
         names = _categories(root, self.categories) if self.categories else first.categories
+        listed = {i: names[i] for i in ids if i in names}
+        refuse_swapped(listed, first.categories, f"{root}/{self.categories}", first.where, "category")
         nameless = [str(i) for i in ids if i not in names]
         if nameless:
             raise DataError(f"{root}/{self.categories} has no name for category {some(nameless)}")
@@ -181,6 +185,10 @@ def _take_category(names: dict[int, str], entry: Any, where: str) -> None:
 
 def _field(where: str, entry: Any, part: str, key: str, kind: type | UnionType) -> Any:
     value = entry.get(key) if isinstance(entry, dict) else None
+    if kind is int and isinstance(value, str) and value.strip():
+        raise DataError(
+            f"{where}: {part} has the {key} {value!r:.40}, a text: write it as a whole number without quotes"
+        )
     if not isinstance(value, kind) or isinstance(value, bool) or not str(value).strip():
         raise DataError(f"{where}: {part} has an entry without {key}: {entry!r:.80}")
     return value
@@ -206,6 +214,13 @@ def _read_folders(card: INaturalistCard, root: Root) -> Source:
             _refuse_renamed(category, before, f"split {split}", called, f"split {name}")
     ids = sorted(first)
     known = _categories(root, card.categories) if card.categories else {}
+    refuse_swapped(
+        {i: known[i] for i in ids if i in known},
+        {i: first[i][0] for i in ids},
+        f"{root}/{card.categories}",
+        "the folders",
+        "category",
+    )
     names = {i: known.get(i) or first[i][0] for i in ids}
     ignored: Counter[str] = Counter()
     splits, notes = {}, list[str]()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import os
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any, BinaryIO, ClassVar, Literal
 
@@ -11,11 +13,12 @@ import numpy as np
 from pydantic import BeforeValidator, Field, StrictStr
 
 from paco_ds.data.manifest import Name, StrictModel
-from paco_ds.data.names import same_name, same_path
+from paco_ds.data.names import look_alike, same_name, same_path
 from paco_ds.data.pack.card import CLASSES_FILE, Card, Option
+from paco_ds.data.pack.class_list import class_names, without_number
 from paco_ds.data.pack.root import Root, require_inside
 from paco_ds.data.pack.samples import Samples, SamplesBuilder
-from paco_ds.data.pack.source import DIGITS, LARGEST_LABEL, Files, Source, class_names, label_in, some
+from paco_ds.data.pack.source import DIGITS, LARGEST_LABEL, Files, Source, label_in, refuse_labels_from_one, some
 from paco_ds.errors import DataError
 
 
@@ -41,13 +44,15 @@ class ListCard(Card):
 
     def list_images(self, root: Root) -> Source:
         """Lists as ImageNet-LT, Places-LT and iNaturalist18 publish them: `path label`, labels from 0."""
-        classes = class_names(self.classes, root)
+        notes: list[str] = []
+        classes = class_names(self.classes, root, notes)
         limit = len(classes) if classes is not None else LARGEST_LABEL
         splits = {name: _read_list(root, split.list, limit) for name, split in self.splits.items()}
         if classes is None:
+            refuse_labels_from_one(splits, f"{root}/{next(iter(self.splits.values())).list}")
             largest = max((int(samples.labels.max()) for samples in splits.values() if len(samples)), default=-1)
             classes = tuple(str(label) for label in range(largest + 1))
-        return Source(classes, splits, Files(root))
+        return Source(classes, splits, Files(root), notes=notes)
 
 
 class CsvSplit(StrictModel):
@@ -88,7 +93,8 @@ class CsvCard(Card):
     def list_images(self, root: Root) -> Source:
         """CSV files with a header. A label is a class name; with ``classes`` given it may be an index into them, unless
         one of their names is a number."""
-        labels = _Labels(class_names(self.classes, root))
+        notes: list[str] = []
+        labels = _Labels(class_names(self.classes, root, notes), numbered=bool(notes))
         groups: dict[str, int] = {}
         splits = {
             name: _read_rows(
@@ -100,7 +106,8 @@ class CsvCard(Card):
         relabelled = {
             name: Samples(s.names, order[s.labels], s.sizes, s.stamps, s.places, s.groups) for name, s in splits.items()
         }
-        return Source(names, {name: relabelled[name] for name in self.splits}, Files(root))
+        notes += look_alike(f"groups of {self.group_column}", groups)
+        return Source(names, {name: relabelled[name] for name in self.splits}, Files(root), notes=notes)
 
 
 def _read_list(root: Root, file: str, limit: int) -> Samples:
@@ -123,14 +130,16 @@ def _read_list(root: Root, file: str, limit: int) -> Samples:
 class _Labels:
     """Class names read so far; fixed if the card gives them."""
 
-    def __init__(self, given: tuple[str, ...] | None) -> None:
-        self._given = given
+    def __init__(self, given: tuple[str, ...] | None, numbered: bool) -> None:
+        self._given, self._numbered = given, numbered  # the file of names was numbered: a label may be a line of it
         self._number = {name: label for label, name in enumerate(given or ())}
         # of classes 1, 2, 3 the label 1 could be the first or the second: only their names count then
         self._numeric = any(name.isdecimal() for name in given or ())
 
     def find(self, text: str, where: str, may_add: bool) -> int:
         number = self._number.get(text)
+        if number is None and self._numbered:
+            number = self._number.get(without_number(text))
         if number is not None:
             return number
         if self._given is None and may_add:
@@ -162,6 +171,9 @@ def _read_rows(
         reader = csv.reader(_lines(stream, place), delimiter=card.delimiter, strict=True)
         try:
             header = [name.strip() for name in next(reader, [])]
+            if header and (mark := re.fullmatch(r"sep=(.?)", card.delimiter.join(header).strip())):
+                _refuse_other_mark(mark[1], card.delimiter, place)
+                header = [name.strip() for name in next(reader, [])]
             path_at = _column(header, card.path_column, "path_column", place)
             label_at = _column(header, card.label_column, "label_column", place)
             group_at = _column(header, card.group_column, "group_column", place) if card.group_column else None
@@ -171,11 +183,15 @@ def _read_rows(
                 where = f"{place}, line {reader.line_num}"
                 if len(row) != len(header):
                     raise DataError(f"{where} has {len(row)} fields, the header has {len(header)}")
-                path, label = row[path_at].strip(), row[label_at].strip()
+                path, label = (_field(row, at, header, where) for at in (path_at, label_at))
                 if not path or not label:
                     raise DataError(f"{where}: {card.label_column if path else card.path_column} is empty")
-                group = None if group_at is None else _group(row[group_at], groups, f"{where}: {card.group_column}")
-                rows.add(same_path(path), labels.find(same_name(label), where, may_add), group=group)
+                group = (
+                    None
+                    if group_at is None
+                    else _group(_field(row, group_at, header, where), groups, f"{where}: {card.group_column}")
+                )
+                rows.add(_path(root, path), labels.find(same_name(label), where, may_add), group=group)
         except csv.Error as error:
             raise DataError(f"{place}, line {reader.line_num}: no CSV, {error}") from error
     if not len(rows):
@@ -183,9 +199,33 @@ def _read_rows(
     return rows.build()
 
 
+def _field(row: list[str], at: int, header: list[str], where: str) -> str:
+    """A field without spaces around it; DataError if it has a line end, as after a quote that is not closed."""
+    text = row[at].strip()
+    if "\n" in text or "\r" in text:
+        raise DataError(f"{where}: {header[at]} {text!r:.60} has a line end in it: close or remove a quote before it")
+    return text
+
+
+def _path(root: Root, path: str) -> str:
+    """`same_path`, but a path that goes back over a link stays as it is: the link leads to another folder."""
+    if ".." not in path:  # the usual case
+        return same_path(path)
+    parts = path.split("/")
+    over = ["/".join(parts[:at]) for at, part in enumerate(parts) if part == ".." and at]
+    linked = root.storage.is_local and any(os.path.islink(root.path / each) for each in over)
+    return path if linked else same_path(path)
+
+
+def _refuse_other_mark(mark: str, delimiter: str, place: str) -> None:
+    """Raise DataError if the first line of a CSV file, as Excel reads it, names another delimiter than the card."""
+    if mark not in ("", delimiter):
+        raise DataError(f"the fields of {place} are separated by {mark!r}, as its first line says: set delimiter to it")
+
+
 def _group(text: str, groups: dict[str, int], where: str) -> int:
     """The number of a group, the same for values that differ only in spaces around them or in Unicode's form."""
-    if not (value := same_name(text.strip())):
+    if not (value := same_name(text)):
         raise DataError(f"{where} is empty: give a row that is of no group a value of its own, such as its path")
     return groups.setdefault(value, len(groups))
 

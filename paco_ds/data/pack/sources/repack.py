@@ -16,10 +16,11 @@ from pydantic import Field, StrictStr
 from paco_ds.data.manifest import Name, StrictModel
 from paco_ds.data.names import is_hidden, same_path
 from paco_ds.data.pack.card import CLASSES_FILE, Card, Option
+from paco_ds.data.pack.class_list import class_names, refuse_swapped
 from paco_ds.data.pack.image_bytes import BadImage, Encoded
 from paco_ds.data.pack.root import Root
 from paco_ds.data.pack.samples import Samples
-from paco_ds.data.pack.source import Source, class_names
+from paco_ds.data.pack.source import Source, refuse_labels_from_one, some
 from paco_ds.data.pack.tar_scan import TarScan
 from paco_ds.data.storage import MissingFile
 from paco_ds.errors import DataError
@@ -123,10 +124,25 @@ class WebdatasetCard(Card):
                 notes.append(
                     f"left out, hidden members of the tars of {split} (such as macOS's ._ files): {scan.hidden}"
                 )
-        given = class_names(self.classes, root)
+            if scan.hidden and not len(scan.rows) and not bad:
+                raise DataError(
+                    f"all members of the tars of {split} are hidden, or lie below a hidden folder, the first "
+                    f"{scan.first_hidden}: pack them again from the folder that holds them"
+                )
+            if scan.archives:
+                notes.append(
+                    f"left out, archives in the tars of {split}, whose images are not read: {some(scan.archives)}; "
+                    "unpack them, or name those tars with the others"
+                )
+        given = class_names(self.classes, root, notes)
         largest = max((int(s.labels.max()) for s in splits.values() if len(s)), default=-1)
         if given is not None and largest >= len(given):
             raise DataError(f"label {largest} of the tars is out of range, the labels are 0 to {len(given) - 1}")
+        if given is None:
+            refuse_labels_from_one(splits, f"the tars of {root}")
+        else:
+            where = f"{root}/{self.classes}" if isinstance(self.classes, str) else "the card's list of classes"
+            refuse_swapped(dict(enumerate(given)), names, where, "the tars")
         classes = given or tuple(names.get(label, str(label)) for label in range(largest + 1))
         return Source(
             classes, splits, Members(root, tuple(sorted(marked, reverse=True))), bad=bad, notes=notes, tars=places

@@ -24,7 +24,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # a checkout need not be installed
 
 from paco_ds.command import Screen, one_line_on_interrupt, report_user_errors, say
-from paco_ds.config.load import load_recipe
+from paco_ds.config.load import load_recipe_of_run
 from paco_ds.config.plugins import AllowCode
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def _exclude_each_other(arguments: argparse.Namespace) -> str | None:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     with report_user_errors():  # mistakes in settings are reported before torch is loaded
-        recipes = [load_recipe(run / "recipe.yaml", arguments.set) for run in arguments.run]
+        recipes = [load_recipe_of_run(run, arguments.set) for run in arguments.run]
     # not at the top: loader processes read this file again, and need none of it
     from paco_ds.data.manifest import open_data
     from paco_ds.distributed.launch import join_job, leave_job

@@ -26,7 +26,7 @@ finally:
         ("paco_ds.train", ("--config", "demo", "--set", "step.micro_bach=3"), "nearest valid name: 'step.micro_batch'"),
         ("paco_ds.train", ("--set", "step.micro_bach=3"), "nearest valid name: 'step.micro_batch'"),
         ("paco_ds.train", ("--config", "demoo"), "no recipe demoo"),
-        ("paco_ds.evaluate", ("--run", "absent"), "no recipe absent/recipe.yaml"),
+        ("paco_ds.evaluate", ("--run", "absent"), "absent is not the run directory of a training"),
     ],
 )
 def test_a_typo_is_told_before_torch_is_loaded(module, arguments, told, tmp_path):

@@ -16,7 +16,7 @@ from paco_ds.config import shipped
 from paco_ds.config.parse import brief, parse_yaml, read_yaml
 from paco_ds.config.recipe import Recipe
 from paco_ds.config.views import TrainView
-from paco_ds.errors import RecipeError
+from paco_ds.errors import CheckpointError, RecipeError
 from paco_ds.files import is_url
 
 RENAMED = {"engine.max_refused": "engine.max_skipped"}  # {name until 0.8: name}
@@ -67,6 +67,18 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     if isinstance(tree.get("step"), dict):
         tree["step"].setdefault("reference_micro_batches", reference)
     return validate_recipe(tree, str(path), origin)
+
+
+def load_recipe_of_run(run: Path, overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe in a run directory.
+
+    Raises:
+        CheckpointError: it is not one.
+        RecipeError: as `load_recipe`.
+    """
+    if not (run / "recipe.yaml").is_file():
+        raise CheckpointError(f"{run} is not the run directory of a training: {run / 'recipe.yaml'} is missing")
+    return load_recipe(run / "recipe.yaml", overrides)
 
 
 def validate_recipe(tree: dict[str, Any], place: str, origin: dict[str, str] | None = None) -> Recipe:

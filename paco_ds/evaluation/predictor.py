@@ -28,13 +28,13 @@ from torch import Tensor
 
 from paco_ds.checkpoint import Checkpoint, chosen_checkpoint
 from paco_ds.config.data import DataSettings
-from paco_ds.config.load import load_recipe
+from paco_ds.config.load import load_recipe_of_run
 from paco_ds.config.views import EvalView
 from paco_ds.data.manifest import Manifest, TrainedData, open_data
 from paco_ds.data.pack.image_bytes import BadImage, Color, ending_of, filled, on_background
 from paco_ds.data.shard import BadSample, RawSample
 from paco_ds.data.stream.views import MakeViews, make_view
-from paco_ds.errors import CheckpointError, DataError
+from paco_ds.errors import DataError
 from paco_ds.evaluation.images import ListedImage
 from paco_ds.evaluation.runner import Ensemble, load_recogniser
 from paco_ds.evaluation.temperature import checkpoint_digest
@@ -230,9 +230,7 @@ def load(run: str | os.PathLike[str], device: str | torch.device = "cpu", weight
         DataError: a run of before 0.11 whose shards are not there.
     """
     run = Path(run)
-    if not (run / "recipe.yaml").is_file():
-        raise CheckpointError(f"{run} is not the run directory of a training: {run / 'recipe.yaml'} is missing")
-    recipe = load_recipe(run / "recipe.yaml", [f"evaluation.weights={weights}"] if weights else [])
+    recipe = load_recipe_of_run(run, [f"evaluation.weights={weights}"] if weights else [])
     checkpoint = chosen_checkpoint(run, recipe.evaluation.checkpoint)
     data = _trained_data(checkpoint, recipe.data)
     model = load_recogniser(checkpoint, recipe, data)

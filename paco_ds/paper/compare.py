@@ -23,7 +23,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from paco_ds.command import one_line_on_interrupt, report_user_errors, say
-from paco_ds.config.load import load_recipe
+from paco_ds.config.load import load_recipe_of_run
 from paco_ds.config.parse import brief, read_json
 from paco_ds.data.manifest import SHOTS
 from paco_ds.errors import DataError, UserError, printable
@@ -81,12 +81,10 @@ def read_finished_run(path: Path) -> Run:
     Raises:
         UserError: it is not a run, has no metrics.json yet, or a file of it is damaged.
     """
-    recipe_path, final_path = path / "recipe.yaml", path / "metrics.json"
-    if not recipe_path.is_file():
-        raise UserError(f"{path} is not the run directory of a training: {recipe_path} is missing")
+    recipe, final_path = load_recipe_of_run(path), path / "metrics.json"
     if not final_path.is_file():
         raise UserError(f"{final_path} is missing: the run is not finished; paco-evaluate --run {path} writes it")
-    recipe, final = load_recipe(recipe_path), read_json(final_path, DataError, "; evaluate the run again")
+    final = read_json(final_path, DataError, "; evaluate the run again")
     if not isinstance(final, dict):
         raise DataError(f"{final_path} holds {brief(final)}, not the mapping that a run writes")
     wrong = [g for g in GROUPS if not isinstance(final.get(g, ""), int | float | None)]

@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 
+from paco_ds import evaluate
 from paco_ds.data.manifest import load_manifest
 from paco_ds.data.storage import Storage
-from paco_ds.errors import DataError
+from paco_ds.errors import CheckpointError, DataError
 from paco_ds.evaluation.results import _folder_of, results_file
 from paco_ds.evaluation.split import class_index
 
@@ -84,3 +85,11 @@ def test_a_class_in_another_spelling_is_named_with_the_runs_own(striped_shards, 
         path.write_text((striped_shards / "manifest.json").read_text().replace('"class1"', f'"{spelling}"'))
         with pytest.raises(DataError, match=f"has the class '{spelling}', .*{remedy}.*or leave its images out"):
             class_index(load_manifest(tmp_path), trained)
+
+
+def test_a_folder_without_a_run_is_called_so(tmp_path, capsys):
+    """And not a recipe whose name is unknown."""
+    with pytest.raises(SystemExit) as end:
+        evaluate.main(["--run", str(tmp_path)])
+    assert end.value.code == CheckpointError.status
+    assert f"{tmp_path} is not the run directory of a training: " in capsys.readouterr().err

@@ -96,7 +96,7 @@ def about(runs: Sequence[Path], images: RunImages) -> dict[str, Any]:
 
 def _execution_of(run: Path) -> Any:
     """How the training was computed, of its metrics.json; None without one."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, AttributeError):  # a damaged file is replaced, not read
         return json.loads((run / "metrics.json").read_text(encoding="utf-8")).get("execution")
     return None
 

@@ -33,14 +33,11 @@ def _directory(path: str) -> str:
     return path
 
 
-DECIDED = ("nodes", "ntasks", "ntasks-per-node", "cpus-per-task", "gpus-per-node", "signal", "job-name", "nodelist")
-
-
 def _options(given: dict[str, str]) -> dict[str, str]:
-    if twice := [name for name in given if name in DECIDED]:
+    # what --expect-ranks would refuse at the start; others may be changed, as gpus-per-node to h100:8
+    if twice := [name for name in given if name in ("nodes", "ntasks", "ntasks-per-node")]:
         raise ValueError(
-            f"{twice[0]} follows from the description itself (name, hosts or nodes, ranks_per_host, gpus, "
-            f"cores_per_rank): leave it out"
+            f"{twice[0]} follows from the description itself (hosts or nodes, and ranks_per_host): leave it out"
         )
     return given
 

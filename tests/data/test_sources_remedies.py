@@ -1,4 +1,4 @@
-"""What is not a list, a CSV, JSON or a tar as it should be is told by what it is, with the remedy that helps."""
+"""Messages about damaged lists, CSV files, JSON and tars: each names the fault and what to do."""
 
 import gzip
 import json

@@ -107,6 +107,8 @@ def test_a_batch_script_asks_for_the_ranks_and_for_the_warning(rendered):
     asked = {"nodes=2", "ntasks-per-node=8", "gpus-per-node=8", "signal=USR1@120", "requeue", "partition=gpu"}
     assert asked <= set(options)
     assert not any(option.startswith("nodelist") for option in options)
+    of_type = rendered("slurm", slurm={"gpus-per-node": "h100:8", "signal": "USR1@300"})
+    assert {"gpus-per-node=h100:8", "signal=USR1@300"} <= set(re.findall("^#SBATCH --(.*)$", of_type, re.MULTILINE))
 
 
 def test_a_jobset_starts_a_pod_a_host_and_ends_for_good_after_a_mistake(rendered):

@@ -126,14 +126,13 @@ def _same_files(root: Root, a: Samples, b: Samples) -> npt.NDArray[np.int64]:
 def _in_same_files(images: Images, a: Samples, b: Samples) -> npt.NDArray[np.int64]:
     """Rows of b in a file of many images, a tar or an array, that is one of a's by another name."""
 
-    def identities(samples: Samples) -> tuple[list[str], dict[str, tuple[int, int]]]:
-        files = [images.file_of(name) for name in samples.names]
-        return files, {file: _identity(os.stat(images.root.path / file)) for file in set(files)}
+    def identities(samples: Samples) -> dict[str, tuple[int, int]]:
+        return {f: _identity(os.stat(images.root.path / f)) for f in set(map(images.file_of, samples.names))}
 
-    (_, known), (files, own) = identities(a), identities(b)
-    elsewhere = {identity: file for file, identity in known.items()}
-    linked = {file for file, identity in own.items() if elsewhere.get(identity, file) != file}
-    return np.array([row for row, file in enumerate(files) if file in linked], np.int64)
+    elsewhere = {identity: file for file, identity in identities(a).items()}
+    linked = {file for file, identity in identities(b).items() if elsewhere.get(identity, file) != file}
+    rows = (row for row, name in enumerate(b.names) if images.file_of(name) in linked) if linked else ()
+    return np.fromiter(rows, np.int64)
 
 
 def _identity(file: os.stat_result) -> tuple[int, int]:

@@ -186,11 +186,9 @@ def _read_rows(
                 path, label = (_field(row, at, header, where) for at in (path_at, label_at))
                 if not path or not label:
                     raise DataError(f"{where}: {card.label_column if path else card.path_column} is empty")
-                group = (
-                    None
-                    if group_at is None
-                    else _group(_field(row, group_at, header, where), groups, f"{where}: {card.group_column}")
-                )
+                group = None
+                if group_at is not None:
+                    group = _group(_field(row, group_at, header, where), groups, f"{where}: {card.group_column}")
                 rows.add(_path(root, path), labels.find(same_name(label), where, may_add), group=group)
         except csv.Error as error:
             raise DataError(f"{place}, line {reader.line_num}: no CSV, {error}") from error

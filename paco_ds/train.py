@@ -120,7 +120,7 @@ class _StagePlanner:
         from paco_ds.planning.plan import find_data, make_plan, planned_stage  # loads torch's compiler
 
         planned, data = self.recipe.model_copy(update={"engine": chosen}), find_data(self.recipe.data, None, None)
-        plan = make_plan(planned, self.world_size, data, gpu_memory=gpu_memory, remedies=False)
+        plan = make_plan(planned, self.world_size, data, gpu_memory=gpu_memory)
         return planned_stage(plan)
 
 

@@ -51,117 +51,98 @@ class Exporter:
     ) -> None:
         registry = CollectorRegistry()
         self.registry = registry
-        of_job = registry if first else None
         self._phase, self._ended, self._total_steps = phase, "", 0
         self._first_step: tuple[int, float] | None = None
         self._server: MetricsServer | None = None
-        self._samples = Counter("paco_samples", "Training images processed by this rank.", registry=registry)
-        self._steps = Counter("paco_steps", "Optimizer steps, skipped ones included.", registry=registry)
-        self._skipped = Counter(
-            "paco_skipped_steps",
-            "Optimizer steps that were skipped: a value was not finite, or the gradient norm far off.",
-            registry=registry,
-        )
-        self._duration = Histogram(
-            "paco_step_duration_seconds",
-            "Wall time of an optimizer step, waiting for data included.",
-            registry=registry,
-            buckets=STEP_BUCKETS,
-        )
-        self._data_wait = Counter("paco_data_wait_seconds", "Time spent waiting for images.", registry=registry)
-        self._loss = Gauge("paco_loss", "Training loss of the last step.", registry=registry)
-        self._loss_parts = Gauge(
-            "paco_loss_part",
-            "Parts of the training loss of the last step, by name, for methods with several parts.",
-            ["part"],
-            registry=registry,
-        )
-        self._lr = Gauge("paco_learning_rate", "Learning rate of the last step.", registry=registry)
-        self._queue_fill = Gauge("paco_queue_fill_ratio", "Filled share of the key queue.", registry=registry)
-        self._grad_norm_ratio = Gauge(
-            "paco_grad_norm_ratio", "The gradient norm over its usual value in recent steps.", registry=registry
-        )
-        self._grad_norm = Gauge(
-            "paco_grad_norm", "L2 norm of the last step's gradient before clipping.", registry=registry
-        )
-        self._bad_samples = Counter(
-            "paco_bad_samples",
-            "Bad samples that were replaced.",
-            ["reason"],
-            registry=registry,
-        )
-        self._accuracy = Gauge(
-            "paco_shot_accuracy_ratio",
-            "Top-1 accuracy of the last evaluation of a split, by shot.",
-            ["split", "shot"],
-            registry=of_job,
-        )
-        self._experts = Gauge(
-            "paco_images_by_experts_ratio",
-            "Share of the images of the last evaluation that routers sent to this many experts.",
-            ["split", "experts"],
-            registry=of_job,
-        )
-        self._center_probability = Gauge(
-            "paco_center_probability",
-            "Probability of the label's center, by shot, in the last step with such an anchor.",
-            ["shot"],
-            registry=registry,
-        )
-        self._center_optimum = Gauge(
-            "paco_center_probability_optimum",
-            "Probability of the label's center at the loss's optimum, by shot.",
-            ["shot"],
-            registry=registry,
-        )
-        self._positive_probability = Gauge(
-            "paco_positive_probability",
-            "Probability of each positive (geometric mean), by shot, in the last step with such an anchor.",
-            ["shot"],
-            registry=registry,
-        )
-        self._positive_optimum = Gauge(
-            "paco_positive_probability_optimum",
-            "Probability of each positive at the loss's optimum, by shot.",
-            ["shot"],
-            registry=registry,
-        )
-        self._collective = Counter(
-            "paco_collective_bytes",
-            "Bytes this rank sent in collectives of paco_ds.",
-            ["op"],
-            registry=registry,
-        )
-        self._restarts = Counter("paco_restarts", "Restarts of the run, before this process too.", registry=of_job)
-        self._checkpoint = Counter(
-            "paco_checkpoint_blocked_seconds", "Time for which checkpoints blocked training.", registry=registry
-        )
-        self._last_step = Gauge(
-            "paco_last_step_timestamp_seconds",
-            "Unix time at which the last step ended; before the first, that of the start.",
-            registry=registry,
-        )
-        self._last_step.set_to_current_time()  # not 0: an alert would take the first step for 50 years late
-        self._step = Gauge("paco_step", "Optimizer steps of the job so far, including earlier runs.", registry=registry)
-        self._epoch = Gauge("paco_epoch", "Current epoch, counted from 0.", registry=registry)
-        self._images = Gauge("paco_images_per_second", "Images per second of all ranks, last step.", registry=of_job)
-        self._total = Gauge("paco_total_steps", "Optimizer steps of the whole run.", registry=of_job)
-        self._left = Gauge("paco_seconds_left", "Estimated seconds of training steps that are left.", registry=of_job)
-        self._saved = Gauge(
-            "paco_checkpoint_timestamp_seconds", "Unix time of the newest checkpoint; 0: none.", registry=of_job
-        )
-        self._saved_bytes = Gauge("paco_checkpoint_bytes", "Size of the newest checkpoint.", registry=of_job)
-        self._free_bytes = Gauge(
-            "paco_run_free_bytes",
-            "Free space of the run directory at the last save.",
-            registry=of_job,
-        )
+        self._add_steps_and_images()
+        self._add_loss()
+        self._add_job(registry if first else None)
         states = Gauge("paco_run_state", "1 for the state that this rank is in.", ["state"], registry=registry)
         for state in STATES:
             states.labels(state).set_function(partial(self._is_in, state))
         if device is not None and device.type == "cuda":
             self._show_memory(device)
         self._build = Info("paco_build", "Versions, method and world size.", registry=registry)
+
+    def _add_steps_and_images(self) -> None:
+        counter, gauge = partial(Counter, registry=self.registry), partial(Gauge, registry=self.registry)
+        self._samples = counter("paco_samples", "Training images processed by this rank.")
+        self._steps = counter("paco_steps", "Optimizer steps, skipped ones included.")
+        self._skipped = counter(
+            "paco_skipped_steps",
+            "Optimizer steps that were skipped: a value was not finite, or the gradient norm far off.",
+        )
+        self._duration = Histogram(
+            "paco_step_duration_seconds",
+            "Wall time of an optimizer step, waiting for data included.",
+            registry=self.registry,
+            buckets=STEP_BUCKETS,
+        )
+        self._data_wait = counter("paco_data_wait_seconds", "Time spent waiting for images.")
+        self._bad_samples = counter("paco_bad_samples", "Bad samples that were replaced.", ["reason"])
+        self._collective = counter("paco_collective_bytes", "Bytes this rank sent in collectives of paco_ds.", ["op"])
+        self._checkpoint = counter("paco_checkpoint_blocked_seconds", "Time for which checkpoints blocked training.")
+        self._step = gauge("paco_step", "Optimizer steps of the job so far, including earlier runs.")
+        self._epoch = gauge("paco_epoch", "Current epoch, counted from 0.")
+        self._last_step = gauge(
+            "paco_last_step_timestamp_seconds",
+            "Unix time at which the last step ended; before the first, that of the start.",
+        )
+        self._last_step.set_to_current_time()  # not 0: an alert would take the first step for 50 years late
+
+    def _add_loss(self) -> None:
+        gauge = partial(Gauge, registry=self.registry)
+        self._loss = gauge("paco_loss", "Training loss of the last step.")
+        self._loss_parts = gauge(
+            "paco_loss_part",
+            "Parts of the training loss of the last step, by name, for methods with several parts.",
+            ["part"],
+        )
+        self._lr = gauge("paco_learning_rate", "Learning rate of the last step.")
+        self._queue_fill = gauge("paco_queue_fill_ratio", "Filled share of the key queue.")
+        self._grad_norm_ratio = gauge("paco_grad_norm_ratio", "The gradient norm over its usual value in recent steps.")
+        self._grad_norm = gauge("paco_grad_norm", "L2 norm of the last step's gradient before clipping.")
+        self._center_probability = gauge(
+            "paco_center_probability",
+            "Probability of the label's center, by shot, in the last step with such an anchor.",
+            ["shot"],
+        )
+        self._center_optimum = gauge(
+            "paco_center_probability_optimum",
+            "Probability of the label's center at the loss's optimum, by shot.",
+            ["shot"],
+        )
+        self._positive_probability = gauge(
+            "paco_positive_probability",
+            "Probability of each positive (geometric mean), by shot, in the last step with such an anchor.",
+            ["shot"],
+        )
+        self._positive_optimum = gauge(
+            "paco_positive_probability_optimum",
+            "Probability of each positive at the loss's optimum, by shot.",
+            ["shot"],
+        )
+
+    def _add_job(self, registry: CollectorRegistry | None) -> None:
+        """Figures of the job as a whole; without a registry they are kept and not shown."""
+        gauge = partial(Gauge, registry=registry)
+        self._accuracy = gauge(
+            "paco_shot_accuracy_ratio",
+            "Top-1 accuracy of the last evaluation of a split, by shot.",
+            ["split", "shot"],
+        )
+        self._experts = gauge(
+            "paco_images_by_experts_ratio",
+            "Share of the images of the last evaluation that routers sent to this many experts.",
+            ["split", "experts"],
+        )
+        self._restarts = Counter("paco_restarts", "Restarts of the run, before this process too.", registry=registry)
+        self._images = gauge("paco_images_per_second", "Images per second of all ranks, last step.")
+        self._total = gauge("paco_total_steps", "Optimizer steps of the whole run.")
+        self._left = gauge("paco_seconds_left", "Estimated seconds of training steps that are left.")
+        self._saved = gauge("paco_checkpoint_timestamp_seconds", "Unix time of the newest checkpoint; 0: none.")
+        self._saved_bytes = gauge("paco_checkpoint_bytes", "Size of the newest checkpoint.")
+        self._free_bytes = gauge("paco_run_free_bytes", "Free space of the run directory at the last save.")
 
     @property
     def state(self) -> str:

@@ -1,10 +1,9 @@
-"""The plan of a recipe on a number of ranks: memory, traffic and steps, whether it fits, and what would make it fit."""
+"""The plan of a recipe on a number of ranks: memory, traffic and steps, and whether it fits."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass
 
 from paco_ds.config.data import DataSettings
 from paco_ds.config.recipe import Recipe
@@ -13,10 +12,10 @@ from paco_ds.data.storage import open_storage
 from paco_ds.data.stream.order import EpochOrder
 from paco_ds.data.stream.partition import held_bytes, micro_batches_ahead, shards_at_once
 from paco_ds.distributed.ranks import MicroBatchLayout, legal_world_sizes
-from paco_ds.errors import DataError, RecipeError, UserError
+from paco_ds.errors import DataError, UserError
 from paco_ds.models.execution import Hardware, choose
 from paco_ds.models.families import ImageSizes
-from paco_ds.planning.memory import Device, Memory, offloads, plan_memory, zero_settings
+from paco_ds.planning.memory import Device, Memory, plan_memory, zero_settings
 from paco_ds.planning.network import connections, open_files
 from paco_ds.planning.planned_rank import PlannedRank
 from paco_ds.planning.sizes import format_bytes
@@ -26,7 +25,6 @@ from paco_ds.training.engine import autocast_of, check_stage, read_deepspeed_con
 from paco_ds.training.initial_weights import check_files
 
 STAGES = (0, 1, 2, 3)
-SMALL_BUCKET = 20_000_000  # elements; DeepSpeed's default of 5e8 is 2 GB of float32
 OUTSIDE = 2**30  # of a GPU's memory: CUDA context, NCCL, cuDNN; not counted by torch's allocator
 GPU_CAPABILITY = (8, 0)  # assumed of the GPUs that a plan is for
 MARGIN = 0.15  # relative error of a plan
@@ -68,7 +66,6 @@ class Plan:
         open_files: shards that a rank's processes hold open; None without shards.
         verdict: "fits", "tight" (within the plan's margin of 15 %) or "does not fit", at the recipe's stage; None if
             no GPU memory was given.
-        remedies: settings that make it fit, the smallest change first.
     """
 
     recipe: Recipe
@@ -91,7 +88,6 @@ class Plan:
     images_per_second: float | None = None
     gpu_memory: int | None = None
     verdict: str | None = None
-    remedies: list[str] = field(default_factory=list)
 
     @property
     def seconds_per_epoch(self) -> float | None:
@@ -134,12 +130,8 @@ def make_plan(
     gpu_memory: int | None = None,
     images_per_second: float | None = None,
     device: Device = "cuda",
-    remedies: bool = True,
 ) -> Plan:
     """Plan a recipe on a number of ranks. What it leaves to `auto` is decided as for GPUs of compute capability 8.
-
-    Args:
-        remedies: look for what would make it fit; takes up to a minute more.
 
     Raises:
         RecipeError: the ranks cannot share the step's micro-batches (the legal numbers are named), the global batch is
@@ -170,7 +162,7 @@ def make_plan(
     elif recipe.engine.deepspeed == "auto" and device == "cuda":
         stage = 0 if gpu_memory is None or judge(memory[0].total, gpu_memory, device) == "fits" else 1
     verdict = None if gpu_memory is None else judge(memory[stage].total, gpu_memory, device)
-    plan = Plan(
+    return Plan(
         recipe=recipe,
         data=data,
         layout=layout,
@@ -192,9 +184,6 @@ def make_plan(
         gpu_memory=gpu_memory,
         verdict=verdict,
     )
-    if remedies and gpu_memory is not None and verdict != "fits":
-        plan.remedies.extend(_remedies(plan, config, gpu_memory))
-    return plan
 
 
 def planned_stage(plan: Plan) -> tuple[int, str]:
@@ -235,89 +224,3 @@ def _cache_bytes(data: Data, layout: MicroBatchLayout, window: int) -> int | Non
         return None
     shards = shards_at_once(data.shards, layout, window)
     return sum(sorted(data.shard_bytes, reverse=True)[:shards])
-
-
-def _remedies(plan: Plan, config: dict[str, Any], gpu_memory: int) -> list[str]:
-    """Settings that make it fit, of the first kind that works: another stage or smaller buckets; activation
-    checkpointing or autocast; both; smaller micro-batches."""
-    recipe, layout, device = plan.recipe, plan.layout, plan.device
-
-    def fits(total: int) -> bool:
-        return judge(total, gpu_memory, device) == "fits"
-
-    # compiled encoders cannot be partitioned, see paco_ds.models.execution
-    stages = [stage for stage in plan.memory if stage < 3 or not recipe.engine.compile]
-    found = [
-        f"ZeRO stage {stage}: engine.deepspeed=zero{stage}"
-        if recipe.engine.deepspeed == "auto"
-        else f'ZeRO stage {stage}: "stage": {stage}'
-        + (' without "offload_optimizer"' if stage == 0 and offloads(zero_settings(config)) else "")
-        + f' in "zero_optimization" of {recipe.engine.deepspeed}'
-        for stage in stages
-        if stage != plan.stage and fits(plan.memory[stage].total)
-    ]
-    counts = plan.data.class_counts
-    rank = PlannedRank(recipe, plan.trace, len(counts), layout)
-    for stage in stages[1:]:
-        zero = _small_buckets(config, stage)
-        if zero_settings(config, stage).reduce_bucket_size <= SMALL_BUCKET:
-            continue
-        if fits(plan_memory(rank, zero, device).total):
-            at = "" if stage == plan.stage else f' and "stage": {stage}'
-            found.append(f'"reduce_bucket_size": {SMALL_BUCKET}{at} in "zero_optimization" of the DeepSpeed JSON')
-            break
-    if found:
-        return found
-
-    def where(recomputed: bool, autocast: bool, micro_batch: int = recipe.step.micro_batch) -> str | None:
-        """A stage at which it fits with small buckets, preferring the recipe's."""
-        engine = {"activation_checkpointing": True, "compile": False} if recomputed else {}
-        sections = {
-            "engine": recipe.engine.model_copy(update=engine),
-            "step": recipe.step.model_copy(update={"micro_batch": micro_batch}),
-        }
-        changed = recipe.model_copy(update=sections)
-        try:
-            trace = trace_step(changed, counts, autocast)
-        except RecipeError:  # a backbone without activation checkpointing
-            if recomputed:
-                return None
-            raise
-        rank = PlannedRank(changed, trace, len(counts), replace(layout, micro_batch=micro_batch))
-        for stage in sorted(stages, key=lambda stage: stage != plan.stage):
-            if fits(plan_memory(rank, _small_buckets(config, stage), device).total):
-                return f"at ZeRO stage {stage}" + (f', "reduce_bucket_size": {SMALL_BUCKET}' if stage else "")
-        return None
-
-    recomputing = recipe.engine.activation_checkpointing
-    for ways in [(True, plan.autocast), (recomputing, True)], [(True, True)]:
-        for recomputed, autocast in ways:
-            if (recomputed, autocast) == (recomputing, plan.autocast):
-                continue
-            if place := where(recomputed, autocast):
-                found.append(f"{_way(plan, recomputed, autocast)} {place}")
-        if found:
-            return found
-    micro_batch = recipe.step.micro_batch
-    while micro_batch > 2:  # BatchNorm needs 2 images
-        micro_batch = (micro_batch + 1) // 2
-        if place := where(True, True, micro_batch):
-            way = " and ".join(filter(None, [f"step.micro_batch={micro_batch}", _way(plan, True, True)]))
-            return [f"{way} {place} (another model: BatchNorm and contrasts see {micro_batch})"]
-    return ["a smaller backbone, smaller images, or GPUs with more memory; no setting above is enough"]
-
-
-def _small_buckets(config: dict[str, Any], stage: int) -> Any:
-    block = config.get("zero_optimization", {}) | {"reduce_bucket_size": SMALL_BUCKET}
-    return zero_settings({"zero_optimization": block}, stage)
-
-
-def _way(plan: Plan, recomputed: bool, autocast: bool) -> str:
-    """Settings for recomputation and autocast that the plan does not have yet."""
-    engine = plan.recipe.engine
-    ways = []
-    if recomputed and not engine.activation_checkpointing:
-        ways.append("engine.activation_checkpointing=true" + " engine.compile=false" * bool(engine.compile))
-    if autocast and not plan.autocast:
-        ways.append("bfloat16 autocast (engine.precision=bfloat16)")
-    return " and ".join(ways)

@@ -47,6 +47,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     memory = parse_bytes(arguments.gpu_memory, "--gpu-memory") if arguments.gpu_memory else None
     from paco_ds.planning.plan import find_data, make_plan  # imports DeepSpeed, after the quick checks
     from paco_ds.planning.print_plan import as_json, print_plan
+    from paco_ds.planning.remedies import find_remedies
 
     plan = make_plan(
         recipe,
@@ -56,6 +57,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         images_per_second=arguments.images_per_second,
         device=arguments.device,
     )
+    remedies = find_remedies(plan)
     ways = []
     if arguments.gpu_rate is not None:
         from paco_ds.data.manifest import open_data
@@ -73,9 +75,9 @@ def _plan(arguments: argparse.Namespace) -> int:
         )
     if arguments.json:
         cores = {"cores_per_node": {way.name: way.cores for way in ways}} if ways else {}
-        say(json.dumps(as_json(plan) | cores))
+        say(json.dumps(as_json(plan, remedies) | cores))
     else:
-        print_plan(plan, Screen(width=arguments.width))
+        print_plan(plan, Screen(width=arguments.width), remedies)
         if ways:
             say("\n".join(ways_in_words(ways, arguments.gpu_rate, gpus, made_up=not plan.data.built)))
     return 1 if plan.verdict == "does not fit" else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
@@ -15,18 +16,18 @@ from paco_ds.planning.sizes import format_bytes
 from paco_ds.planning.traffic import Traffic
 
 
-def print_plan(plan: Plan, console: Screen) -> None:
-    """Print the plan; the verdict is last."""
+def print_plan(plan: Plan, console: Screen, remedies: Sequence[str] = ()) -> None:
+    """Print the plan; the verdict is last, with what `find_remedies` found."""
     console.print(_settings(plan))
     console.print(_memory(plan))
     console.print(_traffic(plan))
     if plan.connections:
         console.print(_network(plan))
-    for line in verdict_lines(plan):
+    for line in verdict_lines(plan, remedies):
         console.print(line, highlight=False, soft_wrap=True)
 
 
-def verdict_lines(plan: Plan) -> list[str]:
+def verdict_lines(plan: Plan, remedies: Sequence[str] = ()) -> list[str]:
     """The verdict and its remedies; empty if no GPU memory was given."""
     if plan.gpu_memory is None:
         return []
@@ -36,10 +37,10 @@ def verdict_lines(plan: Plan) -> list[str]:
         f"{plan.verdict.upper() if plan.verdict else ''}: stage {plan.stage} needs {format_bytes(needed)}{outside} of "
         f"{format_bytes(plan.gpu_memory)}"
     ]
-    return lines + [f"  would fit: {remedy}" for remedy in plan.remedies]
+    return lines + [f"  would fit: {remedy}" for remedy in remedies]
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
+def as_json(plan: Plan, remedies: Sequence[str] = ()) -> dict[str, Any]:
     """Plain values: bytes, seconds, counts."""
     recipe, layout = plan.recipe, plan.layout
     return {
@@ -77,7 +78,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "few_steps": few_steps_hint(plan.steps_per_epoch, layout),
         "gpu_memory": plan.gpu_memory,
         "verdict": plan.verdict,
-        "remedies": plan.remedies,
+        "remedies": list(remedies),
     }
 
 

@@ -24,6 +24,7 @@ from paco_ds.planning.plan import Plan, find_data, judge, make_plan, planned_sta
 from paco_ds.planning.planned_rank import PlannedRank
 from paco_ds.planning.preflight import main
 from paco_ds.planning.print_plan import as_json, print_plan, verdict_lines
+from paco_ds.planning.remedies import find_remedies
 from paco_ds.planning.sizes import format_bytes, parse_bytes
 from paco_ds.planning.trace import LiveBytes, trace_step, views_peak
 from paco_ds.planning.traffic import plan_traffic
@@ -286,10 +287,15 @@ def test_what_does_not_fit_is_told_what_would(zero1):
     data = find_data(recipe.data, 1000, 10)
     plan = make_plan(recipe, 2, data, gpu_memory=int(2.5 * GIB))
     assert plan.verdict == "does not fit"
-    assert any("stage 0" in remedy for remedy in plan.remedies)
-    assert any("reduce_bucket_size" in remedy for remedy in plan.remedies)
-    assert verdict_lines(plan)[0].startswith("DOES NOT FIT: stage 1 needs")
-    assert make_plan(recipe, 2, data, gpu_memory=80 * GIB).verdict == "fits"
+    remedies = find_remedies(plan)
+    assert any("stage 0" in remedy for remedy in remedies)
+    assert any("reduce_bucket_size" in remedy for remedy in remedies)
+    verdict, *ways = verdict_lines(plan, remedies)
+    assert verdict.startswith("DOES NOT FIT: stage 1 needs")
+    assert ways == [f"  would fit: {remedy}" for remedy in remedies]
+    ample = make_plan(recipe, 2, data, gpu_memory=80 * GIB)
+    assert ample.verdict == "fits"
+    assert not find_remedies(ample)
 
 
 def test_activation_checkpointing_is_offered_where_it_makes_a_plan_fit(tmp_path):
@@ -307,7 +313,7 @@ def test_activation_checkpointing_is_offered_where_it_makes_a_plan_fit(tmp_path)
     data = find_data(tiny_recipe().data, 1000, 10)
     recipe = tiny_recipe(*settings, "engine.compile=true")
     needed = make_plan(recipe, 1, data).memory[1].total
-    remedies = make_plan(recipe, 1, data, gpu_memory=GIB + int(0.95 * needed)).remedies
+    remedies = find_remedies(make_plan(recipe, 1, data, gpu_memory=GIB + int(0.95 * needed)))
     checkpointing, autocast = remedies
     assert checkpointing.startswith("engine.activation_checkpointing=true engine.compile=false at ZeRO stage 1")
     assert autocast.startswith("bfloat16 autocast")
@@ -320,7 +326,7 @@ def test_the_stage_left_to_a_plan_is_0_where_it_fits_and_1_where_not():
     data = find_data(recipe.data, 1000, 10)
 
     def plan(gpu_memory: int | None, device: Device = "cuda") -> Plan:
-        return make_plan(recipe, 2, data, gpu_memory=gpu_memory, device=device, remedies=False)
+        return make_plan(recipe, 2, data, gpu_memory=gpu_memory, device=device)
 
     ample, tight = plan(80 * GIB), plan(GIB + 2**17)
     assert (ample.stage, ample.autocast, ample.verdict) == (0, True, "fits")

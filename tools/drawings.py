@@ -84,12 +84,12 @@ def epoch_order() -> str:
 
     drawing.text(left, 20, "1  The shards in random order, their ids in a row", "bold")
     row(30, shuffled, order.samples)
-    drawing.text(left, 90, f"2  Rotated by a random offset, here {order._rotation}; cut into G = 4 batch slots", "bold")
+    drawing.text(left, 90, f"2, 3  Rotated by a random offset, here {order._rotation}; cut into G = 4 batch slots", "bold")
     places = row(100, rotated, order.steps)
     for slot in range(slots + 1):
         x = places[slot * order.steps]
         drawing.text(x, 142, f"batch slot {slot}" if slot < slots else "left out", "soft")
-    drawing.text(left, 184, "3  Windows of a batch slot are permuted; step b takes the b-th image of each", "bold")
+    drawing.text(left, 184, "4  Windows of a batch slot are permuted; step b takes the b-th image of each", "bold")
     ids = np.stack([order.batch(step, range(slots)) for step in range(order.steps)], axis=1)
     first = 250
     for number in range(order.steps // window):
@@ -187,8 +187,8 @@ def _wedge(x: float, y: float, inner: float, outer: float, slot: int, length: in
 def checkpoint() -> str:
     """What is in a checkpoint, and what is computed from the step."""
     files = (
-        ("model.safetensors", "a", ("query encoder", "centers", "key encoder", "running statistics")),
-        ("optimizer.safetensors", "b", ("momentum of SGD, or", "AdamW's two means", "and number of steps")),
+        ("model.safetensors", "a", ("query encoder, centers", "key encoder", "running statistics", "average (ema), if any")),
+        ("optimizer.safetensors", "b", ("states of the optimizer", "number of steps")),
         ("queue.safetensors", "c", ("keys, labels", "keys pushed so far")),
         ("state.json", "d", ("step", "resume identity", "digest of the shards", "SHA-256 of the files")),
     )

@@ -101,8 +101,8 @@ def draw(server: Server, run: str, output: Path) -> list[str]:
                 continue
             width, height = place["w"] / COLUMNS, place["h"] / rows
             # within the panel, room for its title above and the axes' labels below and on the left
-            axes = figure.add_axes((left + 0.045, top - height + 1.2 / rows, width - 0.06, height - 2.4 / rows))
-            axes.set_title(panel["title"], loc="left", fontsize=9, weight="bold")
+            axes = figure.add_axes((left + 0.06, top - height + 1.2 / rows, width - 0.075, height - 3.0 / rows))
+            figure.text(left + 0.06, top - 0.5 / rows, panel["title"], fontsize=9, weight="bold")
             found = []
             for target in panel["targets"]:
                 series = server.series(target["expr"].replace("$run", run), target["legendFormat"], span)
@@ -130,7 +130,20 @@ def _draw_panel(axes: Any, panel: dict[str, Any], found: list[Series]) -> None:
         axes.yaxis.set_major_formatter(lambda value, _: _with_unit(value, unit))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f} s")
         axes.grid(alpha=0.25)
-        axes.legend(fontsize=6.5, frameon=False, ncols=2, loc="best")
+        if power := _power(axes.get_ylim()[1], unit):  # ticks at 100 KiB, not at 97.7
+            from matplotlib.ticker import MaxNLocator
+
+            low, high = (limit / 1024**power for limit in axes.get_ylim())
+            ticks = [tick for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= high]
+            axes.set_yticks([tick * 1024**power for tick in ticks])
+        axes.legend(
+            fontsize=6.5,
+            frameon=False,
+            ncols=4 if len(found) > 6 else 6,
+            loc="lower left",
+            bbox_to_anchor=(-0.03, 0.97),
+            columnspacing=1,
+        )
 
 
 def _with_unit(value: float, unit: str) -> str:
@@ -138,9 +151,14 @@ def _with_unit(value: float, unit: str) -> str:
     if unit == "percentunit":
         return f"{100 * value:.3g} %"
     if unit in ("bytes", "Bps") and value:
-        power = min(4, max(0, int(math.log(abs(value), 1024))))
+        power = _power(value, unit)
         return f"{value / 1024**power:.3g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}{'/s' if unit == 'Bps' else ''}"
     return f"{value:.3g}{' s' if unit == 's' else ''}"
+
+
+def _power(value: float, unit: str) -> int:
+    """That of 1024 in which a number of bytes is written; 0 for other units."""
+    return min(4, max(0, int(math.log(abs(value), 1024)))) if unit in ("bytes", "Bps") and value else 0
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -84,7 +84,9 @@ def epoch_order() -> str:
 
     drawing.text(left, 20, "1  The shards in random order, their ids in a row", "bold")
     row(30, shuffled, order.samples)
-    drawing.text(left, 90, f"2, 3  Rotated by a random offset, here {order._rotation}; cut into G = 4 batch slots", "bold")
+    drawing.text(
+        left, 90, f"2, 3  Rotated by a random offset, here {order._rotation}; cut into G = 4 batch slots", "bold"
+    )
     places = row(100, rotated, order.steps)
     for slot in range(slots + 1):
         x = places[slot * order.steps]
@@ -187,7 +189,11 @@ def _wedge(x: float, y: float, inner: float, outer: float, slot: int, length: in
 def checkpoint() -> str:
     """What is in a checkpoint, and what is computed from the step."""
     files = (
-        ("model.safetensors", "a", ("query encoder, centers", "key encoder", "running statistics", "average (ema), if any")),
+        (
+            "model.safetensors",
+            "a",
+            ("query encoder, centers", "key encoder", "running statistics", "average (ema), if any"),
+        ),
         ("optimizer.safetensors", "b", ("states of the optimizer", "number of steps")),
         ("queue.safetensors", "c", ("keys, labels", "keys pushed so far")),
         ("state.json", "d", ("step", "resume identity", "digest of the shards", "SHA-256 of the files")),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from paco_ds.command import Screen
 from paco_ds.evaluation.groups import GROUPS
 from paco_ds.files import replace_text
 from paco_ds.paper.intervals import Correct, Difference, paired_difference
+from paco_ds.paper.tables import method_key
 from paco_ds.paper.text_tables import as_markdown
 from paco_ds.report import charts
 from paco_ds.report.page import render
@@ -23,7 +23,6 @@ from paco_ds.report.page import render
 SUBJECT = "paco"
 RIVALS = ("cross_entropy", "balanced_softmax")
 NAMES = {"paco": "PaCo", "cross_entropy": "cross-entropy", "balanced_softmax": "Balanced Softmax"}
-ALIASES = {"ce": "cross_entropy"}
 
 
 @dataclass(frozen=True)
@@ -64,9 +63,8 @@ class MethodResults:
 
     @property
     def key(self) -> str:
-        """Cross-Entropy, cross entropy, cross_entropy and CE are one method."""
-        key = re.sub(r"[^a-z0-9]+", "_", self.method.lower()).strip("_")
-        return ALIASES.get(key, key)
+        """See `method_key`."""
+        return method_key(self.method)
 
     @property
     def name(self) -> str:

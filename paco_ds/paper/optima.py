@@ -218,7 +218,7 @@ class OptimaPage:
         )
         if pull <= 2 * PUBLISHED_PULL:
             return said
-        said += f" This leaves its center no more than p_c = {1 / (1 + pull):.2g}. It is {PUBLISHED_PULL} with alpha "
+        said += f" This leaves its center about p_c = {1 / (1 + pull):.2g}. It is {PUBLISHED_PULL} with alpha "
         said += f"{PUBLISHED_PULL / K:.2g} and this queue"
         # K = 1 + q (queue + 2 m - 2)
         queue = int((PUBLISHED_PULL / self.alpha - 1) / self.tail.prior_C[0]) - 2 * self.micro_batch + 2

@@ -16,6 +16,7 @@ or, with `start: loss.distill.teacher`, is taught by that run.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -29,6 +30,14 @@ from paco_ds.config.section import Section
 from paco_ds.config.shipped import SMALL_RECIPES, find_recipe, find_table
 from paco_ds.data.manifest import validation_message
 from paco_ds.errors import RecipeError
+
+ALIASES = {"ce": "cross_entropy"}
+
+
+def method_key(name: str) -> str:
+    """What two spellings of a method share: Cross-Entropy, cross entropy, cross_entropy and CE are one method."""
+    key = re.sub(r"[\W_]+", "_", name.lower()).strip("_")
+    return ALIASES.get(key, key)
 
 
 class PaperFigures(Section):
@@ -94,6 +103,11 @@ class Table(Section):
         names = [row.folder for row in self.rows]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"rows share the run folders {sorted(twice)}; give each row its own method name")
+        spelt: dict[tuple[str | None, str], str] = {}
+        for row in self.rows:
+            if other := spelt.get(key := (row.backbone, method_key(row.method))):
+                raise ValueError(f"rows {other!r} and {row.method!r} name one method in two ways; rename one")
+            spelt[key] = row.method
         return self
 
     @model_validator(mode="after")

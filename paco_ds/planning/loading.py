@@ -64,11 +64,11 @@ class LoadingPlan:
             f"{self.gpus} ranks; this machine has {self.cores} cores",
         ]
         if self.verdict == "too few cores":
-            left = max(self.cores - self.gpus, 1) * self.per_worker / self.gpus
+            left = max(self.cores // self.gpus - 1, 0) * self.per_worker
+            waits = f"waits {1 - left / self.per_gpu:.0%} of the time" if left < self.per_gpu else "waits now and then"
             lines.append(
-                f"TOO FEW CORES: they make {left:.0f} images/s for each GPU, so it waits "
-                f"{max(0.0, 1 - left / self.per_gpu):.0%} of the time; use smaller images "
-                f"(paco-build-shards build --resize-short), cheaper views, or nodes with more cores for each GPU"
+                f"TOO FEW CORES: their workers make {left:.0f} images/s for each GPU, so it {waits}; use smaller "
+                f"images (paco-build-shards build --resize-short), cheaper views, or nodes with more cores for each GPU"
             )
         elif self.verdict == "too few workers":
             lines.append(f"TOO FEW WORKERS: the recipe has {self.configured}; give --set data.workers={self.workers}")

@@ -53,8 +53,10 @@ def few_steps_hint(steps_per_epoch: int, layout: MicroBatchLayout) -> str | None
     """A hint in words if the set is too small for so many ranks, else None."""
     if steps_per_epoch >= FEWEST_STEPS:
         return None
-    fitting = max(layout.micro_batches * steps_per_epoch // FEWEST_STEPS, 1)
-    return (
-        f"{steps_per_epoch} steps an epoch, under {FEWEST_STEPS}: the set is small for so many ranks; "
-        f"with step.micro_batches={fitting} or fewer, and as many ranks at most, it has {FEWEST_STEPS}"
-    )
+    said = f"{steps_per_epoch} steps an epoch, under {FEWEST_STEPS}: the set is small for "
+    if fitting := layout.micro_batches * steps_per_epoch // FEWEST_STEPS:
+        return (
+            f"{said}so many ranks; with step.micro_batches={fitting} or fewer, and as many ranks at most, it has "
+            f"{FEWEST_STEPS}"
+        )
+    return f"{said}step.micro_batch={layout.micro_batch}: lower it, or train for more epochs"

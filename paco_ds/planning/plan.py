@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Any
 
-from paco_ds.config.data import DataSettings
+import numpy as np
+
+from paco_ds.config.data import DataSettings, Sampler
 from paco_ds.config.recipe import Recipe
 from paco_ds.data.manifest import Manifest, load_manifest
 from paco_ds.data.storage import open_storage
@@ -21,7 +23,7 @@ from paco_ds.planning.planned_rank import PlannedRank
 from paco_ds.planning.sizes import format_bytes
 from paco_ds.planning.trace import StepTrace, trace_step
 from paco_ds.planning.traffic import Traffic, plan_traffic
-from paco_ds.training.engine import autocast_of, check_stage, read_deepspeed_config, stage_in
+from paco_ds.training.engine import autocast_of, check_stage, read_deepspeed_config, stage_config, stage_in
 from paco_ds.training.initial_weights import check_files
 
 STAGES = (0, 1, 2, 3)
@@ -57,7 +59,9 @@ class Plan:
     """A plan; sizes in bytes, times in seconds.
 
     Attributes:
-        memory: by ZeRO stage that the optimizer can have, with all other settings as in the recipe.
+        zero: DeepSpeed's settings by ZeRO stage that the optimizer can have: those of the recipe's file at another
+            stage, or with `auto` those of the stage's own file.
+        memory: by the same stages, with all other settings as in the recipe.
         window_bytes: upper bound on the host memory for windows of a rank, over its loader processes; None without
             shards.
         cache_bytes: needed in data.cache per rank of a host for the shards read at the same time; None without shards.
@@ -75,6 +79,7 @@ class Plan:
     stage: int
     autocast: bool
     trace: StepTrace
+    zero: dict[int, Any]
     memory: dict[int, Memory]
     traffic: dict[int, list[Traffic]]
     steps_per_epoch: int
@@ -154,12 +159,16 @@ def make_plan(
     trace = trace_step(recipe, data.class_counts, autocast)
     check_files(recipe.model, ImageSizes.of(recipe.views), data.names)
     rank = PlannedRank(recipe, trace, len(data.class_counts), layout)
-    zeros = {stage: zero_settings(config, stage) for stage in (STAGES if recipe.optimizer.takes_parts else STAGES[:1])}
-    memory = {s: plan_memory(rank, zero, device) for s, zero in zeros.items()}
+    auto = recipe.engine.deepspeed == "auto"
+    zero = {
+        stage: zero_settings(stage_config(stage)) if auto else zero_settings(config, stage)
+        for stage in (STAGES if recipe.optimizer.takes_parts else STAGES[:1])
+    }
+    memory = {s: plan_memory(rank, settings, device) for s, settings in zero.items()}
     stage = int(zero_settings(config).stage)
     if not recipe.optimizer.takes_parts:
         stage = 0
-    elif recipe.engine.deepspeed == "auto" and device == "cuda":
+    elif auto and device == "cuda":
         stage = 0 if gpu_memory is None or judge(memory[0].total, gpu_memory, device) == "fits" else 1
     verdict = None if gpu_memory is None else judge(memory[stage].total, gpu_memory, device)
     return Plan(
@@ -170,10 +179,11 @@ def make_plan(
         stage=stage,
         autocast=autocast,
         trace=trace,
+        zero=zero,
         memory=memory,
-        traffic={s: plan_traffic(rank, zero) for s, zero in zeros.items()},
+        traffic={s: plan_traffic(rank, settings) for s, settings in zero.items()},
         steps_per_epoch=order.steps,
-        shards_per_rank=_shards_per_rank(data, layout, order.steps),
+        shards_per_rank=_shards_per_rank(data, layout, order.steps, recipe.data.sampler),
         window_bytes=_window_bytes(data, layout, recipe.data.window),
         cache_bytes=_cache_bytes(data, layout, recipe.data.window),
         ready_bytes=_ready_bytes(layout, recipe.data.workers, len(recipe.training_views) * rank.image_bytes),
@@ -190,7 +200,8 @@ def planned_stage(plan: Plan) -> tuple[int, str]:
     """The ZeRO stage of a plan, and why, on one line."""
     assert plan.gpu_memory is not None
     needed, there = format_bytes(plan.memory[plan.stage].total), format_bytes(plan.gpu_memory)
-    said = "" if plan.verdict == "fits" else f", {plan.verdict}: see paco-preflight --plan --gpu-memory {there}"
+    options = f"--recipe RECIPE --ranks {plan.layout.world_size} --gpu-memory {there.replace(' ', '')}"
+    said = "" if plan.verdict == "fits" else f", {plan.verdict}: see paco-preflight --plan {options}"
     return plan.stage, f"auto: {needed} planned of {there}{said}"
 
 
@@ -202,13 +213,16 @@ def judge(total: int, gpu_memory: int, device: Device = "cuda") -> str:
     return "tight" if total * (1 + MARGIN) > there else "fits"
 
 
-def _shards_per_rank(data: Data, layout: MicroBatchLayout, steps: int) -> int | None:
-    """Upper bound on the shards that a rank reads in an epoch: a micro-batch's batch slots are one run of ids."""
+def _shards_per_rank(data: Data, layout: MicroBatchLayout, steps: int, sampler: Sampler) -> int | None:
+    """Upper bound on the shards that a rank reads in an epoch: a micro-batch's batch slots are one run of ids, which
+    other samplers than the instance-balanced one go through several times."""
     if not data.built:
         return None
-    in_shard = data.images / len(data.shards)
-    stretch = math.ceil(layout.micro_batch * steps / in_shard) + 1
-    return min(len(data.shards), layout.accumulation * stretch)
+    if sampler != "instance_balanced":
+        return len(data.shards)
+    # a run has the end of a shard, whole ones, of which the smallest are the most, and the beginning of another
+    whole = np.searchsorted(np.cumsum(sorted(data.shards)), layout.micro_batch * steps - 2, side="right")
+    return min(len(data.shards), layout.accumulation * (int(whole) + 2))
 
 
 def _window_bytes(data: Data, layout: MicroBatchLayout, window: int) -> int | None:

@@ -10,7 +10,7 @@ from rich.table import Table
 from paco_ds.command import Screen
 from paco_ds.contrast.key_queue import short_queue_hint
 from paco_ds.planning.memory import PARTS
-from paco_ds.planning.network import few_steps_hint, link_seconds
+from paco_ds.planning.network import AHEAD, few_steps_hint, link_seconds
 from paco_ds.planning.plan import OUTSIDE, Plan
 from paco_ds.planning.sizes import format_bytes
 from paco_ds.planning.traffic import Traffic
@@ -184,7 +184,7 @@ def _memory(plan: Plan) -> Table:
 def _traffic(plan: Plan) -> Table:
     table = Table(
         title="Bytes that a rank sends in a step, by collective and ZeRO stage",
-        caption="key images: of step 0 on rank 0; on average (W-1)/W of a rank's own" if plan.traffic[0] else "",
+        caption="key images: of step 0 on rank 0" if any(row.what == AHEAD for row in plan.traffic[0]) else "",
         title_justify="left",
         caption_justify="left",
     )

@@ -6,11 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from paco_ds.errors import RecipeError
-from paco_ds.planning.memory import offloads, plan_memory, zero_settings
+from paco_ds.planning.memory import offloads, plan_memory
 from paco_ds.planning.plan import Plan, judge
 from paco_ds.planning.planned_rank import PlannedRank
 from paco_ds.planning.trace import trace_step
-from paco_ds.training.engine import read_deepspeed_config
 
 SMALL_BUCKET = 20_000_000  # elements; DeepSpeed's default of 5e8 is 2 GB of float32
 
@@ -24,7 +23,7 @@ def find_remedies(plan: Plan) -> list[str]:
     """
     if plan.gpu_memory is None or plan.verdict == "fits":
         return []
-    search = _Search(plan, read_deepspeed_config(plan.recipe.engine.deepspeed))
+    search = _Search(plan)
     recomputed, autocast = plan.recipe.engine.activation_checkpointing, plan.autocast
     return (
         search.other_stages() + search.smaller_buckets()
@@ -37,14 +36,9 @@ def find_remedies(plan: Plan) -> list[str]:
 
 @dataclass(frozen=True)
 class _Search:
-    """What a plan could have instead.
-
-    Attributes:
-        config: of DeepSpeed.
-    """
+    """What a plan could have instead."""
 
     plan: Plan
-    config: dict[str, Any]
 
     @property
     def stages(self) -> list[int]:
@@ -60,7 +54,7 @@ class _Search:
         deepspeed = self.plan.recipe.engine.deepspeed
         if deepspeed == "auto":
             return [f"ZeRO stage {stage}: engine.deepspeed=zero{stage}" for stage in fitting]
-        offloaded = offloads(zero_settings(self.config))
+        offloaded = offloads(self.plan.zero[self.plan.stage])
         return [
             f'ZeRO stage {stage}: "stage": {stage}'
             + (' without "offload_optimizer"' if stage == 0 and offloaded else "")
@@ -72,9 +66,8 @@ class _Search:
         plan = self.plan
         rank = PlannedRank(plan.recipe, plan.trace, len(plan.data.class_counts), plan.layout)
         for stage in self.stages[1:]:
-            if zero_settings(self.config, stage).reduce_bucket_size <= SMALL_BUCKET:
-                continue
-            if self.fits(plan_memory(rank, self._small_buckets(stage), plan.device).total):
+            small = self._small_buckets(stage)
+            if small is not plan.zero[stage] and self.fits(plan_memory(rank, small, plan.device).total):
                 at = "" if stage == plan.stage else f' and "stage": {stage}'
                 return [f'"reduce_bucket_size": {SMALL_BUCKET}{at} in "zero_optimization" of the DeepSpeed JSON']
         return []
@@ -112,13 +105,17 @@ class _Search:
             raise
         rank = PlannedRank(changed, trace, len(counts), replace(self.plan.layout, micro_batch=micro_batch))
         for stage in sorted(self.stages, key=lambda stage: stage != self.plan.stage):
-            if self.fits(plan_memory(rank, self._small_buckets(stage), self.plan.device).total):
-                return f"at ZeRO stage {stage}" + (f', "reduce_bucket_size": {SMALL_BUCKET}' if stage else "")
+            small = self._small_buckets(stage)
+            if self.fits(plan_memory(rank, small, self.plan.device).total):
+                shrunk = small is not self.plan.zero[stage]
+                return f"at ZeRO stage {stage}" + (f', "reduce_bucket_size": {SMALL_BUCKET}' if shrunk else "")
         return None
 
     def _small_buckets(self, stage: int) -> Any:
-        block = self.config.get("zero_optimization", {}) | {"reduce_bucket_size": SMALL_BUCKET}
-        return zero_settings({"zero_optimization": block}, stage)
+        """The plan's own settings where its buckets are small already, or where there are none."""
+        zero = self.plan.zero[stage]
+        small = stage == 0 or zero.reduce_bucket_size <= SMALL_BUCKET
+        return zero if small else zero.model_copy(update={"reduce_bucket_size": SMALL_BUCKET})
 
     def _in_words(self, recomputed: bool, autocast: bool) -> str:
         """Settings for recomputation and autocast that the plan does not have yet."""

@@ -111,7 +111,7 @@ def svg(figure: Figure, name: str, description: str) -> str:
     view = re.search(r'viewBox="([^"]*)"', text)
     assert view is not None
     head = f'<svg viewBox="{view[1]}" role="img" aria-label="{html.escape(description)}">'
-    text = re.sub(r"<svg[^>]*>", head, text, count=1)
+    text = re.sub(r"<svg[^>]*>", lambda _: head, text, count=1)  # a title may have backslashes
     used = set(re.findall(r'(?:url\(#|xlink:href="#)([^)"]+)', text))
     text = re.sub(r' id="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", text)
     text = re.sub(r'(url\(#|xlink:href="#)', rf"\g<1>{name}-", text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from statistics import mode
 from typing import Any
@@ -161,14 +161,15 @@ def _facts(run: RunFiles) -> list[tuple[str, str]]:
         facts.append(("Execution", f"{in_words(execution)}, ZeRO stage {execution.get('zero_stage')}"))
     if history.steps:
         facts.append(("Training", f"{history.epochs:,} epochs, {history.last:,} steps"))
-    if "world_size" in final:
-        facts.append(("Ranks", str(final["world_size"])))
+    # metrics.json has the ranks, start and end of what wrote it, which may be a later evaluation
+    if ranks := [start["world_size"] for start in history.starts if "world_size" in start]:
+        facts.append(("Ranks", str(ranks[-1])))
     if final.get("scale", 1) != 1:
         facts.append(("Scaled", f"{final['scale']:g} times the recipe's micro-batches a step"))
-    times = [datetime.fromisoformat(final[key]) for key in ("started", "finished") if key in final]
-    if len(times) == 2:
-        facts.append(("Finished", f"{times[1]:%Y-%m-%d %H:%M}"))
-        facts.append(("Took", str(times[1] - times[0]).split(".")[0]))
+    if seconds := sum(history.seconds.values()) - history.seconds["wait"]:  # a step's seconds include its waits
+        facts.append(("Took", str(timedelta(seconds=round(seconds)))))
+    if "finished" in final:
+        facts.append(("Evaluated", f"{datetime.fromisoformat(final['finished']):%Y-%m-%d %H:%M}"))
     return facts
 
 

@@ -205,7 +205,9 @@ class Trainer:
         if self.ranks.first:
             if checkpoint:
                 run_logger.checkpoint_saved(checkpoint.path)
-            run_logger.log.start(self.steps_done, about_process() | {"execution": self._execution})
+            run_logger.log.start(
+                self.steps_done, about_process() | {"execution": self._execution, "world_size": self.ranks.world_size}
+            )
         return run_logger
 
     def run(self) -> ShotAccuracy | None:

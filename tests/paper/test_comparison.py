@@ -100,7 +100,7 @@ def test_print_page_picture_and_figures_agree(tmp_path: Path) -> None:
     out = io.StringIO()
     rows = [CROSS_ENTROPY, BALANCED, _method("paco", 0.836, 0.833, 0.831, paper={"all": 0.57})]
     html, png = tmp_path / "c.html", tmp_path / "c.png"
-    sentences = write_comparison(rows, html, png, title="A <set>", console=Screen(out, width=300))
+    sentences = write_comparison(rows, html, png, title=r"A <set> of $\alpha$", console=Screen(out, width=300))
     page, figures = html.read_text(), json.loads((tmp_path / "c.json").read_text())
     assert figures["sentences"] == sentences == verdicts(rows)
     assert figures["rows"][2]["seeds"][1] == {
@@ -114,7 +114,7 @@ def test_print_page_picture_and_figures_agree(tmp_path: Path) -> None:
     for text in ("Cross-entropy", "Balanced Softmax", "PaCo", "83.3", "70.5", "57.0", "67.4-74.0"):
         assert text in out.getvalue()
         assert text in page
-    assert "A &lt;set&gt;" in page
+    assert r"A &lt;set&gt; of $\alpha$" in page
     assert not re.search(r'https?://|<script|(?:src|href)="(?![#d])', page)
     assert png.read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.html", "c.json", "c.md", "c.png"]

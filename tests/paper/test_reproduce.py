@@ -72,6 +72,10 @@ def test_rows_without_randaugment_have_none():
     ("text", "message"),
     [
         (ROWS + "  - {method: CE+BS}\n  - {method: CE BS}\n", r"rows share the run folders \['ce-bs'\]"),
+        (
+            ROWS + "  - {method: CE}\n  - {method: cross-entropy}\n",
+            r"rows 'CE' and 'cross-entropy' name one method in two ways",
+        ),
         (ROWS + "  - {metod: x}\n", r"metod"),
         ("title: [", r"t.yaml"),
         (ROWS + "  - {method: LWS, after: CE}\n  - {method: CE}\n", "row LWS is after 'CE', which is no row above it"),

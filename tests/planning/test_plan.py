@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from paco_ds.command import Screen
+from paco_ds.config.shipped import DEEPSPEED
 from paco_ds.data.stream.views import RawView, raw_batch, render
 from paco_ds.data.stream.views.blur import Blur
 from paco_ds.data.stream.views.color import Contrast
@@ -20,7 +21,7 @@ from paco_ds.errors import DataError, RecipeError, UserError
 from paco_ds.losses import make_loss
 from paco_ds.planning.memory import PARTS, Device, plan_memory, zero_settings
 from paco_ds.planning.network import few_steps_hint, open_files
-from paco_ds.planning.plan import Plan, find_data, judge, make_plan, planned_stage
+from paco_ds.planning.plan import Data, Plan, _shards_per_rank, find_data, judge, make_plan, planned_stage
 from paco_ds.planning.planned_rank import PlannedRank
 from paco_ds.planning.preflight import main
 from paco_ds.planning.print_plan import as_json, print_plan, verdict_lines
@@ -251,6 +252,9 @@ def test_a_set_too_small_for_so_many_ranks_is_told(zero1):
         "7 steps an epoch, under 50: the set is small for so many ranks; "
         "with step.micro_batches=71 or fewer, and as many ranks at most, it has 50"
     )
+    assert few_steps_hint(12, MicroBatchLayout(32, 1, 0, 1)) == (
+        "12 steps an epoch, under 50: the set is small for step.micro_batch=32: lower it, or train for more epochs"
+    )
 
 
 @pytest.mark.parametrize(("block", "peers", "op"), [("null", 511, "all_to_all"), ("8", 7, "send_receive")])
@@ -296,6 +300,32 @@ def test_what_does_not_fit_is_told_what_would(zero1):
     ample = make_plan(recipe, 2, data, gpu_memory=80 * GIB)
     assert ample.verdict == "fits"
     assert not find_remedies(ample)
+
+
+def test_a_stage_left_to_auto_is_planned_with_the_settings_of_its_own_file():
+    """What a remedy advises, `engine.deepspeed=zero3`, needs what the plan says; buckets are never made larger."""
+    data = find_data(tiny_recipe().data, 1000, 10)
+    auto = make_plan(tiny_recipe("engine.deepspeed=auto"), 2, data)
+    for stage in (0, 1, 2, 3):
+        named = make_plan(tiny_recipe(f"engine.deepspeed={DEEPSPEED}/zero{stage}.json"), 2, data)
+        assert auto.memory[stage].total == named.memory[stage].total
+    needed = auto.memory[1].total
+    tight = make_plan(tiny_recipe("engine.deepspeed=auto"), 2, data, gpu_memory=GIB + needed // 2)
+    assert not any("reduce_bucket_size" in remedy and "stage 1" in remedy for remedy in find_remedies(tight))
+
+
+@pytest.mark.parametrize(
+    ("shards", "sampler", "bound"),
+    [
+        ([4] * 10, "instance_balanced", 3),
+        ([1] * 8 + [32], "instance_balanced", 8),
+        ([4] * 10, "square_root", 10),
+    ],
+)
+def test_the_shards_of_a_rank_are_bounded(shards, sampler, bound):
+    """A rank of two reads a run of 8 ids: one shard and the ends of two, or eight small ones. Other samplers go through
+    all shards several times."""
+    assert _shards_per_rank(Data(True, (20, 20), tuple(shards)), MicroBatchLayout(2, 2, 0, 2), 4, sampler) == bound
 
 
 def test_activation_checkpointing_is_offered_where_it_makes_a_plan_fit(tmp_path):

@@ -73,6 +73,7 @@ def _write_run(folder: Path) -> Path:
     run = folder / "a-run"
     run.mkdir()
     log = MetricsLog(run / "metrics.jsonl")
+    log.start(0, {"world_size": 2})
     for step in range(1, 7):
         refused = step == 4
         loss = float("nan") if refused else 2.0 / step
@@ -80,7 +81,7 @@ def _write_run(folder: Path) -> Path:
             replace(RECORD, step=step, epoch=(step - 1) // 3, loss=loss, skipped=refused, bad_samples=int(refused))
         )
         if step % 3 == 0:
-            log.evaluation(step, step // 3, "val", ShotAccuracy(0.5, 0.25, None, 0.4321, {}, []))
+            log.evaluation(step, step // 3, "val", ShotAccuracy(0.5, 0.25, None, 0.4321, {}, []), seconds=220)
     log.close()
     (run / "recipe.yaml").write_text("seed: 7\ndata: {shards: 's3://bucket/<x>'}\nloss: {method: paco, alpha: 0.02}\n")
     (run / "metrics.json").write_text(json.dumps(FINAL))
@@ -144,6 +145,13 @@ def test_page_shows_the_run(page: str) -> None:
     assert _charts(page) == [
         *("loss", "accuracy", "lr", "norm", "classes", "sizes", "center", "positive", "throughput", "wait", "time"),
     ]
+
+
+def test_an_evaluation_on_one_rank_does_not_pass_for_the_training(run_dir: Path, page: str) -> None:
+    """It writes metrics.json anew, with its own ranks and times."""
+    (run_dir / "metrics.json").write_text(json.dumps(FINAL | {"world_size": 1, "started": "2025-03-01T10:07:01+00:00"}))
+    facts = re.compile(r"<dt>(?:Ranks|Took)</dt>\s*<dd>[^<]*</dd>")
+    assert facts.findall(_page(run_dir)) == facts.findall(page) != []
 
 
 def test_restarts_are_listed_with_their_reasons(run_dir: Path) -> None:

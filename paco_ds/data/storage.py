@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, TypeVar
 from paco_ds.config.data import DataSettings, StorageSettings
 from paco_ds.data.cache import FileCache
 from paco_ds.data.remote import Fsspec, Pipe, Remote, inside, refuse_unknown_service
-from paco_ds.errors import DataError, redacted
+from paco_ds.errors import DataError, UnreachableError, redacted
 from paco_ds.files import is_url, read_at_most, storage_errors, whole_file
 
 T = TypeVar("T")
@@ -99,7 +99,8 @@ class Storage:
 
         Raises:
             MissingFile: there is no such file.
-            DataError: it cannot be read in `data.storage.tries` tries, or is too large to be read whole.
+            UnreachableError: it cannot be read in `data.storage.tries` tries.
+            DataError: it cannot be read at all, or is too large to be read whole.
         """
         most = expected or _MOST_WHOLE
         if self.is_local:
@@ -117,7 +118,7 @@ class Storage:
         """`size` bytes of a file from byte `start` on; fewer only if a local file ends before.
 
         Raises:
-            MissingFile, DataError: as `read`; also for a remote file that ends before, or a server without ranges.
+            MissingFile, UnreachableError, DataError: as `read`; DataError also for a server without ranges.
         """
         if self.is_local:
             with self._locally(name, lambda path: path.open("rb", buffering=0)) as file:
@@ -254,7 +255,7 @@ class Storage:
             raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 
     def _ask(self, what: str, request: Callable[[Remote, float], T]) -> T:
-        """Repeat a request until it succeeds, its error is final, or the tries are used up."""
+        """Repeat a request until it succeeds, its error is final, or the tries are used up: an UnreachableError."""
         began, last, asked = time.monotonic(), "", 0.0
         for number in range(self.settings.tries):
             if number:
@@ -275,7 +276,7 @@ class Storage:
                         f"cannot {what}: {last}; set the credentials of the service in the environment"
                     ) from error
         seconds = time.monotonic() - began
-        raise DataError(
+        raise UnreachableError(
             f"cannot {what}: {self.settings.tries} tries in {seconds:.0f} s, the last: {last}. Check that the service "
             f"can be reached from here, or raise data.storage.tries or data.storage.timeout"
         )

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 import fsspec
 import pytest
 
+from paco_ds.command import exit_status
 from paco_ds.config.data import StorageSettings
 from paco_ds.config.load import load_recipe
 from paco_ds.data import storage as storage_module
@@ -20,7 +21,7 @@ from paco_ds.data.manifest import Manifest, load_manifest, open_data
 from paco_ds.data.shard import BadSample, ShardReader, check_shard
 from paco_ds.data.storage import MissingFile, Storage
 from paco_ds.distributed.ranks import MicroBatchLayout
-from paco_ds.errors import DataError
+from paco_ds.errors import RESUMABLE, DataError
 from paco_ds.training.build import build_stream
 from tests.data.s3 import BUCKET, Proxy
 from tests.data.tiny import same_views
@@ -192,9 +193,22 @@ def test_refused_or_missing_keys_are_told_at_once(
         raise error("Unable to locate credentials")
 
     monkeypatch.setattr(_file_system(in_memory), "cat_file", cat_file)
-    with pytest.raises(DataError, match=rf"manifest.json: {name}: Unable to locate credentials"):
+    with pytest.raises(DataError, match=rf"manifest.json: {name}: Unable to locate credentials") as caught:
         in_memory.read("manifest.json")
     assert len(calls) == 1
+    assert exit_status(caught.value) == 2
+
+
+def test_after_an_outage_a_job_is_started_again(in_memory: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its exit status, which no mistake in the data has."""
+
+    def cat_file(*args: object, **kwargs: object) -> bytes:
+        raise ConnectionRefusedError("no route")
+
+    monkeypatch.setattr(_file_system(in_memory), "cat_file", cat_file)
+    with pytest.raises(DataError, match=r"3 tries .*no route") as caught:
+        in_memory.read("manifest.json")
+    assert exit_status(caught.value) == RESUMABLE
 
 
 def test_a_file_system_that_never_answers_is_given_up(in_memory: Storage, monkeypatch: pytest.MonkeyPatch) -> None:

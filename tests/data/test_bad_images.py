@@ -18,6 +18,7 @@ from paco_ds.data.pack.command import main
 from paco_ds.data.pack.image_bytes import BadImage, ending_of, resized, verify
 from paco_ds.data.pack.shards import build_shards
 from paco_ds.data.shard import RawSample, ShardReader
+from paco_ds.data.stream.decode import decode
 from paco_ds.errors import DataError
 from tests.data.tiny import encoded
 
@@ -242,3 +243,14 @@ def test_resizing_is_the_cards_or_the_commands(tmp_path: Path) -> None:
     assert {size_of(s.image) for s in samples(manifest)} == {(16, 16)}
     again = build_shards(card, root, tmp_path / "again")
     assert again.sha256 == manifest.sha256
+
+
+def test_an_orientation_of_xmp_alone_turns_nothing() -> None:
+    """Training reads EXIF alone, so shards that were made smaller show the image as those that were not."""
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    out = io.BytesIO()
+    Image.new("RGB", (60, 40), (200, 30, 90)).save(out, "JPEG", xmp=xmp)
+    assert Image.open(out).getexif()[0x0112] == 6
+    small, _ = resized(out.getvalue(), "jpg", 20, 95)
+    assert size_of(small) == (30, 20)
+    assert decode(RawSample("k", 0, "s", out.getvalue()), 10**6).shape == (40, 60, 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import shlex
+import shutil
 import subprocess
 import tempfile
 import threading
@@ -139,6 +140,8 @@ class Pipe:
     def _run(self, name: str, limit: float, take: Callable[[IO[bytes]], T]) -> T:
         """What `take` makes of the command's output; a command that has more to say is ended."""
         command = [part.replace("{name}", name) for part in self.command]
+        if shutil.which(command[0]) is None:
+            raise DataError(f"there is no command {command[0]!r} to run: correct data.shards, or install it")
         pipe = subprocess.PIPE
         with (
             tempfile.TemporaryFile() as errors,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import random
+import shlex
 import tempfile
 import threading
 import time
@@ -308,6 +309,10 @@ class Storage:
                 raise DataError(f"{self.url} had credentials that are not kept in files: give data.shards again")
             if "{name}" not in self.url:
                 raise DataError(f"{self.url} lacks {{name}}: write it in the command where the name of a file goes")
+            try:
+                shlex.split(self._address)
+            except ValueError as error:
+                raise DataError(f"{self.url} cannot be split into words: {error}; close the quote") from error
             return
         if scheme in _EXECUTING:
             raise DataError(

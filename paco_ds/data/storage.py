@@ -7,6 +7,7 @@ come from its environment variables (`AWS_*`, `FSSPEC_S3_*`, ...). Nothing that 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import shlex
@@ -159,16 +160,29 @@ class Storage:
                 return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
         return self._ask(f"list {self.url}", lambda remote, limit: remote.sizes(limit))
 
-    def find(self, folder: str) -> dict[str, int]:
-        """Bytes of every file below a folder, by its relative name; empty if there is no such folder.
+    def stamp(self, name: str) -> int:
+        """A number that is another one once the file was written again: its mtime in ns, or a digest of the ETag or
+        time that the service gives; 0 if it gives none.
+
+        Raises:
+            MissingFile: there is no such file.
+        """
+        if self.is_local:
+            return self._locally(name, lambda path: path.stat().st_mtime_ns)
+        return _stamp(self._ask(f"find {self.place(name)}", lambda remote, limit: remote.about(name, limit))[1])
+
+    def find(self, folder: str) -> dict[str, tuple[int, int]]:
+        """(bytes, `stamp`) of every file below a folder, by its relative name; empty if there is no such folder.
 
         Raises:
             DataError: the service has no listings.
         """
         if self.is_local:
             start = Path(self.url, folder)
-            return {str(path.relative_to(start)): path.stat().st_size for path in start.rglob("*") if path.is_file()}
-        return self._ask(f"list {self.place(folder)}", lambda remote, limit: remote.find(folder, _LISTING * limit))
+            files = {str(path.relative_to(start)): path.stat() for path in start.rglob("*") if path.is_file()}
+            return {name: (about.st_size, about.st_mtime_ns) for name, about in files.items()}
+        found = self._ask(f"list {self.place(folder)}", lambda remote, limit: remote.find(folder, _LISTING * limit))
+        return {name: (size, _stamp(version)) for name, (size, version) in found.items()}
 
     @contextmanager
     def write(self, name: str) -> Iterator[BinaryIO]:
@@ -335,6 +349,11 @@ def as_storage(place: Storage | str | Path) -> Storage:
 
 def _restore(url: str, settings: StorageSettings, cache: FileCache | None, allow_pipe_urls: bool) -> Storage:
     return Storage(url, settings, cache=cache, allow_pipe_urls=allow_pipe_urls)
+
+
+def _stamp(version: str) -> int:
+    digest = hashlib.blake2b(version.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, signed=True) if version else 0
 
 
 def _reason(error: BaseException) -> str:

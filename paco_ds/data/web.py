@@ -60,7 +60,7 @@ class Web(Fsspec):
     def sizes(self, limit: float) -> None:
         return None  # a web page may list names, but no sizes
 
-    def find(self, folder: str, limit: float) -> dict[str, int]:
+    def find(self, folder: str, limit: float) -> dict[str, tuple[int, str]]:
         raise DataError("a web server does not list files with sizes: copy the folder first")
 
     async def _get(self, url: str, span: tuple[int, int] | None, most: int) -> bytes:
@@ -78,13 +78,13 @@ class Web(Fsspec):
     async def _about(self, url: str) -> tuple[int, str]:
         """(bytes, identifier of the version) by HEAD; a server without it is asked for the first byte."""
         async with self._answer("HEAD", url, {}, accept=_NO_HEAD) as answer:
-            size, version = answer.headers.get("Content-Length"), answer.headers.get("ETag", "")
+            size, version = answer.headers.get("Content-Length"), _version(answer.headers)
             known = answer.status not in _NO_HEAD and size is not None
         if not known:
             async with self._answer("GET", url, {"Range": "bytes=0-0"}) as answer:
                 whole = answer.headers.get("Content-Length")
                 size = answer.headers.get("Content-Range", "").rpartition("/")[2] if answer.status == 206 else whole
-                version = answer.headers.get("ETag", "")
+                version = _version(answer.headers)
         if size is None or not size.isdecimal() or len(size) > 18:
             raise NotImplementedError("the server does not report the file's size")
         return int(size), version
@@ -152,6 +152,10 @@ class Web(Fsspec):
         if target.scheme != "https":
             raise DataError(f"{place} is redirected to {target}, another host without https: give that address")
         return target
+
+
+def _version(headers: Mapping[str, str]) -> str:
+    return headers.get("ETag") or headers.get("Last-Modified", "")
 
 
 def _seconds(retry_after: str, now: datetime | None = None) -> float:

@@ -9,13 +9,13 @@ from paco_ds.data.manifest import Manifest, load_manifest
 from paco_ds.data.pack import add as add_module
 from paco_ds.data.pack.add import add_images
 from paco_ds.data.pack.build_plan import BuildOptions
-from paco_ds.data.pack.card import card_of_options, changed, folder_card
+from paco_ds.data.pack.card import card_of_options, changed, folder_card, load_card
 from paco_ds.data.pack.check import check_shards
 from paco_ds.data.pack.command import main
 from paco_ds.data.pack.shards import build_shards
 from paco_ds.data.shard import ShardReader
 from paco_ds.errors import DataError
-from tests.data.tiny import encoded
+from tests.data.tiny import encoded, flip_byte
 
 SMALL = BuildOptions(shard_bytes=8_000)
 
@@ -81,6 +81,21 @@ def test_the_same_images_are_not_added_twice(first: Manifest, tmp_path: Path) ->
     for root in ("first", "second"):
         with pytest.raises(DataError, match=rf"images of {root} are in .* already"):
             add(second, tmp_path / root)
+
+
+def test_other_pixels_in_arrays_of_the_same_name_are_added(tiny_card: Path, tmp_path: Path) -> None:
+    """Another batch of as many images with the same labels; the same one is refused, from another folder too."""
+    card, root = load_card(tiny_card), tmp_path / "images"
+    shutil.copytree(tiny_card.parent / "images", root)
+    first = build_shards(card, root, tmp_path / "shards")
+    shutil.move(root, tmp_path / "moved")
+    with pytest.raises(DataError, match=r"these images of tiny are in .* already"):
+        add_images(first.directory, card, tmp_path / "moved", SMALL)
+    for file in ("train-images", "test-images"):
+        flip_byte(tmp_path / "moved" / file, 100)
+    added = add_images(first.directory, card, tmp_path / "moved", SMALL)
+    assert added is not None
+    assert added.split("train").samples == 2 * first.split("train").samples
 
 
 def test_stopped_add_goes_on(first: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

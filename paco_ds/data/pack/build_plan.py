@@ -18,7 +18,7 @@ from paco_ds.data.pack.overlap import overlaps
 from paco_ds.data.pack.read import read_source
 from paco_ds.data.pack.root import MapOver, Root
 from paco_ds.data.pack.selection import make_long_tailed, split_off
-from paco_ds.data.pack.source import Source
+from paco_ds.data.pack.source import Arrays, Source
 from paco_ds.data.pack.write import ShardJob, WriteSettings, plan_shards
 from paco_ds.data.storage import Storage
 from paco_ds.errors import DataError
@@ -53,8 +53,9 @@ class BuildPlan:
         source: the selected images.
         settings: shared by all worker processes.
         shards: (split, name, number of the first key, rows of the split's table) in the order of the manifest.
-        digest: of the images, their sizes and times, and all options that the bytes depend on.
-        listing: digest of names, labels and sizes alone; equal if the same images were listed before.
+        digest: of the images, their sizes and stamps, and all options that the bytes depend on.
+        listing: digest of names, labels and sizes, and of pixels in arrays; equal if the same images were listed
+            before, wherever they lay.
     """
 
     source: Source
@@ -162,7 +163,8 @@ def _listing(source: Source) -> str:
     digest = hashlib.sha256()
     for split, samples in source.splits.items():
         digest.update(split.encode())
-        for column in (samples.labels, samples.sizes, samples.names.offsets):
+        pixels = [samples.stamps] if isinstance(source.images, Arrays) else []
+        for column in (samples.labels, samples.sizes, samples.names.offsets, *pixels):
             digest.update(np.ascontiguousarray(column).data)
         digest.update(samples.names.blob)
     return digest.hexdigest()

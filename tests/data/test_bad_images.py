@@ -11,6 +11,7 @@ from PIL import Image
 
 from paco_ds.data.manifest import Manifest
 from paco_ds.data.pack import image_bytes
+from paco_ds.data.pack import shards as shards_module
 from paco_ds.data.pack.build_plan import BuildOptions
 from paco_ds.data.pack.card import Card, changed, folder_card
 from paco_ds.data.pack.check import check_shards
@@ -208,6 +209,16 @@ def test_strips_too_long_for_a_jpeg_keep_their_bytes() -> None:
     Image.new("L", (8, 90_000)).save(out, "PNG")
     assert resized(out.getvalue(), "png", 7, 90) == (out.getvalue(), "png")
     assert resized(out.getvalue(), "png", 5, 90)[1] == "jpg"
+
+
+def test_a_build_that_stops_at_many_bad_images_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the number that the user allowed; others were not looked at."""
+    monkeypatch.setattr(shards_module, "_MOST_BAD", 2)
+    root = tmp_path / "root"
+    card = folder(root, {"good.jpg": encoded(), **{f"{number}.jpg": b"no image" for number in range(4)}})
+    message = r"4 bad images \(4 unknown_format\), at most 1 may be left out:[\s\S]* lists those found until the build"
+    with pytest.raises(DataError, match=message):
+        build_shards(card, root, tmp_path / "out", BuildOptions(max_bad=1))
 
 
 def test_rotation_in_exif_is_done_before_it_is_lost() -> None:

@@ -175,8 +175,8 @@ class Root:
             return sum(is_hidden(entry.name) for entry in os.scandir(self.path / folder))
         return len({first for name in self._find(folder) if is_hidden(first := name.partition("/")[0])})
 
-    def _find(self, folder: str) -> dict[str, int]:
-        """`Storage.find`, of a URL, where `.` is the root, and `./a` is `a`."""
+    def _find(self, folder: str) -> Iterable[str]:
+        """Names that `Storage.find` gives, of a URL, where `.` is the root, and `./a` is `a`."""
         return self.storage.find("" if folder == "." else same_path(folder))
 
     def files_in(self, folder: str) -> list[str]:

@@ -6,7 +6,8 @@ import re
 from typing import ClassVar
 
 RESUMABLE = 75
-"""Exit status of a run that was told to stop, or lost a rank: the same command goes on (EX_TEMPFAIL of sysexits.h)."""
+"""Exit status of a run that was told to stop, or lost a rank or its storage: the same command goes on (EX_TEMPFAIL of
+sysexits.h)."""
 HANG = 76
 """Exit status of a run that made no progress: the same command goes on."""
 
@@ -61,6 +62,12 @@ class CheckpointError(UserError):
 
 class DataError(UserError):
     """Shards, a manifest or a source of images are missing, damaged or do not fit the recipe."""
+
+
+class UnreachableError(DataError):
+    """Remote storage does not answer, or is busy: it may come back."""
+
+    status = RESUMABLE
 
 
 class TrainingError(UserError):

@@ -174,6 +174,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> str:
         key = RENAMED[key]
     *sections, last = key.split(".")
     for part in sections:
+        if tree.get(part) is None and part not in _WITHOUT:  # a recipe that a run wrote names its empty sections too
+            tree[part] = {}
         tree = tree.setdefault(part, {})
         if not isinstance(tree, dict):
             raise RecipeError(f"{_place_of(override)}: {part!r} is a setting, not a section{_WITHOUT.get(part, '')}")

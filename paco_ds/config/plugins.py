@@ -68,5 +68,5 @@ def load_plugin(name: str, setting: str) -> Any:
             f"{setting} {name}: {error}; put the module into the working directory or on PYTHONPATH"
         ) from error
     if not hasattr(module, attribute):
-        raise RecipeError(f"{setting} {name}: {module.__file__} has no {attribute}")
+        raise RecipeError(f"{setting} {name}: {getattr(module, '__file__', module_name)} has no {attribute}")
     return getattr(module, attribute)

@@ -203,6 +203,18 @@ class ViewSettings(Section):
             raise ValueError(f"query.size {self.query.size} and key.size {self.key.size} differ; set them equal")
         return self
 
+    @model_validator(mode="after")
+    def _device_has_all(self) -> Self:
+        for name, view in (("query", self.query), ("key", self.key)):
+            if self.device == "accelerator" and erases(view):
+                raise ValueError(f"device accelerator cannot erase; set {name}.erasing to 0, or device to cpu")
+        return self
+
+
+def erases(view: TrainView) -> bool:
+    """Whether the view may draw random erasing, which no device but the CPU carries out."""
+    return isinstance(view, ChainView) and view.erasing > 0
+
 
 def _rising(view: ViewT, *names: str) -> ViewT:
     for name in names:

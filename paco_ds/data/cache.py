@@ -7,9 +7,9 @@ continue to read it.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,7 +21,6 @@ from filelock import FileLock
 from paco_ds.errors import DataError
 
 _COPY, _UNFINISHED = ".copy", ".unfinished"
-_LEFT_BEHIND = 3600  # seconds without a byte after which an unfinished copy counts as abandoned
 _LOCKS = 64  # lock files for single copies; two copies that share one wait for each other
 
 
@@ -40,12 +39,11 @@ class FileCache:
         """
         name = hashlib.sha256(key.encode()).hexdigest()[:40]
         path = self.directory / (name + _COPY)
-        found = _open_used(path)
-        if found:
-            return found
-        if size > self.limit:
-            raise DataError(f"a file of {size} bytes does not fit data.cache.bytes = {self.limit}; raise it")
         try:
+            if found := _open_used(path):
+                return found
+            if size > self.limit:
+                raise DataError(f"a file of {size} bytes does not fit data.cache.bytes = {self.limit}; raise it")
             self.directory.mkdir(parents=True, exist_ok=True)
             with FileLock(self.directory / f"lock-{int(name[:8], 16) % _LOCKS}"):
                 return _open_used(path) or self._copy(path, size, fetch)  # another process may have written it
@@ -57,29 +55,34 @@ class FileCache:
         try:
             with FileLock(self.directory / "lock-room"):
                 self._make_room(size)
-                with unfinished.open("wb") as reserved:
-                    reserved.truncate(size)  # counted by other processes while it is being written
-            with unfinished.open("r+b") as target:
+                target = unfinished.open("wb")
+                fcntl.flock(target, fcntl.LOCK_EX)  # until it has its final name, or this process ends
+                target.truncate(size)  # counted by other processes while it is being written
+            with target:
                 fetch(target)
                 target.flush()
                 os.fsync(target.fileno())
-            copy = unfinished.open("rb", buffering=0)  # opened before it can be removed
-            unfinished.rename(path)
+                copy = unfinished.open("rb", buffering=0)  # opened before it can be removed
+                unfinished.rename(path)
             return copy
         except BaseException:
             unfinished.unlink(missing_ok=True)
             raise
 
     def _make_room(self, size: int) -> None:
-        """Remove copies, least recently used first, until `size` more bytes fit."""
-        now, copies, held = time.time(), [], 0
+        """Remove what killed processes left unfinished, and copies, least recently used first, until `size` more
+        bytes fit."""
+        copies, held = [], 0
         for path in self.directory.iterdir():
             if path.suffix not in (_COPY, _UNFINISHED):
                 continue
             with suppress(FileNotFoundError):
+                if path.suffix == _UNFINISHED and _is_abandoned(path):
+                    path.unlink()
+                    continue
                 about = path.stat()
                 held += about.st_size
-                if path.suffix == _COPY or about.st_mtime < now - _LEFT_BEHIND:
+                if path.suffix == _COPY:
                     copies.append((about.st_mtime, about.st_size, path))
         for _, freed, path in sorted(copies):
             if held + size <= self.limit:
@@ -91,6 +94,16 @@ class FileCache:
                 f"{self.directory} has {held} bytes of unfinished files and cannot take {size} more within "
                 f"data.cache.bytes = {self.limit}; raise it"
             )
+
+
+def _is_abandoned(unfinished: Path) -> bool:
+    """Whether no process is writing it."""
+    with unfinished.open("r+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
 
 
 def _open_used(path: Path) -> BinaryIO | None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import queue
 import shlex
+import shutil
 import subprocess
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import IO, Any, Protocol, TypeVar
 
 import fsspec
@@ -51,7 +52,8 @@ class Remote(Protocol):
 
     def sizes(self, limit: float) -> dict[str, int] | None: ...
 
-    def find(self, folder: str, limit: float) -> dict[str, int]: ...
+    def find(self, folder: str, limit: float) -> dict[str, tuple[int, str]]:
+        """Of every file below a folder what `about` says of it."""
 
     def put(self, local: str, name: str, limit: float) -> None: ...
 
@@ -76,8 +78,7 @@ class Fsspec:
             raise FileNotFoundError(name)
         if info.get("size") is None:
             raise NotImplementedError("the server does not report the file's size")
-        version = next((str(info[k]) for k in ("ETag", "etag", "LastModified", "mtime", "created") if info.get(k)), "")
-        return int(info["size"]), version
+        return int(info["size"]), _version(info)
 
     def sizes(self, limit: float) -> dict[str, int] | None:
         self.fs.invalidate_cache()
@@ -103,11 +104,11 @@ class Fsspec:
                 self.fs.rm_file(partial)
             raise
 
-    def find(self, folder: str, limit: float) -> dict[str, int]:
+    def find(self, folder: str, limit: float) -> dict[str, tuple[int, str]]:
         self.fs.invalidate_cache()
         start = self._path(folder).rstrip("/")
         found = self._call(limit, "find", start, detail=True)
-        return {name.removeprefix(start).lstrip("/"): int(about["size"]) for name, about in found.items()}
+        return {name.removeprefix(start).lstrip("/"): (int(i["size"]), _version(i)) for name, i in found.items()}
 
     def remove(self, name: str, limit: float) -> None:
         self._call(limit, "rm_file", self._path(name))
@@ -139,6 +140,8 @@ class Pipe:
     def _run(self, name: str, limit: float, take: Callable[[IO[bytes]], T]) -> T:
         """What `take` makes of the command's output; a command that has more to say is ended."""
         command = [part.replace("{name}", name) for part in self.command]
+        if shutil.which(command[0]) is None:
+            raise DataError(f"there is no command {command[0]!r} to run: correct data.shards, or install it")
         pipe = subprocess.PIPE
         with (
             tempfile.TemporaryFile() as errors,
@@ -162,11 +165,16 @@ class Pipe:
     def put(self, local: str, name: str, limit: float) -> None:
         raise NotImplementedError("a pipe: command cannot be written to")
 
-    def find(self, folder: str, limit: float) -> dict[str, int]:
+    def find(self, folder: str, limit: float) -> dict[str, tuple[int, str]]:
         raise DataError("a pipe: command does not list files")
 
     def remove(self, name: str, limit: float) -> None:
         raise NotImplementedError("a pipe: command cannot be written to")
+
+
+def _version(info: Mapping[str, Any]) -> str:
+    """What a service tells of a file that is another once it was written again; empty where it tells nothing."""
+    return next((str(info[k]) for k in ("ETag", "etag", "LastModified", "mtime", "created") if info.get(k)), "")
 
 
 def _within(seconds: float, function: Callable[[], T]) -> T:

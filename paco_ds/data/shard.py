@@ -14,7 +14,7 @@ import tarfile
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +50,7 @@ MAX_OPEN_SHARDS = 128
 GAP = 256 * 1024  # bytes between two samples that cost less to read than another request
 _CHECKED_TOGETHER = 256  # samples
 _PIECE = 16 * 2**20  # bytes
+_DAMAGE = {"crc_mismatch", "short_read", "read_error"}  # of a shard; other reasons are of the images in it
 
 
 class BadSample(Exception):  # noqa: N818 (the stream replaces the sample; it does not end)
@@ -61,6 +62,25 @@ class BadSample(Exception):  # noqa: N818 (the stream replaces the sample; it do
 
     def __str__(self) -> str:
         return f"sample {self.key} of shard {self.shard}: {self.reason}"
+
+
+def remedy_of(reasons: Collection[str], shards: str) -> str:
+    """What helps against samples that are bad for these reasons, in sentences.
+
+    Args:
+        shards: where the shards are.
+    """
+    reasons, remedies = {*reasons}, []
+    if reasons & _DAMAGE:
+        remedies.append(f"Copy or build the shards again: paco-build-shards check {shards} names all damage.")
+    if "too_many_pixels" in reasons:
+        remedies.append("Raise data.max_pixels, or build with --resize-short.")
+    if reasons - _DAMAGE - {"too_many_pixels"}:
+        remedies.append(
+            "The images themselves are damaged: build with --verify, which names all such, and repair them or leave "
+            "them out (--max-bad)."
+        )
+    return " ".join(remedies)
 
 
 @dataclass(frozen=True)
@@ -313,7 +333,11 @@ class ShardReader:
     def _read_bytes(self, number: int, start: int, size: int) -> bytes:
         if self.storage.is_local or self.storage.cache is not None:
             file = self._file(number)  # the reference keeps it open
-            return os.pread(file.fileno, size, start)
+            data = os.pread(file.fileno, size, start)
+            # a short read: the file has shrunk, or the system returns less at a time, as of 2 GiB and more
+            while len(data) < size and (more := os.pread(file.fileno, size - len(data), start + len(data))):
+                data += more
+            return data
         self._file(number)
         return self.storage.read_range(self.split.shards[number].file, start, size)
 

@@ -7,8 +7,10 @@ come from its environment variables (`AWS_*`, `FSSPEC_S3_*`, ...). Nothing that 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
+import shlex
 import tempfile
 import threading
 import time
@@ -20,7 +22,7 @@ from typing import Any, BinaryIO, TypeVar
 from paco_ds.config.data import DataSettings, StorageSettings
 from paco_ds.data.cache import FileCache
 from paco_ds.data.remote import Fsspec, Pipe, Remote, inside, refuse_unknown_service
-from paco_ds.errors import DataError, redacted
+from paco_ds.errors import DataError, UnreachableError, redacted
 from paco_ds.files import is_url, read_at_most, storage_errors, whole_file
 
 T = TypeVar("T")
@@ -99,7 +101,8 @@ class Storage:
 
         Raises:
             MissingFile: there is no such file.
-            DataError: it cannot be read in `data.storage.tries` tries, or is too large to be read whole.
+            UnreachableError: it cannot be read in `data.storage.tries` tries.
+            DataError: it cannot be read at all, or is too large to be read whole.
         """
         most = expected or _MOST_WHOLE
         if self.is_local:
@@ -117,7 +120,7 @@ class Storage:
         """`size` bytes of a file from byte `start` on; fewer only if a local file ends before.
 
         Raises:
-            MissingFile, DataError: as `read`; also for a remote file that ends before, or a server without ranges.
+            MissingFile, UnreachableError, DataError: as `read`; DataError also for a server without ranges.
         """
         if self.is_local:
             with self._locally(name, lambda path: path.open("rb", buffering=0)) as file:
@@ -157,16 +160,29 @@ class Storage:
                 return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
         return self._ask(f"list {self.url}", lambda remote, limit: remote.sizes(limit))
 
-    def find(self, folder: str) -> dict[str, int]:
-        """Bytes of every file below a folder, by its relative name; empty if there is no such folder.
+    def stamp(self, name: str) -> int:
+        """A number that is another one once the file was written again: its mtime in ns, or a digest of the ETag or
+        time that the service gives; 0 if it gives none.
+
+        Raises:
+            MissingFile: there is no such file.
+        """
+        if self.is_local:
+            return self._locally(name, lambda path: path.stat().st_mtime_ns)
+        return _stamp(self._ask(f"find {self.place(name)}", lambda remote, limit: remote.about(name, limit))[1])
+
+    def find(self, folder: str) -> dict[str, tuple[int, int]]:
+        """(bytes, `stamp`) of every file below a folder, by its relative name; empty if there is no such folder.
 
         Raises:
             DataError: the service has no listings.
         """
         if self.is_local:
             start = Path(self.url, folder)
-            return {str(path.relative_to(start)): path.stat().st_size for path in start.rglob("*") if path.is_file()}
-        return self._ask(f"list {self.place(folder)}", lambda remote, limit: remote.find(folder, _LISTING * limit))
+            files = {str(path.relative_to(start)): path.stat() for path in start.rglob("*") if path.is_file()}
+            return {name: (about.st_size, about.st_mtime_ns) for name, about in files.items()}
+        found = self._ask(f"list {self.place(folder)}", lambda remote, limit: remote.find(folder, _LISTING * limit))
+        return {name: (size, _stamp(version)) for name, (size, version) in found.items()}
 
     @contextmanager
     def write(self, name: str) -> Iterator[BinaryIO]:
@@ -254,7 +270,7 @@ class Storage:
             raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 
     def _ask(self, what: str, request: Callable[[Remote, float], T]) -> T:
-        """Repeat a request until it succeeds, its error is final, or the tries are used up."""
+        """Repeat a request until it succeeds, its error is final, or the tries are used up: an UnreachableError."""
         began, last, asked = time.monotonic(), "", 0.0
         for number in range(self.settings.tries):
             if number:
@@ -275,7 +291,7 @@ class Storage:
                         f"cannot {what}: {last}; set the credentials of the service in the environment"
                     ) from error
         seconds = time.monotonic() - began
-        raise DataError(
+        raise UnreachableError(
             f"cannot {what}: {self.settings.tries} tries in {seconds:.0f} s, the last: {last}. Check that the service "
             f"can be reached from here, or raise data.storage.tries or data.storage.timeout"
         )
@@ -307,6 +323,10 @@ class Storage:
                 raise DataError(f"{self.url} had credentials that are not kept in files: give data.shards again")
             if "{name}" not in self.url:
                 raise DataError(f"{self.url} lacks {{name}}: write it in the command where the name of a file goes")
+            try:
+                shlex.split(self._address)
+            except ValueError as error:
+                raise DataError(f"{self.url} cannot be split into words: {error}; close the quote") from error
             return
         if scheme in _EXECUTING:
             raise DataError(
@@ -329,6 +349,11 @@ def as_storage(place: Storage | str | Path) -> Storage:
 
 def _restore(url: str, settings: StorageSettings, cache: FileCache | None, allow_pipe_urls: bool) -> Storage:
     return Storage(url, settings, cache=cache, allow_pipe_urls=allow_pipe_urls)
+
+
+def _stamp(version: str) -> int:
+    digest = hashlib.blake2b(version.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, signed=True) if version else 0
 
 
 def _reason(error: BaseException) -> str:

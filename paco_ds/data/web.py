@@ -10,16 +10,19 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import cached_property
 from typing import Any
 
 import aiohttp
 from fsspec.asyn import sync
+from fsspec.implementations.http import HTTPFileSystem
 from yarl import URL
 
 from paco_ds.data.remote import Fsspec
 from paco_ds.errors import DataError
 
 _MOST_REDIRECTS = 5
+_SECRET = {"headers", "cookies", "auth"}  # what may be, of the options of a session and of a request
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MISSING, _DENIED, _NO_HEAD = (404, 410), (401, 403, 407), (405, 501)
 
@@ -57,7 +60,7 @@ class Web(Fsspec):
     def sizes(self, limit: float) -> None:
         return None  # a web page may list names, but no sizes
 
-    def find(self, folder: str, limit: float) -> dict[str, int]:
+    def find(self, folder: str, limit: float) -> dict[str, tuple[int, str]]:
         raise DataError("a web server does not list files with sizes: copy the folder first")
 
     async def _get(self, url: str, span: tuple[int, int] | None, most: int) -> bytes:
@@ -75,13 +78,13 @@ class Web(Fsspec):
     async def _about(self, url: str) -> tuple[int, str]:
         """(bytes, identifier of the version) by HEAD; a server without it is asked for the first byte."""
         async with self._answer("HEAD", url, {}, accept=_NO_HEAD) as answer:
-            size, version = answer.headers.get("Content-Length"), answer.headers.get("ETag", "")
+            size, version = answer.headers.get("Content-Length"), _version(answer.headers)
             known = answer.status not in _NO_HEAD and size is not None
         if not known:
             async with self._answer("GET", url, {"Range": "bytes=0-0"}) as answer:
                 whole = answer.headers.get("Content-Length")
                 size = answer.headers.get("Content-Range", "").rpartition("/")[2] if answer.status == 206 else whole
-                version = answer.headers.get("ETag", "")
+                version = _version(answer.headers)
         if size is None or not size.isdecimal() or len(size) > 18:
             raise NotImplementedError("the server does not report the file's size")
         return int(size), version
@@ -98,11 +101,15 @@ class Web(Fsspec):
         options = dict(self.fs.kwargs)
         sent = {"Accept-Encoding": "identity", **options.pop("headers", {}), **headers}
         session: aiohttp.ClientSession = await self.fs.set_session()
-        place = self.fs.encode_url(url)
+        place = first = self.fs.encode_url(url)
         for _ in range(_MOST_REDIRECTS + 1):
             async with session.request(method, place, headers=sent, **{**options, "allow_redirects": False}) as answer:
                 if answer.status in _REDIRECTS and "Location" in answer.headers:
                     place = self._redirected(place, answer.headers["Location"])
+                    if place.origin() != first.origin():
+                        session = await self._for_others.set_session()
+                        sent = {"Accept-Encoding": "identity", **headers}
+                        options = {name: options[name] for name in options.keys() - _SECRET}
                     continue
                 if answer.status in _MISSING:
                     raise FileNotFoundError(url)
@@ -117,8 +124,15 @@ class Web(Fsspec):
                 return
         raise DataError(f"{url} is redirected more than {_MOST_REDIRECTS} times")
 
+    @cached_property
+    def _for_others(self) -> HTTPFileSystem:
+        """Keeps the connections to hosts that redirects lead to: without the headers, cookies and password that the
+        environment gives, which are for the first host."""
+        client = {name: value for name, value in self.fs.client_kwargs.items() if name not in _SECRET}
+        return HTTPFileSystem(client_kwargs=client, loop=self.fs.loop, skip_instance_cache=True)
+
     def _redirected(self, place: URL, location: str) -> URL:
-        """Where a redirect leads, with the credentials of the URL if it is the same host.
+        """Where a redirect leads, with the credentials of the URL if it is the same scheme, host and port.
 
         Raises:
             DataError: to another host, if that is not allowed; to another scheme but https.
@@ -126,8 +140,10 @@ class Web(Fsspec):
         target = place.join(URL(location))
         if target.scheme not in {place.scheme, "https"}:
             raise DataError(f"{place} is redirected to {target}, another scheme: give an address without a redirect")
-        if target.host == place.host:
+        if target.origin() == place.origin():
             return target.with_user(place.user).with_password(place.password)
+        if target.host == place.host:
+            return target
         if not self.redirects:
             raise DataError(
                 f"{place} is redirected to {target}, another host: give that address, or set data.storage.redirects "
@@ -136,6 +152,10 @@ class Web(Fsspec):
         if target.scheme != "https":
             raise DataError(f"{place} is redirected to {target}, another host without https: give that address")
         return target
+
+
+def _version(headers: Mapping[str, str]) -> str:
+    return headers.get("ETag") or headers.get("Last-Modified", "")
 
 
 def _seconds(retry_after: str, now: datetime | None = None) -> float:

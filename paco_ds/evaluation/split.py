@@ -15,6 +15,7 @@ from paco_ds.config.views import EvalView, TrainView
 from paco_ds.data.manifest import Manifest
 from paco_ds.data.names import most_alike, same_name
 from paco_ds.data.pack.source import some
+from paco_ds.data.shard import remedy_of
 from paco_ds.data.stream.batches import MicroBatch, TrainingStream, evaluation_stream
 from paco_ds.data.stream.load import Replaced
 from paco_ds.distributed.ranks import MicroBatchLayout, Ranks
@@ -98,18 +99,18 @@ class EvaluationSplit:
         share = self.settings.max_bad_share
         if not share:
             return ()
-        names = [f"{bad.key} of {bad.shard}: {bad.reason}" for bad in mine]
-        for name in names:
-            logger.warning("image %s was left out of the evaluation of %s", name, self.name)
-        found = [name for of_rank in ranks.gather_objects(names) for name in of_rank]
-        samples = (self.images or self.manifest).split(self.name).samples
+        for bad in mine:
+            logger.warning("image %s was left out of the evaluation of %s", bad, self.name)
+        found = [bad for of_rank in ranks.gather_objects([*mine]) for bad in of_rank]
+        images = self.images or self.manifest
+        samples = images.split(self.name).samples
         if len(found) > share * samples:
             raise DataError(
                 f"{len(found)} of {samples} images of {self.name} cannot be read, more than evaluation.max_bad_share = "
-                f"{share:g} allows, the first {found[0]}. Copy or rebuild the shards; paco-build-shards "
-                f"check lists all"
+                f"{share:g} allows, the first {found[0]}. "
+                f"{remedy_of([bad.reason for bad in found], images.storage.url)}"
             )
-        return tuple(found)
+        return tuple(map(str, found))
 
     @property
     def class_counts(self) -> Sequence[int]:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from paco_ds.config.data import DataSettings
 from paco_ds.config.recipe import MetricsSettings
+from paco_ds.data.shard import remedy_of
 from paco_ds.distributed.ranks import Ranks
 from paco_ds.errors import DataError, StorageError
 from paco_ds.evaluation.accuracy import ShotAccuracy
@@ -127,6 +128,7 @@ class BadSamples:
     def begin_epoch(self) -> None:
         self._count = 0  # of all ranks
         self._names: list[str] = []  # of this rank
+        self._reasons: set[str] = set()
 
     def add(self, mine: Iterable[tuple[str, str, str]], on_all_ranks: int) -> None:
         """Add the (key, shard, reason) of this rank's bad samples in a step, and their number on all ranks.
@@ -136,15 +138,17 @@ class BadSamples:
         """
         for key, shard, reason in mine:
             self._names.append(f"{key} of {shard}: {reason}")
+            self._reasons.add(reason)
             self._logger.metrics.observe_bad_sample(reason)
             logger.warning("sample %s was replaced by another of its class", self._names[-1])
         self._count += on_all_ranks
         if self._count <= self._share * self._planned:
             return
-        names = [name for of_rank in self._ranks.gather_objects(self._names) for name in of_rank]
-        listed = "\n  ".join(names[:50])
+        of_ranks = self._ranks.gather_objects((self._names, self._reasons))
+        listed = "\n  ".join([name for names, _ in of_ranks for name in names][:50])
+        reasons = set[str]().union(*(reasons for _, reasons in of_ranks))
         raise DataError(
             f"{self._count} of {self._planned} samples of this epoch could not be read, more than "
             f"data.max_bad_share = {self._share:g} allows:\n  {listed}\n"
-            f"Run paco-build-shards check {self._shards}, then repair the shards or raise data.max_bad_share"
+            f"{remedy_of(reasons, self._shards)} Or raise data.max_bad_share"
         )

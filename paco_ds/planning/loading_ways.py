@@ -12,7 +12,7 @@ import numpy as np
 import simplejpeg
 
 from paco_ds.config.data import DataSettings
-from paco_ds.config.views import TrainView, ViewDevice
+from paco_ds.config.views import TrainView, ViewDevice, erases
 from paco_ds.data.manifest import Manifest
 from paco_ds.data.pack.image_bytes import BadImage, ending_of, resized
 from paco_ds.data.shard import BadSample, RawSample, ShardReader
@@ -56,9 +56,9 @@ def plan_ways(
     """
     samples = _made_up() if manifest is None else _some(manifest, data)
     smaller = [_smaller(sample, short) for sample in samples]
-    ways = []
+    devices, ways = _DEVICES[:1] if any(map(erases, views)) else _DEVICES, []
     for of, stored in (("", samples), (f", shards built with --resize-short {short}", smaller)):
-        for device in _DEVICES:
+        for device in devices:
             rate = loading_rate(partial(_taken, stored), data, views, 0, seconds, device)
             if not rate:
                 raise DataError(f"no sample of {data.shards} could be decoded; run paco-build-shards check on it")

@@ -112,7 +112,7 @@ def find_data(settings: DataSettings, images: int | None, classes: int | None) -
         try:
             manifest: Manifest = load_manifest(open_storage(settings))
         except DataError as error:
-            raise DataError(f"{error}. To plan without shards give --images N and --classes C") from None
+            raise type(error)(f"{error}. To plan without shards give --images N and --classes C") from None
         split = manifest.split(settings.train_split)
         samples, sizes = tuple(s.samples for s in split.shards), tuple(s.bytes for s in split.shards)
         return Data(True, split.class_counts, samples, sizes, tuple(manifest.classes))

@@ -11,30 +11,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from paco_ds.config.load import load_recipe
 from paco_ds.config.parse import one_line
 from paco_ds.data.manifest import open_data
+from paco_ds.data.pack.image_bytes import BadImage, ending_of, opened
 from paco_ds.data.shard import BadSample, ShardReader
 from paco_ds.errors import DataError, UserError
 
 SIDE = 96  # pixels
 MAX_PIXELS = 100_000_000  # of a picture; larger ones have no thumbnail
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
 
 def thumbnail(read: Callable[[], bytes]) -> str | None:
     """JPEG in base64 of at most `SIDE` pixels, some 3 KB; None for what cannot be read."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an image of many pixels is left out below
-            picture = Image.open(io.BytesIO(read()), formats=_FORMATS)
-            if picture.width * picture.height > MAX_PIXELS:
-                return None
+        data = read()
+        picture = opened(data, ending_of(data))
+        if picture.width * picture.height > MAX_PIXELS:
+            return None
+        with warnings.catch_warnings(action="ignore"):
             picture.draft("RGB", (2 * SIDE, 2 * SIDE))
             small = picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError, UserError, BadSample, Image.DecompressionBombError):
+    except (OSError, ValueError, SyntaxError, UserError, BadSample, BadImage):
         return None
     small.thumbnail((SIDE, SIDE))
     output = io.BytesIO()

@@ -55,6 +55,7 @@ def test_shipped_recipes_are_valid(path):
         ("seed", r"write key.path=value"),
         ("seed.deeper=1", r"'seed' is a setting, not a section$"),
         ("key_encoder.momentum_schedule=linear", r"'key_encoder.momentum_schedule': .*'constant' or 'cosine'"),
+        ("loss.method=sys:x", r"loss.method sys:x: sys has no x"),
         ("key_encoder=nothing", r"'key_encoder': .*given: 'nothing'"),
     ],
 )
@@ -62,6 +63,14 @@ def test_a_wrong_override_names_the_key_and_the_remedy(path, override, message):
     """Unknown, ill-typed, out of range, or not fitting another setting."""
     with pytest.raises(RecipeError, match=message):
         load_recipe(path, [override])
+
+
+def test_a_section_that_is_null_in_the_file_can_be_set(path):
+    """As in the recipe that a run writes; only a key encoder of none stays none."""
+    recipe = load_recipe(path, ["data.cache=null", "data.cache.directory=/c", "data.cache.bytes=9"])
+    assert (recipe.data.cache.directory, recipe.data.cache.bytes) == ("/c", 9)
+    with pytest.raises(RecipeError, match="'key_encoder' is a setting, not a section, while it is none"):
+        load_recipe(path, ["key_encoder=null", "key_encoder.momentum=0.9"])
 
 
 def test_a_mistake_in_the_file_names_the_file(path):

@@ -11,6 +11,7 @@ from PIL import Image
 
 from paco_ds.data.manifest import Manifest
 from paco_ds.data.pack import image_bytes
+from paco_ds.data.pack import shards as shards_module
 from paco_ds.data.pack.build_plan import BuildOptions
 from paco_ds.data.pack.card import Card, changed, folder_card
 from paco_ds.data.pack.check import check_shards
@@ -18,6 +19,7 @@ from paco_ds.data.pack.command import main
 from paco_ds.data.pack.image_bytes import BadImage, ending_of, resized, verify
 from paco_ds.data.pack.shards import build_shards
 from paco_ds.data.shard import RawSample, ShardReader
+from paco_ds.data.stream.decode import decode
 from paco_ds.errors import DataError
 from tests.data.tiny import encoded
 
@@ -209,6 +211,16 @@ def test_strips_too_long_for_a_jpeg_keep_their_bytes() -> None:
     assert resized(out.getvalue(), "png", 5, 90)[1] == "jpg"
 
 
+def test_a_build_that_stops_at_many_bad_images_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the number that the user allowed; others were not looked at."""
+    monkeypatch.setattr(shards_module, "_MOST_BAD", 2)
+    root = tmp_path / "root"
+    card = folder(root, {"good.jpg": encoded(), **{f"{number}.jpg": b"no image" for number in range(4)}})
+    message = r"4 bad images \(4 unknown_format\), at most 1 may be left out:[\s\S]* lists those found until the build"
+    with pytest.raises(DataError, match=message):
+        build_shards(card, root, tmp_path / "out", BuildOptions(max_bad=1))
+
+
 def test_rotation_in_exif_is_done_before_it_is_lost() -> None:
     """The new file says nothing of it, so its pixels must be upright."""
     half = Image.new("RGB", (80, 40), "black")
@@ -242,3 +254,14 @@ def test_resizing_is_the_cards_or_the_commands(tmp_path: Path) -> None:
     assert {size_of(s.image) for s in samples(manifest)} == {(16, 16)}
     again = build_shards(card, root, tmp_path / "again")
     assert again.sha256 == manifest.sha256
+
+
+def test_an_orientation_of_xmp_alone_turns_nothing() -> None:
+    """Training reads EXIF alone, so shards that were made smaller show the image as those that were not."""
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    out = io.BytesIO()
+    Image.new("RGB", (60, 40), (200, 30, 90)).save(out, "JPEG", xmp=xmp)
+    assert Image.open(out).getexif()[0x0112] == 6
+    small, _ = resized(out.getvalue(), "jpg", 20, 95)
+    assert size_of(bytes(small)) == (30, 20)
+    assert decode(RawSample("k", 0, "s", out.getvalue()), 10**6).shape == (40, 60, 3)

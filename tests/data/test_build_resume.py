@@ -11,19 +11,23 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import fsspec
+import numpy as np
 import pytest
+import webdataset as wds
 
 from paco_ds.data.manifest import Manifest, load_manifest
 from paco_ds.data.pack import shards as build_module
 from paco_ds.data.pack.build_plan import BuildOptions
 from paco_ds.data.pack.build_ranks import BuildRank, rank_of_environment
-from paco_ds.data.pack.card import folder_card, load_card
+from paco_ds.data.pack.card import Card, card_of_options, folder_card, load_card
 from paco_ds.data.pack.command import main
 from paco_ds.data.pack.shards import build_shards, build_share
 from paco_ds.data.pack.write import Written, write_shard
 from paco_ds.errors import DataError, StorageError
-from tests.data.tiny import encoded, flip_byte
+from tests.data.tiny import encoded, flip_byte, write_idx
 
 ROOT = Path(__file__).parents[2]
 SMALL = BuildOptions(shard_bytes=20_000)
@@ -97,6 +101,45 @@ def test_records_of_another_plan_are_not_used(
     monkeypatch.undo()
     build_shards(card, images_of(tiny_card), out, SMALL)
     assert contents(out) == contents(tiny_shards.directory)
+
+
+def source_of(kind: str, root: Path, seed: int) -> tuple[Card, str]:
+    """A card of 24 images and its root; of another seed all images are others, with the same names and sizes."""
+    root.mkdir(exist_ok=True)
+    images = [encoded(".bmp", 8, 100 * seed + number) for number in range(24)]
+    given: dict[str, Any] = {"root": str(root)}
+    if kind == "idx":
+        write_idx(root / "x", np.random.default_rng(seed).integers(0, 256, (24, 8, 8), dtype=np.uint8))
+        write_idx(root / "y", np.zeros(24, np.uint8))
+        (root / "classes.txt").write_text("a\n")
+        given |= {"source": "idx", "train": "x,y", "classes": "classes.txt"}
+    elif kind == "tar":
+        with wds.TarWriter(str(root / "x.tar")) as tar:
+            for number, image in enumerate(images):
+                tar.write({"__key__": f"{number:02d}", "bmp": image, "cls": 0})
+        given |= {"source": "webdataset", "train": "x.tar"}
+    else:
+        given = {"source": "folder", "root": f"memory://{root}"}
+        for number, image in enumerate(images):
+            fsspec.filesystem("memory").pipe(f"{root}/train/a/{number:02d}.bmp", image)
+    return card_of_options(given), given["root"]
+
+
+@pytest.mark.parametrize("kind", ["idx", "tar", "url"])
+def test_images_that_changed_after_a_stop_are_all_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """None of the shards written before holds an old one."""
+    options = BuildOptions(shard_bytes=6_000)
+    stop_after(monkeypatch, 2)
+    with pytest.raises(Stop):
+        build_shards(*source_of(kind, tmp_path / "root", 0), tmp_path / "out", options)
+    monkeypatch.undo()
+    card, root = source_of(kind, tmp_path / "root", 1)
+    build_shards(card, root, tmp_path / "out", options)
+    build_shards(card, root, tmp_path / "fresh", options)
+    assert len(list((tmp_path / "out").glob("*.tar"))) > 2
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
 def test_build_that_ended_between_manifest_and_tidying_up_is_done(

@@ -2,12 +2,13 @@
 
 import io
 import os
+import struct
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from PIL import ExifTags, Image
+from PIL import BmpImagePlugin, EpsImagePlugin, ExifTags, Image
 
 from paco_ds.data.manifest import load_manifest
 from paco_ds.data.pack.build_plan import select
@@ -125,6 +126,20 @@ def test_a_missing_package_is_named(shards, monkeypatch, capsys):
 
 def test_what_is_no_picture_is_like_nothing():
     assert picture_hash(b"no image") == 0
+
+
+def test_only_decoders_of_the_list_open_what_is_compared(monkeypatch):
+    """Not Ghostscript, which Pillow calls for EPS; nor any decoder, for what costs more than training allows."""
+    opened = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *a, **k: opened.append("gs"))
+    assert picture_hash(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n%%EOF\n") == 0
+    bmp = io.BytesIO()
+    Image.fromarray(picture(0, 64)[..., 0]).save(bmp, "BMP")
+    slow = bytearray(bmp.getvalue())
+    slow[18:26], slow[30] = struct.pack("<II", 2100, 2100), 1  # run-length: Pillow decodes it in Python
+    monkeypatch.setattr(BmpImagePlugin.BmpRleDecoder, "decode", lambda *a: opened.append("rle") or (-1, 0))
+    assert picture_hash(bytes(slow)) == 0
+    assert opened == []
 
 
 def test_near_rows_are_those_of_all_pairs():

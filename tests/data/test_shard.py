@@ -1,7 +1,9 @@
 """Reading samples by id, and seeing every kind of damage."""
 
 import json
+import os
 import pickle
+import re
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +16,7 @@ import webdataset as wds
 from paco_ds.data import shard as shard_module
 from paco_ds.data.manifest import Manifest
 from paco_ds.data.pack.sources.idx import read_idx
-from paco_ds.data.shard import BadSample, ShardReader, check_shard, index_shard, load_index
+from paco_ds.data.shard import BadSample, ShardReader, check_shard, index_shard, load_index, remedy_of
 from paco_ds.errors import DataError
 from tests.data.tiny import flip_byte
 
@@ -143,6 +145,27 @@ def test_shard_cut_while_open_is_a_short_read(damaged: Manifest) -> None:
         file.truncate(1000)
     with pytest.raises(BadSample, match="short_read"):
         reader.read(1)
+
+
+def test_a_read_that_returns_less_goes_on(tiny_shards: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the system does above 2 GiB, and some file systems do anyway."""
+    pread = os.pread
+    expected = [ShardReader(tiny_shards.directory, tiny_shards.split("train")).read(number) for number in range(9)]
+    monkeypatch.setattr(shard_module.os, "pread", lambda file, size, at: pread(file, min(size, 700), at))
+    reader = ShardReader(tiny_shards.directory, tiny_shards.split("train"))
+    assert [stored.sample() for stored in reader.read_window(range(9))] == expected
+
+
+def test_the_remedy_is_that_of_the_reason() -> None:
+    """`check` finds what damages shards, `--verify` what was damaged before; large images are a setting's matter."""
+    assert remedy_of(["short_read", "crc_mismatch"], "/d") == (
+        "Copy or build the shards again: paco-build-shards check /d names all damage."
+    )
+    assert remedy_of(["too_many_pixels"], "/d") == "Raise data.max_pixels, or build with --resize-short."
+    for reason in ("truncated", "undecodable", "unknown_format", "empty", "too_many_scans"):
+        assert re.search("build with --verify.*--max-bad", remedy_of([reason], "/d"))
+        assert "check" not in remedy_of([reason], "/d")
+    assert remedy_of({"truncated", "read_error", "too_many_pixels"}, "/d").count("build") == 4
 
 
 def test_missing_shard_is_refused_at_open(damaged: Manifest) -> None:

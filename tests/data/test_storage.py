@@ -1,8 +1,10 @@
 """Storage: local, in memory, and a real S3-compatible server that fails, stalls and cuts connections."""
 
 import multiprocessing
+import os
 import pickle
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +14,7 @@ from typing import Any, BinaryIO
 import fsspec
 import pytest
 
+from paco_ds.command import exit_status
 from paco_ds.config.data import StorageSettings
 from paco_ds.config.load import load_recipe
 from paco_ds.data import storage as storage_module
@@ -20,7 +23,7 @@ from paco_ds.data.manifest import Manifest, load_manifest, open_data
 from paco_ds.data.shard import BadSample, ShardReader, check_shard
 from paco_ds.data.storage import MissingFile, Storage
 from paco_ds.distributed.ranks import MicroBatchLayout
-from paco_ds.errors import DataError
+from paco_ds.errors import RESUMABLE, DataError
 from paco_ds.training.build import build_stream
 from tests.data.s3 import BUCKET, Proxy
 from tests.data.tiny import same_views
@@ -155,6 +158,14 @@ def test_a_pipe_command_runs_only_where_it_is_allowed(tiny_shards: Manifest, tmp
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_pipe_command_that_is_mistyped_is_named() -> None:
+    """Not as a missing manifest, nor as an outage."""
+    with pytest.raises(DataError, match=r"there is no command 'nosuchcommand' to run"):
+        load_manifest(Storage("pipe:nosuchcommand {name}", QUICK, allow_pipe_urls=True))
+    with pytest.raises(DataError, match=r"pipe:cat 'x {name} cannot be split into words: No closing quotation"):
+        Storage("pipe:cat 'x {name}", QUICK, allow_pipe_urls=True)
+
+
 def test_a_request_is_tried_again_with_longer_waits(in_memory: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     """Waits double and vary; the last failure is told with what was tried."""
     waits: list[float] = []
@@ -192,9 +203,22 @@ def test_refused_or_missing_keys_are_told_at_once(
         raise error("Unable to locate credentials")
 
     monkeypatch.setattr(_file_system(in_memory), "cat_file", cat_file)
-    with pytest.raises(DataError, match=rf"manifest.json: {name}: Unable to locate credentials"):
+    with pytest.raises(DataError, match=rf"manifest.json: {name}: Unable to locate credentials") as caught:
         in_memory.read("manifest.json")
     assert len(calls) == 1
+    assert exit_status(caught.value) == 2
+
+
+def test_after_an_outage_a_job_is_started_again(in_memory: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its exit status, which no mistake in the data has."""
+
+    def cat_file(*args: object, **kwargs: object) -> bytes:
+        raise ConnectionRefusedError("no route")
+
+    monkeypatch.setattr(_file_system(in_memory), "cat_file", cat_file)
+    with pytest.raises(DataError, match=r"3 tries .*no route") as caught:
+        in_memory.read("manifest.json")
+    assert exit_status(caught.value) == RESUMABLE
 
 
 def test_a_file_system_that_never_answers_is_given_up(in_memory: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,6 +395,37 @@ def test_a_fetch_that_fails_leaves_no_copy(tmp_path: Path) -> None:
     assert not [p for p in tmp_path.iterdir() if p.suffix in (".copy", ".unfinished")]
     with cache.open("a", 4, _write(b"full")) as file:
         assert file.read() == b"full"
+
+
+def _killed_while_it_fetches(directory: Path, name: str) -> None:
+    FileCache(directory, 400).open(name, 100, lambda file: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def test_what_killed_processes_left_unfinished_takes_no_room(tmp_path: Path) -> None:
+    """The next start fetches at once, into a cache that is full of it; what another process writes stays."""
+    context = multiprocessing.get_context("fork")
+    for name in "abcd":
+        killed = context.Process(target=_killed_while_it_fetches, args=(tmp_path, name))
+        killed.start()
+        killed.join()
+        assert killed.exitcode == -signal.SIGKILL
+    cache = FileCache(tmp_path, 200)
+
+    def fetch(file: BinaryIO) -> None:
+        with pytest.raises(DataError, match="has 100 bytes of unfinished files and cannot take 150 more"):
+            cache.open("e", 150, _write(b"e" * 150))
+        cache.open("b", 100, _write(b"b" * 100)).close()
+        file.write(b"a" * 100)
+
+    with cache.open("a", 100, fetch) as file:
+        assert file.read() == b"a" * 100
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) == 200
+
+
+def test_a_cache_directory_that_is_none_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"data.cache.directory .*/file cannot be used"):
+        FileCache(tmp_path / "file", 100).open("a", 10, _write(b"a" * 10))
 
 
 def _read_through(directory: Path, limit: int, log: Path, order: int) -> None:

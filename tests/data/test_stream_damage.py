@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -14,8 +15,10 @@ import pytest
 
 from paco_ds.config.data import StorageSettings
 from paco_ds.data.manifest import Manifest, load_manifest, open_data
-from paco_ds.data.shard import BadSample, ShardReader, load_index
+from paco_ds.data.shard import BadSample, RawSample, ShardReader, load_index
 from paco_ds.data.storage import Storage
+from paco_ds.data.stream.load import Load
+from paco_ds.data.stream.partition import Planned
 from paco_ds.distributed.ranks import MicroBatchLayout
 from paco_ds.errors import DataError, RecipeError
 from paco_ds.training.build import build_stream
@@ -51,6 +54,28 @@ def test_mutated_shards_never_crash_hang_or_pass_uncounted(damaged: Manifest) ->
     outcomes = fuzz(damaged.directory, 1000, seed=1)
     assert outcomes["samples are bad"] > 100
     assert outcomes["the run ends"] > 100
+
+
+@pytest.mark.parametrize(
+    ("reason", "remedy"), [("truncated", "build with --verify"), ("too_many_pixels", "Raise data.max_pixels")]
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_images_that_were_packed_damaged_are_laid_to_the_build(
+    tiny_shards: Manifest, reason: str, remedy: str, training: bool
+) -> None:
+    """And not to the shards, which `check` would find whole."""
+    reader = ShardReader(tiny_shards.directory, tiny_shards.split("train"))
+
+    class Undecodable:
+        views = ()
+
+        def __call__(self, sample: RawSample) -> None:
+            raise BadSample(reason, sample.key, sample.shard)
+
+    load: Any = Load(reader, Undecodable(), seed=0, substitute=training)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=remedy) as caught:
+        load((Planned(0, 0, 0), next(reader.read_window([0]))))
+    assert "check" not in str(caught.value)
 
 
 class Exploit:

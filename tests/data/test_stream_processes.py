@@ -74,6 +74,17 @@ def test_a_connection_that_breaks_before_its_process_has_ended_is_laid_to_the_pr
         next(_raising(parts(), [process], lambda: None))
 
 
+def test_an_error_without_loader_processes_is_raised_at_once(monkeypatch):
+    monkeypatch.setattr(loader_processes.connection, "wait", lambda *a, **k: pytest.fail("waited for nobody"))
+
+    def parts():
+        raise NotADirectoryError("cache")
+        yield
+
+    with pytest.raises(NotADirectoryError, match="cache"):
+        next(_raising(parts(), [], lambda: None))
+
+
 def test_semaphores_of_dead_processes_are_removed_and_others_stay(tmp_path, monkeypatch):
     """Those that are left when a scheduler kills a rank and its resource tracker together."""
     mark = f"paco-{os.stat('/proc/self/ns/pid').st_ino}"

@@ -1,6 +1,7 @@
 """What is suggested for the class counts of a data set."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from paco_ds.config.load import load_recipe
 from paco_ds.data.manifest import Manifest, Shard, Split
+from paco_ds.data.pack import command as command_module
 from paco_ds.data.pack import suggest as suggest_module
 from paco_ds.data.pack.card import Imbalance, load_card
 from paco_ds.data.pack.command import main
@@ -21,7 +23,7 @@ from paco_ds.data.shard import ShardReader
 from paco_ds.data.storage import as_storage
 from paco_ds.data.stream.decode import decode
 
-PHOTOGRAPHS = Sampled(300, (0.4, 0.4, 0.4), (0.2, 0.2, 0.2))
+PHOTOGRAPHS = Sampled(300, (0.4, 0.4, 0.4), (0.2, 0.2, 0.2), 64)
 
 
 def manifest_of(counts: Any) -> Manifest:
@@ -73,10 +75,10 @@ def test_few_photographs_are_offered_pretrained_weights(monkeypatch: pytest.Monk
     monkeypatch.setattr(suggest_module.os, "sched_getaffinity", lambda _: range(24))
     monkeypatch.setattr(suggest_module, "accelerators", lambda: 4)
     few = suggest(manifest_of([400, 100, 20]))
-    assert (few.start_from, few.workers) == (WEIGHTS, 5)
+    assert (few.start_from, few.workers) == (WEIGHTS, 11)
     assert any(f"--set model.start_from={WEIGHTS}" in line for line in few.reasons)
     assert suggest(manifest_of([100_000, 10_000])).start_from is None
-    monkeypatch.setattr(suggest_module, "sample_images", lambda *_: Sampled(32, (0.5,) * 3, (0.2,) * 3))
+    monkeypatch.setattr(suggest_module, "sample_images", lambda *_: Sampled(32, (0.5,) * 3, (0.2,) * 3, 64))
     assert suggest(manifest_of([400, 100, 20])).start_from is None
 
 
@@ -95,12 +97,50 @@ def test_the_command_is_one_of_this_host(monkeypatch: pytest.MonkeyPatch) -> Non
     assert Path(script).is_file()
 
 
+def test_ranks_are_as_many_as_can_share_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others are refused: 2 micro-batches on 8 GPUs are for 2 ranks, 4 on 3 GPUs for 2."""
+    for counts, gpus, ranks in (([400, 100, 20], 8, 2), ([50_000, 500], 3, 2), ([50_000, 500], 8, 4)):
+        monkeypatch.setattr(suggest_module, "accelerators", lambda gpus=gpus: gpus)
+        found = suggest(manifest_of(counts))
+        assert f" --ranks {ranks} " in command_of(Path("r.yaml"), found)
+        assert any(f"cores for {ranks} ranks" in line for line in found.reasons)
+
+
+@pytest.mark.parametrize(
+    ("splits", "advice", "trains"),
+    [
+        (("train", "val"), "no split test: .* build with --test-share to", True),
+        (("train", "test"), "no split val: .* build with --validation-share to", True),
+        (("train",), "no split val and no test: .* build with --validation-share and --test-share to", False),
+    ],
+)
+def test_a_missing_split_is_named_with_the_option_that_makes_it(
+    splits: tuple[str, ...],
+    advice: str,
+    trains: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A command that trains is given only where the recipe can be evaluated."""
+    manifest = manifest_of([40, 20])
+    train = manifest.split("train")
+    made = {name: train.model_copy(update={"name": name}) for name in splits}
+    manifest = manifest.model_copy(update={"splits": made})
+    manifest._storage = as_storage(tmp_path)
+    monkeypatch.setattr(command_module, "load_manifest", lambda _: manifest)
+    assert main(["suggest", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert re.search(advice, "\n".join(said))
+    assert said[-1].startswith("train: paco-train " if trains else "the recipe needs one of them")
+
+
 def test_mean_and_deviation_are_those_of_the_pixels(damaged: Manifest) -> None:
     """Of every channel, by hand."""
     reader = ShardReader(damaged.storage, damaged.split("train"))
     pixels = np.stack([decode(reader.read(number), 10**6) for number in range(len(reader))]).reshape(-1, 3) / 255
     sampled = suggest_module.sample_images(damaged, "train")
-    assert sampled.shorter_side == 8
+    assert (sampled.shorter_side, sampled.read) == (8, len(reader))
     assert sampled.mean == pytest.approx(pixels.mean(0), abs=1e-3)
     assert sampled.std == pytest.approx(pixels.std(0), abs=1e-3)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from paco_ds.config.load import load_recipe
+from paco_ds.config.views import RegularView
 from paco_ds.data.manifest import load_manifest
 from paco_ds.errors import UserError
 from paco_ds.planning import loading_ways
@@ -122,6 +123,9 @@ def test_ways_are_measured_on_samples_in_memory(recipe_file, striped_shards):
         )
         assert [way.cores for way in ways] == [4] * 4
         assert all(way.per_worker > 1.25 for way in ways)
+    erasing = [RegularView(size=8, erasing=1.0)]  # which no device can carry out
+    ways = loading_ways.plan_ways(recipe.data, erasing, None, per_gpu=1, gpus=2, short=8, seconds=0.01)
+    assert [way.name[:16] for way in ways] == ["views.device=cpu"] * 2
     with pytest.raises(UserError, match="0 images/s for a GPU: it must be above 0"):
         loading_ways.plan_ways(recipe.data, recipe.training_views, None, per_gpu=0, gpus=2, short=8, seconds=0.01)
 

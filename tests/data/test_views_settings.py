@@ -11,6 +11,13 @@ from paco_ds.errors import RecipeError
 RECIPES = Path(__file__).resolve().parents[2] / "ds_configs" / "recipes"
 
 
+def test_erasing_on_the_device_is_refused_before_the_first_is_drawn():
+    with pytest.raises(
+        RecipeError, match=r"'views': device accelerator cannot erase; set query\.erasing to 0, or device"
+    ):
+        load_recipe(RECIPES / "imagenet_lt_convnext_tiny.yaml", ["views.device=accelerator"])
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

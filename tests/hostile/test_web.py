@@ -151,6 +151,37 @@ def test_redirects_to_other_places_are_refused(waits):
     assert waits == []
 
 
+@pytest.mark.parametrize("place", ["http://", "http://me:S3CRET@"])
+def test_a_redirect_elsewhere_gets_no_credentials(place, monkeypatch):
+    """Of the URL and of fsspec's environment, for a session and for a request; another port is elsewhere too."""
+    got: list[dict[str, str]] = []
+
+    def target(request: BaseHTTPRequestHandler) -> None:
+        got.append(dict(request.headers))
+        send_file(request, CONTENT)
+
+    headers = {"Authorization": "Bearer S3CRET", "Cookie": "id=S3CRET", "X-Token": "S3CRET"}
+    if "@" in place:  # aiohttp takes a password or that header, not both
+        del headers["Authorization"]
+    client = {"headers": headers, "cookies": {"a": "S3CRET"}}
+    monkeypatch.setitem(fsspec.config.conf, "http", {"client_kwargs": client, "headers": headers})
+    first: list[dict[str, str]] = []
+    with serving(target) as elsewhere:
+
+        def answer(request: BaseHTTPRequestHandler) -> None:
+            first.append(dict(request.headers))
+            redirect(request, to=elsewhere + request.path)
+
+        with serving(answer) as url:
+            storage = Storage(url.replace("http://", place), QUICK)
+            assert storage.read_range("a.tar", 100, 50) == CONTENT[100:150]
+            assert storage.read("a.tar") == CONTENT
+    assert all("S3CRET" in str(each) and "Authorization" in each for each in first)
+    assert len(got) == 2
+    assert "S3CRET" not in str(got)
+    assert not any("Authorization" in each for each in got)
+
+
 def only_for(name: str, password: str, query: str = ""):
     """A server that answers to these credentials."""
     basic = base64.b64encode(f"{name}:{password}".encode()).decode()

@@ -33,7 +33,8 @@ def test_more_than_the_share_end_the_run_with_the_list(bad_samples):
     """Those of other ranks count too, and a new epoch begins at none."""
     bad_samples.add([("train-7", "train-0.tar", "crc_mismatch")], on_all_ranks=2)
     with pytest.raises(
-        DataError, match=r"3 of 100 samples[\s\S]*train-7 of train-0.tar: crc[\s\S]*check /d, then repair"
+        DataError,
+        match=r"3 of 100 samples[\s\S]*train-7 of train-0.tar: crc[\s\S]*check /d names all[\s\S]*max_bad_share",
     ):
         bad_samples.add([("train-8", "train-0.tar", "crc_mismatch")], on_all_ranks=1)
     bad_samples.begin_epoch()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from paco_ds.command import Screen
+from paco_ds.command import Screen, exit_status
 from paco_ds.config.shipped import DEEPSPEED
 from paco_ds.data.stream.views import RawView, raw_batch, render
 from paco_ds.data.stream.views.blur import Blur
@@ -17,8 +17,9 @@ from paco_ds.data.stream.views.color import Contrast
 from paco_ds.data.stream.views.crop import Box
 from paco_ds.data.stream.views.instructions import instruction
 from paco_ds.distributed.ranks import MicroBatchLayout
-from paco_ds.errors import DataError, RecipeError, UserError
+from paco_ds.errors import RESUMABLE, DataError, RecipeError, UnreachableError, UserError
 from paco_ds.losses import make_loss
+from paco_ds.planning import plan as plan_module
 from paco_ds.planning.memory import PARTS, Device, plan_memory, zero_settings
 from paco_ds.planning.network import few_steps_hint, open_files
 from paco_ds.planning.plan import Data, Plan, _shards_per_rank, find_data, judge, make_plan, planned_stage
@@ -283,6 +284,18 @@ def test_shards_that_are_open_are_bounded():
     assert open_files([1000] * 3, layout, 64, workers=0) == 2  # a rank reads one stretch, which may end in the next
     assert open_files([100] * 10_000, layout, 64, workers=8) == 8 * 53
     assert open_files([100] * 10_000, MicroBatchLayout(512, 4, 0, 4), 64, workers=2) == 2 * 128
+
+
+def test_an_outage_while_a_run_is_planned_keeps_its_status(monkeypatch):
+    """The same command may go on when storage is back."""
+
+    def unreachable(*_):
+        raise UnreachableError("8 tries")
+
+    monkeypatch.setattr(plan_module, "load_manifest", unreachable)
+    with pytest.raises(DataError, match="To plan without shards") as caught:
+        find_data(tiny_recipe().data, None, None)
+    assert exit_status(caught.value) == RESUMABLE
 
 
 def test_what_does_not_fit_is_told_what_would(zero1):

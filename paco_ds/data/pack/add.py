@@ -70,7 +70,10 @@ def add_images(
                 clear_state(state)  # interrupted after the manifest was written, before the state was cleared
                 remove_state(state)
                 return before
-            raise DataError(f"these images of {card.name} are in {output.url} already, as its manifest says")
+            raise DataError(
+                f"images of {card.name} with these names, labels and sizes are in {output.url} already by its manifest: "
+                f"others need other names of files"
+            )
         if rank.number == 0:
             plan.source.notes.extend(overlaps_with_shards(plan.source, before))
         say_ignored(plan, console)

@@ -53,8 +53,9 @@ class BuildPlan:
         source: the selected images.
         settings: shared by all worker processes.
         shards: (split, name, number of the first key, rows of the split's table) in the order of the manifest.
-        digest: of the images, their sizes and times, and all options that the bytes depend on.
-        listing: digest of names, labels and sizes alone; equal if the same images were listed before.
+        digest: of the images, their sizes and stamps, and all options that the bytes depend on.
+        listing: digest of names, labels and sizes alone; equal if the same images were listed before. It stands in the
+            manifest, so it must not change from version to version: pixels of arrays are left out.
     """
 
     source: Source

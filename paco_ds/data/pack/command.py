@@ -118,13 +118,17 @@ def _suggest(arguments: argparse.Namespace, console: Screen) -> int:
         say(f"- {line}")
     card, recipe = write_files(manifest, suggestion, arguments.output, arguments.overwrite)
     say(f"written: {card}, {recipe}")
-    say(f"train: {command_of(recipe, suggestion)}")
     missing = [split for split in ("val", "test") if split not in manifest.splits]
     if missing:
+        shares = " and ".join({"val": "--validation-share", "test": "--test-share"}[split] for split in missing)
         say(
             f"there is no split {' and no '.join(missing)}: settings are chosen on val and results reported on "
-            "test; build with --validation-share to split a val off train"
+            f"test; build with {shares} to take some of train"
         )
+    if missing == ["val", "test"]:
+        say("the recipe needs one of them: build again before you train")
+    else:
+        say(f"train: {command_of(recipe, suggestion)}")
     return 0
 
 

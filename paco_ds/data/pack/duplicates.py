@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,13 +10,12 @@ from itertools import combinations
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from paco_ds.command import Screen
 from paco_ds.data.exif import upright
 from paco_ds.data.manifest import Manifest, Split
 from paco_ds.data.pack.check import ShardOf, key_and_about, over_shards
-from paco_ds.data.pack.image_bytes import eight_bits
+from paco_ds.data.pack.image_bytes import BadImage, eight_bits, ending_of, opened
 from paco_ds.data.pack.source import some
 from paco_ds.data.pack.workers import Report
 from paco_ds.data.shard import BadSample, ShardReader
@@ -120,10 +118,11 @@ def picture_hash(image: bytes) -> int:
     import imagehash
 
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(image)) as picture:
+        picture = opened(image, ending_of(image))
+        with warnings.catch_warnings(action="ignore"):
             picture.draft("L", (64, 64))  # a JPEG is decoded at an eighth of its size
             bits = imagehash.phash(eight_bits(upright(picture)).convert("L")).hash.ravel()
-    except (OSError, ValueError, Image.DecompressionBombError, SyntaxError):
+    except (BadImage, OSError, ValueError, SyntaxError):
         return 0
     plain = min(bits.sum(), (~bits).sum()) < _PLAIN
     return 0 if plain else int.from_bytes(np.packbits(bits).tobytes())

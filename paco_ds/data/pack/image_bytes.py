@@ -74,20 +74,20 @@ def verify(data: Encoded, ending: str) -> None:
             return
         except ValueError:
             pass  # also for CMYK and harmless oddities: Pillow decides
-    image = _opened(data, ending)
+    image = opened(data, ending)
     with _as_bad_image():
         image.load()
 
 
 def size_of(data: Encoded) -> tuple[int, int]:
     """Width and height by the header; BadImage as `verify`."""
-    image = _opened(data, ending_of(data))
+    image = opened(data, ending_of(data))
     return image.width, image.height
 
 
 def colors_of(data: Encoded) -> np.ndarray:
     """Pixels of an image made small, uint8 [h, w, 3], at most 64 a side; BadImage as `verify`."""
-    image = _opened(data, ending_of(data))
+    image = opened(data, ending_of(data))
     with _as_bad_image():
         image.draft("RGB", (64, 64))
         small = eight_bits(image)
@@ -101,7 +101,7 @@ def resized(data: Encoded, ending: str, short: int, quality: int) -> tuple[Encod
 
     Returns the bytes and their ending. Raises BadImage as `verify`.
     """
-    image = _opened(data, ending)
+    image = opened(data, ending)
     if min(image.size) <= short:
         return data, ending
     scale = short / min(image.size)
@@ -121,7 +121,7 @@ def on_background(data: Encoded, ending: str, color: Color) -> tuple[Encoded, st
 
     Returns the bytes and their ending. Raises BadImage as `verify`.
     """
-    image = _opened(data, ending)
+    image = opened(data, ending)
     if not _may_be_transparent(image):
         return data, ending
     with _as_bad_image():
@@ -166,8 +166,12 @@ def eight_bits(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _opened(data: Encoded, ending: str) -> Image.Image:
-    """Open with Pillow and check the costs before any pixel is decoded."""
+def opened(data: Encoded, ending: str) -> Image.Image:
+    """Open with Pillow, by the decoder of this ending alone, and check the costs before any pixel is decoded.
+
+    Raises:
+        BadImage: as `verify`.
+    """
     data = without_texts(bytes(data)) if ending == "png" else bytes(data)
     if sides := webp_sides(data):
         _refuse_costly(data, *sides)

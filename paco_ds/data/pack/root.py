@@ -82,11 +82,11 @@ class Root:
             os.close(descriptor)
 
     def sizes(self, names: Names, look_up: MapOver = map) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Bytes and mtime (ns, 0 for a URL) of files, int64 [N] each; MISSING where there is no file."""
+        """Bytes and `Storage.stamp` of files, int64 [N] each; MISSING and 0 where there is no file."""
         if not self.storage.is_local:
             found = self.storage.find("")
-            sizes = np.array([found.get(name, MISSING) for name in names], np.int64)
-            return sizes, np.zeros(len(names), np.int64)
+            both = np.array([found.get(name, (MISSING, 0)) for name in names], np.int64).reshape(-1, 2)
+            return both[:, 0].copy(), both[:, 1].copy()
         sizes, stamps = np.concatenate((np.zeros((2, 0), np.int64), *look_up(self._sizes, names.blocks())), axis=1)
         return sizes, stamps
 
@@ -175,8 +175,8 @@ class Root:
             return sum(is_hidden(entry.name) for entry in os.scandir(self.path / folder))
         return len({first for name in self._find(folder) if is_hidden(first := name.partition("/")[0])})
 
-    def _find(self, folder: str) -> dict[str, int]:
-        """`Storage.find`, of a URL, where `.` is the root, and `./a` is `a`."""
+    def _find(self, folder: str) -> Iterable[str]:
+        """Names that `Storage.find` gives, of a URL, where `.` is the root, and `./a` is `a`."""
         return self.storage.find("" if folder == "." else same_path(folder))
 
     def files_in(self, folder: str) -> list[str]:

@@ -95,7 +95,7 @@ class Samples:
         names: relative to the root: a path, or `file#position` in a file of many images.
         labels: int32 [N].
         sizes: int64 [N], bytes at the source; MISSING where the image does not exist.
-        stamps: int64 [N], a file's mtime in ns; 0 where unknown.
+        stamps: int64 [N], `Storage.stamp` of the file, or a digest of its pixels if they are read for the list.
         places: int64 [N], position in a file of many images; empty for single files.
         groups: int32 [N], images of a group stay in the same split; empty without groups.
     """
@@ -135,15 +135,23 @@ class SamplesBuilder:
 
     def __init__(self) -> None:
         self._blob, self._ends = bytearray(), array("q", [0])
-        self._labels, self._groups, self._places, self._sizes = array("i"), array("i"), array("q"), array("q")
+        self._labels, self._groups = array("i"), array("i")
+        self._places, self._sizes, self._stamps = array("q"), array("q"), array("q")
 
     def __len__(self) -> int:
         return len(self._labels)
 
     def add(
-        self, name: str, label: int, *, group: int | None = None, place: int | None = None, size: int | None = None
+        self,
+        name: str,
+        label: int,
+        *,
+        group: int | None = None,
+        place: int | None = None,
+        size: int | None = None,
+        stamp: int | None = None,
     ) -> None:
-        """Add a row; give group, place and size for every row or for none."""
+        """Add a row; give group, place, size and stamp for every row or for none."""
         self._blob += name.encode("utf-8", "surrogateescape")
         self._ends.append(len(self._blob))
         self._labels.append(label)
@@ -153,15 +161,17 @@ class SamplesBuilder:
             self._places.append(place)
         if size is not None:
             self._sizes.append(size)
+        if stamp is not None:
+            self._stamps.append(stamp)
 
     def build(self) -> Samples:
-        """The table; sizes are MISSING unless given, until `Samples.sized`."""
+        """The table; sizes are MISSING and stamps 0 unless given, until `Samples.sized`."""
         count = len(self)
         return Samples(
             Names(self._blob, np.array(self._ends, np.int64)),
             np.array(self._labels, np.int32),
             np.array(self._sizes, np.int64) if self._sizes else np.full(count, MISSING, np.int64),
-            np.zeros(count, np.int64),
+            np.array(self._stamps, np.int64) if self._stamps else np.zeros(count, np.int64),
             np.array(self._places, np.int64),
             np.array(self._groups, np.int32),
         )

@@ -155,7 +155,8 @@ def write_plan(
             console.print(f"{count} images made Pillow warn, the first {first[0]}: {first[1]}", highlight=False)
 
     if found > max(options.max_bad, _MOST_BAD):
-        refuse_bad(output, [*plan.source.bad, *(BadImage(*b) for w in own.values() for b in w.bad)], 0, rank)
+        bad = [*plan.source.bad, *(BadImage(*b) for w in own.values() for b in w.bad)]
+        refuse_bad(output, bad, options.max_bad, rank, stopped=True)
     rank.finish(state, conclude)
     console.print(progress.memory(), highlight=False)
     return manifest
@@ -256,8 +257,14 @@ def say_ignored(plan: BuildPlan, console: Screen) -> None:
         console.print(note, highlight=False)
 
 
-def refuse_bad(output: Storage, bad: Iterable[BadImage], max_bad: int, rank: BuildRank) -> None:
-    """Write the list of bad images; DataError if there are more than `max_bad`."""
+def refuse_bad(
+    output: Storage, bad: Iterable[BadImage], max_bad: int, rank: BuildRank, *, stopped: bool = False
+) -> None:
+    """Write the list of bad images; DataError if there are more than `max_bad`.
+
+    Args:
+        stopped: the other images were not looked at, so that there may be more.
+    """
     found = sorted(map(str, bad))
     if rank.number == 0:
         if found:
@@ -268,12 +275,13 @@ def refuse_bad(output: Storage, bad: Iterable[BadImage], max_bad: int, rank: Bui
     if len(found) <= max_bad:
         return
     reasons = Counter(image.reason for image in bad)
+    listed = "those found until the build stopped" if stopped else "all"
     shown = "\n  ".join(found[:_SHOWN_BAD])
     more = f"\n  and {len(found) - _SHOWN_BAD} more" if len(found) > _SHOWN_BAD else ""
     raise DataError(
         f"{len(found)} bad images ({', '.join(f'{n} {reason}' for reason, n in sorted(reasons.items()))}), "
         f"at most {max_bad} may be left out:\n  {shown}{more}\n"
-        f"{output.place(BAD_IMAGES_FILE)} lists all. Repair or unlist them, or allow this many with --max-bad"
+        f"{output.place(BAD_IMAGES_FILE)} lists {listed}. Repair or unlist them, or allow this many with --max-bad"
     )
 
 

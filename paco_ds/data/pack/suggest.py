@@ -47,12 +47,14 @@ class Sampled:
     Attributes:
         shorter_side: pixels of the median image's shorter side.
         mean, std: of the pixels of each channel, of 1.
+        read: images that these are of.
         unread: images that cannot be used, and why.
     """
 
     shorter_side: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    read: int
     unread: tuple[str, ...] = ()
 
 
@@ -97,7 +99,7 @@ def suggest(manifest: Manifest, train_split: str = "train") -> Suggestion:
     steps = samples // batch
     momentum = 0.999 if steps >= 300 else 0.99
     images = sample_images(manifest, train_split)
-    cores, ranks = len(os.sched_getaffinity(0)), accelerators() or 1
+    cores, ranks = len(os.sched_getaffinity(0)), _ranks(micro_batches)
     workers = max(1, cores // ranks - 1)
     start_from = WEIGHTS if samples < _FEW_FOR_SCRATCH and images.shorter_side > _SMALL_SIDE else None
     temperature = 0.2 if samples >= _SMALL_SET else 0.3
@@ -118,7 +120,7 @@ def suggest(manifest: Manifest, train_split: str = "train") -> Suggestion:
         + ("as published" if momentum == 0.999 else "since an epoch has few"),
         f"{workers} loader processes a rank: this host has {cores} cores for {ranks} "
         + ("rank" if ranks == 1 else "ranks"),
-        f"mean {_short(images.mean)}, deviation {_short(images.std)} of the pixels of {_SAMPLED} images; the shards "
+        f"mean {_short(images.mean)}, deviation {_short(images.std)} of the pixels of {images.read} images; the shards "
         f"normalise by {_short(manifest.mean)} and {_short(manifest.std)}: build them again from card.yaml to have the "
         "first, keep the second with weights from ImageNet",
         *(
@@ -126,7 +128,10 @@ def suggest(manifest: Manifest, train_split: str = "train") -> Suggestion:
             "of ImageNet once, or give a file of weights"
             for name in [start_from] * (start_from is not None)
         ),
-        *(f"of {_SAMPLED} images sampled, {len(images.unread)} cannot be read: {name}" for name in images.unread[:1]),
+        *(
+            f"of {images.read + len(images.unread)} images sampled, {len(images.unread)} cannot be read: {name}"
+            for name in images.unread[:1]
+        ),
     )
     return Suggestion(
         alpha, temperature, queue, micro_batch, micro_batches, momentum, images, workers, start_from, reasons
@@ -138,9 +143,14 @@ def accelerators() -> int:
     return len([name for name in os.listdir("/dev") if re.fullmatch(r"nvidia\d+", name)])
 
 
+def _ranks(micro_batches: int) -> int:
+    """The most ranks that this host has GPUs for and that can share the micro-batches of a step."""
+    return max(n for n in range(1, micro_batches + 1) if micro_batches % n == 0 and n <= max(accelerators(), 1))
+
+
 def command_of(recipe: Path, suggestion: Suggestion) -> str:
     """A command that trains the recipe on this host, from this folder."""
-    ranks = accelerators()
+    ranks = _ranks(suggestion.micro_batches)
     script = "paco-train" if shutil.which("paco-train") else f"{sys.executable} {_TRAIN}"
     start = ["--ranks", str(ranks)] if ranks > 1 else []
     weights = ["--set", f"model.start_from={suggestion.start_from}"] if suggestion.start_from else []
@@ -196,7 +206,8 @@ def sample_images(manifest: Manifest, split: str) -> Sampled:
         )
     mean, square = np.mean(moments, axis=0)
     std = np.sqrt(np.maximum(square - mean**2, 1e-6))
-    return Sampled(int(np.median(sides)), tuple(mean.round(4).tolist()), tuple(std.round(4).tolist()), tuple(unread))
+    side, mean, std = int(np.median(sides)), mean.round(4).tolist(), std.round(4).tolist()
+    return Sampled(side, tuple(mean), tuple(std), len(sides), tuple(unread))
 
 
 def card_of(manifest: Manifest, suggestion: Suggestion) -> dict[str, Any]:

@@ -62,6 +62,7 @@ class TarScan:
         key, sample, end = "", _Sample(), 0
         keys: set[str] = set()
         self._refuse_packed(tar)
+        stamp = self.root.storage.stamp(tar)
         try:
             # what lies behind a URL comes as a stream from end to end, since a request a member would take longer
             with (
@@ -83,7 +84,7 @@ class TarScan:
                     folder, _, base = same_path(member.name).rpartition("/")
                     stem, _, suffix = base.partition(".")
                     if f"{folder}/{stem}" != key:
-                        self._take(tar, key, sample)
+                        self._take(tar, stamp, key, sample)
                         key, sample = f"{folder}/{stem}", _Sample()
                         if key in keys:
                             raise DataError(f"{place} has members of {key.lstrip('/')} in two places: {_SORT}")
@@ -91,7 +92,7 @@ class TarScan:
                     self._member(archive, member, suffix.lower(), sample, place)
         except (tarfile.TarError, OSError, EOFError) as error:
             raise DataError(f"{place} is damaged or no tar ({error}): copy it again") from error
-        self._take(tar, key, sample)
+        self._take(tar, stamp, key, sample)
         require_whole(self.root.storage, tar, end)
 
     def _refuse_packed(self, tar: str) -> None:
@@ -126,7 +127,7 @@ class TarScan:
         else:
             sample.cls = file.read()
 
-    def _take(self, tar: str, key: str, sample: _Sample) -> None:
+    def _take(self, tar: str, stamp: int, key: str, sample: _Sample) -> None:
         """One sample into the table, or among the bad ones."""
         if sample == _Sample():
             return
@@ -140,7 +141,7 @@ class TarScan:
             raise DataError(
                 f"{self.root}/{where}: label {label} is called {name!r}, and {self.names[label]!r} before it"
             )
-        self.rows.add(f"{tar}#{member}", label, place=offset, size=size)
+        self.rows.add(f"{tar}#{member}", label, place=offset, size=size, stamp=stamp)
 
     def _image(self, sample: _Sample, where: str) -> tuple[str, int, int] | None:
         if self.image_ending is not None:

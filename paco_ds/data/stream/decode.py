@@ -18,9 +18,9 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from paco_ds.data.exif import upright
+from paco_ds.data.exif import orientation_of, upright
 from paco_ds.data.image_costs import has_surplus, too_costly, webp_sides, without_texts
 from paco_ds.data.shard import BadSample, RawSample
 
@@ -165,21 +165,9 @@ def _orientation(data: bytes) -> int:
     while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] != b"\xda":  # segments before the pixels
         end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
         if data[at + 1 : at + 2] == b"\xe1" and data[at + 4 : at + 10] == b"Exif\0\0":
-            return _orientation_of(data[at + 4 : end])
+            return orientation_of(data[at + 4 : end])
         at = end
     return 1
-
-
-def _orientation_of(segment: bytes) -> int:
-    exif = Image.Exif()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            exif.load(segment)
-            value = exif.get(ExifTags.Base.Orientation, 1)
-    except Exception:  # PIL's reader raises errors of any kind for damage
-        return 1
-    return value if value in range(1, 9) else 1
 
 
 def _upright(image: Pixels, orientation: int) -> Pixels:

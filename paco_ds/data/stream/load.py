@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from paco_ds.data.shard import BadSample, RawSample, ShardReader, Stored
+from paco_ds.data.shard import BadSample, RawSample, ShardReader, Stored, remedy_of
 from paco_ds.data.stream.partition import Planned, TrainingPlan, this_worker
 from paco_ds.data.stream.views import MakeRawViews, MakeViews, RawBatch, RawView, raw_batch
 from paco_ds.errors import DataError
@@ -30,6 +30,9 @@ class Replaced:
     key: str
     shard: str
     reason: str
+
+    def __str__(self) -> str:
+        return f"{self.key} of {self.shard}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class Load:
                 return Loaded(replace(plan, valid=False), (view,), label=0, replaced=named)
             raise DataError(
                 f"sample {bad.key} of {bad.shard} cannot be evaluated ({bad.reason}); without it the accuracy "
-                f"would be that of another set. Copy or rebuild the shard; paco-build-shards check lists more. "
+                f"would be that of another set. {remedy_of([bad.reason], self.reader.storage.url)} "
                 f"evaluation.max_bad_share lets a share be left out by name"
             ) from bad
 
@@ -113,7 +116,7 @@ class Load:
         names = ", ".join(f"{r.key} ({r.reason})" for r in replaced[:5])
         raise DataError(
             f"{len(replaced)} samples in a row cannot be read: {names}, ... "
-            f"Run paco-build-shards check on the directory of the shards"
+            f"{remedy_of([r.reason for r in replaced], self.reader.storage.url)}"
         )
 
 

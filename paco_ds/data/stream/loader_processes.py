@@ -86,7 +86,8 @@ def _raising(
             yield part
     except (RuntimeError, OSError, EOFError) as error:
         # the broken connection is noticed before the exit of the process that broke it
-        connection.wait([process.sentinel for process in processes], timeout=_NEWS)
+        if processes:  # without any it would sleep for as long
+            connection.wait([process.sentinel for process in processes], timeout=_NEWS)
         gone = [f"{process.pid} ({process.exitcode})" for process in processes if process.exitcode]
         if not gone:
             raise

@@ -103,7 +103,7 @@ class CifarCard(Card):
                         f"{root}/{file}: label {labels[outside[0]]} of image {outside[0]} is none of the "
                         f"{len(classes)} classes"
                     )
-                add_array(rows, file, labels, 3 * _SIDE * _SIDE)
+                add_array(rows, file, labels, images)
             splits[name] = rows.build()
         return Source(classes, splits, Arrays(root, load_images))
 

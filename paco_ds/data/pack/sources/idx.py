@@ -63,7 +63,7 @@ class IdxCard(Card):
                     f"split {name}: {files.labels} has label {labels.max()}, but the card names {len(classes)} classes"
                 )
             rows = SamplesBuilder()
-            add_array(rows, files.images, labels, images[0].nbytes if len(images) else 0)
+            add_array(rows, files.images, labels, images)
             splits[name] = rows.build()
         return Source(classes, splits, Arrays(root, load_idx), notes=notes)
 

@@ -65,6 +65,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     with report_user_errors():  # mistakes in settings are reported before torch is loaded
         recipes = [load_recipe_of_run(run, arguments.set) for run in arguments.run]
     # not at the top: loader processes read this file again, and need none of it
+    from paco_ds.checkpoint import same_on_all_ranks
     from paco_ds.data.manifest import open_data
     from paco_ds.distributed.launch import join_job, leave_job
     from paco_ds.distributed.watchdog import RankWatchdog
@@ -78,15 +79,18 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         manifest = open_data(recipe.data, [] if arguments.data else [split])
         other = trained_runs.other_shards(arguments.data, recipe.data, split, manifest) if arguments.data else None
         images = trained_runs.RunImages(recipe, manifest, split, other)
-        members, step = trained_runs.load_members(arguments.run, recipes, manifest)
+        members, checkpoints = trained_runs.load_members(arguments.run, recipes, manifest)
         ranks = join_job(recipe.engine.threads)
+        for run, checkpoint in zip(arguments.run, checkpoints, strict=True):
+            same_on_all_ranks(checkpoint, run, ranks)
+        step = checkpoints[0].step
         about = trained_runs.about(arguments.run, images)
         if (tau := arguments.tau_normalize) is not None:
             members, about["tau_normalization"] = trained_runs.with_normalized_centers(tau, *members[0], images, ranks)
         ensemble = Ensemble(members).to(ranks.device)
         model: nn.Module = ensemble
         if arguments.fit_temperature:
-            trained_runs.fit_temperature(arguments.run[0], ensemble, images, ranks)
+            trained_runs.fit_temperature(arguments.run[0], checkpoints[0], ensemble, images, ranks)
         if (tau := arguments.logit_adjust) is not None:
             model, about["logit_adjustment"] = trained_runs.with_adjusted_logits(tau, ensemble, images, ranks)
         if arguments.aggregate_experts:

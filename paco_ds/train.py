@@ -51,15 +51,15 @@ def main(argv: list[str] | None = None) -> int:
             return _replay(arguments.replay)
     with report_user_errors():  # mistakes in settings are reported before torch is loaded
         recipe = load_recipe(arguments.config or "demo", arguments.set)
-    # not at the top: loader processes read this file again, and need no DeepSpeed
-    from paco_ds.checkpoint import hint_after_storage_errors, resume_hint
-    from paco_ds.distributed.launch import leave_job
-    from paco_ds.distributed.watchdog import RankWatchdog
-    from paco_ds.evaluation.results import versions
-    from paco_ds.metrics.targets import served_metrics
-    from paco_ds.training import engine
-    from paco_ds.training.saver import sole_writer
-    from paco_ds.training.trainer import Trainer
+        # not at the top: loader processes read this file again, and need no DeepSpeed
+        from paco_ds.checkpoint import hint_after_storage_errors, resume_hint
+        from paco_ds.distributed.launch import leave_job
+        from paco_ds.distributed.watchdog import RankWatchdog
+        from paco_ds.evaluation.results import versions
+        from paco_ds.metrics.targets import served_metrics
+        from paco_ds.training import engine
+        from paco_ds.training.saver import sole_writer
+        from paco_ds.training.trainer import Trainer
 
     output = run_directory(arguments.output, arguments.config)
     with (

@@ -310,6 +310,17 @@ def save_best(run, step, score):
     return checkpoints
 
 
+def test_a_lowered_setting_is_told_of_the_checkpoint_that_a_run_goes_on_from_alone(tmp_path):
+    """Its best weights may be older than the change."""
+    save_best(tmp_path, 1, 0.5)
+    lower = tiny_recipe("optimizer.lr=0.01", "evaluation.checkpoint=best_all")
+    save(tmp_path, 2, lower)
+    resumed = Checkpoints(tmp_path, lower, "abc")
+    resumed.latest()
+    assert resumed.best(until=2) is not None
+    assert resumed.lowered == {}
+
+
 def test_a_run_is_not_lost_with_damaged_best_weights(tmp_path, caplog):
     """Training goes on without them, and says so; an evaluation that was to use them refuses."""
     checkpoints = save_best(tmp_path, 5, 0.5)

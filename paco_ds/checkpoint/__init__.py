@@ -5,6 +5,7 @@ state.json (step, recipe, manifest, digests of the files and of itself). It is w
 back, and renamed. A damaged checkpoint is detected by its digests, and the previous one is used.
 """
 
+from paco_ds.checkpoint.agreement import same_on_all_ranks
 from paco_ds.checkpoint.read import (
     MODEL,
     OPTIMIZER,
@@ -32,5 +33,6 @@ __all__ = [
     "read_checkpoint",
     "recover",
     "resume_hint",
+    "same_on_all_ranks",
     "write_tensors",
 ]

@@ -233,18 +233,19 @@ class Checkpoints:
         if not step_folders(self.folder):
             return None
         checkpoint = newest_checkpoint(self.folder.parent)
-        self._check_resume_identity(checkpoint)
+        self.lowered = self._check_resume_identity(checkpoint)
         self._frozen = checkpoint.state.get("frozen")
         return checkpoint
 
-    def _check_resume_identity(self, checkpoint: Checkpoint) -> None:
+    def _check_resume_identity(self, checkpoint: Checkpoint) -> dict[str, tuple[Any, Any]]:
+        """The settings that are lower now, by (in the checkpoint, now); CheckpointError for all other differences."""
         now = json.loads(json.dumps(self.recipe.resume_identity()))
         saved = checkpoint.state["meaning"]
         # a setting newer than the checkpoint had its default value, except in a section that was null
         younger = {key: self.recipe.default(key) for key in now.keys() - saved.keys() if not _left_out(key, saved)}
         saved = younger | saved
-        self.lowered = {key: (saved[key], now[key]) for key in LOWERED if _is_lower(now[key], saved[key])}
-        saved = {**saved, **{key: now[key] for key in self.lowered}}
+        lowered = {key: (saved[key], now[key]) for key in LOWERED if _is_lower(now[key], saved[key])}
+        saved = {**saved, **{key: now[key] for key in lowered}}
         differences = [
             f"  {key}: {saved.get(key)!r} in the checkpoint, {now.get(key)!r} in this recipe"
             for key in sorted(saved.keys() | now.keys())
@@ -257,6 +258,7 @@ class Checkpoints:
                 + "\nReset these to resume, or give another --output to start a new run"
             )
         checkpoint.check_data(self.manifest_sha256)
+        return lowered
 
     def _write(self, name: str, files: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> None:
         self._refuse_not_finite(state["step"], files)

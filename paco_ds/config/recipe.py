@@ -178,7 +178,10 @@ def _none_as_null(value: Any) -> Any:
 class Recipe(Section):
     """Every setting of a run."""
 
-    name: str = Field(description="of the run, in metrics and on its page")
+    name: str = Field(
+        description="of the run in its log, its page, metrics.json and plans; the label `run` of Prometheus is the "
+        "name of the run directory"
+    )
     seed: Natural = Field(1, description="of initial weights, order, views and all other random numbers")
     data: DataSettings
     views: ViewSettings

@@ -21,6 +21,7 @@ Fraction = Annotated[float, Number, Field(ge=0, le=1)]
 Positive = Annotated[float, Number, Field(gt=0)]
 NotNegative = Annotated[float, Number, Field(ge=0)]
 Count = Annotated[int, Number, Field(ge=1, lt=2**63)]  # as torch counts
+Side = Annotated[int, Number, Field(ge=1, le=2**14)]  # of a view, in pixels: more than any network here is given
 Natural = Annotated[int, Number, Field(ge=0, lt=2**63)]
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from paco_ds.config.section import Count, Fraction, Natural, NotNegative, Number, Positive, Section
+from paco_ds.config.section import Count, Fraction, Natural, NotNegative, Number, Positive, Section, Side
 
 Byte = Annotated[int, Number, Field(ge=0, le=255)]
 Hue = Annotated[float, Number, Field(ge=0, le=0.5)]
@@ -23,7 +23,7 @@ class SmallView(Section):
     """Small images: random zoom and shift, horizontal flip, one erased square (Cutout, DeVries 2017)."""
 
     name: Literal["small"] = "small"
-    size: Count = Field(description="pixels of a side")
+    size: Side = Field(description="pixels of a side")
     zoom: Range = Field((0.8, 1.2), description="factors of the size, between which one is drawn")
     shift: Natural = Field(3, description="pixels")
     flip: Fraction = Field(0.5, description="probability of a mirrored view")
@@ -48,7 +48,7 @@ class RandAugmentSettings(Section):
 class ChainView(Section):
     """RandomResizedCrop, flip, jitter, gray, blur, RandAugment, erasing, in this order; a name sets strengths."""
 
-    size: Count = Field(224, description="pixels of a side")
+    size: Side = Field(224, description="pixels of a side")
     area: Range = Field((0.08, 1.0), description="of the image, in the crop")
     ratio: Range = Field((3 / 4, 4 / 3), description="width / height of the crop")
     flip: Fraction = Field(0.5, description="probability of a mirrored view")
@@ -124,7 +124,7 @@ class CifarKeyView(ChainView):
     """The key's view of the published CIFAR runs: SimCLR's at 32 pixels."""
 
     name: Literal["cifar_key"] = "cifar_key"
-    size: Count = 32
+    size: Side = 32
     area: Range = (0.2, 1.0)
     hue: Hue = 0.1
     jitter_probability: Fraction = 0.8
@@ -139,7 +139,7 @@ class CifarView(Section):
     """
 
     name: Literal["cifar"] = "cifar"
-    size: Count = Field(32, description="pixels of a side")
+    size: Side = Field(32, description="pixels of a side")
     padding: Natural = Field(4, description="black pixels around the image before the crop")
     flip: Fraction = Field(0.5, description="probability of a mirrored view")
     autoaugment: Literal["cifar10"] | None = Field("cifar10", description="the policy of Cubuk et al. 2019; null: none")
@@ -151,8 +151,8 @@ class EvalView(Section):
     """Shorter side to `resize`, then the center `size` x `size` pixels, or five crops of that size."""
 
     name: Literal["eval"] = "eval"
-    size: Count = Field(224, description="pixels of a side")
-    resize: Count = Field(256, description="pixels of the shorter side before the crop")
+    size: Side = Field(224, description="pixels of a side")
+    resize: Side = Field(256, description="pixels of the shorter side before the crop")
     interpolation: Literal["bilinear", "bicubic"] = Field(
         "bilinear", description="of that resize; torchvision's is bilinear, that of most ViTs bicubic"
     )

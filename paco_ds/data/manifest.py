@@ -168,6 +168,7 @@ class TrainedData:
         mean, std: of the channels of its pixels, in the 0-1 range.
         background: `#rrggbb` that the build put under transparent parts; None if it left them, or
             if an older paco_ds built the shards.
+        license: of the images; None of a checkpoint that an older paco_ds wrote.
     """
 
     classes: Sequence[str]
@@ -175,9 +176,10 @@ class TrainedData:
     mean: Sequence[float]
     std: Sequence[float]
     background: str | None = None
+    license: str | None = None
 
     def state(self) -> dict[str, Any]:
-        """Its entries in a checkpoint: no entry where there is no background."""
+        """Its entries in a checkpoint: no entry for what there is not."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
@@ -254,7 +256,8 @@ class Manifest(StrictModel):
 
     def trained_data(self, train_split: str = "train") -> TrainedData:
         """What a checkpoint keeps of these shards."""
-        return TrainedData(self.classes, self.split(train_split).class_counts, self.mean, self.std, self.background)
+        counts = self.split(train_split).class_counts
+        return TrainedData(self.classes, counts, self.mean, self.std, self.background, self.license)
 
     def check_files(self, split_name: str) -> None:
         """Raise DataError unless every shard and index of the split exists in full size, by one listing.

@@ -25,7 +25,11 @@ def environment_ranks() -> tuple[int, int, int]:
     Raises:
         UserError: they are no numbers, or no rank of so many.
     """
-    rank, world_size, local_rank = _number("RANK", 0), _number("WORLD_SIZE", 1), _number("LOCAL_RANK", 0)
+    rank, world_size, local_rank = (
+        environment_int("RANK"),
+        environment_int("WORLD_SIZE", 1),
+        environment_int("LOCAL_RANK"),
+    )
     if rank >= world_size:
         raise UserError(
             f"RANK is {rank} and WORLD_SIZE {world_size} in the environment, but ranks are 0 to WORLD_SIZE - 1: launch "
@@ -34,18 +38,30 @@ def environment_ranks() -> tuple[int, int, int]:
     return rank, world_size, local_rank
 
 
-def _number(name: str, default: int) -> int:
-    """A variable of the environment that is a whole number; an empty one is not set."""
+def environment_int(name: str, default: int = 0, least: int = 0, most: int = 2**31 - 1) -> int:
+    """A variable of the environment that is a whole number; an empty one is not set.
+
+    Raises:
+        UserError: it is none, or not from `least` to `most`.
+    """
     if not (text := os.environ.get(name, "").strip()):
         return default
-    if not (text.isascii() and text.isdecimal()):
-        raise UserError(f"{name} is {text!r:.60} in the environment, where a whole number belongs: correct or unset it")
+    if not (text.isascii() and text.isdecimal() and len(text) <= 10 and least <= int(text) <= most):
+        raise UserError(
+            f"{name} is {text!r:.60} in the environment, where a whole number belongs, {least} to {most}: correct or "
+            f"unset it"
+        )
     return int(text)
+
+
+def job_port() -> int:
+    """MASTER_PORT, where a launcher set it; UserError if it is no port."""
+    return environment_int("MASTER_PORT", 0, 1, 65535)
 
 
 def local_world_size() -> int:
     """Ranks of this job on this host, as a launcher set them (DeepSpeed's name, or torchrun's); all without one."""
-    return _number("LOCAL_SIZE", _number("LOCAL_WORLD_SIZE", _number("WORLD_SIZE", 1)))
+    return environment_int("LOCAL_SIZE", environment_int("LOCAL_WORLD_SIZE", environment_int("WORLD_SIZE", 1)))
 
 
 def join_job(threads: int | None, initialise: Callable[..., object] = dist.init_process_group) -> Ranks:
@@ -57,20 +73,22 @@ def join_job(threads: int | None, initialise: Callable[..., object] = dist.init_
 
     Raises:
         UserError: WORLD_SIZE is above 1 but the address of rank 0 is not set, or a launcher started several
-            processes without setting their ranks, or these are no ranks, or gloo would not be reachable.
+            processes without setting their ranks, or these are no ranks, or gloo would not be reachable, or this
+            rank has no GPU where others have.
     """
     rank, world_size, local_rank = environment_ranks()
     if world_size == 1:
         _refuse_unnamed_ranks()
         os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": str(local_rank)})
         initialise = _alone(initialise)
-    elif missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+    elif missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
         raise UserError(
             f"WORLD_SIZE is {world_size}, but {', '.join(missing)} is not set: launch with `deepspeed`, or set these "
             f"for every rank"
         )
     cuda = torch.cuda.is_available()
     if cuda:
+        _require_gpu(local_rank, torch.cuda.device_count())
         torch.cuda.set_device(local_rank)
     else:
         on_host = local_world_size()
@@ -80,6 +98,16 @@ def join_job(threads: int | None, initialise: Callable[..., object] = dist.init_
     initialise("nccl" if cuda else "gloo")
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     return Ranks(rank, world_size, local_rank, device, dist.group.WORLD)
+
+
+def _require_gpu(local_rank: int, seen: int) -> None:
+    if local_rank >= seen:
+        gpus = "1 GPU" if seen == 1 else f"{seen} GPUs"
+        raise UserError(
+            f"LOCAL_RANK is {local_rank}, but this process sees {gpus}, for ranks 0 to {seen - 1} of its host: start "
+            f"at most {gpus.split()[0]} there (--ranks, --num_gpus), or let every rank see all GPUs of its host "
+            f"(CUDA_VISIBLE_DEVICES; under Slurm --gpus-per-node in place of --gpus-per-task)"
+        )
 
 
 def _alone(initialise: Callable[..., object]) -> Callable[[str], None]:
@@ -149,7 +177,7 @@ def _is_loopback(address: str) -> bool:
 def _refuse_unnamed_ranks() -> None:
     """Raise UserError if a launcher started several processes without ranks: all would write the same run."""
     for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        if not os.environ.get("WORLD_SIZE") and _number(name, 1) > 1:
+        if not os.environ.get("WORLD_SIZE") and environment_int(name, 1) > 1:
             raise UserError(
                 f"{name} is {os.environ[name]}, but WORLD_SIZE is not set: this launcher starts several processes "
                 f"without setting their ranks. Set RANK, LOCAL_RANK, LOCAL_SIZE, WORLD_SIZE, MASTER_ADDR and "

@@ -6,7 +6,13 @@ of the time that importing DeepSpeed takes on every rank. A run that logs to MLf
 
 from __future__ import annotations
 
+import os
 import sys
+
+from paco_ds.distributed.rendezvous import start_timeout
+
+if "DEEPSPEED_TIMEOUT" in os.environ:  # DeepSpeed takes it for a number as it is imported, also an empty one
+    os.environ["DEEPSPEED_TIMEOUT"] = f"{start_timeout() / 60:.0f}"
 
 if "mlflow" in sys.modules:
     import deepspeed

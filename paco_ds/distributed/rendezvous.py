@@ -9,13 +9,16 @@ from datetime import timedelta
 
 from torch.distributed import DistError, TCPStore
 
+from paco_ds.distributed.launch import environment_int, job_port
 from paco_ds.distributed.listener import listen
 from paco_ds.errors import UserError
 
+MINUTES_OF_A_YEAR = 365 * 24 * 60
+
 
 def start_timeout() -> float:
-    """Seconds to wait for ranks to start: DeepSpeed's setting, with its default."""
-    return 60.0 * int(os.environ.get("DEEPSPEED_TIMEOUT", 10))
+    """Seconds to wait for ranks to start: DeepSpeed's setting, with its default; UserError if it is no number."""
+    return 60.0 * environment_int("DEEPSPEED_TIMEOUT", 10, 1, MINUTES_OF_A_YEAR)
 
 
 def on_one_host() -> bool:
@@ -45,7 +48,7 @@ def client_of_the_job(world_size: int) -> TCPStore:
     """Another connection of this process to the store of the job, which `store_of_the_job` has begun."""
     return TCPStore(
         os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
+        job_port(),
         world_size,
         is_master=False,
         timeout=timedelta(seconds=start_timeout()),
@@ -65,9 +68,9 @@ def store_of_the_job(rank: int, world_size: int) -> TCPStore:
     """The store of the job, shared with torch's process group: a process has one server per port.
 
     Raises:
-        UserError: rank 0 cannot serve it, or cannot be reached.
+        UserError: rank 0 cannot serve it, or cannot be reached, or MASTER_PORT is no port.
     """
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    address, port = os.environ["MASTER_ADDR"], job_port()
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun does
     try:
         # torch would listen on all addresses

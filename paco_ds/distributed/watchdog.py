@@ -92,7 +92,7 @@ class RankWatchdog:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._woken, selectors.EVENT_READ)
         # without an address `join_job` raises an error
-        if self.world_size > 1 and {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        if self.world_size > 1 and all(map(os.environ.get, ("MASTER_ADDR", "MASTER_PORT"))):
             self._connect()
         self._thread = threading.Thread(target=self._watch, name="rank-watchdog", daemon=True)
         self._thread.start()

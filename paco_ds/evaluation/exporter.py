@@ -44,6 +44,11 @@ def export(model: Predictor, to: str, output: Path, run: Path | None = None) -> 
         UserError: the format cannot hold this model, or a package is missing; the message names it.
         AssertionError: what was written does not answer as the model.
     """
+    if model.recogniser.routers is not None:
+        raise UserError(
+            f"--to {to} has no place for routers, which ask one expert after another by what they see: export the run "
+            "of the first stage, model.start_from, which asks all"
+        )
     write = {
         "safetensors": _safetensors,
         "torchvision": _torchvision,
@@ -189,14 +194,8 @@ def _checked_images(model: Predictor) -> tuple[Tensor, Tensor]:
         return images, answers(model)(images)
 
 
-def _traceable(model: Predictor, to: str) -> tuple[nn.Module, Tensor, Any]:
-    """(module, an example of two images, which dimension is free); UserError for routers, which branch on what they
-    see."""
-    if model.recogniser.routers is not None:
-        raise UserError(
-            f"--to {to}: routers ask one expert after another, by what they see; give --to safetensors, or export the "
-            "first stage, which asks all"
-        )
+def _traceable(model: Predictor) -> tuple[nn.Module, Tensor, Any]:
+    """(module, an example of two images, which dimension is free)."""
     return answers(model), _checked_images(model)[0][:2], {0: torch.export.Dim("batch", min=1)}
 
 
@@ -204,7 +203,7 @@ def _torch_export(model: Predictor, output: Path, run: Path | None) -> None:
     """A program for `torch.export.load(FILE).module()`, of any number of images."""
     if output.suffix != ".pt2":
         raise UserError(f"--to torch-export: torch reads programs from files that end in .pt2: --output {output}.pt2")
-    module, example, free = _traceable(model, "torch-export")
+    module, example, free = _traceable(model)
     program = torch.export.export(module, (example,), dynamic_shapes=(free,))
     with _beside(output) as part:
         torch.export.save(program, part)
@@ -216,7 +215,7 @@ def _torch_export(model: Predictor, output: Path, run: Path | None) -> None:
 def _onnx(model: Predictor, output: Path, run: Path | None) -> None:
     """An ONNX file: `images` uint8 [N, 3, S, S] to `logits` float32 [N, C], with class names as metadata."""
     onnx, _, onnxruntime = (_needed(package, "onnx") for package in ("onnx", "onnxscript", "onnxruntime"))
-    module, example, free = _traceable(model, "onnx")
+    module, example, free = _traceable(model)
     with _beside(output) as part:
         torch.onnx.export(
             module,

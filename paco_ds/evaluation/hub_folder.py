@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor
 
+from paco_ds.config.parse import read_json
+from paco_ds.errors import DataError
 from paco_ds.evaluation.predictor import Predictor
+from paco_ds.evaluation.results import CORRECTIONS
 
 PIL_FILTERS = {"bilinear": 2, "bicubic": 3}  # as transformers write them
 
@@ -23,6 +27,9 @@ def write_hub_folder(
         tensors: the weights by timm's names.
         architecture: timm's name of the network.
         run: whose `metrics.json` the model card is made from.
+
+    Raises:
+        DataError: that file is damaged.
     """
     (folder / "model.safetensors").write_bytes(save(tensors))
     size, mean, std = model.view.size, channels(model, "mean"), channels(model, "std")
@@ -67,14 +74,14 @@ def write_hub_folder(
 
 def _card(model: Predictor, run: Path | None) -> str:
     """A model card from what the run measured."""
-    metrics_file = None if run is None else run / "metrics.json"
-    metrics = json.loads(metrics_file.read_text()) if metrics_file is not None and metrics_file.is_file() else {}
+    metrics = _metrics(model, run)
+    data = model.checkpoint.state.get("data", {}) if model.checkpoint else {}
     shots = [(name, metrics[name]) for name in ("many", "medium", "few", "all") if metrics.get(name) is not None]
     rows = "".join(f"| {name.capitalize()} | {100 * value:.1f} |\n" for name, value in shots)
-    figures = f"| classes | accuracy, % |\n|---|---|\n{rows}" if rows else "The run has no figures on a test set yet.\n"
+    figures = f"| classes | accuracy, % |\n|---|---|\n{rows}" if rows else "The run has none of these weights yet.\n"
     return f"""---
 license: other
-license_name: {json.dumps(metrics.get("license", "not stated"))}
+license_name: {json.dumps(data.get("license", "not stated"))}
 library_name: timm
 pipeline_tag: image-classification
 tags: [long-tailed, paco]
@@ -99,6 +106,19 @@ Accuracy is lower for classes with few training images. Its probabilities are no
 Images: RGB, shorter side {model.view.resize} ({model.view.interpolation}), center {model.view.size} x
 {model.view.size}; mean and deviation stand in `preprocessor_config.json`.
 """
+
+
+def _metrics(model: Predictor, run: Path | None) -> dict[str, Any]:
+    """The run's metrics.json if it is of these weights as they are; else {}."""
+    if run is None or model.checkpoint is None or not (file := run / "metrics.json").is_file():
+        return {}
+    remedy = f": write it again with paco-evaluate --run {run}"
+    metrics = read_json(file, DataError, remedy)
+    if not isinstance(metrics, dict):
+        raise DataError(f"{file} holds no figures{remedy}")
+    judged = metrics.get("step"), metrics.get("weights", "query")  # older runs do not say which weights
+    of_these = judged == (model.checkpoint.step, model.weights) and not metrics.keys() & set(CORRECTIONS)
+    return metrics if of_these else {}
 
 
 def channels(model: Predictor, name: str) -> list[float]:

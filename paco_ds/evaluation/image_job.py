@@ -51,6 +51,7 @@ def joined(arguments: argparse.Namespace) -> Iterator[tuple[Predictor, Ranks, It
     with one_line_on_interrupt(), report_user_errors():
         import torch
 
+        from paco_ds.checkpoint import same_on_all_ranks
         from paco_ds.distributed.launch import environment_ranks, join_job, leave_job
         from paco_ds.distributed.ranks import Ranks
         from paco_ds.distributed.watchdog import RankWatchdog
@@ -67,6 +68,7 @@ def joined(arguments: argparse.Namespace) -> Iterator[tuple[Predictor, Ranks, It
             return
         with RankWatchdog():
             ranks = join_job(None)
+            same_on_all_ranks(model.checkpoint, Path(arguments.run), ranks)
             _move(model, arguments.device or str(ranks.device))
             # one rank reads the list: standard input has one reader, and a folder may change
             images = ranks.gather_objects(list(images) if ranks.first else None)[0]

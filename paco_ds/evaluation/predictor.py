@@ -86,11 +86,13 @@ class Predictor:
         max_pixels: of an image; more are refused.
         batch: images that are run at a time.
         autocast: whether the model runs under bfloat16 autocast, as it was trained.
-        digest: SHA-256 of the weights.
         background: `#rrggbb` that the shards of the training had put under transparent parts.
+        checkpoint: which the weights are from; None for others.
+        weights: which of its weights.
 
     Attributes:
         temperature: that logits are divided by; 1 unless set.
+        digest: SHA-256 of the weights; empty without a checkpoint.
         class_names: the C classes, in the order of `probabilities`.
         backbone: name of the network, as in a recipe.
         recogniser: the model itself.
@@ -105,12 +107,14 @@ class Predictor:
         max_pixels: int,
         batch: int,
         autocast: bool,
-        digest: str = "",
         background: str | None = None,
+        checkpoint: Checkpoint | None = None,
+        weights: Weights = "query",
     ) -> None:
         self.backbone, self.class_names, self.view, self.batch = backbone, tuple(class_names), view, batch
-        self.digest, self.temperature, self.max_pixels = digest, 1.0, max_pixels
-        self.background = background
+        self.temperature, self.max_pixels, self.background = 1.0, max_pixels, background
+        self.checkpoint, self.weights = checkpoint, weights
+        self.digest = checkpoint_digest(checkpoint, weights) if checkpoint else ""
         self.recogniser, self._autocast = model.eval(), autocast
         self._answer = Ensemble([(model, autocast)])
         self._make_views = MakeViews((make_view(view),), max_pixels)
@@ -242,8 +246,9 @@ def load(run: str | os.PathLike[str], device: str | torch.device = "cpu", weight
         recipe.data.max_pixels,
         recipe.evaluation.batch,
         checkpoint.state["autocast"],
-        checkpoint_digest(checkpoint, recipe.evaluation.weights),
         data.background,
+        checkpoint,
+        recipe.evaluation.weights,
     ).to(device)
 
 

@@ -24,6 +24,9 @@ from paco_ds.evaluation.accuracy import ShotAccuracy
 from paco_ds.evaluation.split import EvaluationSplit
 from paco_ds.files import replace_text
 
+CORRECTIONS = ("tau_normalization", "logit_adjustment", "aggregation", "ensemble")
+"""Keys of metrics.json that say that it is not of a model as it was trained."""
+
 
 def now() -> str:
     """The current time as ISO 8601, UTC, in seconds."""

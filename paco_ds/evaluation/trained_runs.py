@@ -14,10 +14,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from paco_ds.checkpoint import chosen_checkpoint
+from paco_ds.checkpoint import Checkpoint, chosen_checkpoint
 from paco_ds.command import say
 from paco_ds.config.data import DataSettings
 from paco_ds.config.recipe import Recipe
+from paco_ds.config.views import EvalView
 from paco_ds.data.manifest import Manifest, open_data
 from paco_ds.distributed.ranks import Ranks
 from paco_ds.errors import RecipeError
@@ -72,15 +73,35 @@ def other_shards(shards: str, settings: DataSettings, split: str, trained: Manif
     return other
 
 
-def load_members(runs: Sequence[Path], recipes: Sequence[Recipe], manifest: Manifest) -> tuple[list[Member], int]:
-    """(model of each run, on the CPU, and whether it runs under autocast; step of the first)."""
-    members, steps = [], []
+def load_members(
+    runs: Sequence[Path], recipes: Sequence[Recipe], manifest: Manifest
+) -> tuple[list[Member], list[Checkpoint]]:
+    """(model of each run, on the CPU, and whether it runs under autocast; the checkpoint of each).
+
+    Raises:
+        RecipeError: the runs' views of evaluations differ.
+        CheckpointError: a run has no weights, or those of other shards.
+    """
+    for run, recipe in zip(runs, recipes, strict=True):
+        _require_same_view(runs[0], recipes[0].views.evaluation, run, recipe.views.evaluation)
+    members, checkpoints = [], []
     for run, recipe in zip(runs, recipes, strict=True):
         checkpoint = chosen_checkpoint(run, recipe.evaluation.checkpoint)
         checkpoint.check_data(manifest.sha256, "and give another test set of the same classes with --data")
         members.append((load_recogniser(checkpoint, recipe, manifest), checkpoint.state["autocast"]))
-        steps.append(checkpoint.step)
-    return members, steps[0]
+        checkpoints.append(checkpoint)
+    return members, checkpoints
+
+
+def _require_same_view(first: Path, its_view: EvalView, run: Path, view: EvalView) -> None:
+    """An image is decoded once for all members of an ensemble."""
+    for name, there in its_view:
+        if there != (here := getattr(view, name)):
+            raise RecipeError(
+                f"views.evaluation.{name} is {there!r} in {first} and {here!r} in {run}, and an ensemble shows all its "
+                f"runs the same views: give --set views.evaluation.{name}=VALUE if the runs may share one, or leave "
+                f"one out"
+            )
 
 
 def about(runs: Sequence[Path], images: RunImages) -> dict[str, Any]:
@@ -145,12 +166,11 @@ def _tau_of(
     return chosen
 
 
-def fit_temperature(run: Path, model: Ensemble, images: RunImages, ranks: Ranks) -> None:
-    """Fit a temperature on the validation split and store it in the run."""
+def fit_temperature(run: Path, checkpoint: Checkpoint, model: Ensemble, images: RunImages, ranks: Ranks) -> None:
+    """Fit a temperature on the validation split and store it in the run, for the weights of the model's checkpoint."""
     settings = images.recipe.evaluation
     split = images.of_run(validation_split(settings))
     split.manifest.check_files(split.name)
-    checkpoint = chosen_checkpoint(run, settings.checkpoint)
     fitted = fit_on_split(model, split, ranks, checkpoint_digest(checkpoint, settings.weights))
     if ranks.first:
         path = save_temperature(run, fitted)

@@ -9,7 +9,9 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from paco_ds.config.model import ModelSettings
 from paco_ds.config.plugins import is_plugin, load_plugin
@@ -17,6 +19,8 @@ from paco_ds.errors import RecipeError
 from paco_ds.models.adapters import add_adapters
 from paco_ds.models.experts import Experts, FirstStages, whole_name
 from paco_ds.models.families import USUAL_SIZES, Family, ImageSizes, Network, families
+
+_TOO_SMALL = ("Output size is too small", "Kernel size can't be greater than actual input size")  # torch's words
 
 
 class Backbone(nn.Module):
@@ -111,6 +115,30 @@ def make_backbone(settings: ModelSettings, sizes: ImageSizes = USUAL_SIZES) -> B
         f"model.experts {settings.experts}: {settings.backbone} has no stages to branch at; experts need a ResNet, "
         f"ResNeXt or cifar_resnet, or timm's ViT, Swin or ConvNeXt, or leave model.experts out"
     )
+
+
+def require_enough_pixels(backbone: Backbone, name: str, sizes: ImageSizes) -> None:
+    """Run a backbone on images of these sizes without content, which takes no memory.
+
+    Args:
+        name: of the backbone.
+
+    Raises:
+        RecipeError: its convolutions or its pooling leave nothing of images so small.
+    """
+    if backbone.family is None:  # code from outside may read its images
+        return
+    tensors = {n: t.to("meta") for n, t in (*backbone.named_parameters(), *backbone.named_buffers())}
+    for view, size in (("query", sizes.training), ("evaluation", sizes.evaluation)):
+        try:
+            with torch.no_grad():
+                functional_call(backbone, tensors, torch.empty(2, 3, size, size, device="meta"))
+        except RuntimeError as error:
+            if any(said in str(error) for said in _TOO_SMALL):  # others may be for the want of content
+                raise RecipeError(
+                    f"views.{view}.size {size}: model.backbone {name} makes nothing of so few pixels: raise the size "
+                    f"of the views, or choose a backbone for small images, such as cifar_resnet32"
+                ) from None
 
 
 def _make_network(settings: ModelSettings, sizes: ImageSizes) -> tuple[Family | None, Network]:

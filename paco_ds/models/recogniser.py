@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from paco_ds.config.model import ModelSettings
 from paco_ds.config.recipe import Recipe
-from paco_ds.models.backbones import Backbone, make_backbone
+from paco_ds.models.backbones import Backbone, make_backbone, require_enough_pixels
 from paco_ds.models.experts import Experts
 from paco_ds.models.families import ImageSizes
 from paco_ds.models.heads import CosineCenters, LinearCenters, Normalize, PerExpert, Projection, ScaledCenters
@@ -244,7 +244,7 @@ def make_recogniser(recipe: Recipe, classes: int, mean: Sequence[float], std: Se
     settings, method = recipe.model, recipe.method
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        backbone = make_backbone(settings, ImageSizes.of(recipe.views))
+        backbone = make_backbone(settings, sizes := ImageSizes.of(recipe.views))
         dim = backbone.feature_dim
 
         def project() -> nn.Module:
@@ -265,6 +265,7 @@ def make_recogniser(recipe: Recipe, classes: int, mean: Sequence[float], std: Se
         if settings.initialisation == "published":
             initialise_as_published(encoder, centers)
         with_key_encoder = recipe.keys_from == "key_encoder"
+        require_enough_pixels(backbone, settings.backbone, sizes)  # after all weights are drawn
         return Recogniser(encoder, centers, Normalize(mean, std), with_key_encoder, prototypes, routers)
 
 

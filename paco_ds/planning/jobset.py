@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import posixpath
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -26,8 +27,8 @@ def jobset(job: Job) -> str:
     if job.image is None or job.claim is None:
         raise UserError("a JobSet needs image, the container with paco_ds, and claim, the volume with shards and runs")
     recipe = load_recipe(job.recipe, job.set)
-    objects = [_jobset(job, recipe.metrics), *([_pod_monitor(job, recipe.name)] if recipe.metrics.serve else [])]
-    return yaml.safe_dump_all(objects, sort_keys=False, width=120)
+    monitors = [_pod_monitor(job, Path(job.output).name)] if recipe.metrics.serve else []  # `run` as in metrics.targets
+    return yaml.safe_dump_all([_jobset(job, recipe.metrics), *monitors], sort_keys=False, width=120)
 
 
 def _jobset(job: Job, metrics: MetricsSettings) -> dict[str, Any]:

@@ -1,33 +1,50 @@
-"""Comparison of what every rank must hold alike: the checkpoint to resume from, the queue, the buffers of the model."""
+"""Comparison of what every rank must hold alike: what is trained on what, the queue, the buffers of the model."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
-from paco_ds.checkpoint import Checkpoint
+from paco_ds import __version__
 from paco_ds.contrast.key_queue import KeyQueue, digest
 from paco_ds.distributed.ranks import Ranks
 from paco_ds.errors import RecipeError, TrainingError
 
+_NAMED = 3  # settings that a message names
 
-def same_on_all_ranks(checkpoint: Checkpoint | None, run: Path, ranks: Ranks) -> Checkpoint | None:
-    """The checkpoint that this rank found in a run directory, if every rank found the same step; a collective.
+
+def check_same_run(settings: Mapping[str, Any], manifest_sha256: str, ranks: Ranks) -> None:
+    """Compare what the ranks are about to train; a collective.
+
+    Args:
+        settings: the recipe's `resume_identity`.
 
     Raises:
-        RecipeError: they did not: the run directory has to be shared.
+        RecipeError: the settings, the shards or the version of paco_ds differ: each rank would train another model.
     """
-    mine = torch.tensor(checkpoint.step if checkpoint else 0, device=ranks.device)
-    found = [int(step) for step in ranks.gather(mine)]
-    if len(set(found)) > 1:
-        steps = ", ".join(f"rank {rank}: {step}" for rank, step in enumerate(found))
-        raise RecipeError(
-            f"ranks found different checkpoints in {run} ({steps}): put --output on storage that all hosts share"
-        )
-    return checkpoint
+    own = {"paco_ds": __version__, "manifest of data.shards": manifest_sha256[:12], **settings}
+    if len(set(ranks.gather_objects(hashlib.sha256(json.dumps(own, sort_keys=True).encode()).digest()))) == 1:
+        return
+    of_ranks: list[dict[str, Any]] = ranks.gather_objects(own)
+    differences = []
+    for name in dict.fromkeys(name for of_rank in of_ranks for name in of_rank):
+        by_value: dict[str, list[int]] = {}
+        for rank, of_rank in enumerate(of_ranks):
+            by_value.setdefault(repr(of_rank.get(name)), []).append(rank)
+        if len(by_value) > 1:
+            values = ", ".join(f"{value} on ranks {found_by}" for value, found_by in by_value.items())
+            differences.append(f"{name} is {values}")
+    more = f"; and {len(differences) - _NAMED} more" if len(differences) > _NAMED else ""
+    raise RecipeError(
+        f"ranks are given different runs: {'; '.join(differences[:_NAMED])}{more}. Give all hosts the same recipe, "
+        f"shards and version of paco_ds"
+    )
 
 
 def check_replicas_equal(model: nn.Module, queue: KeyQueue | None, ranks: Ranks) -> None:

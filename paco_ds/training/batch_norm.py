@@ -19,14 +19,17 @@ class RunningStatistics:
     All lie in one tensor, of which the layers' buffers become views: a step takes a few operations on it, not some on
     each of a hundred layers. Frozen layers (in evaluation mode) are left out.
 
+    Args:
+        device: of the module.
+
     Attributes:
         flat: all means and variances, float32, in the order of the layers; empty without layers.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, device: torch.device | str = "cpu") -> None:
         norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats and m.training]
-        self.flat = _as_views(norms, ("running_mean", "running_var"))
-        self._tracked = _as_views(norms, ("num_batches_tracked",))
+        self.flat = _as_views(norms, ("running_mean", "running_var"), device)
+        self._tracked = _as_views(norms, ("num_batches_tracked",), device)
         # a layer that averages by a momentum counts its batches for nobody: an operation each that the step spares it
         self._counting = [(m, m.num_batches_tracked) for m in norms if m.momentum is not None]
         self._before = torch.empty_like(self.flat)
@@ -68,12 +71,12 @@ class RunningStatistics:
         self._tracked.copy_(torch.where(applied, step + 1, self._tracked))
 
 
-def _as_views(norms: list[_BatchNorm], names: tuple[str, ...]) -> Tensor:
-    """These buffers of the layers, joined to one tensor; each becomes a view of its part."""
+def _as_views(norms: list[_BatchNorm], names: tuple[str, ...], device: torch.device | str) -> Tensor:
+    """These buffers of the layers, joined to one tensor on the device; each becomes a view of its part."""
     owners = [(norm, name) for norm in norms for name in names if getattr(norm, name) is not None]
     buffers: list[Tensor] = [getattr(norm, name) for norm, name in owners]
     if not buffers:
-        return torch.empty(0)
+        return torch.empty(0, device=device)
     flat = torch.cat([buffer.flatten() for buffer in buffers])
     parts = flat.split([buffer.numel() for buffer in buffers])
     for (norm, name), buffer, part in zip(owners, buffers, parts, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import logging
 from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ from paco_ds.models.recogniser import Recogniser
 from paco_ds.training.optimizer import make_optimizer
 from paco_ds.training.skipping_optimizers import GuardedOptimizer
 
+_ZERO, _TORCH_AUTOCAST = "zero_optimization", "torch_autocast"  # DeepSpeed keys that are read here
 _OWNED = {  # DeepSpeed keys that the recipe decides: {key: recipe setting}
     "train_batch_size": "step.micro_batch and step.micro_batches",
     "train_micro_batch_size_per_gpu": "step.micro_batch",
@@ -50,7 +52,8 @@ def read_deepspeed_config(path: str | Path) -> dict[str, Any]:
     """The DeepSpeed JSON a recipe names. For `auto` stage 1, which is what it is on CPU; see `choose_on_ranks`.
 
     Raises:
-        RecipeError: it is missing, is not JSON, or sets what the recipe decides or what cannot work.
+        RecipeError: it is missing, is not JSON, has a key that DeepSpeed would ignore, or sets what the recipe decides
+            or what cannot work.
     """
     if path == "auto":
         return stage_config(1)
@@ -66,11 +69,28 @@ def read_deepspeed_config(path: str | Path) -> dict[str, Any]:
     for key, why in _REFUSED.items():
         if key in config:
             raise RecipeError(f"engine.deepspeed: {path} has a {key!r} block: {why}")
-    autocast = config.get("torch_autocast", {})
+    known = (_ZERO, _TORCH_AUTOCAST, *_OWNED, *_REFUSED)
+    for key in config.keys() - set(known):
+        if near := difflib.get_close_matches(key, known, n=1, cutoff=0.8):
+            raise RecipeError(
+                f"engine.deepspeed: {path} sets {key!r}, which DeepSpeed ignores; did you mean {near[0]!r}?"
+            )
+    autocast, zero = _block(path, config, _TORCH_AUTOCAST), _block(path, config, _ZERO)
+    stage = zero.get("stage", 0)
+    if type(stage) is not int or stage not in range(4):
+        raise RecipeError(f"engine.deepspeed: {path}: {_ZERO}.stage is {brief(stage)}; set it to 0, 1, 2 or 3")
     if autocast.get("enabled") and autocast.get("dtype") != "bfloat16":
         raise RecipeError(f"engine.deepspeed: {path}: torch_autocast.dtype must be 'bfloat16'; {_REFUSED['fp16']}")
-    _check_offload(path, config.get("zero_optimization", {}))
+    _check_offload(path, zero, stage)
     return config
+
+
+def _block(path: Path, settings: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """An entry that is an object of further ones; empty where there is none."""
+    block = settings.get(key, {})
+    if not isinstance(block, dict):
+        raise RecipeError(f"engine.deepspeed: {path}: {key} is {brief(block)}, where an object in braces belongs")
+    return block
 
 
 def stage_config(stage: int) -> dict[str, Any]:
@@ -175,28 +195,28 @@ def _planned_once(plan_stage: PlanStage, chosen: EngineSettings, memory: int, ra
 
 def stage_in(config: Mapping[str, Any]) -> int:
     """The ZeRO stage of a DeepSpeed configuration."""
-    return int(config.get("zero_optimization", {}).get("stage", 0))
+    return int(config.get(_ZERO, {}).get("stage", 0))
 
 
 def autocast_of(config: Mapping[str, Any]) -> bool | None:
     """What a DeepSpeed JSON says about autocast; None where it says nothing, as the shipped ones."""
-    return bool(config["torch_autocast"].get("enabled")) if "torch_autocast" in config else None
+    return bool(config[_TORCH_AUTOCAST].get("enabled")) if _TORCH_AUTOCAST in config else None
 
 
-def _check_offload(path: Path, zero: dict[str, Any]) -> None:
+def _check_offload(path: Path, zero: Mapping[str, Any], stage: int) -> None:
     """The optimizer's weights and states may be in host memory; other kinds of offload are not supported."""
     if "offload_param" in zero:
         raise RecipeError(
             f"engine.deepspeed: {path} has 'offload_param', with which the key encoder's moving average is not proven; "
             f"remove it, stage 3 with 'offload_optimizer' is what keeps the least on the device"
         )
-    device = zero.get("offload_optimizer", {}).get("device", "none")
+    device = _block(path, zero, "offload_optimizer").get("device", "none")
     if device == "nvme":
         raise RecipeError(
             f"engine.deepspeed: {path} offloads the optimizer to nvme, with which checkpoints are not proven; "
             f"set zero_optimization.offload_optimizer.device to 'cpu'"
         )
-    if device != "none" and zero.get("stage", 0) == 0:
+    if device != "none" and stage == 0:
         raise RecipeError(
             f"engine.deepspeed: {path} has 'offload_optimizer', which DeepSpeed ignores at stage 0; "
             f"set zero_optimization.stage to 1, 2 or 3"
@@ -270,7 +290,7 @@ def initialise(
         mend_compile_cache()
     optimizer = make_optimizer(model, settings, lr, whole=stage == 0)
     complete = {
-        **{key: value for key, value in config.items() if key != "torch_autocast"},
+        **{key: value for key, value in config.items() if key != _TORCH_AUTOCAST},
         "train_micro_batch_size_per_gpu": layout.micro_batch,
         "gradient_accumulation_steps": layout.accumulation,
         "zero_allow_untested_optimizer": True,
@@ -284,7 +304,7 @@ def initialise(
         "gradient_clipping": (settings.clip_norm or 0.0) if stage > 0 else 0.0,
     }
     if execution.precision == "bfloat16":
-        complete["torch_autocast"] = _AUTOCAST | config.get("torch_autocast", {}) | {"enabled": True}
+        complete[_TORCH_AUTOCAST] = _AUTOCAST | config.get(_TORCH_AUTOCAST, {}) | {"enabled": True}
     import_muon_uncompiled()
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=complete)
     engine.enable_backward_allreduce = stage > 0  # see `GradientMean`

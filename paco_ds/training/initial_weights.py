@@ -44,7 +44,9 @@ def load_initial_weights(model: Recogniser, settings: ModelSettings, sizes: Imag
     if start is None:
         return None
     path = Path(start)
-    is_run = not is_published(start) and not is_hub_folder(path) and (path.is_dir() or not path.suffix)
+    # a file of a hub's cache has no ending; what is not there is a file by its ending
+    may_be_run = path.is_dir() or not (path.suffix or path.is_file())
+    is_run = may_be_run and not is_published(start) and not is_hub_folder(path)
     if settings.trained in ("center_scales", "routers") and not is_run:
         raise RecipeError(
             f"model.trained {settings.trained} needs trained centers too, which {start} has not: let model.start_from "

@@ -33,8 +33,10 @@ from paco_ds.files import replace_text, sha256_file
 from paco_ds.models.output import ModelOutput
 from paco_ds.training.build import Classes, build_model, build_step
 from paco_ds.training.engine import read_deepspeed_config
+from paco_ds.training.optimizer import UsualNorm
 from paco_ds.training.step import Step
 from paco_ds.training.step_result import StepResult
+from paco_ds.training.teacher import Teacher
 
 ABOUT, RECIPE = "step.json", "recipe.yaml"
 
@@ -80,6 +82,7 @@ def keep_step(
             write_tensors(folder / name, whole)
     keys = [[reader.key_of(int(i)) for i in batch.ids] for batch in micro_batches]
     of_ranks = ranks.gather_objects(dict(zip(step.layout.own, keys, strict=True)))
+    about = {**about, "usual_norm": step.usual_norm.state()}
     if ranks.first:
         replace_text(folder / RECIPE, recipe)
         samples = {str(j): names for j, names in sorted(pair for of_rank in of_ranks for pair in of_rank.items())}
@@ -168,7 +171,7 @@ def replay(kept: KeptStep, ranks: Ranks) -> Replayed:
     """Run a kept step on one rank, without ZeRO, in the precision of the run.
 
     Raises:
-        RecipeError, DataError: the recipe or its shards do not fit.
+        RecipeError, DataError: the recipe, its shards or its teacher do not fit.
     """
     about, recipe, state = kept.about, kept.recipe, kept.state
     config = read_deepspeed_config(recipe.engine.deepspeed)
@@ -177,6 +180,7 @@ def replay(kept: KeptStep, ranks: Ranks) -> Replayed:
     classes = Classes.of(manifest, recipe.data.train_split)
     model = build_model(recipe, classes)
     model.load_state_dict(state[MODEL])
+    distill = recipe.loss.distill
     step = build_step(
         recipe,
         model,
@@ -185,7 +189,9 @@ def replay(kept: KeptStep, ranks: Ranks) -> Replayed:
         ranks,
         total_steps=about["total_steps"],
         steps_per_epoch=about["steps_per_epoch"],
+        teacher=None if distill is None else Teacher(distill, manifest, ranks.device),
     )
+    step.usual_norm = UsualNorm(**about.get("usual_norm", {}), device=ranks.device)
     set_states(step.engine, state[OPTIMIZER])
     if step.contrast is not None:
         step.contrast.queue.load_state_dict(state[QUEUE])

@@ -102,7 +102,7 @@ class Step:
         self.part_names, self._begin_epoch = loss.part_names, loss.begin_epoch
         if forward.distillation is not None:
             self.part_names = (*self.part_names, PART)
-        self.statistics = RunningStatistics(engine.module)
+        self.statistics = RunningStatistics(engine.module, ranks.device)
         self.usual_norm = UsualNorm(device=ranks.device)
         self.max_grad_norm_ratio = max_grad_norm_ratio
         shots_C = torch.tensor([SHOTS.index(s) for s in shots_of_classes])

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from paco_ds.checkpoint import Checkpoint, Checkpoints, resume_hint
+from paco_ds.checkpoint import Checkpoint, Checkpoints, resume_hint, same_on_all_ranks
 from paco_ds.config.engine import described
 from paco_ds.config.parse import one_line
 from paco_ds.config.recipe import Recipe
@@ -41,7 +41,7 @@ from paco_ds.models.recogniser import Recogniser
 from paco_ds.models.weight_names import frozen_weights, source_of
 from paco_ds.report.history import History
 from paco_ds.report.run_report import write_report
-from paco_ds.training.agreement import check_replicas_equal, same_on_all_ranks
+from paco_ds.training.agreement import check_replicas_equal, check_same_run
 from paco_ds.training.build import Classes, build_model, build_step, build_stream
 from paco_ds.training.engine import PlanStage, choose_on_ranks, read_deepspeed_config
 from paco_ds.training.images_ahead import ImagesAhead
@@ -95,16 +95,18 @@ class Trainer:
         self.heartbeat.mark("start", 0, slow=True)
         splits = (recipe.data.train_split, recipe.evaluation.split, recipe.evaluation.test_split)
         self.manifest = open_data(recipe.data, set(filter(None, splits)))
+        check_same_run(recipe.resume_identity(), self.manifest.sha256, ranks)
         self.layout = MicroBatchLayout(recipe.step.micro_batch, recipe.step.micro_batches, ranks.rank, ranks.world_size)
         self.checkpoints = Checkpoints(run, recipe, self.manifest.sha256, self.saver, Parts(ranks).whole)
         checkpoint = same_on_all_ranks(self.checkpoints.latest(), run, ranks)
-        trained_with = checkpoint.state.get("autocast") if checkpoint else None
+        resumed = checkpoint if checkpoint and checkpoint.step else None  # an imported one was not trained here
+        trained_with = resumed.state.get("autocast") if resumed else None
         self.chosen = choose_on_ranks(recipe.engine, ranks, trained_with, plan_stage, recipe.optimizer)
         self.recipe = recipe.model_copy(update={"engine": self.chosen.settings})
         config = read_deepspeed_config(self.recipe.engine.deepspeed)
 
         self.steps_done = self.first_step = checkpoint.step if checkpoint else 0
-        best = self.checkpoints.best(until=self.steps_done)
+        best = same_on_all_ranks(self.checkpoints.best(until=self.steps_done), run, ranks)
         self.best_score = best.state["score"] if best else -1.0
         self.skipped_in_a_row = 0
         self._taken: TakenStep | None = None
@@ -112,8 +114,8 @@ class Trainer:
         self.reads_late = ranks.device.type != "cpu"
         distill = recipe.loss.distill
         self.teacher = None if distill is None else Teacher(distill, self.manifest, ranks.device)
-        if checkpoint and self.teacher:
-            self.teacher.check_taught(checkpoint)
+        if resumed and self.teacher:
+            self.teacher.check_taught(resumed)
         self.stop_request, self.stop_agreed = stop_request or StopRequest(), False
         # loader processes start here, before DeepSpeed and metrics start threads
         self.stream = build_stream(self.recipe, self.manifest, self.layout, self.steps_done, ranks.device)
@@ -454,10 +456,11 @@ class Trainer:
         self._draw_page()
 
     def _draw_page(self) -> Path | None:
-        """Write RUN/report.html on the first rank; an error is a warning, since a page is not worth a training."""
+        """Write RUN/report.html on the first rank; an error is a warning, since a page is not worth a training. All
+        ranks call it, whose marks are alike."""
+        self.heartbeat.mark("report", self.steps_done, slow=True)
         if not self.ranks.first:
             return None
-        self.heartbeat.mark("report", self.steps_done, slow=True)
         try:
             return write_report(self.run_dir, self.history)
         except Exception as error:
@@ -517,7 +520,7 @@ class Trainer:
 
     def _finish(self) -> ShotAccuracy:
         split, step = self.recipe.evaluation.test_split, self.steps_done
-        best = self.checkpoints.best(until=step)
+        best = same_on_all_ranks(self.checkpoints.best(until=step), self.run_dir, self.ranks)
         if best is None:
             accuracy = self.evaluate(split)
         else:
@@ -541,8 +544,8 @@ class Trainer:
             )
             self.logger.progress.close()
             self.logger.say(accuracy.table(f"{self.recipe.name} on {split}"))
-            if page := self._draw_page():
-                self.logger.say(f"report: {page}")
+        if page := self._draw_page():
+            self.logger.say(f"report: {page}")
         self.logger.metrics.ended("finished")
         return accuracy
 

@@ -40,9 +40,11 @@ class WeightAverage:
         weight = 1 - ema_decay(self.decay, step)
         move_average(self.engine, self._average, self._source, weight)
         averages, statistics = self._statistics
-        if averages:
+        if averages:  # torch takes no empty lists
             torch._foreach_lerp_(averages, statistics, weight)
-        torch._foreach_copy_(*self._counters)
+        averages, counters = self._counters
+        if averages:
+            torch._foreach_copy_(averages, counters)
 
     @cached_property
     def _statistics(self) -> tuple[list[Tensor], list[Tensor]]:

@@ -47,7 +47,8 @@ class _Placeholder:
 
 
 def read_tensors(path: Path, where: str) -> Any:
-    """The content of a `.safetensors` file, or of one of `torch.save` with tensors alone: nothing in it is executed.
+    """The content of a file of safetensors, which may lack its ending, or of one of `torch.save` with tensors alone:
+    nothing in it is executed.
 
     Raises:
         RecipeError: it cannot be read; begins with ``where``.
@@ -55,7 +56,9 @@ def read_tensors(path: Path, where: str) -> Any:
     if not path.is_file():
         raise RecipeError(f"{where}: there is no such file")
     try:
-        if path.suffix == ".safetensors":
+        with path.open("rb") as file:
+            header = file.read(9)  # of safetensors eight bytes of a length, then JSON
+        if path.suffix == ".safetensors" or (not path.suffix and header.endswith(b"{")):
             return load_tensors(path)
         with torch.serialization.safe_globals([(_Placeholder, name) for name in _PLACEHOLDERS]):
             return torch.load(path, map_location="cpu", weights_only=True)

@@ -50,6 +50,7 @@ def test_shipped_recipes_are_valid(path):
         ("schedule.warmup_epochs=2", r"'schedule': warmup_epochs 2 leaves nothing of 2 epochs"),
         ("views.key.size=16", r"'views': query.size 12 and key.size 16 differ"),
         ("views.evaluation.resize=8", r"'views.evaluation': resize 8 is smaller than the crop size 12"),
+        ("views.evaluation.size=1000000000", r"'views.evaluation.size': .*less than or equal to 16384"),
         ("seed=010", r"010 would be read as a number to another base: write it without leading zeros"),
         ("optimizer.lr=1:30", r"1:30 would be read as a number to another base"),
         ("seed", r"write key.path=value"),

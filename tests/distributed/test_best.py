@@ -1,6 +1,7 @@
 """The weights that were best on the validation split are what the test split is given."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,12 +10,15 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from paco_ds.checkpoint import Checkpoints, chosen_checkpoint, newest_checkpoint, read_checkpoint
 from paco_ds.config.load import load_recipe
-from paco_ds.data.manifest import open_data
+from paco_ds.data.manifest import load_manifest, open_data
+from paco_ds.errors import RecipeError
 from paco_ds.evaluate import main as evaluate
 from paco_ds.evaluation.runner import load_recogniser
+from paco_ds.evaluation.trained_runs import load_members
 from paco_ds.metrics.log import read
 from tests.commands import run_command
-from tests.recipes import evaluation_batches, write_tiny_recipe
+from tests.pool import RankError
+from tests.recipes import evaluation_batches, tiny_recipe, write_tiny_recipe
 
 EVALUATE = "paco_ds.evaluate"
 TRAIN = "tests.distributed.training:train"
@@ -121,6 +125,20 @@ def test_an_ensemble_belongs_to_no_run(capsys):
     with pytest.raises(SystemExit):
         evaluate(["--run", "a", "--run", "b"])
     assert "--output FILE.json" in capsys.readouterr().err
+
+
+def test_runs_with_other_views_are_no_ensemble(striped_shards):
+    """All members see the views of the first run."""
+    recipes = [tiny_recipe(), tiny_recipe("views.evaluation.resize=14")]
+    with pytest.raises(RecipeError, match=r"views\.evaluation\.resize is 12 in a and 14 in b, .* --set views\.ev"):
+        load_members([Path("a"), Path("b")], recipes, load_manifest(striped_shards))
+
+
+def test_best_weights_that_not_all_ranks_can_read_are_refused(pool, finished):
+    """The test split would be given two models."""
+    arguments = {"recipe": finished.parent / "tiny.yaml", "run": finished}
+    with pytest.raises(RankError, match=r"different checkpoints in .*\(rank 0: step \d+ \(\w{8}\), rank 1: none\)"):
+        pool(2).run("tests.distributed.training:train_without_best", **arguments)
 
 
 @pytest.mark.parametrize("criterion", ["last", "best_all"])

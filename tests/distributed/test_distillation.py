@@ -5,12 +5,15 @@ import json
 import pytest
 import torch
 
-from paco_ds.checkpoint import newest_checkpoint
+from paco_ds.checkpoint import Checkpoints, newest_checkpoint
 from paco_ds.checkpoint.read import STATE_DIGEST, state_digest
 from paco_ds.config.load import load_recipe
 from paco_ds.data.manifest import open_data
+from paco_ds.distributed.zero import plain_states
 from paco_ds.errors import RecipeError
 from paco_ds.metrics.log import read
+from paco_ds.training.build import Classes, build_model
+from paco_ds.training.optimizer import make_optimizer
 from paco_ds.training.teacher import Teacher
 from tests.pool import RankError
 from tests.recipes import write_tiny_recipe
@@ -119,3 +122,23 @@ def test_another_teacher_is_refused_on_resume(pool, recipe, alone):
     with pytest.raises(RankError) as error:
         pool(1).run(TRAIN, recipe=recipe, run=alone, overrides=taught(recipe, alone))
     assert "was taught by other weights" in str(error.value)
+
+
+def test_an_imported_run_can_be_taught(pool, recipe, teacher, tmp_path):
+    """Its checkpoint of step 0 was taught by nobody, in no precision."""
+    settings = load_recipe(recipe, taught(recipe, teacher))
+    manifest = open_data(settings.data, [])
+    model = build_model(settings, Classes.of(manifest, settings.data.train_split))
+    states = plain_states(make_optimizer(model, settings.optimizer, settings.lr, whole=True), model)
+    about = {"autocast": False, "teacher_sha256": None}
+    Checkpoints(tmp_path, settings, manifest.sha256).save(0, model.state_dict().items(), states, None, about)
+    assert pool(1).run(TRAIN, recipe=recipe, run=tmp_path, overrides=taught(recipe, teacher), stop_at_step=1) == [1]
+
+
+def test_a_replayed_step_is_taught_and_skipped_as_it_was(pool, recipe, teacher, tmp_path):
+    """With the teacher's term, and for its gradient norm, which is beyond what was usual in the run."""
+    arguments = {"recipe": recipe, "run": tmp_path / "run", "overrides": taught(recipe, teacher)}
+    (again,) = pool(1).run("tests.distributed.training:replayed_outlier", **arguments)
+    assert again["skipped"] == "outlier"
+    assert again["ratio"] > 1e6
+    assert again["distillation"] > 0

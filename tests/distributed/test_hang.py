@@ -32,6 +32,15 @@ def stand(pace, seconds, start=0.0):
     return place
 
 
+def test_ranks_of_a_training_mark_alike(pool, striped_shards, tmp_path):
+    """Else the rank with the lowest count would not be the one that the others wait for."""
+    settings = ("engine.deepspeed=auto", "schedule.epochs=2", "evaluation.every_epochs=1")
+    write_tiny_recipe(tmp_path / "tiny.yaml", f"data.shards={striped_shards}", *settings)
+    arguments = {"recipe": tmp_path / "tiny.yaml", "run": tmp_path / "run"}
+    first, second = pool(2).run("tests.distributed.training:marks_of_training", **arguments)
+    assert first == second
+
+
 @pytest.mark.parametrize(
     ("hang_seconds", "slow", "overdue_after"),
     [(10.0, False, 10), (10.0, True, int(SLOW_SECONDS)), (100.0, True, 100 * SLOW), (None, False, None)],

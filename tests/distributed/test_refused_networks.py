@@ -23,6 +23,10 @@ REFUSED = {
         (*of("vit"), "views.query.size=36", "views.key.size=36"),
         r"views\.query\.size 36: the patches of timm:vit_\S+ have 8 pixels.*set 32 or 40",
     ),
+    "images that pooling makes nothing of": (
+        ("model.backbone=densenet121",),
+        r"views\.query\.size 12: model\.backbone densenet121 makes nothing of so few pixels: raise the size",
+    ),
     "layer decay without groups": (
         ("optimizer.layer_decay=0.9",),
         r"optimizer\.layer_decay 0\.9: this backbone does not say how deep its layers are: set layer_decay to 1",

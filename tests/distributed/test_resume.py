@@ -307,8 +307,23 @@ def test_a_run_directory_that_only_some_ranks_see_is_refused(pool, recipe, tmp_p
     """Otherwise ranks would go on from different steps and wait for each other for ever."""
     run = tmp_path / "run"
     pool(2).run(TRAIN, recipe=recipe, run=run, stop_at_step=1)
-    with pytest.raises(RankError, match=r"rank 0: 1, rank 1: 0.*storage that all hosts share"):
+    with pytest.raises(RankError, match=r"rank 0: step 1 \(\w{8}\), rank 1: none.*storage that all hosts share"):
         pool(2).run("tests.distributed.training:train_with_private_directory", recipe=recipe, run=run)
+
+
+def test_ranks_that_are_given_other_runs_are_refused(pool, recipe, striped_shards, tmp_path):
+    """Recipe or shards of a host that are not those of the others; what differs is named, and on which ranks."""
+    stale = json.loads((striped_shards / "manifest.json").read_text()) | {"license": "another"}
+    shutil.copytree(striped_shards, tmp_path / "stale")
+    (tmp_path / "stale" / "manifest.json").write_text(json.dumps(stale))
+    for override, said in (
+        ("seed=4", r"different runs: seed is 3 on ranks \[0\], 4 on ranks \[1\]\. Give all hosts the same recipe"),
+        (f"data.shards={tmp_path / 'stale'}", r"manifest of data\.shards is '\w{12}' on ranks \[0\], '\w{12}' on"),
+    ):
+        arguments = {"recipe": recipe, "run": tmp_path / "run", "overrides": (override,)}
+        with pytest.raises(RankError, match=said):
+            pool(2).run("tests.distributed.training:train_with_own_settings", **arguments)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_finished_run_evaluates_and_ends(pool, recipe, tmp_path):

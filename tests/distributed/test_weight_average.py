@@ -12,6 +12,7 @@ from paco_ds.errors import CheckpointError
 from paco_ds.evaluation.predictor import load
 from paco_ds.models.weight_names import source_of
 from paco_ds.training.weight_average import ema_decay
+from tests.models.tiny_networks import of
 from tests.pool import RankError
 from tests.recipes import write_tiny_recipe
 
@@ -40,6 +41,15 @@ def test_the_average_is_that_of_the_weights_after_each_step(pool, world_size, st
             average = decay * average + (1 - decay) * runs[n].after[source_of(name)].double()
         torch.testing.assert_close(runs[2].after[name].double(), average, rtol=1e-5, atol=1e-6)
     assert not torch.equal(runs[2].after["average.centers.weight"], runs[2].after["centers.weight"])
+
+
+def test_a_network_without_counters_has_an_average(pool):
+    """Nor running statistics: a ViT."""
+    overrides = (*of("vit"), "loss.method=cross_entropy", *EMA)
+    (outcome,) = pool(1).run("tests.distributed.runs:run_steps", steps=1, overrides=overrides)
+    before, after = outcome.before["average.centers.weight"], outcome.after["average.centers.weight"]
+    torch.testing.assert_close(after, before.lerp(outcome.after["centers.weight"], 0.9))
+    assert not torch.equal(after, before)
 
 
 def test_the_decay_rises_to_the_setting():

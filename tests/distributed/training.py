@@ -21,14 +21,16 @@ from unittest import mock
 import pytest
 import torch
 
+from paco_ds.checkpoint import Checkpoints
 from paco_ds.config.load import load_recipe
 from paco_ds.data.stream.batches import MicroBatch
 from paco_ds.distributed.heartbeat import Heartbeat
 from paco_ds.distributed.ranks import ByteCounter, HostCopy, Ranks
-from paco_ds.errors import DataError, UserError
+from paco_ds.errors import DataError, NotFiniteError, UserError
 from paco_ds.evaluation.split import EvaluationSplit
 from paco_ds.metrics.targets import served_metrics
 from paco_ds.training.images_ahead import ImagesAhead
+from paco_ds.training.optimizer import UsualNorm
 from paco_ds.training.replay import read_kept_step, replay
 from paco_ds.training.step_result import StepResult
 from paco_ds.training.trainer import Trainer
@@ -152,6 +154,38 @@ def replay_kept_step(ranks: Ranks, folder: Path) -> list[str]:
 def train_with_private_directory(ranks: Ranks, recipe: Path, run: Path) -> int:
     """As `train`, but ranks other than the first look into a directory of their own."""
     return train(ranks, recipe, run if ranks.first else run.with_name("elsewhere"), stop_at_step=2)
+
+
+def train_with_own_settings(ranks: Ranks, recipe: Path, run: Path, overrides: tuple[str, ...]) -> int:
+    """As `train`, but ranks other than the first have settings of their own."""
+    return train(ranks, recipe, run, () if ranks.first else overrides, stop_at_step=1)
+
+
+def train_without_best(ranks: Ranks, recipe: Path, run: Path) -> int:
+    """As `train`, but ranks other than the first cannot read the best weights."""
+    with mock.patch.object(Checkpoints, "best", Checkpoints.best if ranks.first else lambda *_, **__: None):
+        return train(ranks, recipe, run)
+
+
+def marks_of_training(ranks: Ranks, recipe: Path, run: Path) -> int:
+    """As `train`; how many marks this rank set."""
+    heartbeat = Heartbeat()
+    with _trainer(ranks, recipe, run, heartbeat=heartbeat) as trainer:
+        trainer.run()
+    return heartbeat.last.count
+
+
+def replayed_outlier(ranks: Ranks, recipe: Path, run: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
+    """As `train`, whose usual gradient norm is far below any, and which ends with the first skipped step; then what
+    became of that step when it was replayed, and the parts of its loss."""
+    settings = (*overrides, "engine.max_grad_norm_ratio=10", "engine.max_skipped=1")
+    with _trainer(ranks, recipe, run, settings) as trainer:
+        trainer.step.usual_norm = UsualNorm(log_mean=-20.0, steps=100)
+        with pytest.raises(NotFiniteError):
+            trainer.run()
+    (kept,) = run.glob("skipped-step-*")
+    result = replay(read_kept_step(kept), ranks).result
+    return {"skipped": result.skipped, "ratio": result.grad_norm_ratio, **result.parts}
 
 
 def leave_evaluation(ranks: Ranks, recipe: Path, run: Path, rank: int) -> list[int]:

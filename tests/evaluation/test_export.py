@@ -1,6 +1,8 @@
 """A trained model in other programs answers as it does here; what a format has no place for is refused by name."""
 
+import copy
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,13 +13,15 @@ from PIL import Image
 from safetensors import safe_open
 from sklearn.datasets import load_sample_images
 
+from paco_ds.checkpoint import Checkpoint
 from paco_ds.config.views import EvalView
 from paco_ds.data.stream.views import make_view
-from paco_ds.errors import UserError
+from paco_ds.errors import DataError, UserError
 from paco_ds.evaluation import export as command
 from paco_ds.evaluation import predictor as predictor_module
 from paco_ds.evaluation.export import FORMATS
 from paco_ds.evaluation.exporter import answers, export
+from paco_ds.evaluation.hub_folder import _card
 from paco_ds.evaluation.predictor import Predictor
 from paco_ds.models.adapters import is_added
 from tests.recipes import model_of, tiny_recipe
@@ -95,11 +99,21 @@ def test_a_network_of_timm_is_one_there(images, tmp_path):
         same(theirs(normalised(larger)), model.recogniser(larger).mean_logits())
 
 
-def test_a_folder_of_the_hub_is_loaded_with_its_names(resnet18, images, expected, tmp_path):
-    """Weights, classes, preprocessing, and a card with the run's figures."""
-    metrics = {"many": 0.9, "medium": 0.5, "few": None, "all": 0.7, "split": "test"}
-    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
-    export(resnet18, "hf", tmp_path / "hub", tmp_path)
+METRICS = {"many": 0.9, "medium": 0.5, "few": None, "all": 0.7, "split": "test", "step": 8, "weights": "query"}
+
+
+@pytest.fixture
+def of_a_run(resnet18, tmp_path):
+    """The model as one of step 8 of a run, whose metrics.json is beside it."""
+    (tmp_path / "metrics.json").write_text(json.dumps(METRICS))
+    model = copy.copy(resnet18)
+    model.checkpoint = Checkpoint(tmp_path, 8, {"data": {"license": "CC0"}})
+    return model
+
+
+def test_a_folder_of_the_hub_is_loaded_with_its_names(of_a_run, images, expected, tmp_path):
+    """Weights, classes, preprocessing, and a card with the run's figures and the licence of its images."""
+    export(of_a_run, "hf", tmp_path / "hub", tmp_path)
     theirs = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
     with torch.no_grad():
         same(theirs(normalised(images)), expected)
@@ -112,7 +126,24 @@ def test_a_folder_of_the_hub_is_loaded_with_its_names(resnet18, images, expected
     card = (tmp_path / "hub" / "README.md").read_text()
     for line in ("# resnet18 for 5 classes", "| Many | 90.0 |", "| All | 70.0 |", "library_name: timm", "## Limits"):
         assert line in card
+    assert 'license_name: "CC0"' in card
     assert "Few |" not in card
+
+
+@pytest.mark.parametrize(
+    "other", [{"step": 7}, {"weights": "ema"}, {"logit_adjustment": 1.0}, {"aggregation": "prediction stability"}]
+)
+def test_a_card_has_no_figures_of_other_weights_or_a_corrected_model(of_a_run, tmp_path, other):
+    (tmp_path / "metrics.json").write_text(json.dumps(METRICS | other))
+    card = _card(of_a_run, tmp_path)
+    assert "| All |" not in card
+    assert "The run has none of these weights yet." in card
+
+
+def test_damaged_figures_are_named(of_a_run, tmp_path):
+    (tmp_path / "metrics.json").write_text("{")
+    with pytest.raises(DataError, match=r"metrics\.json is not JSON .*: write it again with paco-evaluate --run "):
+        _card(of_a_run, tmp_path)
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
@@ -194,11 +225,14 @@ def test_what_a_format_has_no_place_for_is_refused(tmp_path, to, model, message)
     assert list(tmp_path.rglob("model*")) == []
 
 
-@pytest.mark.parametrize("to", ["onnx", "torch-export"])
-def test_routers_are_refused_where_a_graph_cannot_branch(resnet18, tmp_path, monkeypatch, to):
-    monkeypatch.setattr(resnet18.recogniser, "routers", torch.nn.Identity(), raising=False)
-    with pytest.raises(UserError, match="routers ask one expert after another"):
-        export(resnet18, to, tmp_path / "model.pt2")
+@pytest.mark.parametrize("to", FORMATS)
+def test_routers_are_refused_as_no_format_has_them(resnet18, tmp_path, to):
+    """What was written would be the first stage."""
+    model = copy.copy(resnet18)
+    model.recogniser = SimpleNamespace(routers=torch.nn.Identity())
+    with pytest.raises(UserError, match=f"--to {to} has no place for routers, .*: export the run of the first stage"):
+        export(model, to, tmp_path / "model.pt2")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_program_of_torch_has_the_ending_that_torch_asks_for(resnet18, tmp_path):

@@ -23,11 +23,11 @@ from paco_ds.config.recipe import EvaluationSettings
 from paco_ds.data.manifest import load_manifest, open_data
 from paco_ds.distributed.ranks import Ranks
 from paco_ds.errors import CheckpointError, DataError, RecipeError
-from paco_ds.evaluation import embed, neighbours, temperature
+from paco_ds.evaluation import embed, neighbours, temperature, trained_runs
 from paco_ds.evaluation.embeddings import load_embeddings
 from paco_ds.evaluation.predict import main
 from paco_ds.evaluation.predictor import _trained_data
-from paco_ds.evaluation.runner import load_recogniser
+from paco_ds.evaluation.runner import Ensemble, load_recogniser
 from tests.commands import run_command
 from tests.damaged import copy_with_damage
 from tests.recipes import evaluation_batches, write_tiny_recipe
@@ -251,6 +251,19 @@ def test_temperature_minimises_nll_and_belongs_to_its_weights(trained, model):
     with pytest.raises(CheckpointError, match="was fitted to other weights"):
         temperature.load_temperature(trained[0], model.digest)
     path.unlink()
+
+
+def test_a_temperature_belongs_to_the_weights_that_were_loaded(trained, striped_shards, tmp_path, monkeypatch):
+    """Also where a training has written newer ones meanwhile."""
+    fitted = {"temperature": 2, "split": "val", "images": 9, "nll_before": 1, "nll_after": 1}
+    monkeypatch.setattr(
+        trained_runs, "fit_on_split", lambda *given: temperature.Temperature(**fitted, checkpoint=given[-1])
+    )
+    recipe = load_recipe(trained[0] / "recipe.yaml")
+    images = trained_runs.RunImages(recipe, load_manifest(striped_shards), "test", None)
+    loaded = Checkpoint(tmp_path, 1, {"sha256": {"model.safetensors": "of those that were loaded"}})
+    trained_runs.fit_temperature(tmp_path, loaded, Ensemble([]), images, Ranks(0, 1, 0, torch.device("cpu")))
+    assert temperature.load_temperature(tmp_path, "of those that were loaded").temperature == 2
 
 
 @pytest.mark.parametrize("split", [None, "test"])

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.distributed.test_step import STEPS, check, reference
+from tests.models.tiny_networks import of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 TF32 = {"loss": 1e-2, "update": 0.2}  # cuDNN convolutions round their inputs to 10 bits
@@ -24,3 +25,10 @@ def test_the_guard_holds_on_cuda(cuda_rank, fault):
     assert (after.skipped, later.skipped) == ([fault], [None])
     for name, value in before.after.items():
         assert "key_encoder" in name or torch.equal(value, after.after[name]), name
+
+
+def test_a_network_without_batch_norm_takes_steps_on_cuda(cuda_rank):
+    """Its running statistics are none, on the device all the same."""
+    overrides = (*of("vit"), "loss.method=cross_entropy")
+    (outcome,) = cuda_rank.run("tests.distributed.runs:run_steps", overrides=overrides, steps=STEPS)
+    assert outcome.skipped == [None] * STEPS

@@ -137,7 +137,8 @@ def test_a_jobset_works_in_the_directory_below_its_volume(rendered, directory, w
 
 
 def test_a_pod_monitor_scrapes_every_rank_with_its_labels(rendered):
-    """By the names of the container's ports; ranks are numbered through the hosts, as in metrics_targets.json."""
+    """By the names of the container's ports; ranks are numbered through the hosts, and a run is
+    called by the name of its directory, as in metrics_targets.json."""
     jobset, monitor = yaml.safe_load_all(rendered("jobset", set=[SHARDS, "step.micro_batches=16", "metrics.port=9500"]))
     jsonschema.validate(monitor, SCHEMAS["PodMonitor"])
     assert monitor["spec"]["selector"]["matchLabels"] == {"jobset.sigs.k8s.io/jobset-name": jobset["metadata"]["name"]}
@@ -146,7 +147,7 @@ def test_a_pod_monitor_scrapes_every_rank_with_its_labels(rendered):
     found = {}
     for endpoint in monitor["spec"]["podMetricsEndpoints"]:
         run, *ranks = endpoint["relabelings"]
-        assert (run["targetLabel"], run["replacement"]) == ("run", "imagenet_lt_resnet50")
+        assert (run["targetLabel"], run["replacement"]) == ("run", "my run")
         for rule in ranks:
             assert rule["targetLabel"] == "rank"
             found[int(rule["replacement"])] = (int(rule["regex"]), ports[endpoint["port"]])

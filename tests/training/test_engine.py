@@ -44,6 +44,13 @@ def test_shipped_configurations_are_accepted_and_are_what_their_name_says(path):
         ),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, r"nvme.*device to 'cpu'"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, r"'offload_param'.*remove it"),
+        ({"zero_optimization": True}, r"zero_optimization is True, where an object in braces belongs"),
+        ({"zero_optimization": None}, r"zero_optimization is None, where"),
+        ({"torch_autocast": True}, r"torch_autocast is True, where"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}, r"offload_optimizer is 'cpu', where"),
+        ({"zero_optimization": {"stage": "two"}}, r"zero_optimization\.stage is 'two'; set it to 0, 1, 2 or 3"),
+        ({"zero_optimization": {"stage": 7}}, r"zero_optimization\.stage is 7; set"),
+        ({"zero_optimisation": {"stage": 3}}, r"'zero_optimisation', .* did you mean 'zero_optimization'\?"),
     ],
 )
 def test_a_configuration_that_decides_what_the_recipe_decides_is_refused(tmp_path, config, message):

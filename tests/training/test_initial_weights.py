@@ -40,6 +40,16 @@ def test_torchvisions_weights_fill_both_encoders(tmp_path, ending):
         torch.testing.assert_close(encoder.backbone.network.layer4[1].conv2.weight, theirs.layer4[1].conv2.weight)
 
 
+@pytest.mark.parametrize("save", [save_file, torch.save])
+def test_a_file_without_an_ending_is_no_run(tmp_path, save):
+    """As those of a hub's cache are."""
+    theirs, path = torchvision.models.resnet18(), tmp_path / "0123456789abcdef"
+    save(theirs.state_dict(), path)
+    model, recipe = resnet18(f"model.start_from={path}")
+    load_initial_weights(model, recipe.model)
+    torch.testing.assert_close(model.query_encoder.backbone.network.conv1.weight, theirs.conv1.weight)
+
+
 class Evil:
     """Runs a function where it is unpickled."""
 

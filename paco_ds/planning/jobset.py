@@ -84,7 +84,8 @@ def _jobset(job: Job, metrics: MetricsSettings) -> dict[str, Any]:
 
 
 def _pod_monitor(job: Job, run: str) -> dict[str, Any]:
-    """Has Prometheus scrape every rank, with the labels `run` and `rank` that RUN/metrics_targets.json gives."""
+    """Has Prometheus scrape every rank, with the label `job` of the alerts, and `run` and `rank` as
+    RUN/metrics_targets.json gives them."""
 
     def endpoint(local_rank: int) -> dict[str, Any]:
         ranks = [
@@ -99,7 +100,11 @@ def _pod_monitor(job: Job, run: str) -> dict[str, Any]:
         return {
             "port": _port(local_rank),
             "interval": "15s",
-            "relabelings": [{"targetLabel": "run", "replacement": run.replace("$", "$$")}, *ranks],
+            "relabelings": [
+                {"targetLabel": "job", "replacement": "paco_ds"},  # of the alerts, in place of NAMESPACE/NAME
+                {"targetLabel": "run", "replacement": run.replace("$", "$$")},
+                *ranks,
+            ],
         }
 
     return {

@@ -146,7 +146,8 @@ def test_a_pod_monitor_scrapes_every_rank_with_its_labels(rendered):
     ports = {port["name"]: port["containerPort"] for port in pod["containers"][0]["ports"]}
     found = {}
     for endpoint in monitor["spec"]["podMetricsEndpoints"]:
-        run, *ranks = endpoint["relabelings"]
+        job, run, *ranks = endpoint["relabelings"]
+        assert (job["targetLabel"], job["replacement"]) == ("job", "paco_ds")  # as the alerts want it
         assert (run["targetLabel"], run["replacement"]) == ("run", "my run")
         for rule in ranks:
             assert rule["targetLabel"] == "rank"

@@ -71,8 +71,8 @@ def add_images(
                 remove_state(state)
                 return before
             raise DataError(
-                f"images of {card.name} with these names, labels and sizes are in {output.url} already by its manifest: "
-                f"others need other names of files"
+                f"these images of {card.name} are in {output.url} already, as its manifest says by names, labels and "
+                f"sizes; for other images rename the files"
             )
         if rank.number == 0:
             plan.source.notes.extend(overlaps_with_shards(plan.source, before))

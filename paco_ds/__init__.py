@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from paco_ds.evaluation.predictor import Predictor
 
-__version__ = "0.18.0"
+__version__ = "0.19.0"
 
 
 def load(

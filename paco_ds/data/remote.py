@@ -173,7 +173,7 @@ class Pipe:
 
 
 def _version(info: Mapping[str, Any]) -> str:
-    """What a service tells of a file that is another once it was written again; empty where it tells nothing."""
+    """What a service tells of a file that changes when it is written again; empty where it tells nothing."""
     return next((str(info[k]) for k in ("ETag", "etag", "LastModified", "mtime", "created") if info.get(k)), "")
 
 

@@ -161,8 +161,8 @@ class Storage:
         return self._ask(f"list {self.url}", lambda remote, limit: remote.sizes(limit))
 
     def stamp(self, name: str) -> int:
-        """A number that changes when the file is written again: its mtime in ns, or a digest of the ETag or time that the
-        service gives; 0 if it gives none.
+        """A number that changes when the file is written again: its mtime in ns, or a digest of the ETag or time that
+        the service gives; 0 if it gives none.
 
         Raises:
             MissingFile: there is no such file.

@@ -167,7 +167,7 @@ def _facts(run: RunFiles) -> list[tuple[str, str]]:
     if final.get("scale", 1) != 1:
         facts.append(("Scaled", f"{final['scale']:g} times the recipe's micro-batches a step"))
     if seconds := sum(history.seconds.values()) - history.seconds["wait"]:  # a step's seconds include its waits
-        facts.append(("Took", str(timedelta(seconds=round(seconds)))))
+        facts.append(("Trained for", str(timedelta(seconds=round(seconds)))))
     if "finished" in final:
         facts.append(("Evaluated", f"{datetime.fromisoformat(final['finished']):%Y-%m-%d %H:%M}"))
     return facts

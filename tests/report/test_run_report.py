@@ -150,8 +150,9 @@ def test_page_shows_the_run(page: str) -> None:
 def test_an_evaluation_on_one_rank_does_not_pass_for_the_training(run_dir: Path, page: str) -> None:
     """It writes metrics.json anew, with its own ranks and times."""
     (run_dir / "metrics.json").write_text(json.dumps(FINAL | {"world_size": 1, "started": "2025-03-01T10:07:01+00:00"}))
-    facts = re.compile(r"<dt>(?:Ranks|Took)</dt>\s*<dd>[^<]*</dd>")
-    assert facts.findall(_page(run_dir)) == facts.findall(page) != []
+    facts = re.compile(r"<dt>(?:Ranks|Trained for)</dt>\s*<dd>[^<]*</dd>")
+    assert len(facts.findall(page)) == 2
+    assert facts.findall(_page(run_dir)) == facts.findall(page)
 
 
 def test_restarts_are_listed_with_their_reasons(run_dir: Path) -> None:

@@ -139,7 +139,7 @@ def _draw_panel(axes: Any, panel: dict[str, Any], found: list[Series]) -> None:
         axes.legend(
             fontsize=6.5,
             frameon=False,
-            ncols=4 if len(found) > 6 else 6,
+            ncols=4 if len(found) > 6 else 3,
             loc="lower left",
             bbox_to_anchor=(-0.03, 0.97),
             columnspacing=1,

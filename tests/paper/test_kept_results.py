@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
-    ("table", "kept", "seeds"), [("methods", "methods", 3), ("settings", "settings", 1), ("glyphs", "glyphs676", 2)]
+    ("table", "kept", "seeds"), [("methods", "methods", 3), ("settings", "settings", 1), ("glyphs", "glyphs676", 3)]
 )
 def test_the_page_has_the_table_of_the_kept_results(tmp_path, table, kept, seeds):
     """`--draw-only` without runs and shards, as a reader of the repository would."""
